@@ -1,0 +1,404 @@
+"""Every field of a config: its default, what it may be, and where the default comes from.
+
+A file in `configs/` starts from `default_config()` and changes what its experiment needs; `resolve()` then
+checks the result before anything is compiled. Labels of the defaults: **paper** (stated in Chollet 2017),
+**reference** (read from the public Keras implementation or its released weights), **inferred** (argued in
+docs/paper.md), **modern** (a later practice), **local** (a choice of this code base).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from xception_jax.errors import ConfigError
+
+DURATION_UNITS = ("steps", "epochs", "examples")
+_DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s+(step|epoch|example)s?", re.IGNORECASE)
+
+
+def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
+    """Turns '10 epochs', '500 steps' or '3e6 examples' into a number of steps, rounded to the nearest.
+
+    Args:
+      duration: a number and one of the units steps, epochs, examples.
+      batch_size: examples that one step takes from the dataset.
+      num_examples: examples in one epoch.
+    """
+    match = _DURATION.fullmatch(duration.strip())
+    if match is None:
+        raise ValueError(f"{duration!r} is not a duration")
+    number = float(match[1].replace("_", ""))
+    examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2].lower()]
+    return round(number * examples_per_unit / batch_size)
+
+
+# A check takes a value, returns it in its canonical type, and raises ValueError or TypeError otherwise.
+Check = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a config: its default, the check a value must pass, and what the check expects in words."""
+
+    default: Any
+    check: Check
+    expects: str
+    source: str
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def whole(default: int | None, low: int, source: str) -> Field:
+    def check(value):
+        value = _whole(value)
+        _require(value >= low)
+        return value
+
+    return Field(default, check, f"a whole number, at least {low}", source)
+
+
+def number(default: float, low: float, high: float, source: str, *, above: bool = False) -> Field:
+    """A float in [low, high], or in (low, high] if `above`."""
+
+    def check(value):
+        value = _number(value)
+        _require((value > low if above else value >= low) and value <= high)
+        return value
+
+    limit = "" if high == math.inf else f", at most {high:g}"
+    return Field(default, check, f"a number {'above' if above else 'of at least'} {low:g}{limit}", source)
+
+
+def choice(default: str, options: tuple[str, ...], source: str) -> Field:
+    def check(value):
+        _require(value in options)
+        return value
+
+    return Field(default, check, "one of " + ", ".join(map(repr, options)), source)
+
+
+def choice_or_whole(default: str | int, word: tuple[str, ...], low: int, source: str) -> Field:
+    """One of the words, or a whole number (which the command line hands over as a string)."""
+
+    def check(value):
+        if value in word:
+            return value
+        value = _whole(value)
+        _require(value >= low)
+        return value
+
+    return Field(default, check, " or ".join(map(repr, word)) + f", or a whole number of at least {low}", source)
+
+
+def flag(default: bool, source: str) -> Field:
+    def check(value):
+        _require(isinstance(value, bool))
+        return value
+
+    return Field(default, check, "True or False", source)
+
+
+def text(default: str, source: str) -> Field:
+    def check(value):
+        _require(isinstance(value, str))
+        return value
+
+    return Field(default, check, "a string", source)
+
+
+def pattern(default: str, source: str) -> Field:
+    def check(value):
+        _require(isinstance(value, str))
+        re.compile(value)
+        return value
+
+    return Field(default, check, "a regular expression over parameter names such as 'block2_sepconv1/kernel'", source)
+
+
+def duration(default: str, source: str) -> Field:
+    def check(value):
+        _require(isinstance(value, str))
+        duration_in_steps(value, 1, 1)
+        return value.strip()
+
+    return Field(default, check, "a number and a unit: '500 steps', '10 epochs', '3e6 examples'", source)
+
+
+def numbers(default: tuple[float, ...], length: int | None, source: str) -> Field:
+    def check(value):
+        value = tuple(_number(v) for v in value)
+        _require(length is None or len(value) == length)
+        return value
+
+    return Field(default, check, f"{length or 'some'} numbers", source)
+
+
+FIELDS: dict[str, Field] = {
+    "name": text("", "local: what the run is called in reports"),
+    "seed": whole(0, 0, "local: initialisation, data order, augmentation and dropout all derive from it"),
+    # --- the network ---------------------------------------------------------------------------------------------
+    "model.name": choice("xception", ("xception", "inception_v3", "inception_v3_2016"), "paper: section 3, table 3"),
+    "model.num_classes": whole(1000, 1, "paper: section 4.1, ImageNet"),
+    "model.width_multiplier": number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True),
+    "model.middle_blocks": whole(8, 0, "paper: figure 5"),
+    "model.segments": choice_or_whole("depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum"),
+    "model.group_width": whole(None, 1, "local: channels per segment; an alternative to `segments`"),
+    "model.order": choice("depthwise_first", ("depthwise_first", "pointwise_first"), "reference: as Keras' layer"),
+    "model.intermediate_activation": choice("none", ("none", "relu", "elu"), "paper: section 4.7, figure 10"),
+    "model.module": choice("separable", ("separable", "inception"), "paper: figure 5 has separable convolutions"),
+    "model.residual": flag(True, "paper: section 4.6, figure 9"),
+    "model.depth_multiplier": whole(1, 1, "reference"),
+    "model.kernel_size": whole(3, 1, "paper: figure 5"),
+    "model.stem": choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32"),
+    "model.fc_layers": whole(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)"),
+    "model.fc_width": whole(4096, 1, "paper: section 4.3"),
+    "model.dropout_rate": number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)"),
+    "model.aux_head": flag(False, "paper: section 4.2, not used; Inception V3 only"),
+    "model.padding": choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do"),
+    "model.dtype": choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation"),
+    "model.batch_norm.momentum": number(0.99, 0.0, 1.0, "reference: Keras"),
+    "model.batch_norm.epsilon": number(1e-3, 0.0, 1.0, "reference: Keras", above=True),
+    "model.batch_norm.scale": flag(True, "paper: table 3 counts it; the released weights were trained without"),
+    "model.batch_norm.statistics": choice_or_whole("global", ("global", "device"), 1, "inferred: the paper's is per device"),
+    # --- the data ------------------------------------------------------------------------------------------------
+    "data.name": text("imagenet2012", "paper: section 4.1; a TFDS name, or 'synthetic'"),
+    "data.data_dir": text("", "local: empty is TFDS_DATA_DIR, else ~/tensorflow_datasets"),
+    "data.train_split": text("train[:98%]", "modern: the rest is the development split"),
+    "data.eval_split": text("train[98%:]", "modern: watched while training, so that test images are not tuned on"),
+    "data.test_split": text("validation", "paper: table 1; evaluated once, at the end"),
+    "data.image_size": whole(299, 1, "paper: section 4"),
+    "data.augmentation": choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing"),
+    "data.color_distortion": flag(True, "inferred: brightness 32/255, saturation 0.5 to 1.5"),
+    "data.crop_area": numbers((0.05, 1.0), 2, "inferred: smallest and largest share of the image"),
+    "data.shift_pixels": whole(2, 0, "modern: for augmentation 'shift', after padding the image by as much"),
+    "data.eval_crop": number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True),
+    "data.threads": whole(16, 1, "local: decoding threads in each process"),
+    "data.workers": whole(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads"),
+    "data.max_bad_fraction": number(0.001, 0.0, 1.0, "local: share of damaged images above which the run stops"),
+    "data.synthetic_examples": whole(10_000, 1, "local: size of the synthetic source"),
+    # --- training ------------------------------------------------------------------------------------------------
+    "batch_size": whole(1920, 1, "inferred: 60 replicas of 32"),
+    "accumulation_steps": whole(1, 1, "local: microbatches whose gradients are averaged in one step"),
+    "duration": duration("169 epochs", "inferred: 113,000 steps"),
+    "loss.name": choice("softmax", ("softmax", "sigmoid"), "paper: section 4.1 (ImageNet); inferred for JFT"),
+    "loss.label_smoothing": number(0.1, 0.0, 0.99, "inferred: as in Inception V3"),
+    "loss.aux_weight": number(0.4, 0.0, 10.0, "modern: weight of the auxiliary head's loss, if there is one"),
+    "optimizer.name": choice("sgd", ("sgd", "rmsprop"), "paper: section 4.2"),
+    "optimizer.momentum": number(0.9, 0.0, 1.0, "paper: section 4.2"),
+    "optimizer.nesterov": flag(False, "inferred"),
+    "optimizer.rmsprop_decay": number(0.9, 0.0, 1.0, "inferred: as in Inception V3"),
+    "optimizer.rmsprop_epsilon": number(1.0, 0.0, 10.0, "inferred: as in Inception V3", above=True),
+    "optimizer.weight_decay": number(1e-5, 0.0, 1.0, "paper: section 4.2; coupled, i.e. the gradient of L2"),
+    "optimizer.decayed": pattern("kernel$", "inferred: every kernel, neither BatchNorm nor biases"),
+    "optimizer.clip_norm": number(0.0, 0.0, math.inf, "local: 0 does not clip"),
+    "schedule.name": choice("staircase", ("staircase", "cosine", "constant"), "paper: section 4.2"),
+    "schedule.learning_rate": number(0.045, 0.0, 1e12, "paper: section 4.2", above=True),
+    "schedule.decay_rate": number(0.94, 0.0, 1.0, "paper: section 4.2", above=True),
+    "schedule.decay_every": duration("2 epochs", "paper: section 4.2"),
+    "schedule.warmup": duration("0 steps", "modern: 5 epochs is common"),
+    "ema.decay": number(0.9999, 0.0, 1.0, "inferred: Polyak average of weights and BN statistics; 0 turns it off"),
+    "max_bad_steps": whole(10, 1, "local: non-finite steps in a row before the run goes back to a checkpoint"),
+    # --- the run -------------------------------------------------------------------------------------------------
+    "mesh.data": whole(-1, -1, "local: devices along the batch; -1 takes all that are left"),
+    "mesh.fsdp": whole(1, 1, "local: devices over which parameters and optimiser state are sharded"),
+    "distributed.coordinator": text("", "local: host:port of process 0; empty lets the cluster tell, or runs alone"),
+    "distributed.num_processes": whole(1, 1, "local: with a coordinator"),
+    "distributed.process_id": whole(0, 0, "local: with a coordinator"),
+    "log_every": duration("50 steps", "local"),
+    "evaluation.batch_size": whole(512, 1, "local"),
+    "evaluation.every": duration("1 epoch", "local"),
+    "evaluation.map_at": whole(100, 1, "paper: section 4.1, MAP@100"),
+    "checkpoint.every": duration("1 epoch", "local"),
+    "checkpoint.keep_latest": whole(2, 1, "local"),
+    "checkpoint.keep_best": whole(1, 0, "local: besides the latest; by top-1, or MAP for several labels"),
+    "logs.tensorboard": flag(False, "local: needs tensorboardX"),
+    "logs.wandb_project": text("", "local: needs wandb; empty is off"),
+}
+
+# model.* fields that only Xception reads, and those that module='inception' replaces: any other value than the
+# default would be accepted and ignored, so it is refused.
+_XCEPTION_ONLY = (
+    "middle_blocks segments group_width order intermediate_activation module residual depth_multiplier kernel_size stem"
+).split()
+_SEPARABLE_ONLY = "segments group_width order intermediate_activation depth_multiplier".split()
+
+
+def default_config() -> ConfigDict:
+    """Returns all fields at their defaults: the paper's Xception on ImageNet."""
+    config = ConfigDict(type_safe=False)
+    for name, field in FIELDS.items():
+        *parents, leaf = name.split(".")
+        node = config
+        for parent in parents:
+            if parent not in node:
+                node[parent] = ConfigDict(type_safe=False)
+            node = node[parent]
+        node[leaf] = config_dict.placeholder(int) if field.default is None else field.default
+    return config
+
+
+def _flatten(config: ConfigDict, prefix: str) -> dict[str, Any]:
+    flat = {}
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _resolve(config: ConfigDict, prefix: str) -> ConfigDict:
+    given = _flatten(config, prefix)
+    known = {name: field for name, field in FIELDS.items() if name.startswith(prefix)}
+    for name in given:
+        if name not in known:
+            raise unknown_field(name)
+    resolved = default_config()
+    for name, field in known.items():
+        value = given.get(name, field.default)
+        if value is None and field.default is None:
+            continue
+        try:
+            value = field.check(value)
+        except (ValueError, TypeError, re.error, OverflowError):
+            raise ConfigError(
+                f"config.{name} is {value!r}", f"config.{name}", f"set it to {field.expects} (default: {field.default!r})"
+            ) from None
+        *parents, leaf = name.split(".")
+        node = resolved
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return resolved
+
+
+def unknown_field(name: str) -> ConfigError:
+    """Returns the error for a field that no config has, with the field that was probably meant."""
+    leaf = name.rsplit(".", 1)[-1]
+    by_leaf = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
+    close = difflib.get_close_matches(name, FIELDS, 1, 0.75)
+    close = close or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
+    fix = f"did you mean config.{close[0]}?" if close else "the fields are listed in xception_jax/config.py"
+    return ConfigError(f"there is no field config.{name}", f"config.{name}", fix)
+
+
+def _refuse(condition: bool, what: str, where: str, fix: str) -> None:
+    if condition:
+        raise ConfigError(what, where, fix)
+
+
+def resolve_model(model: ConfigDict) -> ConfigDict:
+    """Fills in and checks a `config.model`.
+
+    Raises:
+      ConfigError: a field is unknown, of the wrong type or range, or would be ignored beside another.
+    """
+    model = _resolve(model, "model.").model
+
+    def refuse_ignored(names: list[str] | tuple[str, ...], because: str) -> None:
+        for name in names:
+            default = FIELDS[f"model.{name}"].default
+            _refuse(
+                model[name] != default,
+                f"config.model.{name}={model[name]!r} has no effect with {because}",
+                f"config.model.{name}",
+                f"leave it at {default!r}",
+            )
+
+    if model.name != "xception":
+        refuse_ignored(_XCEPTION_ONLY, f"model.name={model.name!r}")
+    else:
+        refuse_ignored(["aux_head"], "model.name='xception'")
+    if model.module == "inception":
+        refuse_ignored(_SEPARABLE_ONLY, "model.module='inception'")
+    if model.fc_layers == 0:
+        refuse_ignored(["fc_width"], "model.fc_layers=0")
+    _refuse(
+        model.group_width is not None and model.segments != "depthwise",
+        f"config.model.segments={model.segments!r} and group_width={model.group_width!r} contradict each other",
+        "config.model",
+        "set one of them: segments counts the groups of channels, group_width the channels in each",
+    )
+    _refuse(
+        model.kernel_size % 2 == 0,
+        f"config.model.kernel_size is {model.kernel_size}",
+        "config.model.kernel_size",
+        "set it to an odd number: 3, 5 or 7",
+    )
+    return model
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Fills in and checks a whole config; what it returns is complete and consistent.
+
+    Raises:
+      ConfigError: a field is unknown, of the wrong type or range, or contradicts another.
+    """
+    resolved = _resolve(config, "")
+    resolved.model = resolve_model(resolved.model)
+    _refuse(
+        resolved.mesh.data == 0,
+        "config.mesh.data is 0",
+        "config.mesh.data",
+        "set it to the number of devices along the batch, or -1 for all",
+    )
+    _refuse(
+        resolved.batch_size % resolved.accumulation_steps != 0,
+        f"config.batch_size={resolved.batch_size} is not divisible by accumulation_steps={resolved.accumulation_steps}",
+        "config.batch_size",
+        f"the nearest that is: {_nearest_multiple(resolved.batch_size, resolved.accumulation_steps)}",
+    )
+    group = resolved.model.batch_norm.statistics
+    microbatch = resolved.batch_size // resolved.accumulation_steps
+    _refuse(
+        isinstance(group, int) and microbatch % group != 0,
+        f"config.model.batch_norm.statistics={group} does not divide the {microbatch} images of a (micro)batch",
+        "config.model.batch_norm.statistics",
+        "set it to a divisor, to 'global' or to 'device'",
+    )
+    low, high = resolved.data.crop_area
+    _refuse(
+        not 0 < low <= high <= 1,
+        f"config.data.crop_area is {resolved.data.crop_area}",
+        "config.data.crop_area",
+        "set it to two shares of the image, 0 < smallest <= largest <= 1",
+    )
+    return resolved
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    return max(factor, round(value / factor) * factor)
+
+
+def save_json(config: ConfigDict) -> str:
+    """Returns a resolved config as JSON, keys in the order of `FIELDS`."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def load_json(text: str) -> ConfigDict:
+    """Returns the resolved config that `save_json` wrote. It is read as data: nothing of it runs."""
+    return resolve(ConfigDict(json.loads(text), type_safe=False))
