@@ -15,7 +15,7 @@ def sync_directory(directory: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces a file; who reads it sees the old content or all of the new.
 
     Args:
