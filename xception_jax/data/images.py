@@ -1,0 +1,196 @@
+"""Images: from the bytes of a file to the pixels that a network sees.
+
+Decoding accepts JPEG, PNG and WebP and gives RGB bytes whatever the file holds. Views cut and resize those bytes: the
+random ones take a `numpy.random.Generator`, and nothing else, as their source of chance. An image is cropped before it
+is resized, and stays uint8 until it has its final size, because every pass over a full photograph costs more than all
+the later ones together.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import cv2
+import numpy as np
+import simplejpeg
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 1 << 26
+"""The largest image that is decoded: 67 million pixels. The largest of ImageNet has 61 million."""
+
+CROP_ATTEMPTS = 10
+CROP_ASPECT = (3 / 4, 4 / 3)
+MAX_BRIGHTNESS_DELTA = 32 / 255
+SATURATION = (0.5, 1.5)
+
+_STRIP_ROWS = 32
+_ORIENTATION_TAG = 0x0112
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
+
+# The pipeline decodes many images at a time; OpenCV's own threads would only compete with them.
+cv2.setNumThreads(0)
+
+
+class DamagedImageError(ValueError):
+    """The bytes are not an image that can be decoded whole: damaged, truncated, of another format, or too large."""
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes a JPEG, PNG or WebP image to RGB.
+
+    Grey and palette images are expanded, CMYK is converted, 16 bits become the upper 8, alpha is dropped (as
+    tf.io.decode_png does for three channels), an EXIF orientation is applied, and an animation gives its first frame.
+
+    Raises:
+      DamagedImageError: the image is damaged, truncated or empty, has another format, or has more than `MAX_PIXELS`,
+        which is read from the header before anything is decoded.
+    """
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            return _decode_jpeg(data)
+        return _decode_with_pillow(data)
+    except DamagedImageError:
+        raise
+    except Exception as error:
+        # Pillow's plugins raise a dozen types on damaged bytes: OSError, SyntaxError, struct.error, ValueError, ...
+        raise DamagedImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height)
+    # libjpeg-turbo does not convert CMYK, and an orientation sits in an APP1 segment, always near the start.
+    if colorspace in ("CMYK", "YCCK") or data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
+        return _decode_with_pillow(data)
+    return simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+        _check_size(*image.size)
+        image.load()
+        if image.mode.startswith("I"):
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
+        upright = image if image.getexif().get(_ORIENTATION_TAG, 1) == 1 else ImageOps.exif_transpose(image)
+        return np.asarray(upright.convert("RGB"))
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DamagedImageError(f"{width} x {height} pixels in the header, more than the limit of {MAX_PIXELS:,}")
+
+
+def resize(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s s 3"]:
+    """Resizes to size x size: bilinear, half-pixel centres, no antialiasing, as tf.image.resize does by default."""
+    if image.shape[:2] == (size, size):
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def central_view(image: UInt8[np.ndarray, "h w 3"], size: int, share: float) -> UInt8[np.ndarray, "s s 3"]:
+    """Resizes the central `share` of each side to size x size: the view for evaluation."""
+    height, width = image.shape[:2]
+    crop_height, crop_width = max(1, round(height * share)), max(1, round(width * share))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return resize(image[top : top + crop_height, left : left + crop_width], size)
+
+
+def random_crop_box(
+    height: int, width: int, area: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draws the crop of Inception's preprocessing: a random share of the area, an aspect ratio in `CROP_ASPECT`.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      area: the smallest and the largest share of the image's area.
+      rng: source of chance.
+
+    Returns:
+      top, left, height, width, in pixels. If none of `CROP_ATTEMPTS` draws fits into the image, the largest central
+      crop whose aspect ratio is allowed.
+    """
+    log_low, log_high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    for _ in range(CROP_ATTEMPTS):
+        pixels = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(log_low, log_high))
+        crop_height, crop_width = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < crop_height <= height and 0 < crop_width <= width:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width = max(1, min(width, round(height * CROP_ASPECT[1])))
+    crop_height = max(1, min(height, round(width / CROP_ASPECT[0])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def inception_view(
+    image: UInt8[np.ndarray, "h w 3"], size: int, area: tuple[float, float], rng: np.random.Generator
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Resizes a random crop to size x size and flips every second one: the view for training on photographs."""
+    top, left, height, width = random_crop_box(image.shape[0], image.shape[1], area, rng)
+    return _random_flip(resize(image[top : top + height, left : left + width], size), rng)
+
+
+def shifted_view(
+    image: UInt8[np.ndarray, "s s 3"], pixels: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Moves the image by up to `pixels` up, down, left or right (black comes in), and flips every second one."""
+    size = image.shape[0]
+    padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)))
+    top, left = rng.integers(2 * pixels + 1, size=2)
+    return _random_flip(padded[top : top + size, left : left + size], rng)
+
+
+def _random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return image[:, ::-1] if rng.integers(2) else image
+
+
+def to_float(image: UInt8[np.ndarray, "s s 3"], out: Float32[np.ndarray, "s s 3"]) -> None:
+    """Writes the image, scaled from [0, 255] to [-1, 1], into `out`."""
+    np.multiply(image, np.float32(2 / 255), out=out)
+    np.subtract(out, np.float32(1), out=out)
+
+
+def distort_color(image: Float32[np.ndarray, "s s 3"], rng: np.random.Generator) -> None:
+    """Changes brightness and saturation at random, in random order, in place; values stay in [-1, 1].
+
+    The "fast mode" of Inception's preprocessing: no hue, no contrast. Saturation is that of HSV, as in
+    tf.image.adjust_saturation. Between the two changes the values are clipped, which TF-Slim does only at the end: an
+    HSV saturation is not defined for a negative value.
+    """
+    brightness = rng.uniform(-MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA)
+    saturation = rng.uniform(*SATURATION)
+    if rng.integers(2):
+        _add_brightness(image, brightness)
+        _scale_saturation(image, saturation)
+    else:
+        _scale_saturation(image, saturation)
+        _add_brightness(image, brightness)
+
+
+def _add_brightness(image: np.ndarray, delta: float) -> None:
+    np.add(image, np.float32(2 * delta), out=image)
+    np.clip(image, -1, 1, out=image)
+
+
+def _scale_saturation(image: np.ndarray, factor: float) -> None:
+    # V is the largest of R, G, B, and S is (V - smallest) / V. Scaling S by f moves each value towards or away from V:
+    # V - (V - value) * f. It may scale no further than S = 1, where the smallest value is 0.
+    # A strip and its temporaries stay in the cache, and malloc need not ask the kernel for fresh pages.
+    for top in range(0, image.shape[0], _STRIP_ROWS):
+        strip = image[top : top + _STRIP_ROWS]
+        red, green, blue = cv2.split(strip)
+        value = cv2.max(cv2.max(red, green), blue)
+        values = cv2.merge((value, value, value))
+        if factor <= 1:
+            cv2.addWeighted(strip, factor, values, 1 - factor, 0, dst=strip)
+            continue
+        chroma = value - cv2.min(cv2.min(red, green), blue)
+        limit = np.minimum(np.float32(factor), (value + 1) / np.maximum(chroma, np.float32(1e-6)))
+        cv2.subtract(values, strip, dst=strip)
+        cv2.multiply(strip, cv2.merge((limit, limit, limit)), dst=strip)
+        cv2.subtract(values, strip, dst=strip)

@@ -1,0 +1,147 @@
+"""Fashion-MNIST: the whole set, the part that is shipped with the package, and multi-label scenes made of it.
+
+Xiao, Rasul and Vollgraf, "Fashion-MNIST", arXiv 1708.07747; MIT licence, Zalando SE. Images are padded with black from
+28 x 28 to 32 x 32 when they are written, so that nothing downstream resizes them: set `data.image_size` to 32 (64 for
+the scenes) and `data.eval_crop` to 1.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from PIL import Image
+
+from xception_jax.data.prepare.writer import Dataset
+from xception_jax.errors import BadDataError, InputMissingError
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+SHIPPED = Path(__file__).parent.parent / "fashion_mnist"
+PREPARED_ON_FIRST_USE = ("fashion_mnist_subset", "fashion_mnist_scenes")
+
+SCENE_SIZE = 64
+NUM_SCENES = {"train": 5000, "test": 1000}
+MAX_GARMENTS = 4
+_FILE_PREFIXES = {"train": "train", "test": "t10k"}
+_PADDING = ((0, 0), (2, 2), (2, 2))  # 28 x 28 to 32 x 32
+
+
+def fashion_mnist(source: Path) -> Dataset:
+    """All 60,000 training and 10,000 test images, from the four idx files in `source`."""
+    return _single_label("fashion_mnist", source, "Fashion-MNIST, padded to 32 x 32.")
+
+
+def fashion_mnist_subset() -> Dataset:
+    """The first 10,000 training and 2,000 test images, which are shipped with this package."""
+    return _single_label("fashion_mnist_subset", SHIPPED, "The first images of Fashion-MNIST, padded to 32 x 32.")
+
+
+def fashion_mnist_scenes() -> Dataset:
+    """Scenes of 64 x 64 with one to four garments each in a cell of its own; the labels are the set of their classes.
+
+    Training scenes are made of the shipped training images, test scenes of the shipped test images. The same scenes
+    come out every time.
+    """
+    splits = {split: _scenes(*read_split(SHIPPED, split), NUM_SCENES[split], split) for split in NUM_SCENES}
+    return Dataset(
+        name="fashion_mnist_scenes",
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(SCENE_SIZE, SCENE_SIZE, 1), encoding_format="png"),
+                "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=CLASS_NAMES)),
+            }
+        ),
+        splits=splits,
+        description="Scenes of one to four garments of Fashion-MNIST, for training with several labels an image.",
+        expected=NUM_SCENES,
+    )
+
+
+def _single_label(name: str, source: Path, description: str) -> Dataset:
+    arrays = {split: read_split(source, split) for split in _FILE_PREFIXES}
+    return Dataset(
+        name=name,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(32, 32, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+            }
+        ),
+        splits={split: _examples(images, labels) for split, (images, labels) in arrays.items()},
+        description=description,
+        expected={split: len(labels) for split, (_, labels) in arrays.items()},
+    )
+
+
+def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, (image, label) in enumerate(zip(np.pad(images, _PADDING), labels, strict=True)):
+        yield str(index), {"image": _png(image), "label": int(label)}
+
+
+def _scenes(images: np.ndarray, labels: np.ndarray, count: int, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    rng = np.random.default_rng(list(split.encode()))
+    garments = np.pad(images, _PADDING)
+    side = garments.shape[1]
+    for index in range(count):
+        chosen = rng.choice(len(garments), size=rng.integers(1, MAX_GARMENTS + 1), replace=False)
+        cells = rng.permutation(MAX_GARMENTS)[: len(chosen)]
+        scene = np.zeros((SCENE_SIZE, SCENE_SIZE), np.uint8)
+        for cell, garment in zip(cells, chosen, strict=True):
+            top, left = divmod(int(cell), SCENE_SIZE // side)
+            scene[top * side : (top + 1) * side, left * side : (left + 1) * side] = garments[garment]
+        yield str(index), {"image": _png(scene), "labels": sorted({int(label) for label in labels[chosen]})}
+
+
+def _png(image: UInt8[np.ndarray, "h w"]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], UInt8[np.ndarray, " n"]]:
+    """Reads images and labels of 'train' or 'test' from the idx files, compressed or not.
+
+    Raises:
+      InputMissingError: a file is not there.
+      BadDataError: a file is damaged, or images and labels differ in number.
+    """
+    prefix = _FILE_PREFIXES[split]
+    images = _read_idx(source / f"{prefix}-images-idx3-ubyte", num_dimensions=3)
+    labels = _read_idx(source / f"{prefix}-labels-idx1-ubyte", num_dimensions=1)
+    if len(images) != len(labels):
+        raise BadDataError(
+            f"{len(images)} images, but {len(labels)} labels",
+            str(source / f"{prefix}-*"),
+            "take all four files from the same copy of Fashion-MNIST",
+        )
+    return images, labels
+
+
+def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
+    compressed = path.with_name(path.name + ".gz")
+    try:
+        data = path.read_bytes() if path.exists() else gzip.decompress(compressed.read_bytes())
+    except FileNotFoundError:
+        raise InputMissingError(
+            f"{compressed.name} is not there",
+            str(compressed),
+            "point --source at the four files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist puts them "
+            "into /usr/share/datasets/fashion-mnist)",
+        ) from None
+    except (OSError, EOFError) as error:
+        raise BadDataError(f"the file is damaged: {error}", str(compressed), "fetch it again") from error
+    header = struct.Struct(f">HBB{num_dimensions}I")
+    if len(data) >= header.size:
+        zero, kind, dimensions, *shape = header.unpack_from(data)
+        if (zero, kind, dimensions) == (0, 8, num_dimensions) and len(data) == header.size + int(np.prod(shape)):
+            return np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
+    raise BadDataError("the file is not a whole idx file of bytes", str(path), "fetch it again")

@@ -1,0 +1,261 @@
+"""Writes a TFDS dataset, ArrayRecord shards with dataset_info.json and features.json, without TensorFlow.
+
+The examples come as a stream and leave in the order of a hash of their keys, as in every TFDS dataset: a split such as
+'train[98%:]' is then a random sample, although ImageNet's archive is sorted by class. (TFDS' own shuffler needs
+TensorFlow above 1 GB.) Everything goes into `<version>.incomplete` and is renamed at the end, so that a killed process
+leaves nothing that looks complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import dataset_info as tfds_dataset_info
+from tensorflow_datasets.core.utils import shard_utils
+from tqdm import tqdm
+
+from xception_jax.errors import BadDataError, StorageError
+
+VERSION = "1.0.0"
+
+_BUCKETS = 512
+_BUCKET_MEMORY = 256 << 20  # bytes of records held back before they are appended to the files of their buckets
+_ENTRY = struct.Struct("<16sQ")  # digest of the key, bytes of the record
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset to be written.
+
+    Attributes:
+      name: as it will be opened: `config.data.name`.
+      features: of each example; 'image' is given as the bytes of a file and kept byte for byte.
+      splits: for each split, (key, example) pairs; keys are unique within a split.
+      expected: number of examples in each split, for the progress bar alone.
+      description: one paragraph for dataset_info.json.
+      version: of the dataset.
+    """
+
+    name: str
+    features: tfds.features.FeaturesDict
+    splits: Mapping[str, Iterable[tuple[str, dict[str, Any]]]]
+    description: str
+    expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    version: str = VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `write_dataset` did: where the dataset is, examples in each split, and whether it was there already."""
+
+    path: Path
+    num_examples: dict[str, int]
+    already_there: bool
+
+
+def is_complete(directory: Path) -> bool:
+    """Says whether a dataset directory holds a finished dataset."""
+    return (directory / "dataset_info.json").is_file() and (directory / "features.json").is_file()
+
+
+def existing(directory: Path) -> Summary:
+    """Returns the summary of a dataset that is complete."""
+    splits = tfds.builder_from_directory(os.fspath(directory)).info.splits
+    return Summary(directory, {name: split.num_examples for name, split in splits.items()}, already_there=True)
+
+
+@contextlib.contextmanager
+def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: bool) -> Iterator[Path | None]:
+    """Yields an empty directory that becomes data_dir/name/version if the block ends without an exception.
+
+    Yields None if the dataset is complete already and `overwrite` is False. A lock makes a second process wait, and
+    then find the work done.
+
+    Raises:
+      StorageError: the directory cannot be written.
+    """
+    target = data_dir / name / version
+    partial = target.with_name(f"{version}.incomplete")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if is_complete(target) and not overwrite:
+                yield None
+                return
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                yield partial
+                shutil.rmtree(target, ignore_errors=True)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise StorageError(
+            f"writing the dataset {name} failed: {error.strerror or error}",
+            str(error.filename or target),
+            "free some space, or choose another --data_dir" if full else "check the path, or choose another --data_dir",
+        ) from error
+
+
+def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, progress: bool = True) -> Summary:
+    """Writes a dataset to data_dir/name/version, unless it is there.
+
+    Args:
+      dataset: the name, features and examples.
+      data_dir: the directory that holds all datasets.
+      overwrite: replaces a dataset that is complete.
+      progress: shows progress on standard error.
+
+    Raises:
+      BadDataError: two examples of a split have the same key, or a label is out of range.
+      StorageError: the disk is full, or the directory cannot be written.
+    """
+    target = data_dir / dataset.name / dataset.version
+    if is_complete(target) and not overwrite:
+        return existing(target)
+    with incomplete_directory(data_dir, dataset.name, dataset.version, overwrite=overwrite) as partial:
+        if partial is None:
+            return existing(target)
+        splits = []
+        for split, examples in dataset.splits.items():
+            records = _SortedByHash(partial / f".{split}")
+            total = dataset.expected.get(split)
+            for key, example in tqdm(examples, f"{dataset.name} {split}", total, unit="img", disable=not progress):
+                records.add(key, _serialize(dataset, split, key, example))
+            if records.count:
+                splits.append(_write_shards(partial, dataset.name, split, records))
+        write_metadata(partial, dataset, splits)
+    return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
+
+
+def _serialize(dataset: Dataset, split: str, key: str, example: dict[str, Any]) -> bytes:
+    try:
+        return dataset.features.serialize_example(example)
+    except ValueError as error:
+        raise BadDataError(
+            f"an example does not fit the features of {dataset.name}: {str(error).splitlines()[-1]}",
+            f"split {split}, example {key}",
+            "labels are whole numbers from 0 to the number of classes - 1",
+        ) from error
+
+
+class _SortedByHash:
+    """Records in the order of the MD5 digest of their keys; on disk as far as they exceed `_BUCKET_MEMORY`.
+
+    A record goes into one of `_BUCKETS` buckets by the first bits of its digest. Only one bucket at a time is read
+    back and sorted: 270 MB for ImageNet.
+    """
+
+    def __init__(self, directory: Path):
+        self.count = 0
+        self.num_bytes = 0
+        self._directory = directory
+        self._digests: set[bytes] = set()
+        self._memory: list[list[tuple[bytes, bytes]]] = [[] for _ in range(_BUCKETS)]
+        self._held = 0
+
+    def add(self, key: str, record: bytes) -> None:
+        digest = hashlib.md5(key.encode()).digest()
+        if digest in self._digests:
+            raise BadDataError(
+                f"two examples have the same name, {key}", key, "rename one of them, or remove it from the source"
+            )
+        self._digests.add(digest)
+        self._memory[int.from_bytes(digest[:2]) * _BUCKETS >> 16].append((digest, record))
+        self.count += 1
+        self.num_bytes += len(record)
+        self._held += len(record)
+        if self._held > _BUCKET_MEMORY:
+            self._spill()
+
+    def _spill(self) -> None:
+        self._directory.mkdir(exist_ok=True)
+        for number, entries in enumerate(self._memory):
+            with open(self._directory / str(number), "ab") as file:
+                for digest, record in entries:
+                    file.write(_ENTRY.pack(digest, len(record)))
+                    file.write(record)
+            entries.clear()
+        self._held = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for number, entries in enumerate(self._memory):
+            path = self._directory / str(number)
+            if path.exists():
+                entries = entries + list(_read_entries(path))
+                path.unlink()
+            for _, record in sorted(entries, key=lambda entry: entry[0]):
+                yield record
+        if self._directory.exists():
+            self._directory.rmdir()
+
+
+def _read_entries(path: Path) -> Iterator[tuple[bytes, bytes]]:
+    with open(path, "rb") as file:
+        while header := file.read(_ENTRY.size):
+            digest, length = _ENTRY.unpack(header)
+            yield digest, file.read(length)
+
+
+def _write_shards(directory: Path, name: str, split: str, records: _SortedByHash) -> tfds.core.SplitInfo:
+    num_shards = shard_utils.ShardConfig().get_number_shards(records.num_bytes, records.count)
+    boundaries = shard_utils.get_shard_boundaries(records.count, num_shards)
+    template = shard_template(directory, name, split)
+    lengths = [high - low for low, high in zip([0, *boundaries], boundaries, strict=False)]
+    stream = iter(records)
+    for shard, length in enumerate(lengths):
+        path = template.sharded_filepath(shard_index=shard, num_shards=num_shards)
+        write_array_record(Path(path), (next(stream) for _ in range(length)))
+    return tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=records.num_bytes, filename_template=template
+    )
+
+
+def shard_template(directory: Path, name: str, split: str) -> tfds.core.ShardedFileTemplate:
+    """Returns the names of the shards of a split, as TFDS spells them."""
+    return tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+
+
+def write_array_record(path: Path, records: Iterable[bytes]) -> None:
+    """Writes one ArrayRecord file, one record to a group so that each can be read without its neighbours."""
+    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    try:
+        for record in records:
+            writer.write(record)
+    finally:
+        writer.close()
+
+
+def write_metadata(directory: Path, dataset: Dataset, splits: list[tfds.core.SplitInfo]) -> None:
+    """Writes dataset_info.json and features.json."""
+    info = tfds_dataset_info.DatasetInfo(
+        builder=tfds_dataset_info.DatasetIdentity(
+            name=dataset.name,
+            version=tfds.core.Version(dataset.version),
+            data_dir=os.fspath(directory),
+            module_name="",
+        ),
+        description=dataset.description,
+        features=dataset.features,
+        supervised_keys=None,
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    info.set_splits(tfds.core.SplitDict(splits))
+    info.write_to_directory(directory)
