@@ -1,0 +1,161 @@
+"""The record of a run: metrics.jsonl, one JSON object a line, each with its `step` and `split`.
+
+Numbers that JSON cannot hold (NaN, inf) are written as null, which every reader accepts, and read back as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xception_jax.errors import WorkdirError
+from xception_jax.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a scalar of Python, NumPy or JAX as what JSON can hold."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    value = np.asarray(value).item()  # ValueError for more than one element
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _parse(content: bytes) -> Iterator[dict[str, Any] | None]:
+    """Yields the entry of each line, None for a line that is torn or damaged."""
+    for line in content.splitlines():
+        try:
+            entry = json.loads(line)
+            yield entry if isinstance(entry["step"], int) and isinstance(entry["split"], str) else None
+        except (ValueError, TypeError, KeyError):
+            yield None
+
+
+def _encode(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, allow_nan=False).encode() + b"\n"
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the entries of a metrics.jsonl in their order: none if there is no file, and no torn line.
+
+    A run that is writing the file may be going on. Null is read as NaN.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    entries = [entry for entry in _parse(content) if entry is not None]
+    return [{name: math.nan if value is None else value for name, value in entry.items()} for entry in entries]
+
+
+class MetricsLog:
+    """Appends to a metrics.jsonl, which after any crash and resume holds each entry once and each line whole.
+
+    Opening it for a run that starts or resumes at `step` drops the entries after `step`, because the run will write
+    them again, and lines that a kill or a power cut left torn. An entry goes to the operating system as one write
+    before `write` returns, so a kill -9 loses none. If the disk is full or fails, that is one warning: entries wait
+    in memory, and each later call tries again.
+
+    Args:
+      path: the file; its directory exists.
+      step: the step of the state that the run starts from; 0 for a new one.
+
+    Raises:
+      WorkdirError: the file cannot be opened, or not be repaired.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], step: int = 0):
+        self._path = Path(path)
+        self._waiting: list[bytes] = []
+        self._warned = False
+        try:
+            entries = self._repair(step)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self._size = os.fstat(self._file).st_size
+        except OSError as error:
+            raise WorkdirError(
+                f"the metrics file cannot be used ({error.strerror})",
+                str(self._path),
+                "free space there, make it writable, or choose another work directory",
+            ) from error
+        self._written = {(entry["step"], entry["split"]) for entry in entries}
+
+    def _repair(self, step: int) -> list[dict[str, Any]]:
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            return []
+        parsed = list(_parse(content))
+        entries = [entry for entry in parsed if entry is not None and entry["step"] <= step]
+        repaired = b"".join(map(_encode, entries))
+        if repaired != content:
+            write_atomically(self._path, repaired)
+        if damaged := parsed.count(None):
+            log.warning("%s: left out %d damaged line%s", self._path, damaged, "s" * (damaged > 1))
+        return entries
+
+    def has(self, step: int, split: str) -> bool:
+        """Whether there is an entry of this step and split, also one from before a resume."""
+        return (step, split) in self._written
+
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+        """Appends one entry; values are scalars (Python, NumPy, JAX) or strings.
+
+        Raises:
+          ValueError: a value is not a scalar.
+        """
+        entry = {"step": int(step), "split": split} | {name: _plain(value) for name, value in values.items()}
+        self._waiting.append(_encode(entry))
+        self._written.add((entry["step"], split))
+        self._flush()
+
+    def _flush(self) -> bool:
+        data = b"".join(self._waiting)
+        try:
+            done = 0
+            while done < len(data):  # a disk that fills up takes a part of a write, and fails the next
+                done += os.write(self._file, data[done:])
+        except OSError as error:
+            self._warn(error)
+            # The file keeps whole lines only; what is waiting is written again from its start. Making a file shorter
+            # needs no space.
+            os.ftruncate(self._file, self._size)
+            return False
+        self._waiting.clear()
+        self._size += len(data)
+        return True
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            log.warning(
+                "%s: cannot be written (%s); training goes on, and entries wait in memory until it can",
+                self._path,
+                error.strerror,
+            )
+        self._warned = True
+
+    def sync(self) -> None:
+        """Puts all entries on the disk: to be called before a checkpoint counts as saved.
+
+        Otherwise a power cut could keep the checkpoint and lose the entries before it, which no resume writes again.
+        """
+        if self._flush():
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                self._warn(error)
+
+    def close(self) -> None:
+        """Syncs and closes the file; entries that still cannot be written are lost."""
+        self.sync()
+        if self._waiting:
+            log.warning("%s: %d entries could not be written", self._path, len(self._waiting))
+        os.close(self._file)

@@ -1,0 +1,258 @@
+"""report.html: what a run was, what came out and what it cost, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from ml_collections import ConfigDict
+from PIL import Image
+
+from xception_jax import config as config_lib
+from xception_jax.evaluation.metrics import (
+    Predictions,
+    class_average_precision,
+    confusion_matrix,
+    expected_calibration_error,
+    most_confused,
+    wilson_interval,
+)
+from xception_jax.files import write_atomically
+from xception_jax.logs.figures import BLUE, GREY, VERMILION, Line, line_figure
+from xception_jax.logs.progress import format_count, format_duration
+
+_MAX_CLASSES = 30  # a larger confusion matrix cannot be read
+_MAX_ROWS = 20
+_THUMBNAIL = 160  # pixels
+
+
+class RunInfo(TypedDict, total=False):
+    """What a report tells about a run besides its config and metrics. What is absent is left out."""
+
+    devices: str  # '8 x NVIDIA H100'
+    parameters: int
+    multiply_adds: int  # per image, forward
+    total_steps: int
+    wall_seconds: float  # over all starts of the run
+    seconds_to_first_step: float  # of the last start
+    eval_images_per_second: float
+    peak_memory_bytes: int  # on one device
+    command: str
+    commit: str
+    versions: dict[str, str]
+
+
+def choose_examples(predictions: Predictions, count: int = 12) -> tuple[list[int], list[int]]:
+    """Returns the indices of the examples that a report shows: an even sample, and the surest of the mistakes."""
+    number = min(count, len(predictions.index))
+    sample = np.linspace(0, len(predictions.index), number, endpoint=False).astype(int)
+    wrong = np.flatnonzero(~predictions.right)
+    surest = wrong[np.argsort(-predictions.probabilities[wrong, 0], kind="stable")][:count]
+    return predictions.index[sample].tolist(), predictions.index[surest].tolist()
+
+
+def write_report(
+    workdir: str | os.PathLike[str],
+    *,
+    config: ConfigDict,
+    metrics: Sequence[dict[str, Any]],
+    info: RunInfo,
+    predictions: Predictions | None = None,
+    class_names: Sequence[str] = (),
+    images: Mapping[int, np.ndarray] | None = None,
+) -> Path:
+    """Writes `workdir`/report.html. A part for which there is no input, as after an interruption, is left out.
+
+    Args:
+      workdir: the work directory.
+      config: resolved.
+      metrics: the entries of metrics.jsonl.
+      info: see `RunInfo`.
+      predictions: those on the test split.
+      class_names: in the order of the classes; a class without a name appears with its number.
+      images: uint8 [h, w, 3] by index, best those of `choose_examples`; others are not shown.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      OSError: it could not be written; an older report is then untouched.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "number": _number, "duration": format_duration, "count": format_count}
+    names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.model.num_classes))]
+    multi_label = config.loss.name == "sigmoid"
+    last_step = max((entry["step"] for entry in metrics), default=0)
+    context = {
+        "title": config.name or Path(workdir).resolve().name,
+        "config": config,
+        "config_json": config_lib.save_json(config),
+        "changes": _changes(config),
+        "info": info,
+        "last_step": last_step,
+        "interrupted": last_step < info.get("total_steps", 0),
+        "result": _result(config, metrics),
+        "figures": _figures(config, metrics),
+        "multi_label": multi_label,
+        "errors": None if predictions is None else _errors(predictions, names),
+        "examples": _examples(predictions, names, images) if predictions is not None and images else [],
+        "train_images_per_second": _median(metrics, "images_per_second"),
+    }
+    path = Path(workdir) / "report.html"
+    write_atomically(path, environment.get_template("report.html").render(context).encode())
+    return path
+
+
+def _percent(share: float | None, digits: int = 2) -> str:
+    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [entry[name] for entry in metrics if entry["split"] == "train" and entry.get(name) is not None]
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else None
+
+
+def _changes(config: ConfigDict) -> list[tuple[str, Any, Any, str]]:
+    """Returns (field, value, default, where the default comes from) of what this run sets otherwise."""
+    changes = []
+    for name, field in config_lib.FIELDS.items():
+        node: Any = config
+        for key in name.split("."):
+            node = node[key]
+        value = tuple(node) if isinstance(node, list) else node
+        if value != field.default and name != "name":
+            changes.append((name, value, field.default, field.source))
+    return changes
+
+
+def _result(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the rows of the result: of the test split, else of the last time on the development split."""
+    entries = [entry for split in ("dev", "test") for entry in metrics if entry["split"] == split]
+    if not entries:
+        return None
+    entry = entries[-1]
+    rows = []
+    # The average comes first, as it is what the paper evaluates: the better of the two would be a choice on the test.
+    for label, prefix in (("Polyak average", "ema_"), ("last weights", "")):
+        values = {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
+        main = values.get("map_at_k" if config.loss.name == "sigmoid" else "top1")
+        if main is not None:
+            low, high = wilson_interval(main, entry.get("count", 0))
+            rows.append({"label": label, "averaged": bool(prefix), "main": main, "low": low, "high": high, **values})
+    split = {"test": config.data.test_split, "dev": config.data.eval_split}[entry["split"]]
+    return {"rows": rows, "split": split, **entry, "is_test": entry["split"] == "test"} if rows else None
+
+
+def _figures(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    train, raw, average = (
+        {"color": GREY, "linewidth": 1},
+        {"color": BLUE, "linewidth": 1.6},
+        {"color": VERMILION, "linewidth": 1.6, "linestyle": (0, (4, 2))},
+    )
+    multi_label = config.loss.name == "sigmoid"
+    quality, title = ("map_at_k", f"MAP@{config.evaluation.map_at}") if multi_label else ("top1", "Top-1 accuracy")
+
+    def lines(name: str) -> list[Line]:
+        return [
+            Line("train", name, "training", train),
+            Line("dev", name, "development", raw),
+            Line("dev", f"ema_{name}", "development, Polyak average", average),
+        ]
+
+    smoothing = config.loss.label_smoothing
+    loss_note = "The training loss is that of augmented images" + (
+        f", with labels smoothed by {smoothing:g}" * bool(smoothing)
+    )
+    figures = [
+        ("Loss", loss_note + ".", line_figure(metrics, lines("loss"))),
+        (title, "", line_figure(metrics, lines(quality), percent=True)),
+        ("Learning rate", "", line_figure(metrics, [Line("train", "learning_rate", "", raw)])),
+    ]
+    # The only markup that is not escaped: no name or value from outside is in it.
+    return [{"title": t, "note": note, "svg": Markup(svg)} for t, note, svg in figures if svg]
+
+
+def _errors(predictions: Predictions, names: list[str]) -> dict[str, Any]:
+    """Returns what is right and wrong, class by class: a matrix, a list of pairs, or average precisions."""
+    n, right = len(predictions.index), int(predictions.right.sum())
+    errors: dict[str, Any] = {"n": n, "right": right, "share": right / n if n else math.nan, "depth": 0}
+    if predictions.multi_label:
+        precisions, counts = class_average_precision(predictions), predictions.label.sum(axis=0)
+        order = [int(c) for c in np.argsort(-np.nan_to_num(precisions, nan=-1), kind="stable") if counts[c]]
+        shown = order if len(order) <= _MAX_CLASSES else order[: _MAX_ROWS // 2] + order[-_MAX_ROWS // 2 :]
+        rows = [(names[c], int(counts[c]), float(precisions[c])) for c in shown]
+        return errors | {
+            "kind": "precision",
+            "rows": rows,
+            "classes": len(order),
+            "depth": predictions.classes.shape[1],
+        }
+    errors["calibration"] = expected_calibration_error(predictions)
+    if len(names) > _MAX_CLASSES:
+        totals = np.bincount(predictions.label, minlength=len(names))
+        pairs = [(names[a], names[b], k, k / totals[a]) for a, b, k in most_confused(predictions, _MAX_ROWS)]
+        return errors | {"kind": "pairs", "rows": pairs}
+    matrix = confusion_matrix(predictions, len(names))
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # How strongly a cell is tinted. Mistakes are few: the root makes them visible beside the diagonal.
+    tints = np.where(np.eye(len(names), dtype=bool), shares, np.sqrt(shares)).round(3)
+    cells = [list(zip(*row, strict=True)) for row in zip(matrix.tolist(), tints.tolist(), strict=True)]
+    return errors | {"kind": "matrix", "rows": list(zip(names, cells, strict=True))}
+
+
+def _examples(
+    predictions: Predictions, names: list[str], images: Mapping[int, np.ndarray]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    position = {int(index): i for i, index in enumerate(predictions.index)}
+
+    def card(index: int) -> dict[str, Any]:
+        i = position[index]
+        label = predictions.label[i]
+        true = np.flatnonzero(label) if predictions.multi_label else [label]
+        best = list(zip(predictions.classes[i], predictions.probabilities[i], strict=True))
+        guesses = [(names[c], float(p), c in true) for c, p in (best[:3] if predictions.multi_label else best[:1])]
+        return {
+            "index": index,
+            "source": _data_uri(images[index]),
+            "pixelated": max(images[index].shape[:2]) <= 64,
+            "right": bool(predictions.right[i]),
+            "true": ", ".join(names[c] for c in true) or "no label",
+            "guesses": guesses,
+        }
+
+    sample, mistakes = choose_examples(predictions)
+    groups = [("An even sample", sample), ("The surest mistakes", mistakes)]
+    shown = [(title, [card(index) for index in chosen if index in images]) for title, chosen in groups]
+    return [(title, cards) for title, cards in shown if cards]
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels.squeeze())
+    buffer = io.BytesIO()
+    if max(image.size) <= 64:
+        image.save(buffer, "PNG")
+    else:  # a photograph is ten times smaller as JPEG
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        image.save(buffer, "JPEG", quality=85)
+    kind = "png" if max(pixels.shape[:2]) <= 64 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
