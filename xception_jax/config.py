@@ -52,6 +52,7 @@ class Field:
     check: Check
     expects: str
     source: str
+    kind: type = int  # of the value, where the default is None
 
 
 def _whole(value: Any) -> int:
@@ -113,12 +114,12 @@ def choice_or_whole(default: str | int, word: tuple[str, ...], low: int, source:
     return Field(default, check, " or ".join(map(repr, word)) + f", or a whole number of at least {low}", source)
 
 
-def flag(default: bool, source: str) -> Field:
+def flag(default: bool | None, source: str) -> Field:
     def check(value):
         _require(isinstance(value, bool))
         return value
 
-    return Field(default, check, "True or False", source)
+    return Field(default, check, "True or False", source, kind=bool)
 
 
 def text(default: str, source: str) -> Field:
@@ -181,8 +182,12 @@ FIELDS: dict[str, Field] = {
     "model.dtype": choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation"),
     "model.batch_norm.momentum": number(0.99, 0.0, 1.0, "reference: Keras"),
     "model.batch_norm.epsilon": number(1e-3, 0.0, 1.0, "reference: Keras", above=True),
-    "model.batch_norm.scale": flag(True, "paper: table 3 counts it; the released weights were trained without"),
-    "model.batch_norm.statistics": choice_or_whole("global", ("global", "device"), 1, "inferred: the paper's is per device"),
+    "model.batch_norm.scale": flag(
+        None, "paper: table 3 counts it; None is True, and False for Inception V3 (reference)"
+    ),
+    "model.batch_norm.statistics": choice_or_whole(
+        "global", ("global", "device"), 1, "inferred: the paper's is per device"
+    ),
     # --- the data ------------------------------------------------------------------------------------------------
     "data.name": text("imagenet2012", "paper: section 4.1; a TFDS name, or 'synthetic'"),
     "data.data_dir": text("", "local: empty is TFDS_DATA_DIR, else ~/tensorflow_datasets"),
@@ -240,7 +245,7 @@ FIELDS: dict[str, Field] = {
 
 # model.* fields that only Xception reads, and those that module='inception' replaces: any other value than the
 # default would be accepted and ignored, so it is refused.
-_XCEPTION_ONLY = (
+XCEPTION_ONLY = (
     "middle_blocks segments group_width order intermediate_activation module residual depth_multiplier kernel_size stem"
 ).split()
 _SEPARABLE_ONLY = "segments group_width order intermediate_activation depth_multiplier".split()
@@ -256,7 +261,7 @@ def default_config() -> ConfigDict:
             if parent not in node:
                 node[parent] = ConfigDict(type_safe=False)
             node = node[parent]
-        node[leaf] = config_dict.placeholder(int) if field.default is None else field.default
+        node[leaf] = config_dict.placeholder(field.kind) if field.default is None else field.default
     return config
 
 
@@ -286,7 +291,9 @@ def _resolve(config: ConfigDict, prefix: str) -> ConfigDict:
             value = field.check(value)
         except (ValueError, TypeError, re.error, OverflowError):
             raise ConfigError(
-                f"config.{name} is {value!r}", f"config.{name}", f"set it to {field.expects} (default: {field.default!r})"
+                f"config.{name} is {value!r}",
+                f"config.{name}",
+                f"set it to {field.expects} (default: {field.default!r})",
             ) from None
         *parents, leaf = name.split(".")
         node = resolved
@@ -330,9 +337,11 @@ def resolve_model(model: ConfigDict) -> ConfigDict:
             )
 
     if model.name != "xception":
-        refuse_ignored(_XCEPTION_ONLY, f"model.name={model.name!r}")
+        refuse_ignored(XCEPTION_ONLY, f"model.name={model.name!r}")
     else:
         refuse_ignored(["aux_head"], "model.name='xception'")
+    if model.batch_norm.scale is None:
+        model.batch_norm.scale = model.name != "inception_v3"
     if model.module == "inception":
         refuse_ignored(_SEPARABLE_ONLY, "model.module='inception'")
     if model.fc_layers == 0:

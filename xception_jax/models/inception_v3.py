@@ -1,0 +1,148 @@
+"""Inception V3, the paper's baseline: the canonical network, and the 2016 graph that table 3 of the paper counts.
+
+The canonical one is TF-Slim's and today's Keras'. The 2016 graph, the first that Keras released, differs in six
+places; its 23,626,728 parameters are the number in table 3.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from xception_jax import ops
+from xception_jax.models.layers import BatchNorm, Conv, Dtype, Head
+from xception_jax.models.modules import Norm
+
+
+class InceptionV3(nn.Module):
+    """Inception V3 (Szegedy et al. 2015, arXiv 1512.00567), eleven modules `mixed0` to `mixed10`.
+
+    Attributes:
+      num_classes, width_multiplier, fc_layers, fc_width, dropout_rate, norm, dtype: as in `config.model`.
+      graph_2016: builds the 2016 graph: convolutions with bias, ReLU before BN, 32 filters in the pool projection
+        of mixed1 and mixed2, 160 in the first convolution of mixed7's double 7 x 7, average pooling in mixed8.
+      aux_head: adds the auxiliary classifier on mixed7; while training, `endpoints['aux_logits']`.
+      padding: 'symmetric' counts the padding in average pools, as PyTorch ports do.
+    """
+
+    num_classes: int = 1000
+    width_multiplier: float = 1.0
+    graph_2016: bool = False
+    aux_head: bool = False
+    fc_layers: int = 0
+    fc_width: int = 4096
+    dropout_rate: float = 0.5
+    norm: Norm = BatchNorm
+    padding: str = "same"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w 3"], train: bool = False):
+        """Returns (logits [b, num_classes], endpoints `mixed0` to `mixed10` and `pre_logits`), images in [-1, 1]."""
+        old = self.graph_2016
+        endpoints = {}
+
+        def conv(x, features, kernel_size, name, *, stride=1, padding="SAME"):
+            features = max(1, round(features * self.width_multiplier))
+            x = Conv(features, kernel_size, stride, padding, use_bias=old, dtype=self.dtype, name=name)(x)
+            norm = self.norm(name=f"{name}_bn")
+            return norm(nn.relu(x), train) if old else nn.relu(norm(x, train))
+
+        def tower(x, name, *layers, last_stride=1):
+            """Convolves by each (features, kernel_size) in turn; a strided last one is not padded."""
+            for i, (features, kernel_size) in enumerate(layers):
+                strided = last_stride > 1 and i == len(layers) - 1
+                stride, padding = (last_stride, "VALID") if strided else (1, "SAME")
+                x = conv(x, features, kernel_size, f"{name}_{i}", stride=stride, padding=padding)
+            return x
+
+        def pooled(x, features, name):
+            average = ops.avg_pool(x, count_padding=self.padding == "symmetric")
+            return conv(average, features, (1, 1), f"{name}_pool_0")
+
+        def concatenate(name, *towers):
+            endpoints[name] = jnp.concatenate(towers, axis=-1)
+            return endpoints[name]
+
+        x = conv(images, 32, (3, 3), "stem_0", stride=2, padding="VALID")  # [b, 149, 149, 32]
+        x = conv(x, 32, (3, 3), "stem_1", padding="VALID")
+        x = conv(x, 64, (3, 3), "stem_2")  # [b, 147, 147, 64]
+        x = ops.max_pool(x, padding="VALID")
+        x = conv(x, 80, (1, 1), "stem_3", padding="VALID")
+        x = conv(x, 192, (3, 3), "stem_4", padding="VALID")
+        x = ops.max_pool(x, padding="VALID")  # [b, 35, 35, 192]
+
+        # mixed0 to mixed2: 35 x 35.
+        for module, projection in ((0, 32), (1, 32 if old else 64), (2, 32 if old else 64)):
+            name = f"mixed{module}"
+            x = concatenate(
+                name,
+                tower(x, f"{name}_1x1", (64, (1, 1))),
+                tower(x, f"{name}_5x5", (48, (1, 1)), (64, (5, 5))),
+                tower(x, f"{name}_3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
+                pooled(x, projection, name),
+            )
+
+        x = concatenate(  # [b, 17, 17, 768]
+            "mixed3",
+            tower(x, "mixed3_3x3", (384, (3, 3)), last_stride=2),
+            tower(x, "mixed3_3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last_stride=2),
+            ops.max_pool(x, padding="VALID"),
+        )
+
+        # mixed4 to mixed7: 17 x 17, with 7 x 7 convolutions factorised into 1 x 7 and 7 x 1.
+        for module, features in ((4, 128), (5, 160), (6, 160), (7, 192)):
+            name, f = f"mixed{module}", features
+            first = 160 if old and module == 7 else f
+            double = ((first, (1, 1)), (f, (7, 1)), (f, (1, 7)), (f, (7, 1)), (192, (1, 7)))
+            x = concatenate(
+                name,
+                tower(x, f"{name}_1x1", (192, (1, 1))),
+                tower(x, f"{name}_7x7", (f, (1, 1)), (f, (1, 7)), (192, (7, 1))),
+                tower(x, f"{name}_7x7dbl", *double),
+                pooled(x, 192, name),
+            )
+        if self.aux_head:
+            aux_logits = self._aux_head(x, conv)
+            if train:
+                endpoints["aux_logits"] = aux_logits
+
+        seven = ((192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)))
+        x = concatenate(  # [b, 8, 8, 1280]
+            "mixed8",
+            tower(x, "mixed8_3x3", (192, (1, 1)), (320, (3, 3)), last_stride=2),
+            tower(x, "mixed8_7x7x3", *seven, last_stride=2),
+            ops.avg_pool(x, 3, 2, "VALID") if old else ops.max_pool(x, padding="VALID"),
+        )
+
+        # mixed9 and mixed10: 8 x 8, the last convolution split into 1 x 3 beside 3 x 1.
+        for module in (9, 10):
+            name = f"mixed{module}"
+            tower_1x1 = tower(x, f"{name}_1x1", (320, (1, 1)))
+            tower_3x3 = tower(x, f"{name}_3x3", (384, (1, 1)))
+            double = tower(x, f"{name}_3x3dbl", (448, (1, 1)), (384, (3, 3)))
+            x = concatenate(
+                name,
+                tower_1x1,
+                conv(tower_3x3, 384, (1, 3), f"{name}_3x3_1x3"),
+                conv(tower_3x3, 384, (3, 1), f"{name}_3x3_3x1"),
+                conv(double, 384, (1, 3), f"{name}_3x3dbl_1x3"),
+                conv(double, 384, (3, 1), f"{name}_3x3dbl_3x1"),
+                pooled(x, 192, name),
+            )
+
+        head = Head(self.num_classes, self.fc_layers, self.fc_width, self.dropout_rate, self.dtype, name="head")
+        logits, endpoints["pre_logits"] = head(x, train)
+        return logits, endpoints
+
+    def _aux_head(self, x, conv):
+        """The auxiliary classifier of Szegedy et al., section 4, as in TF-Slim: [b, 17, 17, 768] to logits."""
+        x = ops.avg_pool(x, 5, 3, "VALID")  # [b, 5, 5, 768]
+        x = conv(x, 128, (1, 1), "aux_0")
+        x = conv(x, 768, x.shape[1:3], "aux_1", padding="VALID")  # [b, 1, 1, 768]
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        init = nn.initializers.glorot_uniform()
+        return nn.Dense(self.num_classes, dtype=dtype, param_dtype=dtype, kernel_init=init, name="aux_predictions")(
+            x[:, 0, 0].astype(dtype)
+        )

@@ -1,0 +1,140 @@
+"""Layers that every network here is made of: convolution, BatchNorm, and the classifier at the end."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from xception_jax import ops
+from xception_jax.ops.padding import Padding
+
+Dtype = jnp.dtype
+
+# Keras' default for convolutions. On a depthwise kernel its standard deviation at 728 channels is a nineteenth of
+# that of Flax' default.
+glorot_uniform = nn.initializers.glorot_uniform()
+
+
+def param_dtype(dtype: Dtype) -> Dtype:
+    """Parameters and statistics are float32 whatever the computation is in, unless it is in float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Conv(nn.Module):
+    """A convolution over images, with any number of channel segments.
+
+    Attributes:
+      features: filters.
+      kernel_size: (height, width).
+      stride: of rows and columns.
+      padding: 'SAME', 'VALID' or 'SYMMETRIC'.
+      segments: equal parts of the channels that are convolved separately; all channels is a depthwise convolution.
+      use_bias: adds a learned constant to each filter.
+      dtype: of the computation.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: Padding = "SAME"
+    segments: int = 1
+    use_bias: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow f"]:
+        shape = (*self.kernel_size, x.shape[-1] // self.segments, self.features)
+        kernel = self.param("kernel", glorot_uniform, shape, param_dtype(self.dtype))
+        y = ops.conv(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            segments=self.segments,
+            stride=self.stride,
+            padding=self.padding,
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype(self.dtype))
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel by its mean and variance over the images of a group and all pixels.
+
+    While training, the batch is cut into groups of consecutive images; each is normalised by its own statistics, and
+    the running averages move towards the mean of the groups' statistics. The variance is the biased one, as in Keras.
+
+    Attributes:
+      momentum: share of the running averages that a step keeps.
+      epsilon: added to the variance.
+      use_scale: learns a factor for each channel (gamma); the constant (beta) is always learned.
+      statistics: 'global' is one group; 'device' one for each device of the ambient mesh, which needs no
+        communication before the next layer; a number is the images in each group.
+      dtype: of the result; statistics are always computed in float32 or better.
+    """
+
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    use_scale: bool = True
+    statistics: str | int = "global"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        channels, dtype = x.shape[-1:], param_dtype(self.dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
+        beta = self.param("bias", nn.initializers.zeros, channels, dtype)
+        gamma = self.param("scale", nn.initializers.ones, channels, dtype) if self.use_scale else 1.0
+        if not train:
+            factor = jax.lax.rsqrt(running_var.value + self.epsilon) * gamma
+            return (x * factor + (beta - running_mean.value * factor)).astype(self.dtype)
+
+        grouped = x.reshape(self._num_groups(x.shape[0]), -1, *x.shape[1:]).astype(dtype)
+        mean = grouped.mean((1, 2, 3), keepdims=True)
+        # One pass over x for both sums, and one all-reduce where the group spans devices.
+        var = jnp.maximum(jnp.square(grouped).mean((1, 2, 3), keepdims=True) - jnp.square(mean), 0.0)
+        if not self.is_initializing():
+            for running, batch in ((running_mean, mean), (running_var, var)):
+                running.value += (1 - self.momentum) * (batch.mean((0, 1, 2, 3)) - running.value)
+        factor = jax.lax.rsqrt(var + self.epsilon) * gamma
+        return (grouped * factor + (beta - mean * factor)).astype(self.dtype).reshape(x.shape)
+
+    def _num_groups(self, batch: int) -> int:
+        if self.statistics == "global":
+            return 1
+        if self.statistics == "device":
+            # The batch is sharded over all axes of the mesh, in order: a group is what one device holds.
+            devices = jax.sharding.get_abstract_mesh().size
+            return devices if batch % devices == 0 else 1
+        if batch % int(self.statistics):
+            raise ValueError(f"a batch of {batch} images is not divisible by groups of {self.statistics}")
+        return batch // int(self.statistics)
+
+
+class Head(nn.Module):
+    """Global average pooling, optional fully connected layers, dropout, logistic regression (sections 3 and 4.2).
+
+    Returns (logits [b, num_classes], pre_logits [b, c]); both at least float32.
+    """
+
+    num_classes: int
+    fc_layers: int = 0
+    fc_width: int = 4096
+    dropout_rate: float = 0.5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool):
+        dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.mean((1, 2), dtype=dtype)
+        for layer in range(1, self.fc_layers + 1):
+            x = nn.relu(dense(self.fc_width, dtype=self.dtype, param_dtype=dtype, name=f"fc{layer}")(x))
+        pre_logits = x.astype(dtype)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(pre_logits)
+        return dense(self.num_classes, dtype=dtype, param_dtype=dtype, name="predictions")(x), pre_logits

@@ -1,0 +1,30 @@
+"""What SAME, VALID and SYMMETRIC mean, in rows and columns of zeros."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Padding = Literal["SAME", "VALID", "SYMMETRIC"]
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+def explicit_padding(padding: Padding, size: tuple[int, int], window: tuple[int, int], stride: int) -> Pads:
+    """Returns ((top, bottom), (left, right)) for an image of `size` (height, width).
+
+    SAME is TensorFlow's: the output has ceil(size / stride) rows, and where the number of padded rows is odd
+    the extra one is at the bottom. SYMMETRIC pads `window // 2` on each side, as PyTorch ports do. They differ
+    for stride 2 wherever the side is even.
+    """
+    if padding == "VALID":
+        return (0, 0), (0, 0)
+    if padding == "SYMMETRIC":
+        return (window[0] // 2, window[0] // 2), (window[1] // 2, window[1] // 2)
+    if padding != "SAME":
+        raise ValueError(f"padding is {padding!r}; it must be 'SAME', 'VALID' or 'SYMMETRIC'")
+    total = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)]
+    return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
+
+
+def strided(x, top: int, left: int, rows: int, columns: int, stride: int):
+    """Returns every `stride`-th row and column of x [b, h, w, c] from (top, left): [b, rows, columns, c]."""
+    return x[:, top : top + (rows - 1) * stride + 1 : stride, left : left + (columns - 1) * stride + 1 : stride]

@@ -1,0 +1,90 @@
+"""Max and average pooling."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, strided
+
+
+def max_pool(
+    x: Float[Array, "b h w c"], window: int = 3, stride: int = 2, padding: Padding = "SAME"
+) -> Float[Array, "b oh ow c"]:
+    """Returns the largest value in each window; of equal ones the first gets the gradient."""
+    return _max_pool(x, window, stride, explicit_padding(padding, x.shape[1:3], (window, window), stride))
+
+
+def _reduce_window_max(x, window: int, stride: int, pads: Pads):
+    return lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, window: int, stride: int, pads: Pads):
+    return _reduce_window_max(x, window, stride, pads)
+
+
+def _max_pool_forward(x, window: int, stride: int, pads: Pads):
+    y = _reduce_window_max(x, window, stride, pads)
+    return y, (x, y)
+
+
+def _max_pool_backward(window: int, stride: int, pads: Pads, residuals, dy):
+    def select_and_scatter(x, y, dy):
+        return jax.vjp(lambda x: _reduce_window_max(x, window, stride, pads), x)[1](dy)[0]
+
+    def first_hit(x, y, dy):
+        return _first_hit_gradient(x, y, dy, window, stride, pads)
+
+    # XLA's CPU backend runs select-and-scatter one element at a time.
+    return (lax.platform_dependent(*residuals, dy, cpu=first_hit, default=select_and_scatter),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
+    """Walks over the window's taps: the first that equals the maximum takes dy."""
+    _, rows, columns, _ = y.shape
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    zero = jnp.zeros((), dy.dtype)
+    found = jnp.zeros(y.shape, bool)
+    dx = jnp.zeros(padded.shape, dy.dtype)
+    for i in range(window):
+        for j in range(window):
+            hit = (strided(padded, i, j, rows, columns, stride) == y) & ~found
+            found |= hit
+            high = [
+                n - k - (m - 1) * stride - 1 for n, k, m in zip(padded.shape[1:3], (i, j), y.shape[1:3], strict=True)
+            ]
+            places = [(0, 0, 0), (i, high[0], stride - 1), (j, high[1], stride - 1), (0, 0, 0)]
+            dx += lax.pad(jnp.where(hit, dy, zero), zero, places)
+    (top, _), (left, _) = pads
+    return lax.slice(dx, (0, top, left, 0), (x.shape[0], top + x.shape[1], left + x.shape[2], x.shape[3]))
+
+
+def avg_pool(
+    x: Float[Array, "b h w c"],
+    window: int = 3,
+    stride: int = 1,
+    padding: Padding = "SAME",
+    *,
+    count_padding: bool = False,
+) -> Float[Array, "b oh ow c"]:
+    """Returns the mean of each window; padded positions count as zeros only with `count_padding` (PyTorch)."""
+    pads = explicit_padding(padding, x.shape[1:3], (window, window), stride)
+
+    def window_sum(x):
+        return lax.reduce_window(
+            x, 0.0, lax.add, (1, window, window, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
+        )
+
+    if count_padding:
+        return window_sum(x) / window**2
+    return window_sum(x) / window_sum(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
