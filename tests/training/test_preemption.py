@@ -1,0 +1,151 @@
+"""Real signals to real processes: what the run does with the first and with the second."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from xception_jax.errors import PreemptedError
+from xception_jax.training.preemption import Preemption
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+# A loop as the trainer's: one line for each step, 'stopped' and exit code 75 when it was told to.
+LOOP = """
+    import sys, time
+    from xception_jax.errors import PreemptedError
+    from xception_jax.training.preemption import Preemption
+    try:
+        with Preemption(lambda line: print(line, flush=True)) as preemption:
+            for step in range(1, 1000):
+                print("step", step, flush=True)
+                time.sleep(0.02)
+                if preemption.should_stop(step):
+                    raise preemption.error(step, "some/directory")
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+# The main thread stays in C for seconds, without the interpreter lock, as in a compilation: no Python handler runs.
+BUSY_IN_C = """
+    import hashlib
+    from xception_jax.training.preemption import Preemption
+    with Preemption(lambda line: print(line, flush=True)):
+        print("busy", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def read_until(process: subprocess.Popen, word: str) -> None:
+    deadline = threading.Timer(30, process.kill)
+    deadline.start()
+    try:
+        for line in process.stdout:
+            if word in line:
+                return
+        raise AssertionError(f"{word!r} never came: {process.stderr.read()}")
+    finally:
+        deadline.cancel()
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_first_signal_finishes_the_step_and_exits_75(signum):
+    process = start(LOOP)
+    read_until(process, "step 3")
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 75, errors
+    assert f"{signum.name}: stopping after this step" in output
+    assert errors.startswith(f"error: stopped by {signum.name} after step ")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_second_signal_exits_130_while_the_main_thread_is_inside_c(signum):
+    process = start(BUSY_IN_C)
+    read_until(process, "busy")
+    time.sleep(0.2)
+    process.send_signal(signum)
+    read_until(process, "stopping after this step")
+    start_time = time.monotonic()
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - start_time < 2
+    assert errors == f"{signum.name} after {signum.name}: ended at once, the last checkpoint is intact\n"
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_handlers_and_wakeup_are_restored(signum):
+    received = []
+    before = signal.signal(signum, lambda *_: received.append(signum))
+    try:
+        lines = []
+        with Preemption(lines.append) as preemption:
+            assert not preemption.requested
+            os.kill(os.getpid(), signum)
+            assert preemption.requested
+            assert preemption.should_stop(7)
+            error = preemption.error(7, "runs/a")
+        assert isinstance(error, PreemptedError)
+        assert str(error).splitlines()[1:] == ["  where: runs/a", "  fix:   run the same command to resume"]
+        assert received == []
+        assert len(lines) == 1
+        os.kill(os.getpid(), signum)  # would be the second, and end this process
+        assert received == [signum]
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signum, before)
+
+
+def test_refused_outside_the_main_thread():
+    failures = []
+
+    def enter():
+        try:
+            Preemption().__enter__()
+        except ValueError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert failures == ["signal handlers can only be installed in the main thread"]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = "import jax, sys\njax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n" + textwrap.dedent(LOOP)
+    processes = [start(code, address, str(i)) for i in range(2)]
+    try:
+        read_until(processes[1], "step 5")
+        processes[1].send_signal(signum)
+        outcomes = [process.communicate(timeout=30) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [75, 75], outcomes
+    messages = [next(line for line in errors.splitlines() if "error: stopped" in line) for _, errors in outcomes]
+    assert "stopped by a signal to another process" in messages[0]
+    assert f"stopped by {signum.name}" in messages[1]
+    assert messages[0].split("after step")[1] == messages[1].split("after step")[1]
