@@ -25,7 +25,6 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 MAX_BRIGHTNESS_DELTA = 32 / 255
 SATURATION = (0.5, 1.5)
 
-_STRIP_ROWS = 32
 _ORIENTATION_TAG = 0x0112
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -155,42 +154,26 @@ def to_float(image: UInt8[np.ndarray, "s s 3"], out: Float32[np.ndarray, "s s 3"
     np.subtract(out, np.float32(1), out=out)
 
 
-def distort_color(image: Float32[np.ndarray, "s s 3"], rng: np.random.Generator) -> None:
-    """Changes brightness and saturation at random, in random order, in place; values stay in [-1, 1].
+def to_float_with_distorted_color(
+    image: UInt8[np.ndarray, "s s 3"], out: Float32[np.ndarray, "s s 3"], rng: np.random.Generator
+) -> None:
+    """Does what `to_float` does, and changes brightness and saturation at random, in random order.
 
-    The "fast mode" of Inception's preprocessing: no hue, no contrast. Saturation is that of HSV, as in
-    tf.image.adjust_saturation. Between the two changes the values are clipped, which TF-Slim does only at the end: an
-    HSV saturation is not defined for a negative value.
+    The "fast mode" of Inception's preprocessing: no hue, no contrast; clipped to [-1, 1] at the end. Saturation is that
+    of HSV, as in tf.image.adjust_saturation: V is the largest of R, G, B, and S is (V - smallest) / V. Scaling S by f
+    turns each value c into V - (V - c) * f, but no further than S = 1, where the smallest is 0. Brightness shifts V and
+    leaves V - c as it is, so that both are one weighted sum, from uint8 to float32.
     """
-    brightness = rng.uniform(-MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA)
-    saturation = rng.uniform(*SATURATION)
-    if rng.integers(2):
-        _add_brightness(image, brightness)
-        _scale_saturation(image, saturation)
-    else:
-        _scale_saturation(image, saturation)
-        _add_brightness(image, brightness)
-
-
-def _add_brightness(image: np.ndarray, delta: float) -> None:
-    np.add(image, np.float32(2 * delta), out=image)
-    np.clip(image, -1, 1, out=image)
-
-
-def _scale_saturation(image: np.ndarray, factor: float) -> None:
-    # V is the largest of R, G, B, and S is (V - smallest) / V. Scaling S by f moves each value towards or away from V:
-    # V - (V - value) * f. It may scale no further than S = 1, where the smallest value is 0.
-    # A strip and its temporaries stay in the cache, and malloc need not ask the kernel for fresh pages.
-    for top in range(0, image.shape[0], _STRIP_ROWS):
-        strip = image[top : top + _STRIP_ROWS]
-        red, green, blue = cv2.split(strip)
-        value = cv2.max(cv2.max(red, green), blue)
-        values = cv2.merge((value, value, value))
-        if factor <= 1:
-            cv2.addWeighted(strip, factor, values, 1 - factor, 0, dst=strip)
-            continue
-        chroma = value - cv2.min(cv2.min(red, green), blue)
-        limit = np.minimum(np.float32(factor), (value + 1) / np.maximum(chroma, np.float32(1e-6)))
-        cv2.subtract(values, strip, dst=strip)
-        cv2.multiply(strip, cv2.merge((limit, limit, limit)), dst=strip)
-        cv2.subtract(values, strip, dst=strip)
+    brightness = 255 * rng.uniform(-MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA)
+    saturation = np.float32(rng.uniform(*SATURATION))
+    brightness_is_first = rng.integers(2)
+    image = np.ascontiguousarray(image)  # a flipped view has negative strides, which OpenCV does not take
+    red, green, blue = cv2.split(image)
+    value = cv2.max(cv2.max(red, green), blue)
+    chroma = cv2.subtract(value, cv2.min(cv2.min(red, green), blue))
+    seen = np.maximum(value + np.float32(brightness if brightness_is_first else 0), 0)
+    factor = np.minimum(saturation, seen / np.maximum(chroma, np.float32(1)))
+    values = cv2.merge((value, value, value))
+    cv2.multiply(cv2.subtract(values, image), cv2.merge((factor, factor, factor)), dst=out, dtype=cv2.CV_32F)
+    cv2.addWeighted(values, 2 / 255, out, -2 / 255, 2 / 255 * brightness - 1, dst=out, dtype=cv2.CV_32F)
+    np.clip(out, -1, 1, out=out)

@@ -243,9 +243,11 @@ class _LoadBatch:
             view = images.central_view(image, self._size, self._eval_crop)
             images.to_float(images.shifted_view(view, self._shift, rng), out)
             return
-        images.to_float(images.inception_view(image, self._size, self._crop_area, rng), out)
+        view = images.inception_view(image, self._size, self._crop_area, rng)
         if self._color:
-            images.distort_color(out, rng)
+            images.to_float_with_distorted_color(view, out, rng)
+        else:
+            images.to_float(view, out)
 
 
 class DamagedImages:

@@ -135,7 +135,9 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
         for split, examples in dataset.splits.items():
             records = _SortedByHash(partial / f".{split}")
             total = dataset.expected.get(split)
-            for key, example in tqdm(examples, f"{dataset.name} {split}", total, unit="img", disable=not progress):
+            for key, example in tqdm(
+                examples, f"{dataset.name} {split}", total, unit="img", disable=None if progress else True
+            ):
                 records.add(key, _serialize(dataset, split, key, example))
             if records.count:
                 splits.append(_write_shards(partial, dataset.name, split, records))

@@ -1,0 +1,148 @@
+"""A dataset from a folder of images: DIR/train/CLASS/*.jpg, and beside it DIR/validation or DIR/test.
+
+Without split folders, DIR/CLASS/*.jpg is divided 90 to 10 into train and validation, by a hash of the file's path, so
+that a file stays on its side when others are added. Classes are the folders' names in alphabetical order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from xception_jax.data import images
+from xception_jax.data.prepare.writer import Dataset
+from xception_jax.errors import BadDataError, InputMissingError
+
+SPLITS = ("train", "validation", "test")
+VALIDATION_PERCENT = 10
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "test": "test",
+}
+
+
+class Skipped:
+    """Files that were left out, by their reason; filled while the examples of `image_folder` are read."""
+
+    NAMED = 10
+
+    def __init__(self):
+        self.files: dict[str, list[str]] = {}
+
+    def add(self, reason: str, path: Path) -> None:
+        """Takes note of one file."""
+        self.files.setdefault(reason, []).append(str(path))
+
+    def lines(self) -> list[str]:
+        """Returns one line for each reason: how many, and the first ten."""
+        return [
+            f"left out, {reason}: {len(paths):,} files, {', '.join(paths[: self.NAMED])}"
+            for reason, paths in self.files.items()
+        ]
+
+
+def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: bool = False) -> Dataset:
+    """The dataset of a folder.
+
+    Args:
+      source: the folder.
+      name: of the dataset.
+      skipped: takes note of every file that is left out.
+      skip_damaged: leaves damaged images out; otherwise the first one ends it.
+
+    Raises:
+      InputMissingError: the folder is not there, or holds no images.
+      BadDataError: a class of another split is not among those of 'train'.
+    """
+    if not source.is_dir():
+        raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
+    files = {split: list(_files(folder, skipped)) for split, folder in _split_folders(source).items()}
+    if not files:
+        files = _divide(source, list(_files(source, skipped)))
+    counts = {split: len(paths) for split, paths in files.items()}
+    if not any(counts.values()):
+        raise InputMissingError(
+            f"no images in {source}",
+            str(source),
+            f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(_SUFFIXES)}",
+        )
+    classes = sorted({path.parent.name for path in files.get("train", [])})
+    for split, paths in files.items():
+        for path in paths:
+            if path.parent.name not in classes:
+                raise BadDataError(
+                    f"the class {path.parent.name!r} of {split} has no images in train",
+                    str(path.parent),
+                    f"the classes of train are {', '.join(classes[:10])}: correct the folder's name, or remove it",
+                )
+    return Dataset(
+        name=name,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=classes),
+                "file_name": tfds.features.Text(),
+            }
+        ),
+        splits={
+            split: _examples(paths, source, classes, skipped if skip_damaged else None)
+            for split, paths in files.items()
+            if paths
+        },
+        description="Images of a folder, as they were.",
+        expected=counts,
+    )
+
+
+def _split_folders(source: Path) -> dict[str, Path]:
+    """Returns the folders that are named after splits, if there is one for training."""
+    folders = {_SPLIT_NAMES[path.name]: path for path in sorted(source.iterdir()) if path.name in _SPLIT_NAMES}
+    return folders if "train" in folders else {}
+
+
+def _files(folder: Path, skipped: Skipped) -> Iterator[Path]:
+    """Yields CLASS/file of a folder in alphabetical order, and takes note of everything else in it."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        if path.suffix.lower() not in _SUFFIXES:
+            skipped.add("not an image by its name", path)
+        elif path.parent.parent != folder:
+            skipped.add("not in a folder of a class", path)
+        else:
+            yield path
+
+
+def _divide(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {"train": [], "validation": []}
+    for path in paths:
+        digest = hashlib.md5(str(path.relative_to(source)).encode()).digest()
+        held_out = int.from_bytes(digest[:4]) % 100 < VALIDATION_PERCENT
+        files["validation" if held_out else "train"].append(path)
+    return files
+
+
+def _examples(
+    paths: list[Path], source: Path, classes: list[str], skipped: Skipped | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in paths:
+        data = path.read_bytes()
+        try:
+            images.decode(data)
+        except images.DamagedImageError as error:
+            if skipped is None:
+                raise BadDataError(
+                    f"an image cannot be decoded: {error}", str(path), "remove it, or pass --skip-damaged"
+                ) from error
+            skipped.add("damaged", path)
+            continue
+        relative = str(path.relative_to(source))
+        yield relative, {"image": data, "label": classes.index(path.parent.name), "file_name": relative}

@@ -1,0 +1,136 @@
+"""Copies a TFDS dataset from TFRECORD files to ArrayRecord files; records are kept byte for byte and in order.
+
+TFRECORD files can only be read from their beginning, by TensorFlow. The format is plain: for each record its length
+(8 bytes), a checksum of the length (4), the record, and a checksum of the record (4).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import google_crc32c
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import dataset_info as tfds_dataset_info
+from tqdm import tqdm
+
+from xception_jax.data.prepare.writer import (
+    Summary,
+    existing,
+    incomplete_directory,
+    is_complete,
+    shard_template,
+    write_array_record,
+)
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
+
+_LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
+
+
+def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, progress: bool = True) -> Summary:
+    """Copies a dataset to data_dir/name/version, with the name and version that it has.
+
+    Args:
+      source: the directory of one version, which holds dataset_info.json.
+      data_dir: the directory that holds all datasets.
+      overwrite: replaces a dataset that is complete.
+      progress: shows progress on standard error.
+
+    Raises:
+      InputMissingError: there is no such dataset, or a file of it is missing.
+      UsageError: it is not stored as TFRECORD, or source and target are the same directory.
+      BadDataError: a file is damaged, or holds another number of records than it should.
+      StorageError: the disk is full, or the directory cannot be written.
+    """
+    if not is_complete(source):
+        raise InputMissingError(
+            f"{source} is not a TFDS dataset",
+            str(source),
+            "point --source at the directory of one version, such as tensorflow_datasets/imagenet2012/5.1.0",
+        )
+    info = tfds.builder_from_directory(os.fspath(source)).info
+    if info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise UsageError(
+            f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), "it needs no copy"
+        )
+    name = info.name if info.config_name is None else f"{info.name}/{info.config_name}"
+    version = str(info.version)
+    target = data_dir / name / version
+    if target.resolve() == source.resolve():
+        raise UsageError(
+            "the copy would take the place of the original", str(source), "choose another --data_dir for the copy"
+        )
+    with incomplete_directory(data_dir, name, version, overwrite=overwrite) as partial:
+        if partial is None:
+            return existing(target)
+        splits = [_copy_split(split, info.name, partial, progress) for split in info.splits.values()]
+        for path in source.iterdir():
+            # Class names and the like; records and their statistics are not among them.
+            if path.is_file() and ".tfrecord" not in path.name and path.name != "dataset_info.json":
+                shutil.copy(path, partial / path.name)
+        _write_info(source, partial, splits)
+    return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
+
+
+def _copy_split(split: tfds.core.SplitInfo, name: str, partial: Path, progress: bool) -> tfds.core.SplitInfo:
+    template = shard_template(partial, name, split.name)
+    count = len(split.shard_lengths)
+    shards = zip(split.filepaths, split.shard_lengths, strict=True)
+    for shard, (path, length) in enumerate(
+        tqdm(shards, f"{name} {split.name}", count, disable=None if progress else True)
+    ):
+        records = _expect(read_tfrecord(Path(path)), length, path)
+        write_array_record(Path(template.sharded_filepath(shard_index=shard, num_shards=count)), records)
+    return split.replace(filename_template=template)
+
+
+def _expect(records: Iterator[bytes], length: int, path: os.PathLike) -> Iterator[bytes]:
+    number = 0
+    for number, record in enumerate(records, start=1):  # noqa: B007
+        yield record
+    if number != length:
+        raise BadDataError(
+            f"the file holds {number:,} records, dataset_info.json says {length:,}", os.fspath(path), "copy it again"
+        )
+
+
+def _write_info(source: Path, partial: Path, splits: list[tfds.core.SplitInfo]) -> None:
+    proto = tfds_dataset_info.read_proto_from_builder_dir(source)
+    proto.file_format = tfds.core.FileFormat.ARRAY_RECORD.value
+    del proto.alternative_file_formats[:]
+    del proto.splits[:]
+    proto.splits.extend(split.to_proto() for split in splits)
+    (partial / "dataset_info.json").write_text(tfds_dataset_info.json_format.MessageToJson(proto, sort_keys=True))
+
+
+def read_tfrecord(path: Path) -> Iterator[bytes]:
+    """Yields the records of a TFRECORD file and verifies both checksums of each.
+
+    Raises:
+      InputMissingError: the file is not there.
+      BadDataError: the file is damaged or truncated.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        raise InputMissingError("a file of the dataset is missing", str(path), "copy the dataset again") from None
+    with file:
+        while header := file.read(_LENGTH.size):
+            at = file.tell() - len(header)
+            _verify(header, file.read(_CHECKSUM.size), path, at)
+            (length,) = _LENGTH.unpack(header)
+            record = file.read(length)
+            _verify(record, file.read(_CHECKSUM.size), path, at)
+            yield record
+
+
+def _verify(data: bytes, checksum: bytes, path: Path, at: int) -> None:
+    crc = google_crc32c.value(data)
+    # The checksum is "masked": rotated and shifted, so that the checksum of data that holds checksums stays meaningful.
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    if len(checksum) != _CHECKSUM.size or _CHECKSUM.unpack(checksum)[0] != masked:
+        raise BadDataError(f"the record at byte {at:,} is damaged or truncated", str(path), "copy the file again")
