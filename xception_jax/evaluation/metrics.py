@@ -165,6 +165,11 @@ class Predictions:
         return self.label.ndim == 2
 
     @property
+    def labelled(self) -> np.ndarray:
+        """[n] bool: the example has a label, so that a prediction can be right."""
+        return self.label.any(axis=1) if self.multi_label else np.ones(len(self.label), bool)
+
+    @property
     def right(self) -> np.ndarray:
         """[n] bool: the most probable class is the label, or one of them."""
         best = self.classes[:, 0]

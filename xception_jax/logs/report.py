@@ -55,7 +55,7 @@ def choose_examples(predictions: Predictions, count: int = 12) -> tuple[list[int
     """Returns the indices of the examples that a report shows: an even sample, and the surest of the mistakes."""
     number = min(count, len(predictions.index))
     sample = np.linspace(0, len(predictions.index), number, endpoint=False).astype(int)
-    wrong = np.flatnonzero(~predictions.right)
+    wrong = np.flatnonzero(predictions.labelled & ~predictions.right)
     surest = wrong[np.argsort(-predictions.probabilities[wrong, 0], kind="stable")][:count]
     return predictions.index[sample].tolist(), predictions.index[surest].tolist()
 
@@ -160,7 +160,7 @@ def _result(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> dict[str, 
             low, high = wilson_interval(main, entry.get("count", 0))
             rows.append({"label": label, "averaged": bool(prefix), "main": main, "low": low, "high": high, **values})
     split = {"test": config.data.test_split, "dev": config.data.eval_split}[entry["split"]]
-    return {"rows": rows, "split": split, **entry, "is_test": entry["split"] == "test"} if rows else None
+    return {**entry, "rows": rows, "split": split, "is_test": entry["split"] == "test"} if rows else None
 
 
 def _figures(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ def _figures(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> list[dict
 
 def _errors(predictions: Predictions, names: list[str]) -> dict[str, Any]:
     """Returns what is right and wrong, class by class: a matrix, a list of pairs, or average precisions."""
-    n, right = len(predictions.index), int(predictions.right.sum())
+    n, right = int(predictions.labelled.sum()), int(predictions.right.sum())
     errors: dict[str, Any] = {"n": n, "right": right, "share": right / n if n else math.nan, "depth": 0}
     if predictions.multi_label:
         precisions, counts = class_average_precision(predictions), predictions.label.sum(axis=0)
