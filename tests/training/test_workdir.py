@@ -1,0 +1,170 @@
+"""The lock, the config and the directory itself, against real second processes and a file system that refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from xception_jax.config import default_config, load_json, resolve
+from xception_jax.errors import ConfigError, WorkdirError
+from xception_jax.training.workdir import open_workdir
+
+HOLDER = """
+    import sys, time
+    from xception_jax.config import default_config, resolve
+    from xception_jax.training.workdir import open_workdir
+    with open_workdir(sys.argv[1], resolve(default_config())):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+def config_with(**changes):
+    config = default_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return resolve(config)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_fresh_directory_gets_the_config(tmp_path):
+    config = config_with(batch_size=64)
+    with open_workdir(tmp_path / "a" / "b", config) as workdir:
+        assert workdir == tmp_path / "a" / "b"
+        assert load_json((workdir / "config.json").read_text()) == config
+    assert sorted(os.listdir(workdir)) == ["config.json", "lock"]
+
+
+def test_second_run_is_refused_and_told_who_holds_it(tmp_path, holder):
+    start = time.monotonic()
+    with pytest.raises(WorkdirError, match="another run holds") as caught, open_workdir(tmp_path, config_with(seed=1)):
+        pass
+    assert time.monotonic() - start < 3
+    assert caught.value.exit_code == 73
+    assert f"process {holder.pid} on {os.uname().nodename} since 20" in caught.value.where
+    assert "python" in caught.value.where
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0  # that of the first run, untouched
+
+
+def test_lock_of_a_killed_run_is_stale(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid
+    with open_workdir(tmp_path, config_with()):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_lock_is_released_when_the_context_ends(tmp_path):
+    for _ in range(2):
+        with open_workdir(tmp_path, config_with()):
+            with pytest.raises(WorkdirError, match="another run"), open_workdir(tmp_path, config_with()):
+                pass
+
+
+def test_other_processes_of_a_run_neither_lock_nor_write(tmp_path):
+    with open_workdir(tmp_path, config_with()):
+        with open_workdir(tmp_path, config_with(), primary=False) as workdir:
+            assert workdir == tmp_path
+    with open_workdir(tmp_path / "none", config_with(), primary=False):
+        assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("below", ["", "directory"])
+def test_a_file_in_its_place(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / below
+    with pytest.raises(WorkdirError, match="there is a file in its place") as caught, open_workdir(path, config_with()):
+        pass
+    assert caught.value.exit_code == 73
+
+
+# Permission bits do not bind root, but no one creates a file in /proc.
+@pytest.mark.parametrize("path", ["/proc/run", "/proc"])
+def test_directory_that_cannot_be_written(path):
+    with pytest.raises(WorkdirError, match="cannot be used"), open_workdir(path, config_with()):
+        pass
+
+
+def test_same_config_again_is_silent(tmp_path):
+    lines = []
+    for _ in range(2):
+        with open_workdir(tmp_path, config_with(data__crop_area=(0.1, 1.0)), report=lines.append):
+            pass
+    assert lines == []
+
+
+def test_extending_a_run_is_noted_and_stored(tmp_path):
+    lines = []
+    with open_workdir(tmp_path, config_with()):
+        (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    config = config_with(duration="200 epochs", data__threads=4)
+    with open_workdir(tmp_path, config, report=lines.append):
+        pass
+    assert lines == [
+        "changed since the last run here: config.data.threads: 16 -> 4",
+        "changed since the last run here: config.duration: '169 epochs' -> '200 epochs'",
+    ]
+    assert load_json((tmp_path / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("checkpoint", ["100", "100.corrupt-20260101T000000Z"])
+def test_another_experiment_is_refused(tmp_path, checkpoint):
+    with open_workdir(tmp_path, config_with()):
+        (tmp_path / "checkpoints" / checkpoint).mkdir(parents=True)
+    before = (tmp_path / "config.json").read_text()
+    other = config_with(model__num_classes=10, model__group_width=8, data__name="a", seed=3, duration="1 epoch")
+    with pytest.raises(ConfigError, match="4 of its fields differ") as caught, open_workdir(tmp_path, other):
+        pass
+    assert caught.value.exit_code == 78
+    assert caught.value.where.splitlines()[1:] == [
+        "    seed: 0 -> 3",
+        "    model.num_classes: 1000 -> 10",
+        "    model.group_width: None -> 8",
+        "    data.name: 'imagenet2012' -> 'a'",
+    ]
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_before_the_first_checkpoint_a_mistake_is_corrected_in_place(tmp_path):
+    lines = []
+    with open_workdir(tmp_path, config_with()):
+        (tmp_path / "checkpoints" / "100.orbax-checkpoint-tmp").mkdir(parents=True)
+    with open_workdir(tmp_path, config_with(model__num_classes=10), report=lines.append):
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["num_classes"] == 10
+    assert lines == ["changed since the last run here: config.model.num_classes: 1000 -> 10"]
+
+
+def test_field_that_the_stored_config_does_not_know(tmp_path):
+    with open_workdir(tmp_path, config_with()):
+        (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["model"]["padding"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with open_workdir(tmp_path, config_with()):
+        pass
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with (
+        pytest.raises(ConfigError, match="1 of its fields"),
+        open_workdir(tmp_path, config_with(model__padding="symmetric")),
+    ):
+        pass
+
+
+def test_damaged_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not readable as JSON"), open_workdir(tmp_path, config_with()):
+        pass
