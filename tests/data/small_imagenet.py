@@ -1,4 +1,4 @@
-"""A small ImageNet: the two archives in the layout of ILSVRC 2012, of real photographs, with the oddities of the set."""
+"""A small ImageNet of real photographs: the two archives in the layout of ILSVRC 2012, with the oddities of the set."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class BatchIterator:
             raise
         except (RuntimeError, OSError) as error:
             raise StorageError(
-                f"loading data failed: {error}",
+                f"loading data failed: {' '.join(str(error).split())}",
                 "the data pipeline",
                 "look above for what a worker reported (out of memory?); fewer data.workers need less of it",
             ) from error

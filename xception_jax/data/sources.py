@@ -176,7 +176,7 @@ class TfdsSource:
         except Exception as error:
             # array_record raises bare RuntimeErrors, protobuf DecodeErrors and TFDS whatever comes first.
             raise BadDataError(
-                f"record {index} of {self.info.name} cannot be read: {error}",
+                f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
                 f"{self.directory}, split {self.split}",
                 "copy or prepare the dataset again",
             ) from error
@@ -202,7 +202,8 @@ class TfdsSource:
         try:
             selected = builder.info.splits[self.split]
         except (ValueError, KeyError, AssertionError) as error:
-            raise ConfigError(f"the split {self.split!r} cannot be understood: {error}", "config.data", fix) from error
+            how = f"write it as train, train[:98%] or train[98%:]; {fix}"
+            raise ConfigError(f"the split {self.split!r} cannot be understood", "config.data", how) from error
         if selected.num_examples == 0:
             raise InputMissingError(f"the split {self.split!r} of {name} is empty", str(self.directory), fix)
         missing = [file.filename for file in selected.file_instructions if not Path(file.filename).exists()]

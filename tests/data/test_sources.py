@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.data.conftest import write_images
+from tests.data.small_imagenet import encoded, jpeg, photograph
+from xception_jax.data import images, sources
+from xception_jax.data.prepare import fashion_mnist
+from xception_jax.data.prepare.writer import Dataset, write_dataset
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError
+
+
+def test_the_shipped_images_need_no_preparation(data, capsys):
+    train, test = sources.open_source(data, "train"), sources.open_source(data, "test")
+    assert (len(train), len(test)) == (10_000, 2_000)
+    assert train.info.num_classes == 10
+    assert train.info.class_names[9] == "Ankle boot"
+    assert not train.info.multi_label
+    assert train.info.num_examples == len(train)
+    example = train[17]
+    assert example["index"] == 17
+    assert images.decode(example["image"]).shape == (32, 32, 3)
+    counts = np.bincount([train[i]["label"] for i in range(0, len(train), 10)], minlength=10)
+    assert counts.min() > 70
+    sources.open_source(data, "train")
+    assert capsys.readouterr().err.count("\n") <= 1
+
+
+def test_scenes_have_several_labels(data):
+    data.name = "fashion_mnist_scenes"
+    source = sources.open_source(data, "test")
+    assert source.info.multi_label
+    sizes = set()
+    for index in range(50):
+        example = source[index]
+        sizes.add(len(example["label"]))
+        assert list(example["label"]) == sorted(set(example["label"]))
+        cells = images.decode(example["image"])[..., 0].reshape(2, 32, 2, 32).any(axis=(1, 3))
+        assert cells.sum() >= len(example["label"])
+    assert sizes == {1, 2, 3, 4}
+
+
+def test_a_source_gives_the_bytes_that_were_written(photographs_data):
+    source = sources.open_source(photographs_data, "train")
+    for index in range(len(source)):
+        assert source[index] == {"image": jpeg(photograph(index)), "label": index % 5, "index": index}
+
+
+def test_splits_divide_a_dataset(data):
+    whole, head, tail = (sources.open_source(data, split) for split in ("train", "train[:98%]", "train[98%:]"))
+    assert len(head) == 9800
+    assert len(tail) == 200
+    assert head[0]["image"] == whole[0]["image"]
+    assert tail[0]["image"] == whole[9800]["image"]
+    assert tail[0]["index"] == 0
+    assert head.info.fingerprint == tail.info.fingerprint
+
+
+def test_a_source_can_be_pickled(data, photographs_data):
+    for name in ("photographs", "synthetic"):
+        photographs_data.name = name
+        source = sources.open_source(photographs_data, "train[:50%]")
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy.info == source.info
+        assert copy[3] == source[3]
+
+
+def test_the_data_dir_is_the_config_then_the_environment_then_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    assert sources.resolve_data_dir("") == tmp_path / "tensorflow_datasets"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "environment"))
+    assert sources.resolve_data_dir("") == tmp_path / "environment"
+    assert sources.resolve_data_dir("~/config") == tmp_path / "config"
+
+
+def test_the_newest_version_is_opened_unless_one_is_named(data, tmp_path):
+    data.data_dir, data.name = str(tmp_path), "versions"
+    old = write_images(tmp_path, "versions", [jpeg(photograph(0))])
+    features = tfds.builder_from_directory(os.fspath(old)).info.features
+    examples = [(str(number), {"image": jpeg(photograph(number)), "label": 0}) for number in range(3)]
+    write_dataset(Dataset("versions", features, {"train": examples}, "Newer.", version="10.0.0"), tmp_path)
+    assert len(sources.open_source(data, "train")) == 3
+    data.name = "versions:1.0.0"
+    assert len(sources.open_source(data, "train")) == 1
+    data.name = "versions:2.0.0"
+    with pytest.raises(InputMissingError):
+        sources.open_source(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("imagenet2012", "python -m xception_jax prepare imagenet2012 --source DIR --data_dir "),
+        ("flowers", "python -m xception_jax prepare image_folder --name flowers --source DIR --data_dir "),
+    ],
+)
+def test_a_missing_dataset_names_the_command_that_makes_it(data, tmp_path, name, command):
+    data.name, data.data_dir = name, str(tmp_path)
+    with pytest.raises(InputMissingError) as error:
+        sources.open_source(data, "train")
+    assert command + str(tmp_path) in error.value.fix
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("split", ["validation", "training", "train[100%:]", "train[:0]"])
+def test_a_missing_or_empty_split_names_those_that_are_there(data, split):
+    with pytest.raises(InputMissingError) as error:
+        sources.open_source(data, split)
+    assert "train (10,000), test (2,000)" in error.value.fix
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("split", ["train[98%:", "train[a:b]", "train[:98%]]"])
+def test_a_split_that_cannot_be_read_is_a_config_error(data, split):
+    with pytest.raises(ConfigError) as error:
+        sources.open_source(data, split)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_missing_shard_is_found_when_the_source_is_opened(photographs_data, tmp_path):
+    shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
+    photographs_data.data_dir = str(tmp_path)
+    next(tmp_path.glob("photographs/1.0.0/*array_record*")).unlink()
+    with pytest.raises(InputMissingError, match="1 files of the dataset"):
+        sources.open_source(photographs_data, "train")
+
+
+def test_a_damaged_record_names_its_position(photographs_data, tmp_path):
+    shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
+    photographs_data.data_dir = str(tmp_path)
+    shard = next(tmp_path.glob("photographs/1.0.0/*array_record*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    source = sources.open_source(photographs_data, "train")
+    with pytest.raises(BadDataError, match=r"record \d+ of photographs"):
+        [source[index] for index in range(len(source))]
+
+
+def change_features(path, **changes) -> None:
+    features = json.loads((path / "features.json").read_text())
+    features["featuresDict"]["features"]["label"]["classLabel"].update(changes)
+    (path / "features.json").write_text(json.dumps(features))
+
+
+def test_a_label_out_of_range_is_named_before_training(data, tmp_path):
+    labels = [0, 1, 4, 2]
+    path = write_images(tmp_path, "labels", [jpeg(photograph(number)) for number in range(4)], labels)
+    change_features(path, numClasses="4")
+    data.data_dir, data.name = str(tmp_path), "labels"
+    with pytest.raises(BadDataError, match="label 4 is not one of the 4 classes") as error:
+        sources.check_labels(sources.open_source(data, "train"))
+    assert error.value.where == "dataset labels, split train, example 2"
+
+
+def test_a_negative_label_is_refused(photographs_data):
+    source = sources.open_source(photographs_data, "train")
+    sources.check_labels(source)
+    with pytest.raises(BadDataError, match="label -1"):
+        sources.check_label({"image": b"", "label": -1, "index": 0}, source.info)
+
+
+def test_a_dataset_without_labels_names_its_features(data, tmp_path):
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "caption": tfds.features.Text()})
+    example = {"image": encoded(photograph(0), "PNG"), "caption": "a photograph"}
+    write_dataset(Dataset("captions", features, {"train": [("0", example)]}, "No labels."), tmp_path)
+    data.data_dir, data.name = str(tmp_path), "captions"
+    with pytest.raises(BadDataError, match="caption"):
+        sources.open_source(data, "train")
+
+
+def test_the_fingerprint_changes_with_the_dataset_and_only_then(tmp_path, data):
+    data.name = "prints"
+    prints = []
+    for number, count in enumerate((3, 3, 4)):
+        data.data_dir = str(tmp_path / str(number))
+        write_images(tmp_path / str(number), "prints", [jpeg(photograph(n)) for n in range(count)])
+        prints.append(sources.open_source(data, "train").info.fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_synthetic_source_is_the_same_every_time(data):
+    data.name, data.synthetic_examples = "synthetic", 100_000
+    source = sources.open_source(data, "train")
+    assert len(source) == source.info.num_examples == 100_000
+    assert images.decode(source[99_999]["image"]).shape == (375, 500, 3)
+    labels = [source[index]["label"] for index in range(0, 100_000, 10)]
+    assert min(labels) >= 0
+    assert max(labels) < source.info.num_classes == 1000
+    assert len(set(labels)) > 900
+    assert 30_000 < len(source[0]["image"]) < 200_000
+
+
+def test_two_processes_that_start_at_once_share_one_preparation(tmp_path):
+    code = (
+        "from xception_jax.config import default_config; from xception_jax.data.sources import open_source\n"
+        f"data = default_config().data; data.name = 'fashion_mnist_scenes'; data.data_dir = {str(tmp_path)!r}\n"
+        "print(len(open_source(data, 'train')))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert out == f"{fashion_mnist.NUM_SCENES['train']}\n", err
+    assert [path.name for path in (tmp_path / "fashion_mnist_scenes").iterdir() if path.is_dir()] == ["1.0.0"]
+
+
+def test_nothing_imports_tensorflow():
+    code = (
+        "import sys; from xception_jax.data import pipeline; from xception_jax.data.prepare import command\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
