@@ -47,6 +47,7 @@ class Preemption:
         self._agreed = False  # among all processes
 
     def __enter__(self) -> Preemption:
+        """Installs the handlers."""
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("signal handlers can only be installed in the main thread")
         self._distributed = jax.distributed.is_initialized()
@@ -64,6 +65,7 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Restores the handlers that were there before."""
         signal.set_wakeup_fd(self._previous_wakeup)
         for signum in SIGNALS:
             signal.signal(signum, self._previous_handlers[signum] or signal.SIG_DFL)

@@ -1,0 +1,76 @@
+"""What a state is: the names, types and shapes of its leaves, a digest of their bits, and what computed it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by names such as 'params/block2_sepconv1/kernel'."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def tree_signature(tree: Any) -> dict[str, str]:
+    """Returns dtype and shape of every leaf by its name, as 'float32[3, 3, 32, 64]'."""
+
+    def signature(leaf):
+        leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+        return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
+    return {name: signature(leaf) for name, leaf in named_leaves(tree).items()}
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """Returns the SHA-256 over names, dtypes and shapes: equal if and only if one state can take the place of another."""
+    return hashlib.sha256(json.dumps(tree_signature(tree), sort_keys=True).encode()).hexdigest()
+
+
+def state_fingerprint(state: Any) -> str:
+    """Returns the SHA-256 over name, dtype, shape and bits of every leaf: equal if and only if the states are.
+
+    With several processes it is a collective: all of them call it, and all get the same answer.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(state).items()):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            whole = leaf.is_fully_replicated
+            leaf = leaf.addressable_data(0) if whole else multihost_utils.process_allgather(leaf, tiled=True)
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype}{list(array.shape)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows: int = 10) -> tuple[int, str]:
+    """Compares two results of `tree_signature`.
+
+    Returns:
+      How many leaves differ or are on one side only, and a table of the first of them: parameter, stored, wanted.
+    """
+    names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
+    rows = [("parameter", "stored", "wanted")]
+    rows += [(name, stored.get(name, "-"), wanted.get(name, "-")) for name in names[:max_rows]]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = [f"    {name:{widths[0]}}  {old:{widths[1]}}  {new}" for name, old, new in rows]
+    if len(names) > max_rows:
+        lines.append(f"    and {len(names) - max_rows} more")
+    return len(names), "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that a checkpoint depends on."""
+    found = {}
+    for package in ("jax", "flax", "orbax-checkpoint", "xception_jax"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # this package, run from a checkout
+            found[package] = "not installed"
+    return found

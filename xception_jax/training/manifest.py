@@ -1,0 +1,94 @@
+"""The manifest of a directory: size and SHA-256 of every file in it, beside a record of what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from xception_jax.files import sync_directory, write_atomically
+
+NAME = "manifest.json"
+
+
+class DamagedError(Exception):
+    """A directory that does not hold what was written there; the message is the reason, in part of a line."""
+
+
+def write(directory: Path, record: dict[str, Any]) -> None:
+    """Writes the manifest of all files in a directory, which is on disk when this returns.
+
+    Args:
+      directory: complete; nothing in it changes any more.
+      record: anything that JSON can hold, given back by `read`.
+
+    Raises:
+      OSError: a file cannot be read, or the manifest not be written.
+    """
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(NAME))
+    files = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path, sync=True)}
+        for path in paths
+    }
+    # Files, then the directories that name them, then the manifest: after a power failure it proves all of them.
+    for subdirectory in {path.parent for path in paths} | {directory, directory.parent}:
+        sync_directory(subdirectory)
+    content = {"record": record, "files": files}
+    write_atomically(directory / NAME, json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Returns the record.
+
+    Raises:
+      DamagedError: there is no manifest, or it is not what was written.
+    """
+    return _read(directory)["record"]
+
+
+def verify(directory: Path) -> None:
+    """Reads every file that the manifest names.
+
+    Raises:
+      DamagedError: one is missing, has another size or other content.
+    """
+    for name, entry in _read(directory)["files"].items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise DamagedError(f"{name} has {size} bytes instead of {entry['size']}")
+            if _digest(path) != entry["sha256"]:
+                raise DamagedError(f"the SHA-256 of {name} differs")
+        except FileNotFoundError:
+            raise DamagedError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / NAME).read_bytes())
+        seal = content.pop("sha256")
+    except FileNotFoundError:
+        raise DamagedError(f"{NAME} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{NAME} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError):  # not text, not JSON, or not an object with a seal
+        raise DamagedError(f"{NAME} is not readable as JSON") from None
+    if seal != _seal(content):
+        raise DamagedError(f"the SHA-256 of {NAME} differs")
+    return content
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path, sync: bool = False) -> str:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
