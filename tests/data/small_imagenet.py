@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-import skimage.data
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from xception_jax.data.prepare import imagenet
 
@@ -21,6 +19,10 @@ VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 @functools.cache
 def photographs() -> tuple[np.ndarray, ...]:
     """RGB photographs that scikit-image and scikit-learn ship, uint8 [h, w, 3]."""
+    # Imported late: both take seconds, and several tests start processes.
+    import skimage.data
+    from sklearn.datasets import load_sample_images
+
     names = ("astronaut", "coffee", "chelsea")
     return (*(getattr(skimage.data, name)() for name in names), *load_sample_images().images)
 

@@ -106,7 +106,7 @@ def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: 
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise StorageError(
-            f"writing the dataset {name} failed: {error.strerror or error}",
+            f"preparing the dataset {name} failed: {error.strerror or error}",
             str(error.filename or target),
             "free some space, or choose another --data_dir" if full else "check the path, or choose another --data_dir",
         ) from error
@@ -133,7 +133,7 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
             return existing(target)
         splits = []
         for split, examples in dataset.splits.items():
-            records = _SortedByHash(partial / f".{split}")
+            records = _SortedByHash(partial / f"{split}.unsorted")
             total = dataset.expected.get(split)
             for key, example in tqdm(
                 examples, f"{dataset.name} {split}", total, unit="img", disable=None if progress else True
@@ -141,6 +141,7 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
                 records.add(key, _serialize(dataset, split, key, example))
             if records.count:
                 splits.append(_write_shards(partial, dataset.name, split, records))
+            shutil.rmtree(partial / f"{split}.unsorted", ignore_errors=True)
         write_metadata(partial, dataset, splits)
     return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
 
@@ -203,8 +204,6 @@ class _SortedByHash:
                 path.unlink()
             for _, record in sorted(entries, key=lambda entry: entry[0]):
                 yield record
-        if self._directory.exists():
-            self._directory.rmdir()
 
 
 def _read_entries(path: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -236,13 +235,23 @@ def shard_template(directory: Path, name: str, split: str) -> tfds.core.ShardedF
 
 
 def write_array_record(path: Path, records: Iterable[bytes]) -> None:
-    """Writes one ArrayRecord file, one record to a group so that each can be read without its neighbours."""
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+    """Writes one ArrayRecord file, one record to a group so that each can be read without its neighbours.
+
+    Raises:
+      StorageError: the disk is full, or the file cannot be written.
+    """
     try:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
         for record in records:
             writer.write(record)
-    finally:
         writer.close()
+    except RuntimeError as error:
+        # What array_record makes of every error of the operating system.
+        raise StorageError(
+            f"writing a shard failed: {str(error).splitlines()[0]}",
+            str(path),
+            "free some space there",
+        ) from error
 
 
 def write_metadata(directory: Path, dataset: Dataset, splits: list[tfds.core.SplitInfo]) -> None:

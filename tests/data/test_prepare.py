@@ -1,0 +1,407 @@
+"""The writer, Fashion-MNIST, image folders, TFRECORD copies and the command itself; ImageNet has a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from tests.data.conftest import write_images
+from tests.data.small_imagenet import encoded, jpeg, photograph
+from xception_jax.data import images
+from xception_jax.data.prepare import command, fashion_mnist, tfrecord, writer
+from xception_jax.data.sources import check_labels, open_source
+from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
+
+
+def prepare(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, arguments)]))
+
+
+def opened(data: ConfigDict, data_dir: Path, name: str, split: str = "train"):
+    data.update(data_dir=str(data_dir), name=name)
+    return open_source(data, split)
+
+
+# --- the writer ---------------------------------------------------------------------------------------------------
+
+
+def numbered(count: int, size: int = 10) -> writer.Dataset:
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=9)}
+    )
+    examples = ((str(n), {"image": bytes([n % 251]) * size, "label": n * 9 // count}) for n in range(count))
+    return writer.Dataset("numbered", features, {"train": examples}, "Numbers.")
+
+
+def records(path: Path) -> list[tuple[bytes, int]]:
+    source = tfds.builder_from_directory(os.fspath(path)).as_data_source(
+        "train", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    return [(record["image"], record["label"]) for record in source]
+
+
+def test_records_that_exceed_the_memory_come_out_the_same(tmp_path, monkeypatch):
+    in_memory = records(writer.write_dataset(numbered(700), tmp_path / "a").path)
+    monkeypatch.setattr(writer, "_BUCKET_MEMORY", 1000)
+    spilled = writer.write_dataset(numbered(700), tmp_path / "b").path
+    assert records(spilled) == in_memory
+    assert sorted(image[0] for image, _ in in_memory) == sorted(n % 251 for n in range(700))
+    assert not [path for path in spilled.iterdir() if "unsorted" in path.name]
+
+
+def test_a_slice_of_a_split_is_a_random_sample(tmp_path):
+    labels = [label for _, label in records(writer.write_dataset(numbered(2000), tmp_path).path)]
+    for part in (labels[:200], labels[-200:]):  # the input is sorted by label
+        assert np.bincount(part, minlength=9).min() > 8
+
+
+def test_large_datasets_have_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer.shard_utils.ShardConfig, "min_shard_size", 2000)
+    path = writer.write_dataset(numbered(300), tmp_path).path
+    shards = sorted(file.name for file in path.glob("*.array_record-*"))
+    assert shards[-1] == "numbered-train.array_record-00007-of-00008"
+    assert len(shards) == 8
+    assert len(records(path)) == 300
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    dataset = numbered(3)
+    examples = list(dataset.splits["train"])
+    twice = writer.Dataset("twice", dataset.features, {"train": [*examples, examples[0]]}, "")
+    with pytest.raises(BadDataError, match="the same name, 0"):
+        writer.write_dataset(twice, tmp_path)
+    assert [path.name for path in (tmp_path / "twice").iterdir()] == [".lock"]
+
+
+def test_a_label_out_of_range_is_never_written(tmp_path):
+    dataset = numbered(3)
+    wrong = [("0", {"image": b"", "label": 9})]
+    with pytest.raises(BadDataError, match="label 9"):
+        writer.write_dataset(writer.Dataset("wrong", dataset.features, {"train": wrong}, ""), tmp_path)
+
+
+def test_a_finished_dataset_is_left_alone_unless_it_is_to_be_overwritten(tmp_path):
+    first = writer.write_dataset(numbered(5), tmp_path)
+    again = writer.write_dataset(numbered(6), tmp_path)
+    assert (first.already_there, again.already_there) == (False, True)
+    assert again.num_examples == {"train": 5}
+    assert writer.write_dataset(numbered(6), tmp_path, overwrite=True).num_examples == {"train": 6}
+    assert len(records(first.path)) == 6
+
+
+def test_a_failure_leaves_nothing_that_looks_complete(tmp_path):
+    def broken():
+        yield from list(numbered(3).splits["train"])
+        raise KeyboardInterrupt
+
+    dataset = writer.Dataset("broken", numbered(1).features, {"train": broken()}, "")
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_dataset(dataset, tmp_path)
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [".lock"]
+
+
+def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError) as error:
+        writer.write_dataset(numbered(3), tmp_path / "file")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path):
+    """With a limit on the size of files in place of a full disk: the system refuses the write in the same place."""
+    code = (
+        "import resource, signal, pathlib, sys; from tests.data.test_prepare import numbered\n"
+        "from xception_jax.data.prepare import writer; from xception_jax.errors import StorageError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "try: writer.write_dataset(numbered(500, size=1000), pathlib.Path(sys.argv[1]))\n"
+        "except StorageError as error: print(error); sys.exit(error.exit_code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 74, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert [path.name for path in (tmp_path / "numbered").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_kill_9_in_the_middle_then_run_again(tmp_path, seed):
+    code = (
+        "import sys, pathlib, time; from xception_jax.data.prepare import writer\n"
+        "from tests.data.test_prepare import numbered\n"
+        "dataset = numbered(4000); examples = list(dataset.splits['train'])\n"
+        "writer._BUCKET_MEMORY = 2000; print('ready', flush=True)\n"
+        "slow = (time.sleep(0.0002) or example for example in examples)\n"
+        "dataset = writer.Dataset('numbered', dataset.features, {'train': slow}, '')\n"
+        "writer.write_dataset(dataset, pathlib.Path(sys.argv[1]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(random.Random(seed).uniform(0.1, 0.9))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    target = tmp_path / "numbered" / "1.0.0"
+    assert not target.exists()
+    assert writer.write_dataset(numbered(4000), tmp_path).num_examples == {"train": 4000}
+    assert len(records(target)) == 4000
+    assert sorted(path.name for path in target.parent.iterdir()) == [".lock", "1.0.0"]
+
+
+# --- Fashion-MNIST ------------------------------------------------------------------------------------------------
+
+
+def write_idx(directory: Path, count: int = 20, *, compressed: bool = True) -> None:
+    directory.mkdir(exist_ok=True)
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        pictures, labels = fashion_mnist.read_split(fashion_mnist.SHIPPED, split)
+        contents = {
+            "images-idx3": struct.pack(">IIII", 2051, count, 28, 28) + pictures[:count].tobytes(),
+            "labels-idx1": struct.pack(">II", 2049, count) + labels[:count].tobytes(),
+        }
+        for kind, content in contents.items():
+            path = directory / f"{prefix}-{kind}-ubyte"
+            if compressed:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+            else:
+                path.write_bytes(content)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_fashion_mnist_comes_from_four_idx_files(tmp_path, data, compressed, capsys):
+    write_idx(tmp_path / "idx", compressed=compressed)
+    assert prepare("fashion_mnist", "--source", tmp_path / "idx", "--data_dir", tmp_path) == 0
+    assert "train 20, test 20" in capsys.readouterr().out
+    source = opened(data, tmp_path, "fashion_mnist", "test")
+    pictures, labels = fashion_mnist.read_split(fashion_mnist.SHIPPED, "test")
+    found = {images.decode(source[i]["image"])[2:30, 2:30, 0].tobytes(): source[i]["label"] for i in range(20)}
+    assert found == {picture.tobytes(): label for picture, label in zip(pictures[:20], labels[:20], strict=True)}
+
+
+def test_a_missing_idx_file_says_where_debian_puts_it(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(InputMissingError, match="t10k-labels") as error:
+        prepare("fashion_mnist", "--source", tmp_path, "--data_dir", tmp_path)
+    assert "/usr/share/datasets/fashion-mnist" in error.value.fix
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b"", lambda data: gzip.compress(b"other")])
+def test_a_damaged_idx_file_is_refused(tmp_path, damage):
+    write_idx(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BadDataError) as error:
+        prepare("fashion_mnist", "--source", tmp_path, "--data_dir", tmp_path)
+    assert "train-images" in error.value.where
+
+
+def test_scenes_are_the_same_every_time_and_share_no_garment():
+    assert list(fashion_mnist.fashion_mnist_scenes().splits["test"]) == list(
+        fashion_mnist.fashion_mnist_scenes().splits["test"]
+    )
+    train, test = (fashion_mnist.read_split(fashion_mnist.SHIPPED, split)[0] for split in ("train", "test"))
+    assert not {picture.tobytes() for picture in train} & {picture.tobytes() for picture in test}
+
+
+# --- image folders ------------------------------------------------------------------------------------------------
+
+
+def write_folder(directory: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
+    files = {
+        "train/daisy/a.jpg": jpeg(photograph(0)),
+        "train/daisy/b.PNG": encoded(photograph(1), "PNG"),
+        "train/rose/a.jpg": jpeg(photograph(2)),
+        "val/rose/a.webp": encoded(photograph(3), "WEBP"),
+        "train/rose/notes.txt": b"not an image",
+        "train/stray.jpg": jpeg(photograph(4)),
+    }
+    folder = write_folder(tmp_path / "flowers", files)
+    prepare("image_folder", "--source", folder, "--name", "flowers", "--data_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert "not an image by its name: 1 files" in out
+    assert "notes.txt" in out
+    assert "not in a folder of a class: 1 files" in out
+    source = opened(data, tmp_path, "flowers")
+    assert source.info.class_names == ("daisy", "rose")
+    assert {(source[i]["image"], source[i]["label"]) for i in range(3)} == {
+        (files["train/daisy/a.jpg"], 0),
+        (files["train/daisy/b.PNG"], 0),
+        (files["train/rose/a.jpg"], 1),
+    }
+    validation = opened(data, tmp_path, "flowers", "validation")
+    assert (validation[0]["image"], validation[0]["label"]) == (files["val/rose/a.webp"], 1)
+
+
+def test_a_folder_without_splits_is_divided_by_a_hash(tmp_path, data):
+    image = jpeg(photograph(0))
+    folder = write_folder(tmp_path / "many", {f"{'ab'[n % 2]}/{n}.jpg": image for n in range(100)})
+    prepare("image_folder", "--source", folder, "--name", "many", "--data_dir", tmp_path / "1")
+    sizes = [len(opened(data, tmp_path / "1", "many", split)) for split in ("train", "validation")]
+    assert sum(sizes) == 100
+    assert 3 <= sizes[1] <= 20
+    held_out = {path for path in folder.rglob("*.jpg") if path in set(_validation(folder))}
+    write_folder(folder, {f"a/new{n}.jpg": image for n in range(50)})
+    assert held_out <= set(_validation(folder))
+
+
+def _validation(folder: Path) -> list[Path]:
+    from xception_jax.data.prepare import image_folder
+
+    return image_folder._divide(folder, sorted(folder.rglob("*.jpg")))["validation"]
+
+
+def test_a_damaged_image_is_refused_or_skipped_by_name(tmp_path, data, capsys):
+    files = {"train/a/good.jpg": jpeg(photograph(0)), "train/a/bad.jpg": jpeg(photograph(1))[:900]}
+    folder = write_folder(tmp_path / "folder", files)
+    arguments = ["image_folder", "--source", folder, "--name", "folder", "--data_dir", tmp_path]
+    with pytest.raises(BadDataError) as error:
+        prepare(*arguments)
+    assert error.value.where.endswith("train/a/bad.jpg")
+    prepare(*arguments, "--skip-damaged", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_examples"] == {"train": 1}
+    assert report["skipped"] == {"damaged": [str(folder / "train/a/bad.jpg")]}
+    assert report["path"] == str(tmp_path / "folder" / "1.0.0")
+
+
+def test_a_class_without_training_images_is_refused(tmp_path):
+    image = jpeg(photograph(0))
+    folder = write_folder(tmp_path / "f", {"train/a/1.jpg": image, "test/b/1.jpg": image})
+    with pytest.raises(BadDataError, match="'b' of test has no images in train"):
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+
+
+def test_an_empty_folder_is_missing_input(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputMissingError):
+        prepare("image_folder", "--source", tmp_path / "empty", "--name", "empty", "--data_dir", tmp_path)
+
+
+# --- TFRECORD copies ----------------------------------------------------------------------------------------------
+
+
+def masked(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def as_tfrecord(directory: Path) -> Path:
+    """Turns an ArrayRecord dataset into what TFDS writes by default."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for path in directory.glob("*.array_record-*"):
+        with open(path.with_name(path.name.replace("array_record", "tfrecord")), "wb") as file:
+            for record in ArrayRecordDataSource([os.fspath(path)]):
+                length = struct.pack("<Q", len(record))
+                file.write(length + masked(length) + record + masked(record))
+        path.unlink()
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    return directory
+
+
+@pytest.fixture
+def tfrecord_copy(tmp_path) -> Path:
+    pictures = [jpeg(photograph(number)) for number in range(9)]
+    return as_tfrecord(write_images(tmp_path / "tfrecord", "photographs", pictures))
+
+
+def test_crc32c_is_that_of_tfrecord():
+    # The length 24, as it stands in files that TensorFlow has written.
+    assert masked(struct.pack("<Q", 24)) == bytes.fromhex("a37f4b22")
+
+
+def test_a_tfrecord_dataset_is_copied_record_by_record(tfrecord_copy, tmp_path, data):
+    with pytest.raises(InputMissingError, match="tfrecord") as error:
+        opened(data, tmp_path / "tfrecord", "photographs")
+    assert f"prepare tfrecord --source {tfrecord_copy}" in error.value.fix
+    prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path)
+    source = opened(data, tmp_path, "photographs")
+    check_labels(source)
+    assert [source[n]["image"] for n in range(9)] == [jpeg(photograph(n)) for n in range(9)]
+    assert source.info.class_names == ("0", "1", "2", "3", "4")
+
+
+@pytest.mark.parametrize("at", [2, 9, 300, -1])
+def test_a_flipped_bit_in_a_tfrecord_file_is_found(tfrecord_copy, tmp_path, at):
+    path = next(tfrecord_copy.glob("*.tfrecord-*"))
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadDataError, match="damaged or truncated"):
+        prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path)
+    assert not list(tmp_path.glob("photographs/1*"))
+
+
+def test_a_truncated_tfrecord_file_is_found(tfrecord_copy, tmp_path):
+    path = next(tfrecord_copy.glob("*.tfrecord-*"))
+    sizes = [len(record) + 16 for record in tfrecord.read_tfrecord(path)]
+    path.write_bytes(path.read_bytes()[: sum(sizes[:4])])  # at the end of a record, where no checksum tells
+    with pytest.raises(BadDataError, match="holds 4 records"):
+        prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path)
+
+
+def test_what_cannot_be_copied_is_refused(tfrecord_copy, tmp_path):
+    with pytest.raises(UsageError, match="take the place of the original"):
+        prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path / "tfrecord")
+    with pytest.raises(InputMissingError, match="not a TFDS dataset"):
+        prepare("tfrecord", "--source", tmp_path, "--data_dir", tmp_path)
+    array_records = write_images(tmp_path / "a", "photographs", [jpeg(photograph(0))])
+    with pytest.raises(UsageError, match="stored as array_record"):
+        prepare("tfrecord", "--source", array_records, "--data_dir", tmp_path)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_help_has_an_example_for_each_dataset(capsys):
+    with pytest.raises(SystemExit):
+        prepare("--help")
+    out = capsys.readouterr().out
+    for name in command.NAMES:
+        assert f"python -m xception_jax prepare {name}" in out
+
+
+def test_a_second_run_says_that_the_dataset_is_there(tmp_path, capsys):
+    write_idx(tmp_path / "idx")
+    for expected in (" written: ", " was there already "):
+        prepare("fashion_mnist", "--source", tmp_path / "idx", "--data_dir", tmp_path)
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["imagenet2012"], UsageError),
+        (["image_folder", "--source", "."], UsageError),
+        (["image_folder", "--source", ".", "--name", "../escape"], UsageError),
+        (["fashion_mnist", "--source", "nowhere"], InputMissingError),
+    ],
+)
+def test_missing_arguments_are_three_lines(arguments, error):
+    with pytest.raises(error) as raised:
+        prepare(*arguments)
+    assert len(str(raised.value).splitlines()) == 3
