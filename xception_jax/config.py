@@ -239,6 +239,7 @@ FIELDS: dict[str, Field] = {
     "checkpoint.every": duration("1 epoch", "local"),
     "checkpoint.keep_latest": whole(2, 1, "local"),
     "checkpoint.keep_best": whole(1, 0, "local: besides the latest; by top-1, or MAP for several labels"),
+    "checkpoint.allow_dataset_change": flag(False, "local: resume although the dataset is another one"),
     "logs.tensorboard": flag(False, "local: needs tensorboardX"),
     "logs.wandb_project": text("", "local: needs wandb; empty is off"),
 }

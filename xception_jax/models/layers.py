@@ -107,13 +107,12 @@ class BatchNorm(nn.Module):
     def _num_groups(self, batch: int) -> int:
         if self.statistics == "global":
             return 1
-        if self.statistics == "device":
-            # The batch is sharded over all axes of the mesh, in order: a group is what one device holds.
-            devices = jax.sharding.get_abstract_mesh().size
-            return devices if batch % devices == 0 else 1
-        if batch % int(self.statistics):
-            raise ValueError(f"a batch of {batch} images is not divisible by groups of {self.statistics}")
-        return batch // int(self.statistics)
+        # The batch is sharded over all axes of the mesh, in order: a group is what one device holds.
+        devices = jax.sharding.get_abstract_mesh().size
+        groups = devices if self.statistics == "device" else batch // int(self.statistics)
+        if groups == 0 or batch % groups:
+            raise ValueError(f"a batch of {batch} images does not fit statistics={self.statistics!r}")
+        return groups
 
 
 class Head(nn.Module):

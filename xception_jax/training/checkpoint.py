@@ -171,7 +171,7 @@ class Checkpoints:
           metrics: recorded with the step; `best_metric` among them ranks it.
 
         Raises:
-          StorageError: this save or the previous one failed.
+          StorageError: this save or the previous one failed; after that there is only `close`.
         """
         self.wait()
         if step == self._held_step:
@@ -235,7 +235,8 @@ class Checkpoints:
         """Restores the newest step that is intact, and sets aside the damaged ones that are newer.
 
         Args:
-          abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings, which need not be those of the save.
+          abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings, which need not be those of the save. Without
+            one, an array comes back as it was sharded, or on one device where there are others than then.
 
         Returns:
           The step and its state, or None if nothing was saved yet.
@@ -295,12 +296,17 @@ class Checkpoints:
         reading = contextlib.nullcontext() if has_manifest else _same_damage_on_all_processes(Exception)
         with reading:
             stored = tree_signature(self._manager.item_metadata(step))
+            if not stored:  # Orbax says nothing when it cannot read this
+                raise DamagedError("the names of its arrays cannot be read")
             record = manifest.read(self._path(step)) if has_manifest else self._record(step)
         self._refuse_other_model(step, stored, tree_signature(abstract_state))
         self._refuse_other_dataset(step, record)
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         reading = contextlib.nullcontext() if has_manifest else _same_damage_on_all_processes(Exception)
         with reading:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            state = self._manager.restore(
+                step, args=ocp.args.StandardRestore(abstract_state, fallback_sharding=one_device)
+            )
         if not has_manifest and not self._read_only:
             if self._primary:
                 manifest.write(self._path(step), record)

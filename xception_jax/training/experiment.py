@@ -1,0 +1,164 @@
+"""What a config amounts to: network, optimiser, data, mesh and the compiled step, ready for the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from xception_jax.config import duration_in_steps
+from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
+from xception_jax.errors import ConfigError, DeviceMemoryError
+from xception_jax.models import create_model
+from xception_jax.models.cost import Cost, count_cost
+from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh
+from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.state import TrainState, abstract_state, make_state_init
+from xception_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A resolved config and what follows from it; nothing here changes while a run goes on.
+
+    Attributes:
+      config: resolved.
+      mesh: of all devices.
+      sources: by split: 'train', 'dev' and 'test'; the last two only where the config names them.
+      model, optimizer, schedule, cost: of the network and its training.
+      abstract: shapes, dtypes and shardings of the state.
+      init: makes the first state, already sharded.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    sources: dict[str, Source]
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    cost: Cost
+    abstract: TrainState
+    init: Callable[[], TrainState]
+
+    def steps(self, duration: str) -> int:
+        """Returns a duration of the config in steps."""
+        return duration_in_steps(duration, self.config.batch_size, len(self.sources["train"]))
+
+    @property
+    def data(self) -> SourceInfo:
+        """What is known of the training data."""
+        return self.sources["train"].info
+
+    @functools.cached_property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.steps(self.config.duration)
+
+    def compile_step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
+        """Compiles the training step for the mesh; the state that is passed to it is donated.
+
+        Raises:
+          DeviceMemoryError: the compiler finds that the step does not fit.
+        """
+        step = make_train_step(self.model, self.optimizer, self.schedule, self.config)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        try:
+            return jitted.lower(self.abstract, self.abstract_batch()).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise out_of_memory(error, self.config) from error
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes, dtypes and sharding of a global batch."""
+        config, sharding = self.config, batch_sharding(self.mesh)
+        several = config.loss.name == "sigmoid"
+        label_shape = (config.batch_size, config.model.num_classes) if several else (config.batch_size,)
+        image_shape = (config.batch_size, config.data.image_size, config.data.image_size, 3)
+        return {
+            "image": jax.ShapeDtypeStruct(image_shape, jnp.float32, sharding=sharding),
+            "label": jax.ShapeDtypeStruct(label_shape, jnp.float32 if several else jnp.int32, sharding=sharding),
+        }
+
+
+def out_of_memory(error: jax.errors.JaxRuntimeError, config: ConfigDict) -> Exception:
+    """Returns the error for a step that does not fit into memory; any other one comes back as it is."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    return DeviceMemoryError(
+        "the training step does not fit into the memory of a device",
+        f"batch_size={config.batch_size}, image_size={config.data.image_size}, dtype={config.model.dtype}",
+        "lower config.batch_size, raise config.accumulation_steps, or set config.model.dtype='bfloat16'",
+    )
+
+
+def make_experiment(config: ConfigDict) -> Experiment:
+    """Opens the data and builds everything but the compiled step.
+
+    Args:
+      config: a whole resolved config.
+
+    Raises:
+      ConfigError: the config does not fit the data or the devices.
+      InputMissingError, BadDataError: the data are missing or wrong.
+    """
+    splits = {"train": config.data.train_split, "dev": config.data.eval_split, "test": config.data.test_split}
+    sources = {name: open_source(config.data, split) for name, split in splits.items() if split}
+    check_data(config, sources)
+    mesh = make_mesh(config.mesh)
+    check_batch("batch_size", config.batch_size, mesh.size, config.accumulation_steps)
+    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh.size)
+
+    model = create_model(config.model)
+    schedule = make_schedule(config, len(sources["train"]))
+    optimizer = make_optimizer(config.optimizer, schedule)
+    init = make_state_init(
+        model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0
+    )
+    abstract = abstract_state(init, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        sources=sources,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        cost=count_cost(model, config.data.image_size),
+        abstract=abstract,
+        init=jax.jit(init, out_shardings=shardings),
+    )
+
+
+def check_data(config: ConfigDict, sources: dict[str, Any]) -> None:
+    """Checks that network, loss and data speak of the same classes.
+
+    Raises:
+      ConfigError: the number of classes or the kind of labels differs.
+      BadDataError: a label is out of range.
+    """
+    info = sources["train"].info
+    if info.num_classes != config.model.num_classes:
+        raise ConfigError(
+            f"config.model.num_classes is {config.model.num_classes}, but {info.name} has {info.num_classes} classes",
+            "config.model.num_classes",
+            f"set it to {info.num_classes}",
+        )
+    loss = "sigmoid" if info.multi_label else "softmax"
+    if config.loss.name != loss:
+        labels = "any number of labels" if info.multi_label else "one label"
+        raise ConfigError(
+            f"config.loss.name is {config.loss.name!r}, but an image of {info.name} has {labels}",
+            "config.loss.name",
+            f"set it to {loss!r}",
+        )
+    for source in sources.values():
+        check_labels(source)

@@ -1,0 +1,27 @@
+"""Classification losses of a training step, averaged over the batch."""
+
+from __future__ import annotations
+
+import jax
+import optax
+from jaxtyping import Array, Float, Int, Scalar
+
+from xception_jax.evaluation.metrics import sigmoid_loss as sigmoid_cross_entropy
+
+
+def softmax_loss(
+    logits: Float[Array, "b c"], labels: Int[Array, " b"], label_smoothing: float = 0.0
+) -> Float[Scalar, ""]:
+    """Cross-entropy against one label an image, which keeps 1 - label_smoothing and shares the rest among all."""
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, label_smoothing)).mean()
+
+
+def sigmoid_loss(
+    logits: Float[Array, "b c"], labels: Float[Array, "b c"], label_smoothing: float = 0.0
+) -> Float[Scalar, ""]:
+    """Logistic loss summed over the classes; labels are 0 or 1, any number of ones an image."""
+    return sigmoid_cross_entropy(logits, labels * (1 - label_smoothing) + label_smoothing / 2).mean()
+
+
+LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}

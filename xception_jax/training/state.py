@@ -1,0 +1,62 @@
+"""The whole state of a run: what a checkpoint holds and a step changes."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from xception_jax.training.mesh import state_sharding
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a step reads and writes; the data order follows from `step` alone.
+
+    Attributes:
+      step: steps taken, int32; also the position in the data.
+      params: trainable parameters.
+      batch_stats: running averages of BatchNorm.
+      opt_state: of the optimiser.
+      ema: Polyak averages {'params', 'batch_stats'}, or None without them.
+      bad_steps: non-finite steps in a row, int32.
+      skipped_steps: non-finite steps in all, int32.
+    """
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    ema: dict | None
+    bad_steps: jax.Array
+    skipped_steps: jax.Array
+
+    def variables(self, averaged: bool = False) -> dict:
+        """Returns what `model.apply` takes: of this step, or Polyak-averaged."""
+        return self.ema if averaged else {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def make_state_init(model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, seed: int, ema: bool):
+    """Returns a function of no arguments that makes the first state, to be jitted with `abstract_state`'s shardings."""
+
+    def init() -> TrainState:
+        images = jnp.zeros((1, image_size, image_size, 3))
+        variables = model.init({"params": jax.random.key(seed)}, images, train=False)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        zero = jnp.zeros((), jnp.int32)
+        averages = {"params": params, "batch_stats": batch_stats} if ema else None
+        return TrainState(zero, params, batch_stats, optimizer.init(params), averages, zero, zero)
+
+    return init
+
+
+def abstract_state(init, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state that `init` makes; nothing is computed."""
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_sharding(mesh, shapes),
+    )

@@ -1,0 +1,99 @@
+"""One training step: a pure function of the state and a global batch, jitted over the mesh by the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from xception_jax.training.losses import LOSSES
+from xception_jax.training.state import TrainState
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ConfigDict
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """Returns `step(state, batch) -> (state, metrics)`; `batch` has 'image' [b, h, w, 3] and 'label'.
+
+    Metrics are float32 scalars: loss, grad_norm, learning_rate, top1 (for one label an image), and the counters
+    bad_steps and skipped_steps.
+    """
+    loss_function = LOSSES[config.loss.name]
+
+    def loss_and_aux(params, batch_stats, images, labels, dropout_key):
+        (logits, endpoints), updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
+        )
+        loss = loss_function(logits, labels, config.loss.label_smoothing)
+        if "aux_logits" in endpoints:
+            aux_loss = loss_function(endpoints["aux_logits"], labels, config.loss.label_smoothing)
+            loss += config.loss.aux_weight * aux_loss
+        top1 = (logits.argmax(-1) == labels).mean() if config.loss.name == "softmax" else jnp.nan
+        return loss, (updates["batch_stats"], {"loss": loss, "top1": top1})
+
+    def accumulated(state: TrainState, batch, key):
+        """Averages gradients and metrics over microbatches; BatchNorm sees one microbatch after the other."""
+        gradient = jax.value_and_grad(loss_and_aux, has_aux=True)
+        n = config.accumulation_steps
+        if n == 1:
+            (_, (batch_stats, metrics)), grads = gradient(
+                state.params, state.batch_stats, batch["image"], batch["label"], key
+            )
+            return grads, batch_stats, metrics
+
+        def one(carry, inputs):
+            grads, batch_stats, metrics = carry
+            images, labels, i = inputs
+            (_, (batch_stats, new)), new_grads = gradient(
+                state.params, batch_stats, images, labels, jax.random.fold_in(key, i)
+            )
+            grads = jax.tree.map(lambda total, g: total + g / n, grads, new_grads)
+            return (grads, batch_stats, jax.tree.map(lambda total, m: total + m / n, metrics, new)), None
+
+        # Every n-th image goes into one microbatch, so that each device cuts its own share.
+        images, labels = (x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        start = (zeros, state.batch_stats, {"loss": jnp.zeros(()), "top1": jnp.zeros(())})
+        return jax.lax.scan(one, start, (images, labels, jnp.arange(n)))[0]
+
+    def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        grads, batch_stats, metrics = accumulated(state, batch, key)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = _polyak_average(state, params, batch_stats, config.ema.decay)
+
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
+        # A bad step leaves everything as it was, but it is past: the next step gets the next batch.
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        new = new.replace(
+            step=state.step + 1,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            skipped_steps=state.skipped_steps + ~finite,
+        )
+        counters = {"bad_steps": new.bad_steps, "skipped_steps": new.skipped_steps}
+        return new, metrics | counters | {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+
+    return train_step
+
+
+def _polyak_average(state: TrainState, params, batch_stats, decay: float):
+    """Averages weights and BN statistics; the decay starts low so that the first weights are soon forgotten."""
+    if state.ema is None:
+        return None
+    decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    return jax.tree.map(
+        lambda average, new: average + (1 - decay).astype(new.dtype) * (new - average),
+        state.ema,
+        {"params": params, "batch_stats": batch_stats},
+    )
