@@ -15,6 +15,12 @@ from xception_jax.data import images
 PHOTOGRAPH = photograph(0)
 
 
+def as_ycck(cmyk: bytes) -> bytes:
+    """Declares the channels of a CMYK JPEG to be YCCK, as those of ImageNet's CMYK images are."""
+    transform = cmyk.index(b"Adobe") + 11
+    return cmyk[:transform] + b"\2" + cmyk[transform + 1 :]
+
+
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
@@ -53,6 +59,13 @@ def test_every_format_gives_the_colors_of_the_photograph(data, tolerance):
     assert np.abs(image.astype(int) - PHOTOGRAPH).mean() <= tolerance
 
 
+@pytest.mark.parametrize("transform", [bytes, as_ycck])
+def test_cmyk_is_converted_as_pillow_does(transform):
+    data = transform(encoded(PHOTOGRAPH, "JPEG", "CMYK"))
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(images.decode(data).astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
 def test_grey_becomes_three_equal_channels(image_format):
     image = images.decode(encoded(PHOTOGRAPH, image_format, "L"))
@@ -65,9 +78,9 @@ def test_grey_becomes_three_equal_channels(image_format):
 def test_sixteen_bits_become_the_upper_eight():
     grey = np.asarray(Image.fromarray(PHOTOGRAPH).convert("L"))
     buffer = io.BytesIO()
-    Image.fromarray(grey.astype(np.uint16) * 257).save(buffer, "PNG")
+    Image.fromarray(grey.astype(np.uint16) * 256 + 55).save(buffer, "PNG")
     np.testing.assert_array_equal(images.decode(buffer.getvalue()), np.repeat(grey[..., None], 3, 2))
-    color = cv2.imencode(".png", PHOTOGRAPH[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    color = cv2.imencode(".png", PHOTOGRAPH[..., ::-1].astype(np.uint16) * 256 + 55)[1].tobytes()
     np.testing.assert_array_equal(images.decode(color), PHOTOGRAPH)
 
 
@@ -162,9 +175,9 @@ def test_a_decompression_bomb_is_refused_from_its_header(bomb, monkeypatch):
 
 
 def test_central_view_is_a_central_crop_resized_with_half_pixel_centres():
-    ramp = np.repeat(np.arange(0, 160, 2, dtype=np.uint8)[None, :, None], 80, 0).repeat(3, 2)  # value = 2 * column
-    view = images.central_view(ramp, 20, 0.5)  # columns 20 to 59, by a factor of 2
-    np.testing.assert_allclose(view[10, :, 0], 2 * (20 + 2 * (np.arange(20) + 0.5) - 0.5), atol=1)
+    ramp = np.repeat(np.arange(0, 240, 3, dtype=np.uint8)[None, :, None], 80, 0).repeat(3, 2)  # value = 3 * column
+    view = images.central_view(ramp, 10, 0.5)  # columns 20 to 59, by a factor of 4
+    np.testing.assert_allclose(view[5, :, 0], 3 * (20 + 4 * (np.arange(10) + 0.5) - 0.5), atol=0.6)
     np.testing.assert_array_equal(images.central_view(ramp[:, :80], 80, 1.0), ramp)
 
 
@@ -204,14 +217,14 @@ def test_inception_view_shows_the_box_and_flips_every_second_one():
 
 
 def test_shifted_view_moves_by_up_to_its_pixels_and_brings_in_black():
-    image = np.full((8, 8, 3), 255, np.uint8)
-    shifts = set()
-    for seed in range(300):
-        view = images.shifted_view(image, 2, rng(seed))
-        assert view.shape == image.shape
-        rows, columns = (view[..., 0] > 0).any(1), (view[..., 0] > 0).any(0)
-        shifts.add((8 - rows.sum()) * 10 + 8 - columns.sum())
-    assert shifts == {0, 1, 2, 10, 11, 12, 20, 21, 22}
+    image = np.zeros((9, 9, 3), np.uint8)
+    image[4, 4] = 255
+    places = {tuple(np.argwhere(images.shifted_view(image, 2, rng(seed))[..., 0])[0]) for seed in range(400)}
+    assert places == {(row, column) for row in range(2, 7) for column in range(2, 7)}
+    white = np.full((8, 8, 3), 255, np.uint8)
+    views = [images.shifted_view(white, 2, rng(seed)) for seed in range(20)]
+    assert all(view.shape == white.shape for view in views)
+    assert any((view == 0).any() for view in views)
 
 
 def test_to_float_spans_minus_one_to_one():

@@ -3,7 +3,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,13 +249,17 @@ def test_a_label_out_of_range_stops_a_run(photographs_data, tmp_path):
         train(photographs_data, 1)
 
 
-def test_a_killed_worker_is_a_storage_error_and_never_a_hang(photographs_data):
+def test_only_kill_9_ends_a_worker_and_it_is_a_storage_error_never_a_hang(photographs_data):
     photographs_data.workers = 1
     batches = train_batches(
         photographs_data, open_source(photographs_data, "train"), batch_size=2, seed=0, start_step=0
     )
     next(batches)
     (worker,) = multiprocessing.active_children()
+    for polite in (signal.SIGINT, signal.SIGTERM):  # what Ctrl-C and a scheduler send to every process
+        os.kill(worker.pid, polite)
+    for _ in range(10):
+        next(batches)
     os.kill(worker.pid, signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(StorageError, match="terminated"):
@@ -260,9 +268,37 @@ def test_a_killed_worker_is_a_storage_error_and_never_a_hang(photographs_data):
     batches.close()
 
 
-def test_closing_stops_the_threads(photographs_data):
-    import threading
+def test_workers_end_when_the_trainer_is_killed(photographs_data):
+    code = (
+        "import multiprocessing, sys, time\n"
+        "from ml_collections import ConfigDict\n"
+        "from xception_jax.data import pipeline, sources\n"
+        "data = ConfigDict(eval(sys.argv[1]))\n"
+        "source = sources.open_source(data, 'train')\n"
+        "batches = pipeline.train_batches(data, source, batch_size=2, seed=0, start_step=0); next(batches)\n"
+        "print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)"
+    )
+    photographs_data.workers = 1
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code, repr(photographs_data.to_dict())], stdout=subprocess.PIPE, text=True
+    )
+    worker = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.communicate()
+    deadline = time.monotonic() + 10
+    while _is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _is_running(worker)
 
+
+def _is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_closing_stops_the_threads(photographs_data):
     before = threading.active_count()
     train(photographs_data, 2)
     deadline = time.monotonic() + 10

@@ -58,10 +58,10 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray:
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
-    # libjpeg-turbo does not convert CMYK, and an orientation sits in an APP1 segment, always near the start.
-    if colorspace in ("CMYK", "YCCK") or data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
+    # The segment that may hold an orientation comes near the start.
+    if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
         return _decode_with_pillow(data)
     return simplejpeg.decode_jpeg(data, colorspace="RGB")
 

@@ -8,6 +8,10 @@ the share of this process are all decided on indices; only then are images loade
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -136,7 +140,7 @@ class BatchIterator:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the workers
             options = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
-            dataset = dataset.mp_prefetch(options)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         self._iterator = iter(dataset)
 
     def __iter__(self) -> BatchIterator:
@@ -164,6 +168,21 @@ class BatchIterator:
     def close(self) -> None:
         """Stops threads and workers."""
         self._iterator.close()
+
+
+def _start_worker(worker: int, num_workers: int) -> None:
+    """Lets a worker live exactly as long as the process that it works for."""
+    # A Ctrl-C, and a scheduler's SIGTERM, reach all processes at once; the trainer still wants batches to end its step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _LoadBatch:

@@ -8,16 +8,15 @@ the scenes) and `data.eval_crop` to 1.
 from __future__ import annotations
 
 import gzip
-import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
-from PIL import Image
 
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
@@ -102,9 +101,7 @@ def _scenes(images: np.ndarray, labels: np.ndarray, count: int, split: str) -> I
 
 
 def _png(image: UInt8[np.ndarray, "h w"]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
+    return cv2.imencode(".png", image)[1].tobytes()
 
 
 def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], UInt8[np.ndarray, " n"]]:
