@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 from pathlib import Path
 
 
@@ -38,3 +40,10 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def free_space(directory: str | os.PathLike) -> str:
+    """Returns what room there is for a file, for an error: '1,024 bytes free', and the limit of the process, if any."""
+    text = f"{shutil.disk_usage(directory).free:,} bytes free"
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return text if limit == resource.RLIM_INFINITY else f"{text}, files limited to {limit:,} bytes"

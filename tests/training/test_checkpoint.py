@@ -251,7 +251,7 @@ def test_without_manifest_the_step_is_verified_by_reading_it(tmp_path):
     (tmp_path / "10" / "manifest.json.1.tmp").write_text(manifest[:50])  # killed while it was being written
     step, lines = latest(tmp_path)
     assert step == 10
-    assert lines == ["checkpoint 10 had no manifest; it was read in full and has one now"]
+    assert lines == ["checkpoint 10 had no manifest; it was verified by reading it, and gets one"]
     assert (tmp_path / "10" / "manifest.json").read_text() == manifest
     assert latest(tmp_path) == (10, [])
 
@@ -399,7 +399,7 @@ def test_killed_between_commit_and_manifest(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert output == "saved checkpoint 1\n"
     assert (tmp_path / "2").exists()
-    assert latest(tmp_path) == (2, ["checkpoint 2 had no manifest; it was read in full and has one now"])
+    assert latest(tmp_path) == (2, ["checkpoint 2 had no manifest; it was verified by reading it, and gets one"])
 
 
 # --- storage that fails ----------------------------------------------------------------------------------------------
@@ -466,8 +466,8 @@ def test_no_room_ends_the_process_with_74(tmp_path):
     lines = errors[errors.index("error: ") :].splitlines()
     assert lines[0] == "error: checkpoint 2 could not be written: File too large"
     assert lines[1].startswith(f"  where: {tmp_path} (needs 131,076 bytes, ")
-    assert lines[1].endswith(" free, files limited to 100 bytes)")
-    assert lines[2] == "  fix:   make room and run the same command to resume from checkpoint 1"
+    assert lines[1].endswith(" bytes free, files limited to 100 bytes)")
+    assert lines[2] == "  fix:   make room and run the same command to resume from step 1"
     assert output == "saved checkpoint 1\n"
     assert os.listdir(tmp_path) == ["1"]
     assert latest(tmp_path) == (1, [])
@@ -566,7 +566,7 @@ def test_two_processes_agree_on_the_step(tmp_path, free_port):
     for output, _ in outcomes:
         lines = [line for line in output.splitlines() if "[Gloo]" not in line]
         assert "falling back to checkpoint 2" in lines[-3]
-        assert lines[-2] == "checkpoint 2 had no manifest; it was read in full and has one now"
+        assert lines[-2] == "checkpoint 2 had no manifest; it was verified by reading it, and gets one"
         assert lines[-1] == f"2 {state_fingerprint(state_at(2))}"
     assert (tmp_path / "2" / "manifest.json").exists()
     assert sorted(os.listdir(tmp_path))[:2] == ["2", "3.corrupt-" + sorted(os.listdir(tmp_path))[1][10:]]

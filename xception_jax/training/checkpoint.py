@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import re
-import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
-from xception_jax.files import write_atomically
+from xception_jax.files import free_space, write_atomically
 from xception_jax.training import manifest
 from xception_jax.training.fingerprint import compare_signatures, tree_fingerprint, tree_signature, versions
 from xception_jax.training.manifest import DamagedError
@@ -43,7 +42,7 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 def _from_primary(value: int) -> int:
     """Returns what process 0 passed, on every process."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @dataclasses.dataclass
@@ -256,8 +255,9 @@ class Checkpoints:
                 damaged[self._set_aside(step, str(error), older)] = str(error)
             step = older
         # What an earlier run has set aside counts: without that, the second attempt would start again from step 0.
-        for reason in sorted(self._directory.glob(f"*.corrupt-*/{_REASON}")):
-            damaged[reason.parent.name] = reason.read_text()
+        for path in sorted(self._directory.glob("*.corrupt-*")):
+            reason = path / _REASON
+            damaged[path.name] = reason.read_text() if reason.exists() else "damaged"
         if damaged:
             raise BadDataError(
                 "every checkpoint is damaged",
@@ -280,21 +280,20 @@ class Checkpoints:
         try:
             return self._restore(step, abstract_state)
         except DamagedError as error:
-            raise BadDataError(
-                f"checkpoint {step} is damaged: {error}", str(self._path(step)), "use an older step"
-            ) from None
+            where = str(self._path(step))
+            raise BadDataError(f"checkpoint {step} is damaged: {error}", where, "use an older one") from None
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         """Verifies a step, compares it with what is wanted, and reads it."""
         has_manifest = bool(_from_primary((self._path(step) / manifest.NAME).exists()))
         if has_manifest:
-            with _same_damage_on_all_processes(DamagedError):
+            with _damage_on_all_processes(DamagedError):
                 if self._primary:
                     manifest.verify(self._path(step))
         # Without a manifest (killed just after the commit) being read is the proof, so there any error is damage.
         # With one, an error is none of the files', and keeps its traceback.
-        reading = contextlib.nullcontext() if has_manifest else _same_damage_on_all_processes(Exception)
-        with reading:
+        reading = contextlib.nullcontext if has_manifest else _damage_on_all_processes
+        with reading():
             stored = tree_signature(self._manager.item_metadata(step))
             if not stored:  # Orbax says nothing when it cannot read this
                 raise DamagedError("the names of its arrays cannot be read")
@@ -302,15 +301,14 @@ class Checkpoints:
         self._refuse_other_model(step, stored, tree_signature(abstract_state))
         self._refuse_other_dataset(step, record)
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        reading = contextlib.nullcontext() if has_manifest else _same_damage_on_all_processes(Exception)
-        with reading:
-            state = self._manager.restore(
-                step, args=ocp.args.StandardRestore(abstract_state, fallback_sharding=one_device)
-            )
+        restore = ocp.args.StandardRestore(abstract_state, fallback_sharding=one_device)
+        with reading():
+            state = self._manager.restore(step, args=restore)
         if not has_manifest and not self._read_only:
+            self._report(f"checkpoint {step} had no manifest; it was verified by reading it, and gets one")
             if self._primary:
-                manifest.write(self._path(step), record)
-            self._report(f"checkpoint {step} had no manifest; it was read in full and has one now")
+                with contextlib.suppress(OSError):  # no room: the next run verifies it again
+                    manifest.write(self._path(step), record)
         self._held_step = step
         return state
 
@@ -343,7 +341,8 @@ class Checkpoints:
         if not self._read_only:
             if self._primary:
                 self._path(step).rename(self._directory / name)
-                write_atomically(self._directory / name / _REASON, reason)
+                with contextlib.suppress(OSError):  # no room
+                    write_atomically(self._directory / name / _REASON, reason)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"set aside {step}")
             self._manager.reload()
@@ -375,24 +374,23 @@ class Checkpoints:
         # tensorstore hides the cause at the end of several lines.
         number = re.search(r"os_error_code='(\d+)'", str(error))
         cause = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).split("\n")[0]
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        limited = "" if limit == resource.RLIM_INFINITY else f", files limited to {limit:,} bytes"
-        last = max((s for s in self.steps() if s != step), default=None)
+        last = max((s for s in self.steps() if s != step), default=0)
         return StorageError(
             f"checkpoint {step} could not be written: {cause}",
-            f"{self._directory} (needs {num_bytes:,} bytes, {shutil.disk_usage(self._directory).free:,} free{limited})",
-            "make room and run the same command"
-            + (f" to resume from checkpoint {last}" if last is not None else " again; there is no earlier checkpoint"),
+            f"{self._directory} (needs {num_bytes:,} bytes, {free_space(self._directory)})",
+            f"make room and run the same command to resume from step {last}",
         )
 
 
 @contextlib.contextmanager
-def _same_damage_on_all_processes(kind: type[Exception]) -> Iterator[None]:
+def _damage_on_all_processes(kind: type[Exception] = Exception) -> Iterator[None]:
     """Turns an error of a kind, on any process, into a DamagedError on every process."""
     reason = ""
     try:
         yield
     except kind as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # the devices are too small, not the checkpoint damaged
         reason = str(error).split("\n")[0] or type(error).__name__
     found = bool(reason)
     if jax.process_count() > 1:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from xception_jax.config import FIELDS, save_json
@@ -34,7 +35,7 @@ _NOT_IDENTITY = ("data.data_dir", "data.threads", "data.workers", "data.max_bad_
 
 @contextlib.contextmanager
 def open_workdir(
-    path: str | os.PathLike, config: ConfigDict, *, primary: bool = True, report: Callable[[str], None] = print
+    path: str | os.PathLike, config: ConfigDict, *, primary: bool | None = None, report: Callable[[str], None] = print
 ) -> Iterator[Path]:
     """Creates a work directory or opens an existing one, and holds it while the context lasts.
 
@@ -44,7 +45,8 @@ def open_workdir(
     Args:
       path: the directory.
       config: as `resolve` returned it.
-      primary: whether this process is the one that writes; the others of a distributed run only get the path.
+      primary: whether this process is the one that locks and writes; the others of a distributed run only get the
+        path. Left out, it is process 0.
       report: takes one line for each field that has changed since the last run here.
 
     Yields:
@@ -55,6 +57,8 @@ def open_workdir(
       ConfigError: it has checkpoints of another model, dataset, batch size or seed.
     """
     path = Path(path).absolute()
+    if primary is None:  # asking for the process index starts the devices, which takes seconds
+        primary = not jax.distributed.is_initialized() or jax.process_index() == 0
     if not primary:
         yield path
         return
