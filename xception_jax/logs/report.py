@@ -136,10 +136,9 @@ def _changes(config: ConfigDict) -> list[tuple[str, Any, Any, str]]:
     """Returns (field, value, default, where the default comes from) of what this run sets otherwise."""
     changes = []
     for name, field in config_lib.FIELDS.items():
-        node: Any = config
+        value: Any = config
         for key in name.split("."):
-            node = node[key]
-        value = tuple(node) if isinstance(node, list) else node
+            value = value[key]
         if value != field.default and name != "name":
             changes.append((name, value, field.default, field.source))
     return changes

@@ -18,8 +18,9 @@ from xception_jax.data.pipeline import DamagedImages, evaluation_batches, train_
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions
-from xception_jax.training.checkpoint import Checkpoints, state_fingerprint
+from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
+from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.journal import Journal
 from xception_jax.training.mesh import batch_sharding, start_distributed, to_devices
 from xception_jax.training.preemption import Preemption
@@ -63,7 +64,7 @@ def train(config: ConfigDict, workdir: str) -> Summary:
             raise out_of_memory(error, config) from error
 
 
-def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+def open_checkpoints(experiment: Experiment, workdir: Path, *, read_only: bool = False) -> Checkpoints:
     """Opens the checkpoints of a run, ranked by the accuracy on the development split."""
     config = experiment.config
     quality = "map_at_k" if config.loss.name == "sigmoid" else "top1"
@@ -77,6 +78,7 @@ def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
             "dataset": experiment.data.fingerprint,
         },
         allow_dataset_change=config.checkpoint.allow_dataset_change,
+        read_only=read_only,
         report=lambda line: print(line) if jax.process_index() == 0 else None,
     )
 
@@ -254,10 +256,6 @@ class Loop:
         self.checkpoints.wait()
         raise self.preemption.error(self.step, self.workdir)
 
-    def _variables(self) -> dict[str, dict]:
-        averaged = {} if self.state.ema is None else {"ema_": self.state.variables(averaged=True)}
-        return {"": self.state.variables()} | averaged
-
     def _evaluate(self, split: str) -> tuple[dict[str, float], Predictions]:
         source = self.experiment.sources[split]
         batches = evaluation_batches(
@@ -273,17 +271,18 @@ class Loop:
             if self.preemption.requested:
                 self._stop()
 
+        variables = self.state.all_variables()
         start = time.monotonic()
         with self.journal.pause(), contextlib.closing(iter(batches)) as iterator:
             metrics, predictions = evaluate(
                 self.evaluation_step,
-                self._variables(),
+                variables,
                 iterator,
                 len(source),
                 to_devices=self._to_devices,
                 poll=poll,
             )
-        metrics["images_per_second"] = len(source) * len(self._variables()) / (time.monotonic() - start)
+        metrics["images_per_second"] = len(source) * len(variables) / (time.monotonic() - start)
         if self.damaged[split].indices:
             metrics["damaged"] = len(self.damaged[split].indices)
         return metrics, predictions

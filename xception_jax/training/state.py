@@ -33,9 +33,10 @@ class TrainState(struct.PyTreeNode):
     bad_steps: jax.Array
     skipped_steps: jax.Array
 
-    def variables(self, averaged: bool = False) -> dict:
-        """Returns what `model.apply` takes: of this step, or Polyak-averaged."""
-        return self.ema if averaged else {"params": self.params, "batch_stats": self.batch_stats}
+    def all_variables(self) -> dict[str, dict]:
+        """Returns what `model.apply` takes, by the prefix of its metrics: of this step, and Polyak-averaged."""
+        averaged = {} if self.ema is None else {"ema_": self.ema}
+        return {"": {"params": self.params, "batch_stats": self.batch_stats}} | averaged
 
 
 def make_state_init(model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, seed: int, ema: bool):

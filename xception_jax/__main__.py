@@ -1,0 +1,31 @@
+"""The commands: python -m xception_jax <command> --help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from xception_jax.command_line import run_main
+
+# Command: (module with add_arguments(parser) and run(args) -> exit code, what it does). Imported when it is asked for.
+COMMANDS = {
+    "prepare": ("xception_jax.data.prepare.command", "write a dataset in the form that training reads"),
+    "evaluate": ("xception_jax.evaluation.command", "evaluate a checkpoint on a split, exactly"),
+}
+
+
+def main() -> int:
+    """Runs the command that the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m xception_jax", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
+        if name in sys.argv[1:2]:
+            import_module(module).add_arguments(subparser)
+    args = parser.parse_args()
+    return import_module(COMMANDS[args.command][0]).run(args)
+
+
+if __name__ == "__main__":
+    run_main(main)

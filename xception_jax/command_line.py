@@ -1,0 +1,100 @@
+"""What every entry point shares: flags that make a config, and errors that become three lines and an exit code."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from xception_jax.config import FIELDS, unknown_field
+from xception_jax.errors import ConfigError, InputMissingError, UsageError, UserError
+
+_OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Ends the process with what `main` returns, or with the exit code of the `UserError` that it raises."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(74)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses absl flags with --config among them, for `app.run(flags_parser=...)`.
+
+    Raises:
+      UsageError: an unknown flag, or no --config.
+      InputMissingError: the file of the config is not there.
+      ConfigError: the file does not run, or an override does not fit its field.
+    """
+    sections = {name.rsplit(".", 1)[0] for name in FIELDS if "." in name}
+    for argument in argv:
+        override = _OVERRIDE.fullmatch(argument)
+        if override and override[1] not in FIELDS and override[1] not in sections:
+            raise unknown_field(override[1])
+    try:
+        return flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        raise _illegal_value(str(error)) from None
+    except (FileNotFoundError, ImportError, OSError) as error:
+        path = Path(_config_path(argv))
+        if path.exists():
+            raise _broken_config(path, error) from None
+        raise InputMissingError(f"there is no config {path}", str(path), f"choose among {_configs()}") from None
+    except flags.Error as error:
+        raise UsageError(str(error).splitlines()[0], " ".join(argv), "see --help") from None
+    except UserError:
+        raise
+    except Exception as error:  # a config is Python and may raise anything
+        raise _broken_config(Path(_config_path(argv)), error) from None
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument in ("--config", "-config"):
+            return following.partition(":")[0]
+        if argument.startswith(("--config=", "-config=")):
+            return argument.partition("=")[2].partition(":")[0]
+    return ""
+
+
+def _configs() -> str:
+    return ", ".join(sorted(str(path) for path in Path("configs").glob("*.py"))) or "the files of configs/"
+
+
+def _illegal_value(message: str) -> ConfigError:
+    name = re.search(r"config\.([\w.]+)=(.*?):", message)
+    if name is None or name[1] not in FIELDS:
+        return ConfigError(message.splitlines()[0], "the command line", "set one field at a time; see --help")
+    field = FIELDS[name[1]]
+    return ConfigError(
+        f"config.{name[1]} is {name[2]!r}",
+        f"config.{name[1]}",
+        f"set it to {field.expects} (default: {field.default!r})",
+    )
+
+
+def _broken_config(path: Path, error: Exception) -> ConfigError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
+    line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 1)
+    message = str(error).splitlines()[0] if str(error) else ""
+    return ConfigError(
+        f"the config does not run: {type(error).__name__}: {message}",
+        f"{path}:{line}",
+        "correct the file; it must define get_config(), as the files of configs/ do",
+    )
+
+
+def field_help() -> str:
+    """Returns one line for each field of a config: default, what it may be, and where the default comes from."""
+    return "\n".join(f"config.{name}={field.default!r}: {field.expects}. {field.source}" for name, field in FIELDS.items())
