@@ -107,10 +107,13 @@ class BatchNorm(nn.Module):
     def _num_groups(self, batch: int) -> int:
         if self.statistics == "global":
             return 1
-        # The batch is sharded over all axes of the mesh, in order: a group is what one device holds.
-        devices = jax.sharding.get_abstract_mesh().size
-        groups = devices if self.statistics == "device" else batch // int(self.statistics)
-        if groups == 0 or batch % groups:
+        if self.statistics == "device":
+            # The batch is sharded over all axes of the mesh, in order: a group is what one device holds.
+            divisor = groups = jax.sharding.get_abstract_mesh().size
+        else:
+            divisor = int(self.statistics)
+            groups = batch // divisor
+        if batch % divisor:
             raise ValueError(f"a batch of {batch} images does not fit statistics={self.statistics!r}")
         return groups
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from xception_jax.ops.padding import Padding, Pads, explicit_padding, strided
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, pad, strided
 
 # On a CPU, a convolution whose patches have no more values than this is a product of patches and a matrix.
 _MAX_PATCH = 300
@@ -76,12 +76,10 @@ def _native(x, kernel, stride: int, pads: Pads, segments: int = 1):
 
 
 def _output_size(x, window: tuple[int, int], stride: int, pads: Pads) -> tuple[int, int]:
-    rows, columns = ((n + sum(pad) - k) // stride + 1 for n, k, pad in zip(x.shape[1:3], window, pads, strict=True))
+    rows, columns = (
+        (n + sum(low_high) - k) // stride + 1 for n, k, low_high in zip(x.shape[1:3], window, pads, strict=True)
+    )
     return rows, columns
-
-
-def _pad(x, pads: Pads):
-    return jnp.pad(x, ((0, 0), *pads, (0, 0)))
 
 
 # --- 1 x 1 -----------------------------------------------------------------------------------------------------------
@@ -147,7 +145,7 @@ def _depthwise_shifted(x, kernel, stride: int, pads: Pads):
     """The sum over taps of the shifted input times the tap's weight for each channel."""
     kh, kw, _, filters = kernel.shape
     rows, columns = _output_size(x, (kh, kw), stride, pads)
-    padded = jnp.repeat(_pad(x, pads), filters // x.shape[-1], axis=-1)
+    padded = jnp.repeat(pad(x, pads), filters // x.shape[-1], axis=-1)
     taps = ((i, j) for i in range(kh) for j in range(kw))
     return sum(strided(padded, i, j, rows, columns, stride) * kernel[i, j, 0] for i, j in taps)
 
@@ -156,8 +154,8 @@ def _depthwise_input_gradient(x, kernel, dy, stride: int, pads: Pads):
     """The transpose of `_depthwise_shifted`: a stride-1 convolution of the dilated dy with the flipped kernel."""
     kh, kw, _, filters = kernel.shape
     _, rows, columns, channels = x.shape
-    low = [k - 1 - pad[0] for k, pad in zip((kh, kw), pads, strict=True)]
-    size = [n + sum(pad) - k + 1 for n, k, pad in zip((rows, columns), (kh, kw), pads, strict=True)]
+    low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
+    size = [n + sum(low_high) - k + 1 for n, k, low_high in zip((rows, columns), (kh, kw), pads, strict=True)]
     gaps = [((n - 1) * stride + 1) for n in dy.shape[1:3]]
     high = [n + k - 1 - g - lo for n, k, g, lo in zip((rows, columns), (kh, kw), gaps, low, strict=True)]
     assert all(g <= s for g, s in zip(gaps, size, strict=True))
@@ -173,18 +171,21 @@ def _depthwise_filter_gradient(x, kernel, dy, stride: int, pads: Pads):
     kh, kw, _, filters = kernel.shape
     batch, rows, columns, _ = dy.shape
     multiplier = filters // x.shape[-1]
-    padded = lax.optimization_barrier(_pad(x, pads))
+    padded = lax.optimization_barrier(pad(x, pads))
+    # A sum over all rows of the image: in bfloat16 it would be wrong by percents.
+    dtype = jnp.promote_types(dy.dtype, jnp.float32)
 
     def add_row(row, taps):
-        dy_row = lax.dynamic_slice_in_dim(dy, row, 1, axis=1)
-        x_rows = jnp.repeat(lax.dynamic_slice_in_dim(padded, row * stride, kh, axis=1), multiplier, axis=-1)
+        dy_row = lax.dynamic_slice_in_dim(dy, row, 1, axis=1).astype(dtype)
+        x_rows = lax.dynamic_slice_in_dim(padded, row * stride, kh, axis=1).astype(dtype)
+        x_rows = jnp.repeat(x_rows, multiplier, axis=-1)
         products = [
             (strided(x_rows, i, j, 1, columns, stride) * dy_row).sum((0, 1, 2)) for i in range(kh) for j in range(kw)
         ]
         return tuple(tap + product for tap, product in zip(taps, products, strict=True))
 
-    zeros = (jnp.zeros((filters,), dy.dtype),) * (kh * kw)
-    return jnp.stack(lax.fori_loop(0, rows, add_row, zeros)).reshape(kernel.shape)
+    zeros = (jnp.zeros((filters,), dtype),) * (kh * kw)
+    return jnp.stack(lax.fori_loop(0, rows, add_row, zeros)).reshape(kernel.shape).astype(kernel.dtype)
 
 
 # --- between regular and depthwise -----------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def _per_tap(x, kernel, segments: int, stride: int, pads: Pads):
     """One product of matrices for each tap, batched over the segments; local to each device's share of the batch."""
     kh, kw, channels, filters = kernel.shape
     rows, columns = _output_size(x, (kh, kw), stride, pads)
-    padded = _pad(x, pads)
+    padded = pad(x, pads)
     kernel = kernel.reshape(kh, kw, channels, segments, filters // segments)
     y = 0.0
     for i in range(kh):
@@ -211,6 +212,6 @@ def _patches_product(x, kernel, stride: int, pads: Pads):
     """Gathers the taps of each output pixel into one row of a matrix, then multiplies once."""
     kh, kw, _, filters = kernel.shape
     rows, columns = _output_size(x, (kh, kw), stride, pads)
-    padded = _pad(x, pads)
+    padded = pad(x, pads)
     taps = [strided(padded, i, j, rows, columns, stride) for i in range(kh) for j in range(kw)]
     return _pointwise(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, filters))

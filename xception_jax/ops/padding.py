@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import jax.numpy as jnp
+from jax import lax
+
 Padding = Literal["SAME", "VALID", "SYMMETRIC"]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -27,4 +30,10 @@ def explicit_padding(padding: Padding, size: tuple[int, int], window: tuple[int,
 
 def strided(x, top: int, left: int, rows: int, columns: int, stride: int):
     """Returns every `stride`-th row and column of x [b, h, w, c] from (top, left): [b, rows, columns, c]."""
-    return x[:, top : top + (rows - 1) * stride + 1 : stride, left : left + (columns - 1) * stride + 1 : stride]
+    limits = (x.shape[0], top + (rows - 1) * stride + 1, left + (columns - 1) * stride + 1, x.shape[3])
+    return lax.slice(x, (0, top, left, 0), limits, (1, stride, stride, 1))
+
+
+def pad(x, pads: Pads, value: float = 0.0):
+    """Returns x [b, h, w, c] with rows and columns of `value` around it."""
+    return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from xception_jax.ops.padding import Padding, Pads, explicit_padding, strided
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, pad, strided
 
 
 def max_pool(
@@ -52,7 +52,7 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
     """Walks over the window's taps: the first that equals the maximum takes dy."""
     _, rows, columns, _ = y.shape
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    padded = pad(x, pads, -jnp.inf)
     zero = jnp.zeros((), dy.dtype)
     found = jnp.zeros(y.shape, bool)
     dx = jnp.zeros(padded.shape, dy.dtype)

@@ -1,0 +1,147 @@
+"""The parity tests would notice: each known mistake, put into the source of xception.py, makes them fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import types
+
+import pytest
+from keras_weights import build_reference, copy_weights, keras_floatx
+from parity import forward_differences, keras_outputs, our_outputs, random_images
+
+from xception_jax.config import default_config
+from xception_jax.models import create_model, xception
+
+# Parity holds within 1e-9; a mistake has to stand out by this much.
+NOTICED = 1e-6
+
+
+def mutated(model: xception.Xception, *replacements: tuple[str, str]) -> xception.Xception:
+    """Returns the same network built from the source of xception.py with pieces of it replaced."""
+    source = inspect.getsource(xception)
+    for old, new in replacements:
+        assert source.count(old) == 1, f"xception.py has {old!r} {source.count(old)} times: adapt this test"
+        source = source.replace(old, new)
+    module = types.ModuleType("mutated_xception")
+    sys.modules[module.__name__] = module  # Dataclasses look their module up.
+    try:
+        exec(compile(source, "mutated_xception.py", "exec"), module.__dict__)
+        names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
+        return module.Xception(**{name: getattr(model, name) for name in names})
+    finally:
+        del sys.modules[module.__name__]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with keras_floatx("float64"):
+        yield build_reference("xception", "float64", num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def expected(reference):
+    """Returns a function of the image size that computes Keras' outputs, once for each size."""
+    outputs = {}
+
+    def compute(size):
+        if size not in outputs:
+            outputs[size] = keras_outputs(reference, random_images(size, 1, "float64"))
+        return outputs[size]
+
+    return compute
+
+
+def differing(model, reference, expected, size) -> list[str]:
+    """Returns the outputs of `model` that differ from Keras'."""
+    ours = our_outputs(model, reference.variables, random_images(size, 1, "float64"))
+    differences = forward_differences(ours, expected(size))
+    return [name for name, found in differences.items() if found.absolute > NOTICED]
+
+
+def test_an_unchanged_source_passes(reference, expected):
+    assert differing(mutated(reference.model), reference, expected, 71) == []
+
+
+BLOCKS = [f"block{i}" for i in range(1, 15)]
+RELU_AT_THE_END_OF_BLOCK1 = (
+    'x = nn.relu(conv_bn(x, width(64), "block1_conv2", kernel_size=(3, 3), **stem))',
+    'x = conv_bn(x, width(64), "block1_conv2", kernel_size=(3, 3), **stem)',
+)
+RELU_BEFORE_BLOCK2 = ("if block > 2:", "if block >= 2:")
+# What is replaced, and the first block whose output is wrong then; all after it are too.
+MUTATIONS = {
+    # Figure 5 drawn literally: a shortcut goes on from the earlier shortcut, not from the sum.
+    "chained shortcuts": (
+        [
+            (
+                "residual = shortcut(x, features, block)",
+                "residual = shortcut(x if block == 2 else residual, features, block)",
+            )
+        ],
+        3,
+    ),
+    "a ReLU moved from the end of block1 into block2, past the shortcut": (
+        [RELU_AT_THE_END_OF_BLOCK1, RELU_BEFORE_BLOCK2],
+        1,
+    ),
+    "identity shortcuts from behind the ReLU": (
+        [("residual = x if self.residual else 0.0", "residual = nn.relu(x) if self.residual else 0.0")],
+        5,
+    ),
+    "no ReLU in front of block13": (
+        [("x = sepconv_bn(nn.relu(x), width(728), f", "x = sepconv_bn(x, width(728), f")],
+        13,
+    ),
+    "no ReLU at the end": (
+        [
+            (
+                'x = nn.relu(sepconv_bn(x, width(2048), f"block{block}_sepconv2"))',
+                'x = sepconv_bn(x, width(2048), f"block{block}_sepconv2")',
+            )
+        ],
+        14,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_in_the_source_is_noticed(reference, expected, name):
+    replacements, first = MUTATIONS[name]
+    found = differing(mutated(reference.model, *replacements), reference, expected, 71)
+    assert sorted(found) == sorted([*BLOCKS[first - 1 :], "pre_logits", "logits"])
+
+
+def test_a_second_relu_in_front_of_block2_changes_nothing(reference, expected):
+    """block1 ends in a ReLU, so that this one mistake cannot be noticed: the function is the same."""
+    assert differing(mutated(reference.model, RELU_BEFORE_BLOCK2), reference, expected, 71) == []
+
+
+def test_another_order_of_widths_in_block13_does_not_take_the_weights(reference):
+    model = mutated(
+        reference.model,
+        ('width(728), f"block{block}_sepconv1")', 'width(1024), f"block{block}_sepconv1")'),
+    )
+    with pytest.raises(ValueError, match="block13_sepconv1"):
+        copy_weights("xception", reference.keras_model, model)
+
+
+def with_fields(**fields) -> xception.Xception:
+    config = default_config().model
+    config.update({"num_classes": 10, "dtype": "float64", "dropout_rate": 0.0})
+    config.update_from_flattened_dict(fields)
+    return create_model(config)
+
+
+def test_another_epsilon_is_noticed(reference, expected):
+    """1e-5 is Flax' and timm's."""
+    model = with_fields(**{"batch_norm.epsilon": 1e-5})
+    assert sorted(differing(model, reference, expected, 71)) == sorted([*BLOCKS, "pre_logits", "logits"])
+
+
+@pytest.mark.parametrize(("size", "first"), [(71, None), (224, 4)])
+def test_symmetric_pooling_is_noticed_where_a_side_is_even(reference, expected, size, first):
+    """At 71 the pools see 33, 17, 9 and 5 pixels, at 224 109, 55, 28 and 14: one size alone would not do."""
+    found = differing(with_fields(padding="symmetric"), reference, expected, size)
+    assert sorted(found) == (sorted([*BLOCKS[first - 1 :], "pre_logits", "logits"]) if first else [])

@@ -1,0 +1,173 @@
+"""Every lowering of `ops.conv` against XLA's own convolution, in float64: values and both gradients."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from xception_jax import ops
+from xception_jax.ops.padding import explicit_padding
+
+KERNELS = ((1, 1), (3, 3), (5, 5), (1, 7), (7, 1))
+STRIDES = (1, 2, 3)
+PADDINGS = ("SAME", "VALID", "SYMMETRIC")
+# Rows and columns: each pair has an odd and an even side, and both parities of a remainder modulo 3.
+SIZES = ((9, 10), (10, 9), (12, 11))
+CHANNELS = 8
+# (segments, filters): regular, in between, depthwise, depthwise with multiplier 2, in between with multiplier 2.
+SEGMENTS = ((1, 6), (2, 6), (4, 8), (8, 8), (8, 16), (4, 16))
+
+
+def covering_cases():
+    """All pairs of (segments, kernel), (segments, stride), (kernel, padding) and so on, not all combinations."""
+    for s, k in itertools.product(range(len(SEGMENTS)), range(len(KERNELS))):
+        stride, padding, size = (s + k) % 3, (s // 2 + 2 * k) % 3, (s + k // 2) % 3
+        yield *SEGMENTS[s], KERNELS[k], STRIDES[stride], PADDINGS[padding], SIZES[size]
+
+
+def reference_conv(x, kernel, *, segments, stride, padding):
+    """XLA's convolution; it gets SAME and VALID by name, so that our padding is tested too."""
+    if padding == "SYMMETRIC":
+        padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=segments,
+    )
+
+
+def value_and_gradients(f, *args):
+    """Returns f(*args) and the gradients of a random projection of it."""
+    y, vjp = jax.vjp(f, *args)
+    dy = jnp.asarray(np.random.default_rng(2).normal(size=y.shape), y.dtype)
+    return y, *vjp(dy)
+
+
+@pytest.fixture
+def lowered_for(monkeypatch):
+    """Makes `platform_dependent` take one branch, whatever this machine is."""
+
+    def choose(branch):
+        monkeypatch.setattr(
+            lax, "platform_dependent", lambda *args, cpu, default: (cpu, default)[branch != "cpu"](*args)
+        )
+
+    return choose
+
+
+def draw(shape, seed, dtype="float64"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def assert_equals_xla(x, weights, **arguments):
+    # These programs run once, on tiny arrays: optimising them would take most of the time.
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def both(x, weights):
+        ours = value_and_gradients(lambda x, k: ops.conv(x, k, **arguments), x, weights)
+        return ours, value_and_gradients(lambda x, k: reference_conv(x, k, **arguments), x, weights)
+
+    ours, reference = both(x, weights)
+    for name, a, b in zip(("value", "input gradient", "filter gradient"), ours, reference, strict=True):
+        assert a.dtype == x.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12, err_msg=name)
+
+
+CASES = [(branch, *case) for branch in ("cpu", "default") for case in covering_cases()]
+# In between regular and depthwise both branches are the same.
+CASES = [case for case in CASES if case[0] == "cpu" or case[1] in (1, CHANNELS)]
+
+
+@pytest.mark.parametrize(("branch", "segments", "filters", "kernel", "stride", "padding", "size"), CASES)
+def test_conv_equals_xla(lowered_for, branch, segments, filters, kernel, stride, padding, size):
+    lowered_for(branch)
+    with jax.enable_x64(True):
+        x = draw((2, *size, CHANNELS), 0)
+        weights = draw((*kernel, CHANNELS // segments, filters), 1)
+        assert_equals_xla(x, weights, segments=segments, stride=stride, padding=padding)
+
+
+@pytest.mark.parametrize("branch", ["cpu", "default"])
+@pytest.mark.parametrize(
+    ("channels", "filters", "side", "stride", "padding"),
+    [
+        (3, 4, 11, 2, "VALID"),  # The stem, by patches on a CPU.
+        (64, 2, 6, 1, "SAME"),  # Too many channels for patches.
+        (1, 4, 6, 1, "SAME"),  # One channel: neither regular nor depthwise, or both.
+    ],
+)
+def test_regular_conv_by_channels(lowered_for, branch, channels, filters, side, stride, padding):
+    lowered_for(branch)
+    with jax.enable_x64(True):
+        x, weights = draw((2, side, side, channels), 0), draw((3, 3, channels, filters), 1)
+        assert_equals_xla(x, weights, segments=1, stride=stride, padding=padding)
+
+
+def test_patches_end_where_the_kernel_has_many_channels():
+    def count(channels):
+        x, kernel = jnp.ones((1, 5, 5, channels)), jnp.ones((3, 3, channels, 2))
+        return jax.jit(ops.conv).trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text().count(CONVOLUTION)
+
+    assert count(3) == 0
+    assert count(64) == 1
+
+
+CONVOLUTION = "stablehlo.convolution"
+LOWERED = {
+    # kind: (segments, convolutions on a CPU, on a TPU or GPU) in a forward and backward pass over 8 channels.
+    "pointwise": ((1, 1), 1, 0, 0),
+    "stem": ((3, 3), 1, 0, 3),
+    "in between": ((3, 3), 4, 0, 0),
+    "depthwise": ((3, 3), 8, 0, 3),
+}
+
+
+@pytest.mark.parametrize("kind", LOWERED)
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_each_platform_gets_its_lowering(kind, platform):
+    """Whatever this process runs on: `plan` and `export` lower for other platforms than their own."""
+    kernel, segments, on_cpu, elsewhere = LOWERED[kind]
+
+    def step(x, kernel):
+        return value_and_gradients(partial(ops.conv, segments=segments), x, kernel)
+
+    arguments = jnp.ones((2, 6, 6, 8)), jnp.ones((*kernel, 8 // segments, 8))
+    lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count(CONVOLUTION) == (on_cpu if platform == "cpu" else elsewhere)
+    grouped = kind == "depthwise" and platform != "cpu"
+    assert ("feature_group_count = 8" in lowered) == grouped
+
+
+def test_depthwise_filter_gradient_in_bfloat16_is_summed_in_float32():
+    """Its sum runs over all rows of the image: in bfloat16 the small late terms would be lost."""
+    x, dy = draw((2, 128, 8, 4), 0, "float32"), draw((2, 128, 8, 4), 1, "float32")
+    kernel = draw((3, 3, 1, 4), 2, "float32")
+
+    def gradient(dtype):
+        x_, dy_, kernel_ = (a.astype(jnp.bfloat16).astype(dtype) for a in (x + 1, dy + 1, kernel))
+        return jax.jit(lambda k: jax.vjp(lambda k: ops.conv(x_, k, segments=4), k)[1](dy_)[0])(kernel_)
+
+    exact, rounded = np.asarray(gradient("float32")), np.asarray(gradient("bfloat16"), np.float32)
+    # One rounding at the end: half a unit in the last place of eight bits.
+    assert np.abs(rounded / exact - 1).max() <= 2**-8
+
+
+@pytest.mark.parametrize(
+    ("kernel", "segments"), [((3, 3, 8, 8), 3), ((3, 3, 2, 6), 4), ((3, 3, 8, 8), 2), ((3, 3, 1, 8), 4)]
+)
+def test_a_kernel_that_does_not_fit_is_refused(kernel, segments):
+    with pytest.raises(ValueError, match=f"{segments} segments"):
+        ops.conv(jnp.ones((1, 4, 4, 8)), jnp.ones(kernel), segments=segments)
+
+
+def test_an_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match="'REFLECT'"):
+        explicit_padding("REFLECT", (4, 4), (3, 3), 1)
