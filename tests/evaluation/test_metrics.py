@@ -154,7 +154,7 @@ def test_multi_label_padding_and_merging():
     logits, labels = random_labels()
     whole = multi(logits, labels, 5)
     padded = np.concatenate([logits, np.full((3, 12), np.nan, np.float32)])
-    padded_labels = np.concatenate([labels, np.ones((3, 12), bool)])
+    padded_labels = np.concatenate([labels, np.zeros((3, 12), bool)])
     mask = np.arange(32) < 29
     parts = [multi(padded[p], padded_labels[p], 5, mask[p]) for p in (slice(0, 16), slice(16, 32))]
     total = jax.tree.map(np.add, *parts)
@@ -220,7 +220,9 @@ def test_predictions_missing_or_damaged(tmp_path):
         metrics.load_predictions(path)
     metrics.save_predictions(path, make_predictions()[0])
     whole = path.read_bytes()
-    damaged = [b"", b"text", whole[: len(whole) // 2], whole[:200] + b"\xff" * 40 + whole[240:]]
+    damaged = [b"", b"text", whole[: len(whole) // 2]]
+    # Among these places are a name, a checksum and a compressed stream, which fail differently.
+    damaged += [whole[:i] + b"\xff" * 40 + whole[i + 40 :] for i in range(0, len(whole) // 2, 40)]
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(BadDataError):

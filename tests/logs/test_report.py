@@ -268,6 +268,7 @@ def test_several_labels(tmp_path):
     right = int(predictions.right.sum())
     assert f"one of the labels for {right} of 55 images with labels" in words
     assert "Average precision over the images, by class." in words
+    assert "labels: no label" not in words.partition("The surest mistakes")[2]
     assert words.count("labels: class") == len(make_images(predictions)) + sum(
         index in choose_examples(predictions)[0] for index in choose_examples(predictions)[1]
     ) - words.count("labels: no label")
@@ -353,6 +354,7 @@ def test_figures_leave_out_what_is_not_finite_and_thin_out_by_averaging():
 
 def test_plotting_leaves_the_settings_of_matplotlib_alone(tmp_path):
     before = dict(matplotlib.rcParams)
+    assert before["svg.hashsalt"] is None
     assert Page(render(tmp_path, metrics=make_metrics())).tags.count("svg") == 3
     assert dict(matplotlib.rcParams) == before
     assert _pylab_helpers.Gcf.figs == {}
