@@ -199,6 +199,8 @@ def test_predictions_round_trip_in_the_order_of_their_index(tmp_path, multi_labe
         np.testing.assert_array_equal(getattr(loaded, name), getattr(saved, name)[order])
     assert (loaded.index.dtype, loaded.label.dtype) == (np.int64, bool if multi_label else np.int64)
     assert loaded.right.sum() == saved.right.sum()
+    assert loaded.labelled.sum() == (saved.label.any(axis=1).sum() if multi_label else 50)
+    assert multi_label != loaded.labelled.all()
     assert [path.name for path in tmp_path.iterdir()] == ["test.npz"]
 
 

@@ -173,7 +173,7 @@ class Predictions:
     def right(self) -> np.ndarray:
         """[n] bool: the most probable class is the label, or one of them."""
         best = self.classes[:, 0]
-        return self.label[np.arange(len(best)), best] if self.multi_label else self.label == best
+        return np.asarray(self.label[np.arange(len(best)), best] if self.multi_label else self.label == best)
 
 
 _PREDICTION_FIELDS = {field.name for field in dataclasses.fields(Predictions)}
