@@ -167,13 +167,13 @@ class Predictions:
     @property
     def labelled(self) -> np.ndarray:
         """[n] bool: the example has a label, so that a prediction can be right."""
-        return self.label.any(axis=1) if self.multi_label else np.ones(len(self.label), bool)
+        return np.asarray(self.label.any(axis=1)) if self.multi_label else np.ones(len(self.label), bool)
 
     @property
     def right(self) -> np.ndarray:
         """[n] bool: the most probable class is the label, or one of them."""
         best = self.classes[:, 0]
-        return np.asarray(self.label[np.arange(len(best)), best] if self.multi_label else self.label == best)
+        return self.label[np.arange(len(best)), best] if self.multi_label else self.label == best
 
 
 _PREDICTION_FIELDS = {field.name for field in dataclasses.fields(Predictions)}
