@@ -116,9 +116,8 @@ class Checkpoints:
         self._held_step = -1  # the step whose state this object has last saved or restored
         self._policy = _LatestOrBest(keep_latest, keep_best if best_metric else 0, {})
         options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,  # what a killed process was writing
+            read_only=read_only,  # also turns the next line off
+            cleanup_tmp_directories=True,  # what a killed process was writing
             preservation_policy=self._policy,
             lightweight_initialize=True,  # do not read metrics, see the policy
             # Otherwise a directory that cannot be written hangs the exit for 300 seconds.
