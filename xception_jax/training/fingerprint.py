@@ -29,7 +29,7 @@ def tree_signature(tree: Any) -> dict[str, str]:
 
 
 def tree_fingerprint(tree: Any) -> str:
-    """Returns the SHA-256 over names, dtypes and shapes: equal if and only if one state can take the place of another."""
+    """Returns the SHA-256 over names, dtypes and shapes: equal if one state can take the place of another."""
     return hashlib.sha256(json.dumps(tree_signature(tree), sort_keys=True).encode()).hexdigest()
 
 
