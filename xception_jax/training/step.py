@@ -67,7 +67,7 @@ def make_train_step(
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         grads, batch_stats, metrics = accumulated(state, batch, key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = _polyak_average(state, params, batch_stats, config.ema.decay)

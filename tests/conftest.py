@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_environment(tmp_path_factory) -> dict[str, str]:
+    """For processes that tests start: datasets are prepared once, and equal programs compiled once, in a session."""
+    directory = tmp_path_factory.mktemp("shared")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "TFDS_DATA_DIR": str(directory / "tensorflow_datasets"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="session")
+def run_python(shared_environment):
+    """Returns a function that runs `python ARGUMENTS` in the root of the repository and returns the finished process."""
+
+    def run(*arguments: object, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
+        environment = shared_environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
+
+    return run

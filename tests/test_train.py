@@ -1,0 +1,305 @@
+"""The whole program as a user runs it: real processes, real data, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.data.small_imagenet import write_small_imagenet
+from xception_jax.evaluation.metrics import load_predictions
+from xception_jax.logs.metrics import read_metrics
+
+TINY = [
+    "--config=configs/fashion_mnist.py",
+    "--config.model.width_multiplier=0.05",
+    "--config.model.middle_blocks=0",
+    "--config.model.dropout_rate=0.2",
+    "--config.data.train_split=train[:640]",
+    "--config.data.eval_split=train[640:900]",
+    "--config.data.test_split=test[:333]",
+    "--config.batch_size=32",
+    "--config.evaluation.batch_size=100",
+    "--config.duration=3 epochs",
+    "--config.evaluation.every=15 steps",
+    "--config.checkpoint.every=10 steps",
+    "--config.log_every=5 steps",
+]
+STEPS = 60
+
+
+def sha256(output: str) -> str:
+    return re.search("state sha256: ([0-9a-f]{64})", output)[1]
+
+
+def three_lines(process: subprocess.CompletedProcess) -> list[str]:
+    lines = [line for line in process.stderr.splitlines() if line.startswith(("error: ", "  where: ", "  fix: "))]
+    assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], process.stderr
+    assert "Traceback" not in process.stderr
+    return lines
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_python, tmp_path_factory):
+    """(work directory, standard output) of a run that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    process = run_python("train.py", *TINY, f"--workdir={workdir}")
+    assert process.returncode == 0, process.stderr
+    return workdir, process
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    workdir, process = uninterrupted
+    for pattern in ("test accuracy.*: 0\\.\\d{4} \\(333 images", f"report: {workdir}", f"checkpoint: {workdir}"):
+        assert re.search(pattern, process.stdout), process.stdout
+    for words in ("parameters", "multiply-adds", "fashion_mnist_subset, 10 classes", "test[:333] 333", "steps    60"):
+        assert words in process.stderr
+    assert re.search(r"step 60/60  epoch 3\.00  loss [\d.]+  [\d,.]+ images/s  input \d+%  lr \S+  0s left", process.stderr)
+    assert "\x1b" not in process.stderr and "\r" not in process.stderr  # plain lines where there is no terminal
+
+    entries = read_metrics(workdir / "metrics.jsonl")
+    steps = {split: [entry["step"] for entry in entries if entry["split"] == split] for split in ("train", "dev", "test")}
+    assert steps == {"train": list(range(5, 61, 5)), "dev": [15, 30, 45, 60], "test": [60]}
+    test = entries[-1]
+    assert test["count"] == 333 and 0 <= test["top1"] <= test["top5"] <= 1 and "ema_top1" in test
+    predictions = load_predictions(workdir / "predictions_test.npz")
+    np.testing.assert_array_equal(predictions.index, np.arange(333))
+    assert predictions.right.mean() == pytest.approx(test["ema_top1"])
+
+    report = (workdir / "report.html").read_text()
+    assert "Ankle boot" in report and "data:image/png;base64" in report
+    assert not re.search(r"""(src|href)=["']https?://""", report)
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["batch_size"] == 32 and saved["model"]["width_multiplier"] == 0.05
+    assert int(max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name)).name) == STEPS
+
+
+def test_evaluate_gives_what_the_run_measured(uninterrupted, run_python, tmp_path):
+    workdir, _ = uninterrupted
+    file = tmp_path / "predictions.npz"
+    # Another batch size, which does not divide 333: exact all the same.
+    process = run_python(
+        "-m", "xception_jax", "evaluate", workdir, "--batch_size=64", "--json", f"--predictions={file}"
+    )
+    assert process.returncode == 0, process.stderr
+    got, test = json.loads(process.stdout), read_metrics(workdir / "metrics.jsonl")[-1]
+    for name in ("top1", "top5", "ema_top1", "ema_top5", "count", "step", "split"):
+        assert got[name] == (test[name] if name != "split" else "test[:333]")
+    assert got["loss"] == pytest.approx(test["loss"], rel=1e-4)
+    saved, original = load_predictions(file), load_predictions(workdir / "predictions_test.npz")
+    np.testing.assert_array_equal(saved.label, original.label)
+    np.testing.assert_allclose(saved.probabilities, original.probabilities, atol=1e-5)
+
+    missing = run_python("-m", "xception_jax", "evaluate", tmp_path)
+    assert missing.returncode == 66
+    three_lines(missing)
+
+
+def test_a_finished_run_says_the_same_again(uninterrupted, run_python):
+    workdir, process = uninterrupted
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = run_python("train.py", *TINY, f"--workdir={workdir}")
+    assert again.returncode == 0, again.stderr
+    assert sha256(again.stdout) == sha256(process.stdout)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def start(shared_environment, workdir, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "train.py", *TINY, f"--workdir={workdir}", *arguments],
+        cwd=ROOT,
+        env=shared_environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process, step):
+    """Reads the progress of a run until it has taken `step` steps."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        found = re.match(r"step (\d+)/", line)
+        if found and int(found[1]) >= step:
+            return
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_minus_9_and_the_same_command_end_with_the_same_bits(
+    uninterrupted, run_python, shared_environment, tmp_path, seed
+):
+    rng = random.Random(seed)
+    for step in sorted(rng.sample(range(5, STEPS - 5), 2)):
+        process = start(shared_environment, tmp_path)
+        wait_for_step(process, step)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    process = run_python("train.py", *TINY, f"--workdir={tmp_path}")
+    assert process.returncode == 0, process.stderr
+    assert sha256(process.stdout) == sha256(uninterrupted[1].stdout)
+
+    def journal(workdir):
+        entries = read_metrics(workdir / "metrics.jsonl")
+        return [(e["step"], e["split"], e.get("ema_top1"), e.get("learning_rate")) for e in entries]
+
+    assert journal(tmp_path) == journal(uninterrupted[0])  # each entry once, none lost
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, run_python, shared_environment, tmp_path):
+    process = start(shared_environment, tmp_path)
+    wait_for_step(process, 20)
+    second = run_python("train.py", *TINY, f"--workdir={tmp_path}")  # while the first one runs
+    assert second.returncode == 73
+    assert str(process.pid) in " ".join(three_lines(second))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (75, 0), errors
+    if process.returncode == 75:
+        step = int(re.search(r"after step (\d+), which is saved", errors)[1])
+        assert (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
+    resumed = run_python("train.py", *TINY, f"--workdir={tmp_path}")
+    assert sha256(resumed.stdout) == sha256(uninterrupted[1].stdout)
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path):
+    process = run_python(
+        "train.py",
+        *TINY,
+        f"--workdir={tmp_path}",
+        "--config.schedule.learning_rate=1e9",
+        "--config.schedule.warmup=15 steps",
+        "--config.checkpoint.every=1 step",
+        "--config.max_bad_steps=3",
+        "--config.optimizer.weight_decay=0",
+    )
+    assert process.returncode == 70, process.stderr
+    assert "going back to the checkpoint of step" in process.stderr
+    three_lines(process)
+    assert list((tmp_path / "checkpoints").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--config.batchsize=3"], 78, "did you mean config.batch_size"),
+        (["--config.batch_size=0"], 78, "at least 1"),
+        (["--config.batch_size=abc"], 78, "whole number"),
+        (["--config.schedule.learning_rate=-1"], 78, "above 0"),
+        (["--config.model.name=resnet"], 78, "'inception_v3'"),
+        (["--config.mesh.fsdp=3"], 78, "does not fit the 1 devices"),
+        (["--config.model.num_classes=11"], 78, "set it to 10"),
+        (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
+        (["--config.data.name=imagenet2012"], 66, "python -m xception_jax prepare imagenet2012"),
+        (["--config.data.eval_split=nothing"], 66, "no split 'nothing'"),
+        (["--config=configs/nothing.py"], 66, "configs/imagenet.py"),
+        (["--nothing=1"], 64, "--help"),
+        (["nothing"], 64, "unexpected argument 'nothing'"),
+    ],
+)
+def test_bad_input_costs_three_lines(run_python, tmp_path, arguments, code, words):
+    process = run_python("train.py", *TINY, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert process.returncode == code, process.stderr
+    assert words in " ".join(three_lines(process))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:\n", "broken.py:1"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    import os\n    return os.nothing\n", "broken.py:3"),
+    ],
+)
+def test_a_config_that_does_not_run_is_named_with_its_line(run_python, tmp_path, text, words):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    process = run_python("train.py", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert process.returncode == 78, process.stderr
+    assert words in " ".join(three_lines(process))
+
+
+def test_without_a_config_or_with_a_file_as_work_directory(run_python, tmp_path):
+    process = run_python("train.py")
+    assert process.returncode == 64
+    assert "--config=configs/fashion_mnist.py" in three_lines(process)[2]
+    file = tmp_path / "file"
+    file.touch()
+    process = run_python("train.py", *TINY, f"--workdir={file}")
+    assert process.returncode == 73
+    three_lines(process)
+
+
+def test_help_names_the_fields_and_where_defaults_come_from(run_python):
+    process = run_python("train.py", "--help")
+    assert "config.schedule.learning_rate=0.045" in process.stdout
+    assert "paper: section 4.2" in process.stdout
+
+
+def test_many_labels_an_image(run_python, tmp_path):
+    process = run_python(
+        "train.py",
+        "--config=configs/multilabel.py",
+        f"--workdir={tmp_path}",
+        "--config.model.width_multiplier=0.05",
+        "--config.model.middle_blocks=0",
+        "--config.data.train_split=train[:128]",
+        "--config.data.eval_split=train[128:200]",
+        "--config.data.test_split=test[:77]",
+        "--config.batch_size=32",
+        "--config.duration=4 steps",
+    )
+    assert process.returncode == 0, process.stderr
+    test = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert test["count"] == 77 and 0 < test["map_at_k"] <= 1
+    assert test["map_at_k_all"] == pytest.approx(test["map_at_k"])  # with 10 classes no ranking is too short
+    assert re.search(r"test\[:77\] MAP|test MAP", process.stdout)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
+    """Two archives of real photographs, in the layout of ILSVRC 2012, through every stage to an evaluation."""
+    write_small_imagenet(tmp_path / "archives", classes=5, train_per_class=4, validation=7)
+    data_dir = tmp_path / "tfds"
+    arguments = [
+        "train.py",
+        "--config=configs/imagenet.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={data_dir}",
+        "--config.model.dtype=float32",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=",
+        "--config.batch_size=2",
+        "--config.evaluation.batch_size=4",
+        "--config.data.threads=2",
+    ]
+    missing = run_python(*arguments)
+    assert missing.returncode == 66
+    assert "python -m xception_jax prepare imagenet2012" in three_lines(missing)[2]
+
+    prepared = run_python(
+        "-m", "xception_jax", "prepare", "imagenet2012", "--source", tmp_path / "archives", "--data_dir", data_dir
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    first = run_python(*arguments, "--config.duration=1 step")
+    assert first.returncode == 0, first.stderr
+    assert "22,855,952 parameters" in first.stderr
+    assert "8.36 G multiply-adds an image at 299" in first.stderr
+    second = run_python(*arguments, "--config.duration=2 steps")
+    assert second.returncode == 0, second.stderr
+    assert "resumed at 1" in second.stderr
+    entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(entry["step"], entry["split"]) for entry in entries if entry["split"] == "train"] == [(1, "train"), (2, "train")]
+    assert entries[-1]["count"] == 7
+    assert np.isfinite(entries[-1]["loss"])

@@ -1,0 +1,204 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xception_jax.config import default_config, resolve
+from xception_jax.models import create_model
+from xception_jax.training.fingerprint import state_fingerprint
+from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.state import make_state_init
+from xception_jax.training.step import make_train_step
+
+
+def tiny_config(**fields):
+    config = default_config()
+    config.model.update(
+        num_classes=5, width_multiplier=0.05, middle_blocks=0, stem="small", dropout_rate=0.0, residual=False
+    )
+    config.data.image_size = 16
+    config.batch_size = 8
+    config.schedule.update(name="constant", learning_rate=0.1)
+    config.ema.decay = 0.9
+    config.update_from_flattened_dict(fields)
+    return resolve(config)
+
+
+def make(config):
+    """Returns the first state and the jitted step of a config."""
+    model = create_model(config.model)
+    schedule = make_schedule(config, num_examples=100)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    init = make_state_init(model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0)
+    return jax.jit(init)(), jax.jit(make_train_step(model, optimizer, schedule, config))
+
+
+def make_batch(config, seed=0):
+    rng = np.random.default_rng(seed)
+    size = config.data.image_size
+    return {
+        "image": jnp.asarray(rng.normal(size=(config.batch_size, size, size, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, config.model.num_classes, config.batch_size), jnp.int32),
+    }
+
+
+def without_counters(state):
+    zero = jnp.int32(0)
+    return state.replace(step=zero, bad_steps=zero, skipped_steps=zero)
+
+
+def test_a_step_lowers_the_loss_and_moves_everything():
+    config = tiny_config()
+    state, step = make(config)
+    batch = make_batch(config)
+    before, losses = state, []
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert int(state.step) == 8
+    still = [
+        jax.tree_util.keystr(path)
+        for path, (old, new) in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: (a, b), (before.params, before.batch_stats), (state.params, state.batch_stats)),
+            is_leaf=lambda leaf: isinstance(leaf, tuple) and not isinstance(leaf[0], dict),
+        )
+        if bool(jnp.all(old == new))
+    ]
+    assert still == []
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_batch_leaves_every_bit_and_the_next_one_counts(poison):
+    config = tiny_config()
+    state, step = make(config)
+    state, _ = step(state, make_batch(config))
+    bad = make_batch(config)
+    bad["image"] = bad["image"].at[0, 0, 0, 0].set(poison)
+
+    after, metrics = step(state, bad)
+    assert state_fingerprint(without_counters(after)) == state_fingerprint(without_counters(state))
+    assert int(metrics["bad_steps"]) == int(metrics["skipped_steps"]) == 1
+    assert int(after.step) == 2
+    after, metrics = step(after, bad)
+    assert int(metrics["bad_steps"]) == 2
+
+    after, metrics = step(after, make_batch(config))
+    assert (int(metrics["bad_steps"]), int(metrics["skipped_steps"])) == (0, 2)
+    assert state_fingerprint(without_counters(after)) != state_fingerprint(without_counters(state))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(microbatches):
+    whole = tiny_config(**{"model.batch_norm.statistics": 8 // microbatches, "ema.decay": 0.0})
+    state, step = make(whole)
+    batch = make_batch(whole)
+    # A microbatch takes every n-th image; as groups of consecutive images they see the same statistics.
+    grouped = {name: jnp.concatenate([x[i::microbatches] for i in range(microbatches)]) for name, x in batch.items()}
+    expected, expected_metrics = step(state, grouped)
+
+    accumulated = tiny_config(accumulation_steps=microbatches, **{"ema.decay": 0.0})
+    got, metrics = make(accumulated)[1](state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(expected_metrics["loss"]), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(expected_metrics["grad_norm"]), rel=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got.params, expected.params)
+
+
+def test_polyak_average_of_weights_and_statistics():
+    config = tiny_config()
+    state, step = make(config)
+    average = {"params": state.params, "batch_stats": state.batch_stats}
+    for number in range(4):
+        decay = min(0.9, (1 + number) / (10 + number))
+        state, _ = step(state, make_batch(config, number))
+        now = {"params": state.params, "batch_stats": state.batch_stats}
+        average = jax.tree.map(lambda a, n, decay=decay: decay * a + (1 - decay) * n, average, now)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.ema, average)
+    assert tiny_config(**{"ema.decay": 0.0}).ema.decay == 0 and make(tiny_config(**{"ema.decay": 0.0}))[0].ema is None
+
+
+def test_dropout_follows_from_seed_and_step():
+    config = tiny_config(**{"model.dropout_rate": 0.5})
+    state, step = make(config)
+    batch = make_batch(config)
+    loss = float(step(state, batch)[1]["loss"])
+    assert float(step(state, batch)[1]["loss"]) == loss
+    assert float(step(state.replace(step=jnp.int32(1)), batch)[1]["loss"]) != loss
+
+
+def test_bfloat16_keeps_the_state_in_float32():
+    config = tiny_config(**{"model.dtype": "bfloat16"})
+    state, step = make(config)
+    state, metrics = step(state, make_batch(config))
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.ema))}
+    assert dtypes <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert metrics["loss"].dtype == jnp.float32
+
+
+def test_auxiliary_loss_is_added():
+    fields = {"model.name": "inception_v3", "model.aux_head": True, "model.dropout_rate": 0.0, "data.image_size": 75}
+    config = default_config()
+    config.update_from_flattened_dict(fields | {"model.width_multiplier": 0.05, "model.num_classes": 5, "batch_size": 4})
+    losses = {}
+    for weight in (0.0, 0.4, 1.0):
+        config.loss.aux_weight = weight
+        resolved = resolve(config)
+        state, step = make(resolved)
+        losses[weight] = float(step(state, make_batch(resolved))[1]["loss"])
+    assert losses[0.4] - losses[0.0] == pytest.approx(0.4 * (losses[1.0] - losses[0.0]), rel=1e-3)
+    assert losses[1.0] > losses[0.0] + 0.5
+
+
+MESH_CODE = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from tests.training.test_step import make_batch, tiny_config
+from xception_jax.models import create_model
+from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
+from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.state import abstract_state, make_state_init
+from xception_jax.training.step import make_train_step
+
+fields = json.loads(sys.argv[1])
+config = tiny_config(batch_size=16, **fields)
+mesh = make_mesh(config.mesh)
+with jax.set_mesh(mesh):
+    model = create_model(config.model)
+    schedule = make_schedule(config, 100)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    init = make_state_init(model, optimizer, image_size=16, seed=0, ema=True)
+    abstract = abstract_state(init, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.jit(init, out_shardings=shardings)()
+    step = jax.jit(make_train_step(model, optimizer, schedule, config), out_shardings=(shardings, None))
+    losses = []
+    for number in range(3):
+        batch = {name: np.asarray(part) for name, part in make_batch(config, number).items()}
+        state, metrics = step(state, to_devices(batch, batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    bytes_held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    print(json.dumps({"losses": losses, "bytes": bytes_held}))
+"""
+
+
+def test_the_mesh_changes_neither_losses_nor_what_is_learned(run_python):
+    import json
+
+    def run(devices, **fields):
+        process = run_python("-c", MESH_CODE, json.dumps(fields), devices=devices)
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout)
+
+    one = run(1)
+    data_parallel = run(8)
+    sharded = run(8, **{"mesh.fsdp": 4})
+    np.testing.assert_allclose(data_parallel["losses"], one["losses"], rtol=2e-4)
+    np.testing.assert_allclose(sharded["losses"], one["losses"], rtol=2e-4)
+    assert data_parallel["bytes"] == one["bytes"]
+    assert sharded["bytes"] < 0.45 * one["bytes"]  # parameters, optimiser state and averages are really divided
+    # Statistics of each device's own two images are those of groups of two on a single device.
+    np.testing.assert_allclose(
+        run(8, **{"model.batch_norm.statistics": "device"})["losses"],
+        run(1, **{"model.batch_norm.statistics": 2})["losses"],
+        rtol=2e-4,
+    )
