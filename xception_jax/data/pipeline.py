@@ -132,9 +132,10 @@ class BatchIterator:
     """
 
     def __init__(self, batches: grain.MapDataset, load: Callable[[np.ndarray], Batch], data: ConfigDict):
-        read_options = grain.ReadOptions(
-            num_threads=_BATCHES_IN_THE_MAKING, prefetch_buffer_size=_BATCHES_IN_THE_MAKING + _BATCHES_READY
-        )
+        # Each worker holds batches of its own: one in the making, and one that waits to be fetched.
+        in_the_making = 1 if data.workers else _BATCHES_IN_THE_MAKING
+        ahead = 1 if data.workers else _BATCHES_IN_THE_MAKING + _BATCHES_READY
+        read_options = grain.ReadOptions(num_threads=in_the_making, prefetch_buffer_size=ahead)
         dataset = batches.map(load).to_iter_dataset(read_options)
         if data.workers:
             if not flags.FLAGS.is_parsed():
@@ -198,16 +199,15 @@ class _LoadBatch:
 
     def __init__(self, data: ConfigDict, source: Source, seed: int | None):
         self._data, self._source, self._seed = data, source, seed
+        self._pool = ThreadPoolExecutor(
+            data.threads, thread_name_prefix="decode"
+        )  # has no threads before its first use
         # A ConfigDict looks a field up in 10 microseconds, which counts when there are ten for each image.
         self._size, self._augmentation, self._color = data.image_size, data.augmentation, data.color_distortion
         self._crop_area, self._shift, self._eval_crop = tuple(data.crop_area), data.shift_pixels, data.eval_crop
 
     def __reduce__(self):
         return _LoadBatch, (self._data, self._source, self._seed)
-
-    @functools.cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._data.threads, thread_name_prefix="decode")
 
     def __call__(self, examples: Int64[np.ndarray, "b 2"]) -> Batch:
         count, info = len(examples), self._source.info
