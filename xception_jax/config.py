@@ -150,6 +150,7 @@ def duration(default: str, source: str) -> Field:
 
 def numbers(default: tuple[float, ...], length: int | None, source: str) -> Field:
     def check(value):
+        _require(not isinstance(value, str))
         value = tuple(_number(v) for v in value)
         _require(length is None or len(value) == length)
         return value
@@ -267,7 +268,7 @@ def default_config() -> ConfigDict:
 
 
 def _flatten(config: ConfigDict, prefix: str) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key in config:
         value = config[key]
         if isinstance(value, ConfigDict):
@@ -406,9 +407,28 @@ def _nearest_multiple(value: int, factor: int) -> int:
 
 def save_json(config: ConfigDict) -> str:
     """Returns a resolved config as JSON, keys in the order of `FIELDS`."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+    nested: dict[str, Any] = {}
+    for name in FIELDS:
+        *parents, leaf = name.split(".")
+        source, target = config, nested
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[leaf] = source[leaf]
+    return json.dumps(nested, indent=2) + "\n"
 
 
 def load_json(text: str) -> ConfigDict:
-    """Returns the resolved config that `save_json` wrote. It is read as data: nothing of it runs."""
-    return resolve(ConfigDict(json.loads(text), type_safe=False))
+    """Returns the resolved config that `save_json` wrote. It is read as data: nothing of it runs.
+
+    Raises:
+      ConfigError: the text is not a JSON object, or what it holds is no valid config.
+    """
+    try:
+        fields = json.loads(text)
+        _require(isinstance(fields, dict))
+        config = ConfigDict(fields, type_safe=False)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"a saved config cannot be read: {error}", "config", "restore its file, or start anew"
+        ) from None
+    return resolve(config)
