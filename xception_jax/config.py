@@ -428,7 +428,6 @@ def load_json(text: str) -> ConfigDict:
         _require(isinstance(fields, dict))
         config = ConfigDict(fields, type_safe=False)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"a saved config cannot be read: {error}", "config", "restore its file, or start anew"
-        ) from None
+        reason = str(error) or "it is no JSON object"
+        raise ConfigError(f"a saved config cannot be read: {reason}", "config", "restore it, or start anew") from None
     return resolve(config)

@@ -1,8 +1,8 @@
 """The reference: networks of keras.applications with random weights, and the same weights in our variables.
 
 Keras fills its tensors; `copy_weights` moves them into a tree shaped like ours and refuses a tensor that is left over,
-a place that stays empty, or a shape that does not fit. Weights are not the initial ones: every kernel, gamma, beta, mean
-and variance is drawn far from its default, so that a forgotten or swapped one changes the output.
+a place that stays empty, or a shape that does not fit. Weights are not the initial ones: every kernel, gamma, beta,
+mean and variance is drawn far from its default, so that a forgotten or swapped one changes the output.
 """
 
 from __future__ import annotations
@@ -75,15 +75,17 @@ class Reference:
 @contextlib.contextmanager
 def keras_floatx(dtype: str) -> Iterator[None]:
     """Keras builds and computes in `dtype`, and JAX has 64 bits if that needs them; both as before afterwards."""
-    before = keras.config.floatx()
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     # On JAX, Keras' own type promotion turns float64 into float32, in BatchNorm among others: 1e-6 is then the floor.
     promotion = mock.patch.dict(keras_dtypes.BIT64_TO_BIT32_DTYPE, {"float64": dtype})
     with jax.enable_x64(dtype == "float64"), promotion:
         keras.config.set_floatx(dtype)
+        keras.config.set_dtype_policy(dtype)
         try:
             yield
         finally:
-            keras.config.set_floatx(before)
+            keras.config.set_floatx(floatx)
+            keras.config.set_dtype_policy(policy)
 
 
 def build_reference(name: str, dtype: str, seed: int = 0, num_classes: int = 1000) -> Reference:

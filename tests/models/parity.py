@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,6 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from keras_weights import Reference
+
+# These programs run once: to optimise them would take longer than to run them as they are.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def side_by_side(*functions: Callable):
+    """Calls the functions at the same time, since most of each is compiling on one core; returns their results."""
+    x64 = jax.config.jax_enable_x64
+
+    def call(function):
+        with jax.enable_x64(x64):  # A setting of the thread.
+            return function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(call, functions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +56,7 @@ def random_images(size: int, batch: int, dtype: str, seed: int = 1) -> jax.Array
 def keras_outputs(reference: Reference, images: jax.Array) -> dict[str, jax.Array]:
     keras_model = reference.keras_model
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def forward(trainable, non_trainable, images):
         return keras_model.stateless_call(trainable, non_trainable, images, training=False)[0]
 
@@ -46,8 +64,8 @@ def keras_outputs(reference: Reference, images: jax.Array) -> dict[str, jax.Arra
     return forward(trainable, [variable.value for variable in keras_model.non_trainable_variables], images)
 
 
-def our_outputs(model: nn.Module, variables, images: jax.Array) -> dict[str, jax.Array]:
-    logits, endpoints = jax.jit(model.apply)(variables, images)
+def our_outputs(model: nn.Module, variables, images: jax.Array, compiler_options=None) -> dict[str, jax.Array]:
+    logits, endpoints = jax.jit(model.apply, compiler_options=compiler_options)(variables, images)
     return {**endpoints, "logits": logits}
 
 
@@ -77,7 +95,7 @@ def keras_step(reference: Reference, images, labels) -> TrainingStep:
         outputs, updated = keras_model.stateless_call(trainable, non_trainable, images, training=True)
         return _cross_entropy(outputs["logits"], labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
     (value, updated), gradients = step([v.value for v in trainable], [v.value for v in non_trainable], images)
     values = reference.to_tree(trainable, gradients) | reference.to_tree(non_trainable, updated)
     return TrainingStep(float(value), values)
@@ -89,7 +107,7 @@ def our_step(model: nn.Module, variables, images, labels) -> TrainingStep:
         (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return _cross_entropy(logits, labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
     (value, updated), gradients = step(variables["params"], variables["batch_stats"], images)
     leaves = jax.tree_util.tree_flatten_with_path({"params": gradients, **updated})[0]
     return TrainingStep(float(value), {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves})

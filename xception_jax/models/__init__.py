@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from xception_jax.config import XCEPTION_ONLY, resolve_model
+from xception_jax.errors import ConfigError
 from xception_jax.models.inception_v3 import InceptionV3
 from xception_jax.models.layers import BatchNorm
 from xception_jax.models.xception import Xception
@@ -26,6 +28,12 @@ def create_model(model: ConfigDict) -> nn.Module:
     """
     model = resolve_model(model)
     dtype = jnp.dtype(model.dtype)
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ConfigError(
+            "config.model.dtype='float64' has no effect while JAX computes in 32 bits",
+            "config.model.dtype",
+            "set the environment variable JAX_ENABLE_X64=1, or leave it at 'float32'",
+        )
     norm = partial(
         BatchNorm,
         momentum=model.batch_norm.momentum,

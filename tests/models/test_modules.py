@@ -1,0 +1,187 @@
+"""Figures 1 to 4 and the separable convolution against computations written out."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from xception_jax.models.layers import BatchNorm
+from xception_jax.models.modules import (
+    InceptionModule,
+    SeparableConv,
+    SimplifiedInceptionModule,
+    channel_divisor,
+    figure_3_from_figure_2,
+)
+
+CHANNELS = 6
+FLOAT64 = jnp.dtype("float64")
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def initialised(module, *arguments):
+    return jax.jit(lambda: module.init(jax.random.key(0), *arguments))()
+
+
+def native(x, kernel, segments=1):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=segments
+    )
+
+
+def assert_close(a, b):
+    assert a.dtype == b.dtype == FLOAT64
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("towers", [1, 3, 4])
+def test_figure_2_equals_figure_3(towers):
+    """The paper's "strictly equivalent reformulation", in values and in gradients of weights and input."""
+    figure_2 = SimplifiedInceptionModule(24, towers=towers, dtype=FLOAT64)
+    figure_3 = SeparableConv(24, segments=towers, order="pointwise_first", dtype=FLOAT64)
+    x, dy = draw((2, 7, 8, CHANNELS)), draw((2, 7, 8, 24), 1)
+    params = initialised(figure_2, x)["params"]
+    mapped = figure_3_from_figure_2(params)
+    assert jax.tree.map(jnp.shape, mapped) == jax.tree.map(jnp.shape, initialised(figure_3, x)["params"])
+
+    def step(module, params, x, dy):
+        y, vjp = jax.vjp(lambda params, x: module.apply({"params": params}, x), params, x)
+        return y, *vjp(dy)
+
+    step = jax.jit(step, static_argnums=0)
+    y_2, dparams_2, dx_2 = step(figure_2, params, x, dy)
+    y_3, dparams_3, dx_3 = step(figure_3, mapped, x, dy)
+    assert_close(y_2, y_3)
+    assert_close(dx_2, dx_3)
+    # The map only puts weights side by side, so it maps gradients too.
+    jax.tree.map(assert_close, figure_3_from_figure_2(dparams_2), dparams_3)
+
+
+def test_more_segments_are_another_function():
+    """The comparison above can fail: with the same shapes of y, the wrong number of towers does not fit or differs."""
+    x = draw((1, 5, 5, CHANNELS))
+    params = figure_3_from_figure_2(initialised(SimplifiedInceptionModule(24, 3, FLOAT64), x)["params"])
+    shuffled = {**params, "spatial": {"kernel": params["spatial"]["kernel"][..., ::-1]}}
+    module = SeparableConv(24, segments=3, order="pointwise_first", dtype=FLOAT64)
+    difference = module.apply({"params": params}, x) - module.apply({"params": shuffled}, x)
+    assert jnp.abs(difference).max() > 1e-3
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: np.where(x > 0, x, 0),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("order", ["depthwise_first", "pointwise_first"])
+def test_separable_convolution_step_by_step(order, activation):
+    """Depthwise first is Xception's; pointwise first, with one 3 x 3 for each channel, is figure 4."""
+    module = SeparableConv(8, order=order, intermediate_activation=activation, dtype=FLOAT64)
+    x = draw((2, 5, 6, CHANNELS))
+    params = initialised(module, x)["params"]
+    pointwise, spatial = np.asarray(params["pointwise"]["kernel"][0, 0]), np.asarray(params["spatial"]["kernel"])
+
+    def depthwise(x):
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        rows, columns = x.shape[1:3]
+        taps = [padded[:, i : i + rows, j : j + columns] * spatial[i, j, 0] for i in range(3) for j in range(3)]
+        return np.sum(taps, axis=0)
+
+    f = ACTIVATIONS[activation]
+    expected = (
+        depthwise(f(np.asarray(x) @ pointwise))
+        if order == "pointwise_first"
+        else f(depthwise(np.asarray(x))) @ pointwise
+    )
+    assert_close(jax.jit(module.apply)({"params": params}, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "segments", "spatial_shape", "pointwise_shape"),
+    [
+        ({"segments": 1}, 1, (3, 3, 6, 6), (1, 1, 6, 12)),
+        ({"segments": 3}, 3, (3, 3, 2, 6), (1, 1, 6, 12)),
+        ({"segments": "depthwise"}, 6, (3, 3, 1, 6), (1, 1, 6, 12)),
+        ({"group_width": 3}, 2, (3, 3, 3, 6), (1, 1, 6, 12)),
+        ({"kernel_size": 5}, 6, (5, 5, 1, 6), (1, 1, 6, 12)),
+        ({"depth_multiplier": 2}, 6, (3, 3, 1, 12), (1, 1, 12, 12)),
+        ({"depth_multiplier": 2, "segments": 3}, 3, (3, 3, 2, 12), (1, 1, 12, 12)),
+    ],
+)
+def test_options_of_the_separable_convolution(fields, segments, spatial_shape, pointwise_shape):
+    module = SeparableConv(12, dtype=FLOAT64, **fields)
+    x = draw((1, 5, 6, CHANNELS))
+    params = initialised(module, x)["params"]
+    assert params["spatial"]["kernel"].shape == spatial_shape
+    assert params["pointwise"]["kernel"].shape == pointwise_shape
+    expected = native(native(x, params["spatial"]["kernel"], segments), params["pointwise"]["kernel"])
+    assert_close(jax.jit(module.apply)({"params": params}, x), expected)
+
+
+def test_pointwise_first_with_a_depth_multiplier_keeps_the_output_channels():
+    module = SeparableConv(12, order="pointwise_first", depth_multiplier=2, dtype=FLOAT64)
+    x = draw((1, 5, 6, CHANNELS))
+    variables = initialised(module, x)
+    assert variables["params"]["pointwise"]["kernel"].shape == (1, 1, 6, 6)
+    assert variables["params"]["spatial"]["kernel"].shape == (3, 3, 1, 12)
+    assert module.apply(variables, x).shape == (1, 5, 6, 12)
+
+
+@pytest.mark.parametrize("features", [16, 19])
+def test_figure_1_step_by_step(features):
+    module = InceptionModule(features, norm=partial(BatchNorm, dtype=FLOAT64), dtype=FLOAT64)
+    x = draw((2, 6, 7, CHANNELS))
+    variables = initialised(module, x, True)
+    width, rest = features // 4, features - 3 * (features // 4)
+    shapes = {name: leaf["kernel"].shape for name, leaf in variables["params"].items() if "kernel" in leaf}
+    assert shapes == {
+        "tower_1x1": (1, 1, CHANNELS, width),
+        "tower_3x3_reduce": (1, 1, CHANNELS, width),
+        "tower_3x3": (3, 3, width, width),
+        "tower_double_reduce": (1, 1, CHANNELS, width),
+        "tower_double_1": (3, 3, width, width),
+        "tower_double_2": (3, 3, width, width),
+        "tower_pool": (1, 1, CHANNELS, rest),
+    }
+
+    def conv(x, name):
+        return native(x, variables["params"][name]["kernel"])
+
+    def conv_bn_relu(x, name):  # BatchNorm at its initial values only divides by sqrt(1 + epsilon).
+        return np.maximum(conv(x, name) / np.sqrt(1.001), 0)
+
+    ones = jnp.ones((3, 3, 1, CHANNELS))
+    average = native(x, ones, CHANNELS) / native(jnp.ones_like(x), ones, CHANNELS)
+    double = conv_bn_relu(conv_bn_relu(x, "tower_double_reduce"), "tower_double_1")
+    towers = [
+        conv(x, "tower_1x1"),
+        conv(conv_bn_relu(x, "tower_3x3_reduce"), "tower_3x3"),
+        conv(double, "tower_double_2"),
+        conv(average, "tower_pool"),
+    ]
+    y = jax.jit(module.apply, static_argnums=2)(variables, x, False)
+    assert y.shape == (2, 6, 7, features)
+    assert_close(y, np.concatenate(towers, axis=-1))
+
+
+def test_channel_divisor():
+    assert channel_divisor("depthwise", None, "depthwise_first", 1) == 1
+    assert channel_divisor(4, None, "depthwise_first", 2) == 4
+    assert channel_divisor(4, None, "pointwise_first", 2) == 8
+    assert channel_divisor("depthwise", 8, "depthwise_first", 1) == 8

@@ -1,0 +1,172 @@
+"""Variations of the networks that have no counterpart in Keras: what each option adds, removes or keeps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xception_jax.config import default_config
+from xception_jax.models import create_model
+
+
+def build(side=64, batch=2, network="xception", **fields):
+    """Returns (model, variables, images) of a narrow network with random weights."""
+    config = default_config().model
+    small = {"width_multiplier": 0.0625, "num_classes": 7} | ({"middle_blocks": 1} if network == "xception" else {})
+    config.update({"name": network, **small, **fields})
+    model = create_model(config)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(-1, 1, (batch, side, side, 3)), jnp.float32)
+
+    def draw(path, leaf):
+        # Not by `init`: to compile that many random numbers takes longer than the network.
+        if path[-1].key == "kernel":
+            return jnp.asarray(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return model, jax.tree_util.tree_map_with_path(draw, shapes), images
+
+
+def shapes(side=64, network="xception", **fields):
+    """Returns the shapes of the variables and of what the network computes."""
+    config = default_config().model
+    config.update({"name": network, **fields})
+    model = create_model(config)
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return variables["params"], jax.eval_shape(model.apply, variables, images)
+
+
+def test_sides_and_widths_at_299_are_those_of_figure_5():
+    _, (logits, endpoints) = shapes(299)
+    assert logits.shape == (2, 1000)
+    found = {name: value.shape[1:] for name, value in endpoints.items()}
+    assert found.pop("pre_logits") == (2048,)
+    outer = [(147, 64), (74, 128), (37, 256), (19, 728), *[(19, 728)] * 8, (10, 1024), (10, 2048)]
+    assert found == {f"block{i}": (side, side, width) for i, (side, width) in enumerate(outer, start=1)}
+
+
+def test_sides_and_widths_of_inception_v3_at_299():
+    _, (_, endpoints) = shapes(299, "inception_v3")
+    found = {name: value.shape[1:] for name, value in endpoints.items()}
+    assert found.pop("pre_logits") == (2048,)
+    widths = [(35, 256), (35, 288), (35, 288), *[(17, 768)] * 5, (8, 1280), (8, 2048), (8, 2048)]
+    assert found == {f"mixed{i}": (side, side, width) for i, (side, width) in enumerate(widths)}
+
+
+def test_names_follow_the_number_of_middle_modules():
+    params, (_, endpoints) = shapes(middle_blocks=2)
+    assert sorted(endpoints) == sorted([*(f"block{i}" for i in range(1, 9)), "pre_logits"])
+    assert params["block7_sepconv1"]["pointwise"]["kernel"].shape[-1] == 728
+    assert params["block7_sepconv2"]["pointwise"]["kernel"].shape[-1] == 1024
+    assert params["block8_sepconv2"]["pointwise"]["kernel"].shape[-1] == 2048
+
+
+def test_without_residuals_there_are_no_shortcuts():
+    with_residuals, _ = shapes()
+    without, (_, endpoints) = shapes(residual=False)
+    gone = set(with_residuals) - set(without)
+    assert gone == {f"block{i}_shortcut{end}" for i in (2, 3, 4, 13) for end in ("", "_bn")}
+    assert set(without) < set(with_residuals)
+    assert endpoints["block13"].shape[-1] == 1024
+
+
+def test_the_small_stem_keeps_the_size():
+    _, (_, endpoints) = shapes(32, stem="small")
+    assert [endpoints[f"block{i}"].shape[1] for i in (1, 2, 3, 4, 12, 13, 14)] == [32, 16, 8, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("fields", [{"segments": 3}, {"segments": 8, "order": "pointwise_first"}, {"group_width": 5}])
+def test_widths_are_rounded_to_what_the_segments_divide(fields):
+    """Also with a width multiplier; no layer may silently fall back to another number of segments."""
+    params, _ = shapes(width_multiplier=0.7, middle_blocks=1, depth_multiplier=2, **fields)
+    for name, layer in params.items():
+        if "spatial" in layer:
+            per_segment, filters = layer["spatial"]["kernel"].shape[2:]
+            channels = filters // 2
+            assert channels % per_segment == 0, name
+            assert channels // per_segment == fields.get("segments", channels // 5), name
+            if "group_width" in fields:
+                assert per_segment == 5, name
+
+
+@pytest.mark.parametrize("network", ["xception", "inception_v3"])
+def test_dropout_is_active_only_while_training_and_depends_on_the_key(network):
+    model, variables, images = build(75, network=network, dropout_rate=0.5)
+
+    @jax.jit
+    def train(key):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0]
+
+    (first, endpoints), (again, _), (other, _) = (train(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(np.asarray(first) - np.asarray(other)).max() > 1e-3
+    # What is dropped is what the classifier sees: each logit is linear in pre_logits, half of them set to zero.
+    head = variables["params"]["head"]["predictions"]
+    kept = np.asarray(endpoints["pre_logits"]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    assert np.abs(kept - np.asarray(first)).max() > 1e-3
+    evaluate = jax.jit(lambda: model.apply(variables, images))
+    logits, endpoints = evaluate()  # Needs no key.
+    kept = np.asarray(endpoints["pre_logits"]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    np.testing.assert_allclose(logits, kept, rtol=0, atol=1e-5)
+
+
+def test_fully_connected_layers():
+    params, (logits, endpoints) = shapes(fc_layers=2)
+    assert sorted(params["head"]) == ["fc1", "fc2", "predictions"]
+    assert params["head"]["fc1"]["kernel"].shape == (2048, 4096)
+    assert params["head"]["fc2"]["kernel"].shape == (4096, 4096)
+    assert params["head"]["predictions"]["kernel"].shape == (4096, 1000)
+    assert endpoints["pre_logits"].shape == (2, 4096)
+    assert logits.shape == (2, 1000)
+    model, variables, images = build(fc_layers=1, fc_width=32)
+    _, endpoints = jax.jit(model.apply)(variables, images)
+    pre_logits, fc1 = np.asarray(endpoints["pre_logits"]), variables["params"]["head"]["fc1"]
+    pooled = np.asarray(endpoints["block7"]).mean((1, 2))
+    expected = np.maximum(pooled @ np.asarray(fc1["kernel"]) + np.asarray(fc1["bias"]), 0)
+    np.testing.assert_allclose(pre_logits, expected, rtol=0, atol=1e-6)
+
+
+def test_the_auxiliary_head_answers_only_while_training():
+    model, variables, images = build(139, network="inception_v3", aux_head=True, num_classes=5, dropout_rate=0.0)
+    assert "aux_predictions" in variables["params"]
+    apply = jax.jit(lambda train: model.apply(variables, images, train, mutable=["batch_stats"]), static_argnums=0)
+    (logits, endpoints), updated = apply(True)
+    assert endpoints["aux_logits"].shape == logits.shape == (2, 5)
+    assert np.abs(np.asarray(updated["batch_stats"]["aux_0_bn"]["mean"])).max() > 0
+    assert "aux_logits" not in apply(False)[0][1]
+    # The main logits do not depend on it.
+    plain, _, _ = build(139, network="inception_v3", num_classes=5, dropout_rate=0.0)
+    without = {
+        "params": {k: v for k, v in variables["params"].items() if not k.startswith("aux")},
+        "batch_stats": {k: v for k, v in variables["batch_stats"].items() if not k.startswith("aux")},
+    }
+    np.testing.assert_array_equal(apply(False)[0][0], jax.jit(plain.apply)(without, images)[0])
+
+
+@pytest.mark.parametrize("network", ["xception", "inception_v3"])
+def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(network):
+    config = default_config().model
+    config.update(name=network, dtype="bfloat16")
+    model = create_model(config)
+    images = jax.ShapeDtypeStruct((2, 75, 75, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, endpoints = jax.eval_shape(model.apply, variables, images)
+    assert logits.dtype == endpoints.pop("pre_logits").dtype == jnp.float32
+    assert {value.dtype for value in endpoints.values()} == {jnp.dtype("bfloat16")}
+
+
+def test_symmetric_padding_of_inception_v3_counts_the_zeros_in_average_pools():
+    """Its max pools have no padding, so that all else is the same: mixed0 differs in the pooled tower alone."""
+    outputs = {}
+    for padding in ("same", "symmetric"):
+        model, variables, images = build(75, network="inception_v3", padding=padding)
+        outputs[padding] = np.asarray(jax.jit(model.apply)(variables, images)[1]["mixed0"])
+    differs = np.abs(outputs["same"] - outputs["symmetric"]).max((0, 1, 2)) > 0
+    pooled = variables["params"]["mixed0_pool_0"]["kernel"].shape[-1]
+    assert differs[-pooled:].any()
+    assert not differs[:-pooled].any()
