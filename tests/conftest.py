@@ -18,6 +18,8 @@ def shared_environment(tmp_path_factory) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        # Tests start many programs and take few steps in each: half of the time to compile counts for more than speed.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1",
         "TFDS_DATA_DIR": str(directory / "tensorflow_datasets"),
         "PYTHONPATH": str(ROOT),
     }
@@ -25,10 +27,11 @@ def shared_environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def run_python(shared_environment):
-    """Returns a function that runs `python ARGUMENTS` in the root of the repository and returns the finished process."""
+    """Returns a function that runs `python ARGUMENTS` in the root of the repository, and returns its end."""
 
     def run(*arguments: object, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
-        environment = shared_environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = shared_environment["XLA_FLAGS"].replace("count=1", f"count={devices}")
+        environment = shared_environment | {"XLA_FLAGS": flags}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
 

@@ -97,4 +97,6 @@ def _broken_config(path: Path, error: Exception) -> ConfigError:
 
 def field_help() -> str:
     """Returns one line for each field of a config: default, what it may be, and where the default comes from."""
-    return "\n".join(f"config.{name}={field.default!r}: {field.expects}. {field.source}" for name, field in FIELDS.items())
+    return "\n".join(
+        f"config.{name}={field.default!r}: {field.expects}. {field.source}" for name, field in FIELDS.items()
+    )

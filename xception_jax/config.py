@@ -73,6 +73,8 @@ def _require(condition: bool) -> None:
 
 
 def whole(default: int | None, low: int, source: str) -> Field:
+    """A whole number of at least `low`."""
+
     def check(value):
         value = _whole(value)
         _require(value >= low)
@@ -94,6 +96,8 @@ def number(default: float, low: float, high: float, source: str, *, above: bool 
 
 
 def choice(default: str, options: tuple[str, ...], source: str) -> Field:
+    """One of a few words."""
+
     def check(value):
         _require(value in options)
         return value
@@ -115,6 +119,8 @@ def choice_or_whole(default: str | int, word: tuple[str, ...], low: int, source:
 
 
 def flag(default: bool | None, source: str) -> Field:
+    """True or False."""
+
     def check(value):
         _require(isinstance(value, bool))
         return value
@@ -123,6 +129,8 @@ def flag(default: bool | None, source: str) -> Field:
 
 
 def text(default: str, source: str) -> Field:
+    """Any string."""
+
     def check(value):
         _require(isinstance(value, str))
         return value
@@ -131,6 +139,8 @@ def text(default: str, source: str) -> Field:
 
 
 def pattern(default: str, source: str) -> Field:
+    """A regular expression over names of parameters."""
+
     def check(value):
         _require(isinstance(value, str))
         re.compile(value)
@@ -140,6 +150,8 @@ def pattern(default: str, source: str) -> Field:
 
 
 def duration(default: str, source: str) -> Field:
+    """A number and a unit, see `duration_in_steps`."""
+
     def check(value):
         _require(isinstance(value, str))
         duration_in_steps(value, 1, 1)
@@ -149,6 +161,8 @@ def duration(default: str, source: str) -> Field:
 
 
 def numbers(default: tuple[float, ...], length: int | None, source: str) -> Field:
+    """A sequence of numbers, of a fixed length if `length` is given."""
+
     def check(value):
         _require(not isinstance(value, str))
         value = tuple(_number(v) for v in value)
@@ -247,10 +261,8 @@ FIELDS: dict[str, Field] = {
 
 # model.* fields that only Xception reads, and those that module='inception' replaces: any other value than the
 # default would be accepted and ignored, so it is refused.
-XCEPTION_ONLY = (
-    "middle_blocks segments group_width order intermediate_activation module residual depth_multiplier kernel_size stem"
-).split()
-_SEPARABLE_ONLY = "segments group_width order intermediate_activation depth_multiplier".split()
+_SEPARABLE_ONLY = ("segments", "group_width", "order", "intermediate_activation", "depth_multiplier")
+XCEPTION_ONLY = (*_SEPARABLE_ONLY, "middle_blocks", "module", "residual", "kernel_size", "stem")
 
 
 def default_config() -> ConfigDict:
@@ -328,7 +340,7 @@ def resolve_model(model: ConfigDict) -> ConfigDict:
     """
     model = _resolve(model, "model.").model
 
-    def refuse_ignored(names: list[str] | tuple[str, ...], because: str) -> None:
+    def refuse_ignored(names: tuple[str, ...], because: str) -> None:
         for name in names:
             default = FIELDS[f"model.{name}"].default
             _refuse(
@@ -341,13 +353,13 @@ def resolve_model(model: ConfigDict) -> ConfigDict:
     if model.name != "xception":
         refuse_ignored(XCEPTION_ONLY, f"model.name={model.name!r}")
     else:
-        refuse_ignored(["aux_head"], "model.name='xception'")
+        refuse_ignored(("aux_head",), "model.name='xception'")
     if model.batch_norm.scale is None:
         model.batch_norm.scale = model.name != "inception_v3"
     if model.module == "inception":
         refuse_ignored(_SEPARABLE_ONLY, "model.module='inception'")
     if model.fc_layers == 0:
-        refuse_ignored(["fc_width"], "model.fc_layers=0")
+        refuse_ignored(("fc_width",), "model.fc_layers=0")
     _refuse(
         model.group_width is not None and model.segments != "depthwise",
         f"config.model.segments={model.segments!r} and group_width={model.group_width!r} contradict each other",

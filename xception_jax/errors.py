@@ -22,6 +22,10 @@ class UserError(Exception):
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
 
+    def __reduce__(self):
+        """Lets the error travel from a data worker to the trainer, which pickles it on the way."""
+        return type(self), (self.what, self.where, self.fix)
+
     def __str__(self) -> str:
         return f"error: {self.what}\n  where: {self.where}\n  fix:   {self.fix}"
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -305,3 +306,13 @@ def test_closing_stops_the_threads(photographs_data):
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+def test_an_error_of_a_worker_process_arrives_as_itself(data, tfds_dir):
+    """Grain pickles it on the way: the exit code must survive."""
+    write_images(tfds_dir, "all_damaged", [b"not an image"] * 4)
+    data.update(name="all_damaged", data_dir=str(tfds_dir), workers=1)
+    source = open_source(data, "train")
+    with contextlib.closing(train_batches(data, source, batch_size=2, seed=0, start_step=0)) as batches:
+        with pytest.raises(BadDataError, match="4 images in a row cannot be decoded"):
+            next(batches)

@@ -215,3 +215,27 @@ def test_two_processes_that_start_at_once_share_one_preparation_without_tensorfl
         out, err = process.communicate(timeout=60)
         assert out == f"{fashion_mnist.NUM_SCENES['train']}\n", err
     assert [path.name for path in (tmp_path / "fashion_mnist_scenes").iterdir() if path.is_dir()] == ["1.0.0"]
+
+
+def test_open_images_is_read_as_tfds_writes_it(data, tmp_path):
+    """Its labels are those of `objects_trainable` that a person or a machine found, each once."""
+    objects = tfds.features.Sequence(
+        {
+            "label": tfds.features.ClassLabel(num_classes=7),
+            "source": tfds.features.ClassLabel(num_classes=6),
+            "confidence": np.int32,
+        }
+    )
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "objects_trainable": objects})
+    found = [
+        {"label": 5, "source": 0, "confidence": 10},
+        {"label": 3, "source": 1, "confidence": 0},
+        {"label": 2, "source": 2, "confidence": 7},
+        {"label": 5, "source": 2, "confidence": 8},
+    ]
+    examples = [("0", {"image": jpeg(photograph(0)), "objects_trainable": found})]
+    write_dataset(Dataset("open_images_v4", features, {"train": examples}, "Test."), tmp_path, progress=False)
+    data.update(name="open_images_v4", data_dir=str(tmp_path))
+    source = sources.open_source(data, "train")
+    assert (source.info.multi_label, source.info.num_classes) == (True, 7)
+    assert source[0]["label"] == (2, 5)

@@ -7,7 +7,10 @@ from xception_jax.config import default_config
 from xception_jax.training.losses import sigmoid_loss, softmax_loss
 from xception_jax.training.optimizer import make_optimizer, make_schedule
 
-PARAMS = {"conv": {"kernel": np.array([1.0, -2.0, 0.5])}, "conv_bn": {"scale": np.array([1.0]), "bias": np.array([0.5])}}
+PARAMS = {
+    "conv": {"kernel": np.array([1.0, -2.0, 0.5])},
+    "conv_bn": {"scale": np.array([1.0]), "bias": np.array([0.5])},
+}
 
 
 def gradients(step):
@@ -97,7 +100,9 @@ def test_which_kernels_decay_is_an_option():
     config.schedule.update(name="constant", learning_rate=1.0)
     config.optimizer.decayed = "_bn/scale$"
     params = trajectory(config, 1)[0]
-    np.testing.assert_allclose(params["conv"]["kernel"], PARAMS["conv"]["kernel"] - np.sin(PARAMS["conv"]["kernel"]), 1e-6)
+    np.testing.assert_allclose(
+        params["conv"]["kernel"], PARAMS["conv"]["kernel"] - np.sin(PARAMS["conv"]["kernel"]), 1e-6
+    )
     np.testing.assert_allclose(params["conv_bn"]["scale"], 1.0 - np.sin(1.0) - 1.0, 1e-5)
 
 

@@ -28,6 +28,7 @@ from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 
 SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
+OPEN_IMAGES_LABELS = "objects_trainable"  # of TFDS' open_images_v4: the 7,186 classes with enough images to learn from
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 64
@@ -151,7 +152,7 @@ class TfdsSource:
             split=split,
             num_classes=label.num_classes,
             class_names=tuple(label.names),
-            multi_label=self._label_name == "labels",
+            multi_label=self._label_name != "label",
             fingerprint=_fingerprint(directory),
             num_examples=len(self._records),
         )
@@ -180,6 +181,10 @@ class TfdsSource:
                 f"{self.directory}, split {self.split}",
                 "copy or prepare the dataset again",
             ) from error
+        if self._label_name == OPEN_IMAGES_LABELS:
+            # A confidence of zero says that a person has looked and has not found the class.
+            present = zip(label["label"], label["confidence"], strict=True)
+            label = sorted({int(value) for value, confidence in present if confidence > 0})
         label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
         return {"image": record["image"], "label": label, "index": index}
 
@@ -212,7 +217,7 @@ class TfdsSource:
 
 
 def _label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tuple[str, tfds.features.ClassLabel]:
-    """Returns 'label' and its feature, or 'labels' and the feature of its elements."""
+    """Returns the name of the feature that labels the images, and the ClassLabel in it."""
     found = dict(features.items())
     label = found.get("label")
     if isinstance(found.get("image"), tfds.features.Image):
@@ -221,6 +226,9 @@ def _label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tup
         label = getattr(found.get("labels"), "feature", None)
         if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
             return "labels", label
+        objects = getattr(found.get(OPEN_IMAGES_LABELS), "feature", None)
+        if objects is not None:
+            return OPEN_IMAGES_LABELS, objects["label"]
     raise BadDataError(
         f"the dataset has the features {sorted(found)}, but no image with a label",
         str(directory),

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = "Evaluates a checkpoint: its last weights, and their Polyak average if it has one."
     parser.add_argument("workdir", help="work directory of a run")
-    parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]'; by default the test split of the config")
+    parser.add_argument(
+        "--split", help="such as 'validation' or 'train[98%%:]'; by default the test split of the config"
+    )
     parser.add_argument("--step", type=int, help="checkpoint to evaluate; by default the newest that is intact")
     parser.add_argument("--data_dir", help="where the dataset is, if it has moved")
     parser.add_argument("--batch_size", type=int, help="images at a time, over all devices")

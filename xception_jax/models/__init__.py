@@ -28,7 +28,7 @@ def create_model(model: ConfigDict) -> nn.Module:
     """
     model = resolve_model(model)
     dtype = jnp.dtype(model.dtype)
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
             "config.model.dtype='float64' has no effect while JAX computes in 32 bits",
             "config.model.dtype",

@@ -58,7 +58,7 @@ class Xception(nn.Module):
             return conv_bn(x, features, f"block{block}_shortcut", stride=2) if self.residual else 0.0
 
         def pool(x):
-            return ops.max_pool(x, 3, 2, self.padding.upper())
+            return ops.max_pool(x, padding="SAME" if self.padding == "same" else "SYMMETRIC")
 
         # Entry flow.
         stem = {"stride": 2, "padding": "VALID"} if self.stem == "imagenet" else {}

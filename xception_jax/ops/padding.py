@@ -11,7 +11,7 @@ Padding = Literal["SAME", "VALID", "SYMMETRIC"]
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def explicit_padding(padding: Padding, size: tuple[int, int], window: tuple[int, int], stride: int) -> Pads:
+def explicit_padding(padding: Padding, size: tuple[int, ...], window: tuple[int, ...], stride: int) -> Pads:
     """Returns ((top, bottom), (left, right)) for an image of `size` (height, width).
 
     SAME is TensorFlow's: the output has ceil(size / stride) rows, and where the number of padded rows is odd

@@ -52,8 +52,10 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         if self._writes:
-            for resource in (self._line, self._log, *self._trackers):
-                resource.close()
+            self._line.close()
+            self._log.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def entries(self) -> list[dict[str, Any]]:
         """Returns all entries of metrics.jsonl so far."""
@@ -115,7 +117,12 @@ class Journal:
         return f" in {n} microbatches" if n > 1 else ""
 
     def _training_flops(self) -> float:
-        return 6.0 * self._experiment.cost.multiply_adds * self._experiment.config.batch_size * self._experiment.total_steps
+        return (
+            6.0
+            * self._experiment.cost.multiply_adds
+            * self._experiment.config.batch_size
+            * self._experiment.total_steps
+        )
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Takes the metrics of a step that has finished; writes their mean over the interval at a log point."""

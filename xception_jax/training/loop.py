@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from xception_jax.config import resolve, save_json
-from xception_jax.data.pipeline import DamagedImages, evaluation_batches, train_batches
+from xception_jax.data.pipeline import BatchIterator, DamagedImages, evaluation_batches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions
@@ -113,7 +113,7 @@ class Loop:
         self.dispatched: _Dispatched | None = None
         self.went_back = False
         self.seconds_to_first_step: float | None = None
-        self.batches = None
+        self.batches: BatchIterator | None = None
         self.fetcher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
 
     def run(self, step: int, state: Any) -> Summary:
@@ -224,7 +224,11 @@ class Loop:
         if restored is None:
             raise DivergedError(
                 f"the loss was not finite for {self.config.max_bad_steps} steps in a row"
-                + (", also after going back to a checkpoint" if self.went_back else ", with no checkpoint to go back to"),
+                + (
+                    ", also after going back to a checkpoint"
+                    if self.went_back
+                    else ", with no checkpoint to go back to"
+                ),
                 f"step {bad_step}; the last checkpoint is kept in {self.workdir / 'checkpoints'}",
                 "lower config.schedule.learning_rate, or add a config.schedule.warmup",
             )

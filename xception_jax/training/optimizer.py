@@ -72,7 +72,8 @@ def by_name(pattern: str) -> Callable:
 
     def mask(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) is not None, params
+            lambda path, _: re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/")) is not None,
+            params,
         )
 
     return mask

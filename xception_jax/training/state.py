@@ -39,7 +39,9 @@ class TrainState(struct.PyTreeNode):
         return {"": {"params": self.params, "batch_stats": self.batch_stats}} | averaged
 
 
-def make_state_init(model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, seed: int, ema: bool):
+def make_state_init(
+    model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, seed: int, ema: bool
+):
     """Returns a function of no arguments that makes the first state, to be jitted with `abstract_state`'s shardings."""
 
     def init() -> TrainState:

@@ -91,9 +91,9 @@ def _polyak_average(state: TrainState, params, batch_stats, decay: float):
     """Averages weights and BN statistics; the decay starts low so that the first weights are soon forgotten."""
     if state.ema is None:
         return None
-    decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    kept = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     return jax.tree.map(
-        lambda average, new: average + (1 - decay).astype(new.dtype) * (new - average),
+        lambda average, new: average + (1 - kept).astype(new.dtype) * (new - average),
         state.ema,
         {"params": params, "batch_stats": batch_stats},
     )
