@@ -11,9 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import (
-    FIELDS,
     default_config,
-    duration_in_steps,
     load_json,
     resolve,
     resolve_model,
@@ -21,6 +19,7 @@ from xception_jax.config import (
     unknown_field,
 )
 from xception_jax.errors import ConfigError
+from xception_jax.fields import FIELDS, duration_in_steps
 
 LABELS = ("paper", "reference", "inferred", "modern", "local")
 
@@ -188,7 +187,7 @@ def test_an_unknown_field_is_answered_with_the_one_meant(name, meant):
 
 def test_an_unknown_field_like_no_other():
     error = refused(changed(zzzzzz=1))
-    assert error.fix == "the fields are listed in xception_jax/config.py"
+    assert error.fix == "the fields are listed in xception_jax/fields.py"
 
 
 def test_an_unknown_section():

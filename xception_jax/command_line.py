@@ -10,8 +10,9 @@ from pathlib import Path
 
 from absl import flags
 
-from xception_jax.config import FIELDS, unknown_field
+from xception_jax.config import unknown_field
 from xception_jax.errors import ConfigError, InputMissingError, UsageError, UserError
+from xception_jax.fields import FIELDS
 
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
 

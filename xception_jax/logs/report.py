@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ml_collections import ConfigDict
 from PIL import Image
 
-from xception_jax import config as config_lib
+from xception_jax.config import save_json
 from xception_jax.evaluation.metrics import (
     Predictions,
     class_average_precision,
@@ -26,6 +26,7 @@ from xception_jax.evaluation.metrics import (
     most_confused,
     wilson_interval,
 )
+from xception_jax.fields import FIELDS
 from xception_jax.files import write_atomically
 from xception_jax.logs.figures import BLUE, GREY, VERMILION, Line, line_figure
 from xception_jax.logs.progress import format_count, format_duration
@@ -101,7 +102,7 @@ def write_report(
     context = {
         "title": config.name or Path(workdir).resolve().name,
         "config": config,
-        "config_json": config_lib.save_json(config),
+        "config_json": save_json(config),
         "changes": _changes(config),
         "info": info,
         "last_step": last_step,
@@ -135,7 +136,7 @@ def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
 def _changes(config: ConfigDict) -> list[tuple[str, Any, Any, str]]:
     """Returns (field, value, default, where the default comes from) of what this run sets otherwise."""
     changes = []
-    for name, field in config_lib.FIELDS.items():
+    for name, field in FIELDS.items():
         value: Any = config
         for key in name.split("."):
             value = value[key]

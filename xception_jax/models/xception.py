@@ -14,7 +14,7 @@ from xception_jax.models.modules import InceptionModule, Norm, SeparableConv, ch
 class Xception(nn.Module):
     """36 convolutional layers in 14 modules, with linear residuals around all but the first and the last.
 
-    The attributes are the fields of `config.model` (xception_jax/config.py). Where `segments` or `group_width`
+    The attributes are the fields of `config.model` (xception_jax/fields.py). Where `segments` or `group_width`
     do not divide a layer's channels, the channels are rounded to the nearest multiple.
     """
 

@@ -14,9 +14,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from xception_jax.config import duration_in_steps
 from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
 from xception_jax.errors import ConfigError, DeviceMemoryError
+from xception_jax.fields import duration_in_steps
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh

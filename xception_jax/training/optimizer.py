@@ -9,7 +9,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from xception_jax.config import duration_in_steps
+from xception_jax.fields import duration_in_steps
 
 
 def make_schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from xception_jax.config import FIELDS, save_json
+from xception_jax.config import save_json
 from xception_jax.errors import ConfigError, WorkdirError
+from xception_jax.fields import FIELDS
 from xception_jax.files import write_atomically
 
 CONFIG = "config.json"
