@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -13,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from keras_weights import Reference
-
-# These programs run once: to optimise them would take longer than to run them as they are.
-QUICK = {"xla_backend_optimization_level": 0}
+from quick import quick_jit
 
 
 def side_by_side(*functions: Callable):
@@ -56,7 +53,7 @@ def random_images(size: int, batch: int, dtype: str, seed: int = 1) -> jax.Array
 def keras_outputs(reference: Reference, images: jax.Array) -> dict[str, jax.Array]:
     keras_model = reference.keras_model
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @quick_jit
     def forward(trainable, non_trainable, images):
         return keras_model.stateless_call(trainable, non_trainable, images, training=False)[0]
 
@@ -95,7 +92,7 @@ def keras_step(reference: Reference, images, labels) -> TrainingStep:
         outputs, updated = keras_model.stateless_call(trainable, non_trainable, images, training=True)
         return _cross_entropy(outputs["logits"], labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
     (value, updated), gradients = step([v.value for v in trainable], [v.value for v in non_trainable], images)
     values = reference.to_tree(trainable, gradients) | reference.to_tree(non_trainable, updated)
     return TrainingStep(float(value), values)
@@ -107,7 +104,7 @@ def our_step(model: nn.Module, variables, images, labels) -> TrainingStep:
         (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return _cross_entropy(logits, labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
     (value, updated), gradients = step(variables["params"], variables["batch_stats"], images)
     leaves = jax.tree_util.tree_flatten_with_path({"params": gradients, **updated})[0]
     return TrainingStep(float(value), {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves})

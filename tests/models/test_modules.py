@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from quick import quick_jit, random_variables
 
 from xception_jax.models.layers import BatchNorm
 from xception_jax.models.modules import (
@@ -33,10 +34,6 @@ def draw(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-def initialised(module, *arguments):
-    return jax.jit(lambda: module.init(jax.random.key(0), *arguments))()
-
-
 def native(x, kernel, segments=1):
     return lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=segments
@@ -54,15 +51,15 @@ def test_figure_2_equals_figure_3(towers):
     figure_2 = SimplifiedInceptionModule(24, towers=towers, dtype=FLOAT64)
     figure_3 = SeparableConv(24, segments=towers, order="pointwise_first", dtype=FLOAT64)
     x, dy = draw((2, 7, 8, CHANNELS)), draw((2, 7, 8, 24), 1)
-    params = initialised(figure_2, x)["params"]
+    params = random_variables(figure_2, x)["params"]
     mapped = figure_3_from_figure_2(params)
-    assert jax.tree.map(jnp.shape, mapped) == jax.tree.map(jnp.shape, initialised(figure_3, x)["params"])
+    assert jax.tree.map(jnp.shape, mapped) == jax.tree.map(jnp.shape, random_variables(figure_3, x)["params"])
 
     def step(module, params, x, dy):
         y, vjp = jax.vjp(lambda params, x: module.apply({"params": params}, x), params, x)
         return y, *vjp(dy)
 
-    step = jax.jit(step, static_argnums=0)
+    step = quick_jit(step, static_argnums=0)
     y_2, dparams_2, dx_2 = step(figure_2, params, x, dy)
     y_3, dparams_3, dx_3 = step(figure_3, mapped, x, dy)
     assert_close(y_2, y_3)
@@ -74,10 +71,11 @@ def test_figure_2_equals_figure_3(towers):
 def test_more_segments_are_another_function():
     """The comparison above can fail: with the same shapes of y, the wrong number of towers does not fit or differs."""
     x = draw((1, 5, 5, CHANNELS))
-    params = figure_3_from_figure_2(initialised(SimplifiedInceptionModule(24, 3, FLOAT64), x)["params"])
+    params = figure_3_from_figure_2(random_variables(SimplifiedInceptionModule(24, 3, FLOAT64), x)["params"])
     shuffled = {**params, "spatial": {"kernel": params["spatial"]["kernel"][..., ::-1]}}
     module = SeparableConv(24, segments=3, order="pointwise_first", dtype=FLOAT64)
-    difference = module.apply({"params": params}, x) - module.apply({"params": shuffled}, x)
+    apply = quick_jit(module.apply)
+    difference = apply({"params": params}, x) - apply({"params": shuffled}, x)
     assert jnp.abs(difference).max() > 1e-3
 
 
@@ -94,7 +92,7 @@ def test_separable_convolution_step_by_step(order, activation):
     """Depthwise first is Xception's; pointwise first, with one 3 x 3 for each channel, is figure 4."""
     module = SeparableConv(8, order=order, intermediate_activation=activation, dtype=FLOAT64)
     x = draw((2, 5, 6, CHANNELS))
-    params = initialised(module, x)["params"]
+    params = random_variables(module, x)["params"]
     pointwise, spatial = np.asarray(params["pointwise"]["kernel"][0, 0]), np.asarray(params["spatial"]["kernel"])
 
     def depthwise(x):
@@ -109,7 +107,7 @@ def test_separable_convolution_step_by_step(order, activation):
         if order == "pointwise_first"
         else f(depthwise(np.asarray(x))) @ pointwise
     )
-    assert_close(jax.jit(module.apply)({"params": params}, x), expected)
+    assert_close(quick_jit(module.apply)({"params": params}, x), expected)
 
 
 @pytest.mark.parametrize(
@@ -127,27 +125,31 @@ def test_separable_convolution_step_by_step(order, activation):
 def test_options_of_the_separable_convolution(fields, segments, spatial_shape, pointwise_shape):
     module = SeparableConv(12, dtype=FLOAT64, **fields)
     x = draw((1, 5, 6, CHANNELS))
-    params = initialised(module, x)["params"]
+    params = random_variables(module, x)["params"]
     assert params["spatial"]["kernel"].shape == spatial_shape
     assert params["pointwise"]["kernel"].shape == pointwise_shape
-    expected = native(native(x, params["spatial"]["kernel"], segments), params["pointwise"]["kernel"])
-    assert_close(jax.jit(module.apply)({"params": params}, x), expected)
+
+    @quick_jit
+    def expected(params, x):
+        return native(native(x, params["spatial"]["kernel"], segments), params["pointwise"]["kernel"])
+
+    assert_close(quick_jit(module.apply)({"params": params}, x), expected(params, x))
 
 
 def test_pointwise_first_with_a_depth_multiplier_keeps_the_output_channels():
     module = SeparableConv(12, order="pointwise_first", depth_multiplier=2, dtype=FLOAT64)
     x = draw((1, 5, 6, CHANNELS))
-    variables = initialised(module, x)
+    variables = random_variables(module, x)
     assert variables["params"]["pointwise"]["kernel"].shape == (1, 1, 6, 6)
     assert variables["params"]["spatial"]["kernel"].shape == (3, 3, 1, 12)
-    assert module.apply(variables, x).shape == (1, 5, 6, 12)
+    assert jax.eval_shape(module.apply, variables, x).shape == (1, 5, 6, 12)
 
 
 @pytest.mark.parametrize("features", [16, 19])
 def test_figure_1_step_by_step(features):
     module = InceptionModule(features, norm=partial(BatchNorm, dtype=FLOAT64), dtype=FLOAT64)
     x = draw((2, 6, 7, CHANNELS))
-    variables = initialised(module, x, True)
+    variables = random_variables(module, x, True)
     width, rest = features // 4, features - 3 * (features // 4)
     shapes = {name: leaf["kernel"].shape for name, leaf in variables["params"].items() if "kernel" in leaf}
     assert shapes == {
@@ -160,24 +162,31 @@ def test_figure_1_step_by_step(features):
         "tower_pool": (1, 1, CHANNELS, rest),
     }
 
-    def conv(x, name):
-        return native(x, variables["params"][name]["kernel"])
+    @quick_jit
+    def figure_1(variables, x):
+        params, batch_stats = variables["params"], variables["batch_stats"]
 
-    def conv_bn_relu(x, name):  # BatchNorm at its initial values only divides by sqrt(1 + epsilon).
-        return np.maximum(conv(x, name) / np.sqrt(1.001), 0)
+        def conv(x, name):
+            return native(x, params[name]["kernel"])
 
-    ones = jnp.ones((3, 3, 1, CHANNELS))
-    average = native(x, ones, CHANNELS) / native(jnp.ones_like(x), ones, CHANNELS)
-    double = conv_bn_relu(conv_bn_relu(x, "tower_double_reduce"), "tower_double_1")
-    towers = [
-        conv(x, "tower_1x1"),
-        conv(conv_bn_relu(x, "tower_3x3_reduce"), "tower_3x3"),
-        conv(double, "tower_double_2"),
-        conv(average, "tower_pool"),
-    ]
-    y = jax.jit(module.apply, static_argnums=2)(variables, x, False)
+        def conv_bn_relu(x, name):
+            bn, running = params[f"{name}_bn"], batch_stats[f"{name}_bn"]
+            normalised = (conv(x, name) - running["mean"]) / jnp.sqrt(running["var"] + 1e-3)
+            return jnp.maximum(normalised * bn["scale"] + bn["bias"], 0)
+
+        ones = jnp.ones((3, 3, 1, CHANNELS))
+        average = native(x, ones, CHANNELS) / native(jnp.ones_like(x), ones, CHANNELS)
+        towers = [
+            conv(x, "tower_1x1"),
+            conv(conv_bn_relu(x, "tower_3x3_reduce"), "tower_3x3"),
+            conv(conv_bn_relu(conv_bn_relu(x, "tower_double_reduce"), "tower_double_1"), "tower_double_2"),
+            conv(average, "tower_pool"),
+        ]
+        return jnp.concatenate(towers, axis=-1)
+
+    y = quick_jit(module.apply, static_argnums=2)(variables, x, False)
     assert y.shape == (2, 6, 7, features)
-    assert_close(y, np.concatenate(towers, axis=-1))
+    assert_close(y, figure_1(variables, x))
 
 
 def test_channel_divisor():

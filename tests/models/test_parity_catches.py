@@ -9,7 +9,8 @@ import types
 
 import pytest
 from keras_weights import build_reference, copy_weights, keras_floatx
-from parity import QUICK, forward_differences, keras_outputs, our_outputs, random_images
+from parity import forward_differences, keras_outputs, our_outputs, random_images
+from quick import QUICK
 
 from xception_jax.config import default_config
 from xception_jax.models import create_model, xception

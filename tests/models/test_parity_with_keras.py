@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from keras_weights import build_keras, build_reference, copy_weights, keras_floatx
 from parity import (
-    QUICK,
     difference,
     forward_differences,
     keras_outputs,
@@ -21,6 +20,7 @@ from parity import (
     random_images,
     side_by_side,
 )
+from quick import QUICK
 
 from xception_jax.config import default_config
 from xception_jax.models import create_model
