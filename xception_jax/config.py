@@ -194,7 +194,8 @@ def load_json(text: str) -> ConfigDict:
     """
     try:
         fields = json.loads(text)
-        _require(isinstance(fields, dict))
+        if not isinstance(fields, dict):
+            raise ValueError
         config = ConfigDict(fields, type_safe=False)
     except (ValueError, TypeError, AttributeError) as error:
         reason = str(error) or "it is no JSON object"
