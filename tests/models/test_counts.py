@@ -61,7 +61,10 @@ def test_inception_v3(inception_v3):
 
 
 def test_inception_v3_of_2016_is_the_one_in_table_3():
-    assert cost(name="inception_v3_2016").parameters == 23_626_728
+    found = cost(name="inception_v3_2016")
+    assert found.parameters == 23_626_728
+    assert found.parameters + found.statistics == 23_660_968
+    assert found.multiply_adds == 5_623_817_312
 
 
 # Widths at which every point of the spectrum costs what Xception does.
