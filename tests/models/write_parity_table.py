@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import operator
 import platform
 import re
 import sys
@@ -49,7 +50,7 @@ def measure() -> list[Row]:
                     images = random_images(size, 1, dtype)
                     ours = our_outputs(reference.model, reference.variables, images)
                     differences = forward_differences(ours, keras_outputs(reference, images))
-                    add(network, dtype, f"{size} px", {name: differences[name] for name in ours})
+                    add(network, dtype, f"{size} px", {name: differences[name] for name in sorted(ours, key=in_depth)})
                 if dtype == "float64":
                     images, labels = random_images(sizes[-1], 4, dtype, seed=3), jnp.array([3, 141, 592, 653])
                     ours = our_step(reference.model, reference.variables, images, labels)
@@ -57,13 +58,20 @@ def measure() -> list[Row]:
     return rows
 
 
+def in_depth(name: str) -> tuple:
+    """Sorts blocks by their number, then what comes after them."""
+    number = re.search(r"\d+", name)
+    return (0, int(number[0])) if number else (1, name != "pre_logits")
+
+
 def step_differences(ours, theirs) -> dict[str, Difference]:
-    """Returns the largest differences of the loss, of all gradients and of all running averages."""
+    """Returns the difference of the loss, and the worst of all gradients and of all running averages."""
     found = {"loss": difference(ours.loss, theirs.loss)}
     for name, collection in (("gradients", "params"), ("running averages", "batch_stats")):
         paths = [path for path in theirs.values if path[0] == collection]
         each = [difference(ours.values[path], theirs.values[path]) for path in paths]
-        found[f"{name} ({len(each)} tensors)"] = max(each, key=lambda d: d.relative)
+        for kind in ("absolute", "relative"):
+            found[f"{name}, worst {kind} of {len(each)} tensors"] = max(each, key=operator.attrgetter(kind))
     return found
 
 
@@ -82,7 +90,7 @@ def markdown(rows: list[Row], network: str) -> str:
 
 
 def step_markdown(rows: list[Row]) -> str:
-    """Returns the table of the training steps, with the relative difference of the worst tensor of each kind."""
+    """Returns the table of the training steps; each line is about one tensor."""
     lines = ["| one training step, float64 | largest value | absolute | relative |", "|---|---|---|---|"]
     for network, _, column, name, found in rows:
         if column == STEP:
