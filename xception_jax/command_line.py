@@ -43,40 +43,40 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         override = _OVERRIDE.fullmatch(argument)
         if override and override[1] not in FIELDS and override[1] not in sections:
             raise unknown_field(override[1])
+    path = Path(_config_path(argv))
+    if path.name and not path.is_file():  # ml_collections would only say so when the config is read
+        raise InputMissingError(f"there is no config {path}", str(path), f"choose among {_configs()}")
     try:
         return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-        raise _illegal_value(str(error)) from None
-    except (FileNotFoundError, ImportError, OSError) as error:
-        path = Path(_config_path(argv))
-        if path.exists():
-            raise _broken_config(path, error) from None
-        raise InputMissingError(f"there is no config {path}", str(path), f"choose among {_configs()}") from None
+        raise _illegal_value(str(error), path) from None
     except flags.Error as error:
         raise UsageError(str(error).splitlines()[0], " ".join(argv), "see --help") from None
     except UserError:
         raise
     except Exception as error:  # a config is Python and may raise anything
-        raise _broken_config(Path(_config_path(argv)), error) from None
+        raise _broken_config(path, error) from None
 
 
 def _config_path(argv: Sequence[str]) -> str:
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if argument in ("--config", "-config"):
-            return following.partition(":")[0]
-        if argument.startswith(("--config=", "-config=")):
-            return argument.partition("=")[2].partition(":")[0]
-    return ""
+    """Returns the file that --config names; of several the last, as the flag itself does; '' without."""
+    given = [re.fullmatch(r"--?config(?:=(.*))?", argument) for argument in argv]
+    paths = [match[1] or following for match, following in zip(given, [*argv[1:], ""], strict=True) if match]
+    return paths[-1].partition(":")[0] if paths else ""
 
 
 def _configs() -> str:
     return ", ".join(sorted(str(path) for path in Path("configs").glob("*.py"))) or "the files of configs/"
 
 
-def _illegal_value(message: str) -> ConfigError:
+def _illegal_value(message: str, path: Path) -> ConfigError:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not message.startswith("flag --config."):
+        fix = "correct the file, or the variant after the colon: get_config() takes it as an argument"
+        return ConfigError(f"the config does not run: {lines[-1]}", str(path), fix)
     name = re.search(r"config\.([\w.]+)=(.*?):", message)
     if name is None or name[1] not in FIELDS:
-        return ConfigError(message.splitlines()[0], "the command line", "set one field at a time; see --help")
+        return ConfigError(lines[0], "the command line", "set one field at a time; see --help")
     field = FIELDS[name[1]]
     return ConfigError(
         f"config.{name[1]} is {name[2]!r}",

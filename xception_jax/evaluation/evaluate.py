@@ -90,4 +90,6 @@ def _gather(parts: list[Batch]) -> Predictions:
     fetched = [multihost_utils.process_allgather(part, tiled=True) for part in parts]
     columns = {name: np.concatenate([part[name] for part in fetched]) for name in fetched[0]}
     mask = columns.pop("mask")
+    if columns["label"].ndim == 2:
+        columns["label"] = columns["label"].astype(bool)
     return Predictions(**{name: column[mask] for name, column in columns.items()})
