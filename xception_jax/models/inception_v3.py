@@ -138,6 +138,8 @@ class InceptionV3(nn.Module):
 
     def _aux_head(self, x, conv):
         """The auxiliary classifier of Szegedy et al., section 4, as in TF-Slim: [b, 17, 17, 768] to logits."""
+        if min(x.shape[1:3]) < 5:
+            raise ValueError(f"the auxiliary head needs images of at least 107 x 107; mixed7 is {x.shape[1:3]} here")
         x = ops.avg_pool(x, 5, 3, "VALID")  # [b, 5, 5, 768]
         x = conv(x, 128, (1, 1), "aux_0")
         x = conv(x, 768, x.shape[1:3], "aux_1", padding="VALID")  # [b, 1, 1, 768]
