@@ -30,9 +30,10 @@ def tiny_config(**fields):
     return resolve(config)
 
 
-def make(config):
-    """Returns the first state and the jitted step of a config; equal configs are compiled once."""
-    return _make(save_json(config))
+def make(config, state=None):
+    """Returns the first state (or the given one) and the jitted step of a config; equal configs are compiled once."""
+    init, step = _make(save_json(config))
+    return (init() if state is None else state), step
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def _make(saved_config):
         model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0
     )
     step = make_train_step(model, optimizer, schedule, config)
-    return jax.jit(init)(), jax.jit(step, compiler_options=COMPILE_FAST)
+    return jax.jit(init, compiler_options=COMPILE_FAST), jax.jit(step, compiler_options=COMPILE_FAST)
 
 
 def make_batch(config, seed=0):
@@ -155,11 +156,12 @@ def test_auxiliary_loss_is_added():
     config.update_from_flattened_dict(
         fields | {"model.width_multiplier": 0.05, "model.num_classes": 5, "batch_size": 4}
     )
+    state, _ = make(resolve(config))
     losses = {}
     for weight in (0.0, 0.4, 1.0):
         config.loss.aux_weight = weight
         resolved = resolve(config)
-        state, step = make(resolved)
+        step = make(resolved, state)[1].__wrapped__
         # Nothing but the loss is asked for, so the gradients are not compiled.
         loss = jax.jit(lambda state, batch, step=step: step(state, batch)[1]["loss"], compiler_options=COMPILE_FAST)
         losses[weight] = float(loss(state, make_batch(resolved)))
