@@ -3,8 +3,8 @@
     make train
     python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-Expected: 0.896 on a development split of 1,000 (trained on the other 9,000, one seed); test accuracy: docs/results.md.
-Cost: about five minutes on two cores. The network is figure 5 at a quarter of its width, with two middle modules; the
+Expected: test accuracy 0.895 (mean of three seeds, standard deviation 0.003). Cost: 4.5 minutes on two cores.
+The network is figure 5 at a quarter of its width, with two middle modules; the
 recipe is a modern short one, and every choice in it was made on the development split.
 """
 
