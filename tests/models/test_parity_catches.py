@@ -6,10 +6,11 @@ import dataclasses
 import inspect
 import sys
 import types
+from functools import partial
 
 import pytest
 from keras_weights import build_reference, copy_weights, keras_floatx
-from parity import forward_differences, keras_outputs, our_outputs, random_images
+from parity import forward_differences, keras_outputs, our_outputs, random_images, side_by_side
 from quick import QUICK
 
 from xception_jax.config import default_config
@@ -39,36 +40,6 @@ def mutated(model: xception.Xception, *replacements: tuple[str, str]) -> xceptio
 def built():
     with keras_floatx("float64"):
         return build_reference("xception", "float64", num_classes=10)
-
-
-@pytest.fixture
-def reference(built):
-    with keras_floatx("float64"):
-        yield built
-
-
-@pytest.fixture(scope="module")
-def expected(built):
-    """Returns a function of the image size that computes Keras' outputs, once for each size."""
-    outputs = {}
-
-    def compute(size):
-        if size not in outputs:
-            outputs[size] = keras_outputs(built, random_images(size, 1, "float64"))
-        return outputs[size]
-
-    return compute
-
-
-def differing(model, reference, expected, size) -> list[str]:
-    """Returns the outputs of `model` that differ from Keras'."""
-    ours = our_outputs(model, reference.variables, random_images(size, 1, "float64"), QUICK)
-    differences = forward_differences(ours, expected(size))
-    return [name for name, found in differences.items() if found.absolute > NOTICED]
-
-
-def test_an_unchanged_source_passes(reference, expected):
-    assert differing(mutated(reference.model), reference, expected, 71) == []
 
 
 BLOCKS = [f"block{i}" for i in range(1, 15)]
@@ -118,27 +89,6 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_in_the_source_is_noticed(reference, expected, name):
-    replacements, first = MUTATIONS[name]
-    found = differing(mutated(reference.model, *replacements), reference, expected, 71)
-    assert sorted(found) == sorted([*BLOCKS[first - 1 :], "pre_logits", "logits"])
-
-
-def test_a_second_relu_in_front_of_block2_changes_nothing(reference, expected):
-    """block1 ends in a ReLU, so that this one mistake cannot be noticed: the function is the same."""
-    assert differing(mutated(reference.model, RELU_BEFORE_BLOCK2), reference, expected, 71) == []
-
-
-def test_another_order_of_widths_in_block13_does_not_take_the_weights(reference):
-    model = mutated(
-        reference.model,
-        ('width(728), f"block{block}_sepconv1")', 'width(1024), f"block{block}_sepconv1")'),
-    )
-    with pytest.raises(ValueError, match="block13_sepconv1"):
-        copy_weights("xception", reference.keras_model, model)
-
-
 def with_fields(**fields) -> xception.Xception:
     config = default_config().model
     config.update({"num_classes": 10, "dtype": "float64", "dropout_rate": 0.0})
@@ -146,14 +96,61 @@ def with_fields(**fields) -> xception.Xception:
     return create_model(config)
 
 
-def test_another_epsilon_is_noticed(reference, expected):
+@pytest.fixture(scope="module")
+def differing(built) -> dict[tuple[str, int], list[str]]:
+    """Returns, for each (mistake, image size), the outputs that differ from Keras'."""
+    with keras_floatx("float64"):
+        models = {(name, 71): mutated(built.model, *replacements) for name, (replacements, _) in MUTATIONS.items()}
+        models["unchanged", 71] = mutated(built.model)
+        models["second ReLU", 71] = mutated(built.model, RELU_BEFORE_BLOCK2)
+        models["epsilon", 71] = with_fields(**{"batch_norm.epsilon": 1e-5})
+        for size in (71, 224):
+            models["symmetric pooling", size] = with_fields(padding="symmetric")
+        images = {size: random_images(size, 1, "float64") for size in (71, 224)}
+        ours = [partial(our_outputs, model, built.variables, images[key[1]], QUICK) for key, model in models.items()]
+        *computed, keras_71, keras_224 = side_by_side(
+            *ours, partial(keras_outputs, built, images[71]), partial(keras_outputs, built, images[224])
+        )
+    found = {}
+    for key, outputs in zip(models, computed, strict=True):
+        differences = forward_differences(outputs, keras_71 if key[1] == 71 else keras_224)
+        found[key] = [name for name, difference in differences.items() if difference.absolute > NOTICED]
+    return found
+
+
+def all_from(block: int) -> list[str]:
+    return sorted([*BLOCKS[block - 1 :], "pre_logits", "logits"])
+
+
+def test_an_unchanged_source_passes(differing):
+    assert differing["unchanged", 71] == []
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_in_the_source_is_noticed(differing, name):
+    assert sorted(differing[name, 71]) == all_from(MUTATIONS[name][1])
+
+
+def test_a_second_relu_in_front_of_block2_changes_nothing(differing):
+    """block1 ends in a ReLU, so that this one mistake cannot be noticed: the function is the same."""
+    assert differing["second ReLU", 71] == []
+
+
+def test_another_epsilon_is_noticed(differing):
     """1e-5 is Flax' and timm's."""
-    model = with_fields(**{"batch_norm.epsilon": 1e-5})
-    assert sorted(differing(model, reference, expected, 71)) == sorted([*BLOCKS, "pre_logits", "logits"])
+    assert sorted(differing["epsilon", 71]) == all_from(1)
 
 
-@pytest.mark.parametrize(("size", "first"), [(71, None), (224, 4)])
-def test_symmetric_pooling_is_noticed_where_a_side_is_even(reference, expected, size, first):
+def test_symmetric_pooling_is_noticed_where_a_side_is_even(differing):
     """At 71 the pools see 33, 17, 9 and 5 pixels, at 224 109, 55, 28 and 14: one size alone would not do."""
-    found = differing(with_fields(padding="symmetric"), reference, expected, size)
-    assert sorted(found) == (sorted([*BLOCKS[first - 1 :], "pre_logits", "logits"]) if first else [])
+    assert differing["symmetric pooling", 71] == []
+    assert sorted(differing["symmetric pooling", 224]) == all_from(4)
+
+
+def test_another_order_of_widths_in_block13_does_not_take_the_weights(built):
+    model = mutated(
+        built.model,
+        ('width(728), f"block{block}_sepconv1")', 'width(1024), f"block{block}_sepconv1")'),
+    )
+    with keras_floatx("float64"), pytest.raises(ValueError, match="block13_sepconv1"):
+        copy_weights("xception", built.keras_model, model)

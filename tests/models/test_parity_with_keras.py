@@ -5,6 +5,8 @@ In float64, where a difference that is more than rounding has a reason. `docs/pa
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,16 +49,21 @@ def float64_reference(built):
         yield built
 
 
+@pytest.fixture(scope="module")
+def outputs(built):
+    """Returns, for each of the sizes, (our outputs, Keras' outputs)."""
+    name, reference = built
+    with keras_floatx("float64"):
+        images = [random_images(size, 1, "float64") for size in SIZES[name]]
+        ours = [partial(our_outputs, reference.model, reference.variables, x, QUICK) for x in images]
+        computed = side_by_side(*ours, *(partial(keras_outputs, reference, x) for x in images))
+    return list(zip(computed[: len(images)], computed[len(images) :], strict=True))
+
+
 @pytest.mark.parametrize("size", range(4), ids=["299", "224", "150", "smallest"])
-def test_every_block_in_float64(float64_reference, size):
-    name, reference = float64_reference
-    images = random_images(SIZES[name][size], 1, "float64")
-    # At the size of the paper as users compile it, with all optimisations.
-    options = None if SIZES[name][size] == 299 else QUICK
-    ours, theirs = side_by_side(
-        lambda: our_outputs(reference.model, reference.variables, images, options),
-        lambda: keras_outputs(reference, images),
-    )
+def test_every_block_in_float64(built, outputs, size):
+    name = built[0]
+    ours, theirs = outputs[size]
     differences = forward_differences(ours, theirs)
     assert sorted(differences) == sorted([*ENDPOINTS[name], "pre_logits", "logits"])
     for endpoint, found in differences.items():
@@ -106,28 +113,22 @@ def test_float32_at_299(name):
         np.testing.assert_array_equal(ours["logits"].argmax(-1), theirs["logits"].argmax(-1))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("include_top", [True, False])
-def test_parameters_are_as_many_as_keras_counts(name, include_top):
-    keras_model = build_keras(name, include_top=include_top)
-    config = default_config().model
-    config.name = name
-    model = create_model(config)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
-    head = variables["params"].pop("head")
-    if include_top:
-        variables["params"]["head"] = head
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == keras_model.count_params()
+def test_parameters_are_as_many_as_keras_counts(built):
+    name, reference = built
+    for include_top, keras_model in ((True, reference.keras_model), (False, build_keras(name, include_top=False))):
+        variables = {**reference.variables, "params": dict(reference.variables["params"])}
+        if not include_top:
+            del variables["params"]["head"]
+        assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == keras_model.count_params()
 
 
-def test_weights_that_do_not_fit_are_refused():
-    """The copy itself must not hide a difference: another depth is refused."""
-    keras_model = build_keras("xception", num_classes=10)
-    config = default_config().model
-    config.num_classes = 10
-    copy_weights("xception", keras_model, create_model(config))
-    for field, value in (("middle_blocks", 7), ("middle_blocks", 9)):
+def test_weights_that_do_not_fit_are_refused(built):
+    """The copy itself must not hide a difference: tensors left over, or places left empty."""
+    name, reference = built
+    # The wrong options for each network leave tensors over, or have places that Keras has nothing for.
+    wrong = {"xception": [("middle_blocks", 7), ("middle_blocks", 9)], "inception_v3": [("aux_head", True)]}
+    for field, value in wrong[name]:
         config = default_config().model
-        config.update({"num_classes": 10, field: value})
-        with pytest.raises(ValueError, match=r"fit|left empty"):
-            copy_weights("xception", keras_model, create_model(config))
+        config.update({"name": name, "dtype": "float64", field: value})
+        with keras_floatx("float64"), pytest.raises(ValueError, match=r"does not fit|left empty"):
+            copy_weights(name, reference.keras_model, create_model(config))
