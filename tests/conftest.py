@@ -10,6 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: two processes share the tests by file."""
+    items.sort(key=lambda item: item.path.name != "test_train.py")
+
+
 @pytest.fixture(scope="session")
 def shared_environment(tmp_path_factory) -> dict[str, str]:
     """For processes that tests start: datasets are prepared once, and equal programs compiled once, in a session."""
