@@ -32,11 +32,16 @@ def shared_environment(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def run_python(shared_environment):
-    """Returns a function that runs `python ARGUMENTS` in the root of the repository, and returns its end."""
+    """Returns a function that runs `python ARGUMENTS` in the root of the repository, and returns its end.
 
-    def run(*arguments: object, devices: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    `devices` are simulated; `environment` goes before what all such processes have in common.
+    """
+
+    def run(
+        *arguments: object, devices: int = 1, environment: dict[str, str] | None = None, **kwargs
+    ) -> subprocess.CompletedProcess:
         flags = shared_environment["XLA_FLAGS"].replace("count=1", f"count={devices}")
-        environment = shared_environment | {"XLA_FLAGS": flags}
+        environment = shared_environment | {"XLA_FLAGS": flags} | (environment or {})
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
 

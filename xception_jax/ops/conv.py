@@ -5,7 +5,7 @@
 | kernel | TPU, GPU | CPU |
 |---|---|---|
 | 1 x 1, one segment | matrix product | matrix product, activations kept from being transposed |
-| depthwise | `feature_group_count` | shifted multiply-adds, filter gradient row by row |
+| depthwise | `feature_group_count` | a kernel of our own (cpu_kernels.py), or shifted multiply-adds |
 | 1 < segments < channels | batched matrix products, one for each tap | the same |
 | few input channels (the stem) | native | patches x matrix |
 | otherwise | native | native |
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from xception_jax.ops import cpu_kernels
 from xception_jax.ops.padding import Padding, Pads, explicit_padding, pad, strided
 
 # On a CPU, a convolution whose patches have no more values than this is a product of patches and a matrix.
@@ -116,9 +117,13 @@ _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x, kernel, stride: int, pads: Pads):
+    def on_cpu(x, kernel):
+        if _fits_cpu_kernels(x, kernel, stride):
+            return cpu_kernels.depthwise(x, kernel, pads)
+        return _depthwise_shifted(x, kernel, stride, pads)
+
     native = partial(_native, stride=stride, pads=pads, segments=x.shape[-1])
-    shifted = partial(_depthwise_shifted, stride=stride, pads=pads)
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=native)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
 
 
 def _depthwise_forward(x, kernel, stride: int, pads: Pads):
@@ -130,15 +135,26 @@ def _depthwise_backward(stride: int, pads: Pads, residuals, dy):
         forward = partial(_native, stride=stride, pads=pads, segments=x.shape[-1])
         return jax.vjp(forward, x, kernel)[1](dy)
 
-    def shifted(x, kernel, dy):
-        return _depthwise_input_gradient(x, kernel, dy, stride, pads), _depthwise_filter_gradient(
-            x, kernel, dy, stride, pads
-        )
+    def on_cpu(x, kernel, dy):
+        if _fits_cpu_kernels(x, kernel, stride):
+            side = kernel.shape[0]
+            (top, bottom), (left, right) = pads
+            transposed = ((side - 1 - top, side - 1 - bottom), (side - 1 - left, side - 1 - right))
+            dx = cpu_kernels.depthwise(dy, kernel[::-1, ::-1], transposed)
+            return dx, cpu_kernels.depthwise_filter_gradient(x, dy, side, pads)
+        dx = _depthwise_input_gradient(x, kernel, dy, stride, pads)
+        return dx, _depthwise_filter_gradient(x, kernel, dy, stride, pads)
 
-    return lax.platform_dependent(*residuals, dy, cpu=shifted, default=native)
+    return lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=native)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _fits_cpu_kernels(x, kernel, stride: int) -> bool:
+    kh, kw, _, filters = kernel.shape
+    fits = stride == 1 and kh == kw and kh in cpu_kernels.SIDES and filters == x.shape[-1]
+    return fits and cpu_kernels.available(x, kernel)
 
 
 def _depthwise_shifted(x, kernel, stride: int, pads: Pads):

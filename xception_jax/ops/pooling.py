@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from xception_jax.ops import cpu_kernels
 from xception_jax.ops.padding import Padding, Pads, explicit_padding, pad, strided
 
 
@@ -27,11 +28,19 @@ def _reduce_window_max(x, window: int, stride: int, pads: Pads):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x, window: int, stride: int, pads: Pads):
-    return _reduce_window_max(x, window, stride, pads)
+    reduce_window = partial(_reduce_window_max, window=window, stride=stride, pads=pads)
+    y_shape = jax.eval_shape(reduce_window, x).shape
+
+    def on_cpu(x):
+        if cpu_kernels.available(x):
+            return cpu_kernels.max_pool(x, y_shape, window, stride, pads)
+        return reduce_window(x)
+
+    return lax.platform_dependent(x, cpu=on_cpu, default=reduce_window)
 
 
 def _max_pool_forward(x, window: int, stride: int, pads: Pads):
-    y = _reduce_window_max(x, window, stride, pads)
+    y = _max_pool(x, window, stride, pads)
     return y, (x, y)
 
 
@@ -39,11 +48,13 @@ def _max_pool_backward(window: int, stride: int, pads: Pads, residuals, dy):
     def select_and_scatter(x, y, dy):
         return jax.vjp(lambda x: _reduce_window_max(x, window, stride, pads), x)[1](dy)[0]
 
-    def first_hit(x, y, dy):
+    def on_cpu(x, y, dy):
+        # XLA's CPU backend runs select-and-scatter one element at a time.
+        if cpu_kernels.available(x, dy):
+            return cpu_kernels.max_pool_gradient(x, y, dy, window, stride, pads)
         return _first_hit_gradient(x, y, dy, window, stride, pads)
 
-    # XLA's CPU backend runs select-and-scatter one element at a time.
-    return (lax.platform_dependent(*residuals, dy, cpu=first_hit, default=select_and_scatter),)
+    return (lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=select_and_scatter),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

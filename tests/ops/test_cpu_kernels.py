@@ -1,0 +1,123 @@
+"""The C++ kernels, in float32, against XLA's own operations in float64: values and gradients, through `ops`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.ops.test_conv import draw, reference_conv, value_and_gradients
+from tests.ops.test_pooling import CASES as POOLS
+from tests.ops.test_pooling import reference_max_pool
+from xception_jax import ops
+from xception_jax.ops import cpu_kernels
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels.available(jnp.ones(1)), reason="needs a C++ compiler and a CPU as the only device"
+)
+
+
+def custom_calls(f, *args) -> int:
+    return jax.jit(f).lower(*args).as_text().count("stablehlo.custom_call @")
+
+
+# Channels below, at and past whole registers; widths below and past whole tiles; more rows than are summed together.
+@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
+@pytest.mark.parametrize("shape", [(2, 9, 10, 3), (1, 7, 24, 16), (3, 13, 8, 37), (2, 70, 11, 8), (1, 7, 7, 64)])
+def test_depthwise_equals_xla(shape, padding, side):
+    f = partial(ops.conv, segments=shape[-1], padding=padding)
+    x, kernel = draw(shape, 0, "float32"), draw((side, side, 1, shape[-1]), 1, "float32")
+    assert custom_calls(partial(value_and_gradients, f), x, kernel) == 3
+    got = value_and_gradients(f, x, kernel)
+    with jax.enable_x64(True):
+        reference = partial(reference_conv, segments=shape[-1], stride=1, padding=padding)
+        expected = value_and_gradients(reference, x.astype("float64"), kernel.astype("float64"))
+        for name, a, b in zip(("value", "input gradient", "filter gradient"), got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-7 * side**2 * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("window", "stride", "padding", "size"), POOLS)
+def test_max_pool_equals_xla(window, stride, padding, size, ties):
+    rng = np.random.default_rng(0)
+    values = rng.integers(-1, 2, (2, *size, 19)) if ties else rng.normal(size=(2, *size, 19))
+    x = jnp.asarray(values, jnp.float32)
+    ours = partial(ops.max_pool, window=window, stride=stride, padding=padding)
+    assert custom_calls(partial(value_and_gradients, ours), x) == 2
+    theirs = partial(reference_max_pool, window=window, stride=stride, padding=padding)
+    for a, b in zip(value_and_gradients(ours, x), value_and_gradients(theirs, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_nan_stays_nan():
+    x = jnp.zeros((1, 8, 8, 9)).at[0, 3, 3, 4].set(jnp.nan)
+    assert bool(jnp.isnan(ops.max_pool(x)[0, :, :, 4]).any())
+    assert bool(jnp.isnan(ops.conv(x, jnp.ones((3, 3, 1, 9)), segments=9)[0, :, :, 4]).any())
+
+
+@pytest.mark.parametrize("channels", [1, 8, 37])
+@pytest.mark.parametrize("pixels", [1, 255, 1030])
+def test_channel_sums(pixels, channels):
+    a, b = draw((pixels, channels), 0, "float32"), draw((pixels, channels), 1, "float32")
+    a64, b64 = np.float64(a), np.float64(b)
+    got = jax.jit(cpu_kernels.channel_sums)(a, b)
+    np.testing.assert_allclose(got, [a64.sum(0), (a64 * b64).sum(0)], rtol=0, atol=1e-4)
+
+
+def test_the_same_bits_every_time():
+    x, dy = draw((8, 40, 40, 24), 0, "float32"), draw((8, 40, 40, 24), 1, "float32")
+    gradient = jax.jit(partial(cpu_kernels.depthwise_filter_gradient, side=3, pads=((1, 1), (1, 1))))
+    first = np.asarray(gradient(x, dy))
+    for _ in range(20):
+        np.testing.assert_array_equal(gradient(x, dy), first)
+
+
+def test_other_types_platforms_and_kernels_keep_their_lowering():
+    x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+    conv = partial(ops.conv, segments=4)
+    assert custom_calls(conv, x, kernel) == 1
+    assert custom_calls(conv, x.astype("bfloat16"), kernel.astype("bfloat16")) == 0
+    assert custom_calls(conv, x, jnp.ones((3, 5, 1, 4))) == 0
+    assert custom_calls(partial(conv, stride=2), x, kernel) == 0
+    lowered = jax.jit(conv).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
+    assert "feature_group_count = 4" in lowered
+    assert "custom_call" not in lowered
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from xception_jax import ops
+f = jax.jit(lambda x, k: ops.max_pool(ops.conv(x, k, segments=4)))
+x, k = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+print(f.lower(x, k).as_text().count("custom_call @"), float(f(x, k).sum()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "calls", "warning"),
+    [
+        ({}, 2, None),
+        ({"XCEPTION_JAX_CPU_KERNELS": "0"}, 0, None),
+        ({"CXX": "/nowhere/c++"}, 0, "could not be built"),
+        ({"CXX": "/bin/false"}, 0, "could not be built"),
+        ({"PATH": "/nowhere"}, 0, "No C++ compiler"),
+    ],
+)
+def test_without_a_compiler_the_answer_is_the_same(run_python, tmp_path, environment, calls, warning):
+    process = run_python("-c", PROGRAM, environment={"XDG_CACHE_HOME": str(tmp_path)} | environment)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == [str(calls), "576.0"]
+    assert (warning or "") in process.stderr
+    assert len(list(tmp_path.glob("xception_jax/*.so"))) == (calls > 0)
+    if warning is None:
+        assert "kernels" not in process.stderr
+
+
+def test_several_devices_are_left_to_xla(run_python):
+    process = run_python("-c", PROGRAM, devices=2)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == ["0", "576.0"]
