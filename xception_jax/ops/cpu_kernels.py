@@ -1,8 +1,8 @@
 """The kernels of cpu_kernels.cc as JAX functions: float32, on a host whose only device is its CPU.
 
-They are compiled by the machine's C++ compiler when a program first needs them (10 s), and kept in
-`$XDG_CACHE_HOME/xception_jax` (by default ~/.cache/xception_jax). Where `available` says no, callers take their lowering
-in plain JAX, which means the same and is the slower one. XCEPTION_JAX_CPU_KERNELS=0 turns the kernels off.
+They are compiled by the machine's C++ compiler ($CXX, g++ or clang++) when a program first needs them (10 s), and kept
+in $XDG_CACHE_HOME/xception_jax (by default ~/.cache/xception_jax). Where `available` says no, callers take their
+lowering in plain JAX, which gives the same values, slower. XCEPTION_JAX_CPU_KERNELS=0 turns the kernels off.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -88,7 +89,7 @@ def _register() -> str | None:
     flags = ["-std=c++20", "-O3", "-march=native", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
     command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
     # A directory for caches may be shared by machines of different make.
-    parts = [_SOURCE.read_text(), *command, jax.lib.__version__, platform.platform(), _processor()]
+    parts = [_SOURCE.read_text(), compiler, *flags, jaxlib.__version__, platform.platform(), _processor()]
     version = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_jax"
     path = cache / f"cpu_kernels_{version}.so"
