@@ -240,6 +240,7 @@ FIELDS: dict[str, Field] = {
     "distributed.num_processes": whole(1, 1, "local: with a coordinator"),
     "distributed.process_id": whole(0, 0, "local: with a coordinator"),
     "log_every": duration("50 steps", "local"),
+    "profile": whole(0, 0, "local: steps to trace, after the first two, into <workdir>/profile; 0 is off"),
     "evaluation.batch_size": whole(512, 1, "local"),
     "evaluation.every": duration("1 epoch", "local"),
     "evaluation.map_at": whole(100, 1, "paper: section 4.1, MAP@100"),

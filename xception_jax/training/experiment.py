@@ -62,8 +62,8 @@ class Experiment:
         """Steps of the whole run."""
         return self.steps(self.config.duration)
 
-    def compile_step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict[str, jax.Array]]]:
-        """Compiles the training step for the mesh; the state that is passed to it is donated.
+    def compile_step(self) -> jax.stages.Compiled:
+        """Compiles the training step for the mesh, (state, batch) -> (state, metrics); the state is donated.
 
         Raises:
           DeviceMemoryError: the compiler finds that the step does not fit.

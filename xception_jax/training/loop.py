@@ -18,6 +18,7 @@ from xception_jax.data.pipeline import BatchIterator, DamagedImages, evaluation_
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions
+from xception_jax.logs.profile import StepTrace
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.fingerprint import state_fingerprint
@@ -123,6 +124,7 @@ class Loop:
         if step < total:
             self._open_batches()  # they load while the step compiles
             train_step = self.experiment.compile_step()
+            trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
         while True:
             if self.step and self._due(self.config.evaluation.every):
                 self._evaluate_dev()
@@ -134,12 +136,15 @@ class Loop:
                 self._stop()
             batch = self._next_batch()
             before, self.dispatched = self.dispatched, None
+            trace.before_step(self.state)
             self.state, metrics = train_step(self.state, batch)
             self.step += 1
             self.dispatched = _Dispatched(self.step, metrics)
             # Read only now: the devices compute this step while the host waits for the metrics of the last one.
             self._read(before)
             self.checkpoints.poll()
+        if step < total:
+            trace.end(self.state)
         self._save()
         self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None

@@ -1,0 +1,160 @@
+"""Where the time of a step goes: a trace of some steps, and their most expensive operations by layer."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+STEPS_BEFORE = 2  # steps before the trace: the first ones pay for buffers and caches
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
+_MODULE = re.compile(r"HloModule ([\w.\-]+)")
+# Parts of an op_name that are JAX's, not the network's: transformations, control flow, and Flax' method calls.
+_NOT_A_LAYER = re.compile(r".*\(.*\)|.*\._?\w+|cond|while|body|scan|closed_call|checkpoint|custom_\w+|branch_\d+_fun|")
+
+
+class Operation(NamedTuple):
+    """What belongs together in a profile.
+
+    Attributes:
+      layer: path of the layer in the network, such as 'block2_sepconv1/spatial'; '-' outside of any.
+      direction: 'forward', 'backward', or 'update' for what is neither, such as the optimiser.
+      kind: name of the compiled operation without its number, such as 'convolution' or 'add_multiply_fusion'.
+    """
+
+    layer: str
+    direction: str
+    kind: str
+
+
+def layer_of(op_name: str) -> tuple[str, str]:
+    """Returns (layer, direction) of an XLA op_name: 'jit(step)/jvp(Net)/conv1/add' is ('conv1', 'forward')."""
+    parts = op_name.split("/")
+    layer = "/".join(part for part in parts[:-1] if not _NOT_A_LAYER.fullmatch(part))
+    if any("transpose(" in part for part in parts):
+        return layer or "-", "backward"
+    return layer or "-", "forward" if layer or any("jvp(" in part for part in parts) else "update"
+
+
+def read_trace(directory: Path, hlo: str) -> Counter[Operation]:
+    """Returns the nanoseconds that each operation of one compiled program took in the newest trace of `directory`.
+
+    An operation inside another, such as the body of a loop, counts once. Several threads or devices at work at the same
+    time count each. Read on a CPU, where XLA's threads name the operation. On a TPU the line 'XLA Ops' of each device
+    does, on a GPU its streams (kernels inside a CUDA graph carry no name and are left out); both are handled after
+    XLA's documentation and have not been run on such a device.
+
+    Args:
+      directory: as given to `jax.profiler.trace`.
+      hlo: text of the compiled program, `compiled.as_text()`; it says which layer an operation comes from.
+
+    Raises:
+      FileNotFoundError: there is no trace.
+    """
+    names = dict(_INSTRUCTION.findall(hlo))
+    module = _MODULE.search(hlo)
+    traces = sorted(directory.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not traces:
+        raise FileNotFoundError(f"no trace in {directory}")
+    nanoseconds: Counter[Operation] = Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(traces[-1])).planes:
+        lines = list(plane.lines)
+        lines = [line for line in lines if line.name == "XLA Ops"] or lines
+        on_device = plane.name.startswith("/device:")
+        for line in lines:
+            events = ((event, _instruction(event, on_device, module and module[1])) for event in line.events)
+            for instruction, own in _own_time((event, name) for event, name in events if name):
+                kind = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction)
+                nanoseconds[Operation(*layer_of(names.get(instruction, "")), kind)] += round(own)
+    return nanoseconds
+
+
+def _instruction(event: Any, on_device: bool, module: str | None) -> str:
+    """Returns the name of the HLO instruction that an event is about; '' if none, or one of another program."""
+    stats = dict(event.stats)
+    if stats.get("hlo_module", module) != module:
+        return ""
+    if "hlo_op" in stats:
+        return str(stats["hlo_op"])
+    written_out = re.match(r"%?([\w.\-]+) = ", event.name) if on_device else None
+    return written_out[1] if written_out else ""
+
+
+def _own_time(events: Iterable[tuple[Any, str]]) -> Iterable[tuple[str, float]]:
+    """Yields the nanoseconds of each event without those of the events inside it."""
+    open_events: list[list[Any]] = []  # [end, name, own nanoseconds], the innermost last
+    for event, name in sorted(events, key=lambda pair: (pair[0].start_ns, -pair[0].duration_ns)):
+        while open_events and open_events[-1][0] <= event.start_ns:
+            yield tuple(open_events.pop()[1:])
+        if open_events:
+            open_events[-1][2] -= event.duration_ns
+        open_events.append([event.start_ns + event.duration_ns, name, event.duration_ns])
+    for _, name, own in open_events:
+        yield name, own
+
+
+def format_operations(nanoseconds: Counter[Operation], steps: int, count: int = 10) -> str:
+    """Returns a table of the `count` most expensive operations: milliseconds a step, share, layer, kind."""
+    total = nanoseconds.total()
+    rows = [
+        (f"{own / steps / 1e6:.2f}", f"{own / total:.1%}", layer, direction, kind)
+        for (layer, direction, kind), own in nanoseconds.most_common(count)
+    ]
+    rows = [("ms a step", "share", "layer", "pass", "operation"), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{ms:>{widths[0]}}  {share:>{widths[1]}}  {layer:{widths[2]}}  {direction:{widths[3]}}  {kind}"
+        for ms, share, layer, direction, kind in rows
+    )
+
+
+class StepTrace:
+    """Traces some steps of a loop, once, and reports what is expensive in them.
+
+    Args:
+      directory: gets the trace, which TensorBoard, XProf and Perfetto show.
+      steps: how many; 0 traces none.
+      hlo: returns the text of the compiled step.
+      report: takes the finished table.
+    """
+
+    def __init__(self, directory: Path, steps: int, hlo: Callable[[], str | None], report: Callable[[str], None]):
+        self._directory, self._steps, self._hlo, self._report = directory, steps, hlo, report
+        self._calls, self._started = 0, 0.0
+
+    def before_step(self, state: Any) -> None:
+        """Starts or ends the trace if it is time; waits for `state` (what the last step gave) when it does."""
+        if self._steps:
+            if self._calls == STEPS_BEFORE:
+                jax.block_until_ready(state)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # Python's calls would be most of the file
+                jax.profiler.start_trace(self._directory, profiler_options=options)
+                self._started = time.monotonic()
+            self._calls += 1
+            if self._calls == STEPS_BEFORE + 1 + self._steps:
+                self.end(state)
+
+    def end(self, state: Any) -> None:
+        """Ends the trace if one is going on, and reports."""
+        steps, self._steps = self._steps, 0
+        if not steps:
+            return
+        traced = min(steps, self._calls - STEPS_BEFORE)
+        if traced < 1:
+            self._report(f"nothing was traced: the run took fewer than {STEPS_BEFORE + 1} steps")
+            return
+        jax.block_until_ready(state)
+        seconds = time.monotonic() - self._started
+        jax.profiler.stop_trace()
+        nanoseconds = read_trace(self._directory, self._hlo() or "")
+        self._report(
+            f"profile of {traced} steps, {seconds / traced * 1e3:.1f} ms each; the operations of a step add up to "
+            f"{nanoseconds.total() / traced / 1e6:.1f} ms over all threads or devices\n"
+            f"{format_operations(nanoseconds, traced)}\ntrace: {self._directory}"
+        )
