@@ -12,6 +12,7 @@ from xception_jax.command_line import run_main
 COMMANDS = {
     "prepare": ("xception_jax.data.prepare.command", "write a dataset in the form that training reads"),
     "evaluate": ("xception_jax.evaluation.command", "evaluate a checkpoint on a split, exactly"),
+    "plan": ("xception_jax.hardware.command", "memory, time and cost of a run on chips that are not here"),
 }
 
 
@@ -23,7 +24,11 @@ def main() -> int:
         subparser = subparsers.add_parser(name, help=summary)
         if name in sys.argv[1:2]:
             import_module(module).add_arguments(subparser)
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()
+    unknown = [argument for argument in overrides if "config" not in args or not argument.startswith("--config.")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = overrides
     return import_module(COMMANDS[args.command][0]).run(args)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import unknown_field
 from xception_jax.errors import ConfigError, InputMissingError, UsageError, UserError
@@ -56,6 +57,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise
     except Exception as error:  # a config is Python and may raise anything
         raise _broken_config(path, error) from None
+
+
+def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """Returns the config of a file with its overrides (--config.field=value); once in a process.
+
+    Raises:
+      UserError: as `parse_flags`.
+    """
+    config = config_flags.DEFINE_config_file("config")
+    parse_flags(["", f"--config={path}", *overrides])
+    return config.value
 
 
 def _config_path(argv: Sequence[str]) -> str:

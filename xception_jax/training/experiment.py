@@ -114,9 +114,17 @@ def make_experiment(config: ConfigDict) -> Experiment:
     sources = {name: open_source(config.data, split) for name, split in splits.items() if split}
     check_data(config, sources)
     mesh = make_mesh(config.mesh)
-    check_batch("batch_size", config.batch_size, mesh.size, config.accumulation_steps)
     check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh.size)
+    return build_experiment(config, sources, mesh)
 
+
+def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh) -> Experiment:
+    """Builds an experiment on open data and any mesh, which may be of devices that are only compiled for.
+
+    Raises:
+      ConfigError: the batch cannot be shared out among the devices.
+    """
+    check_batch("batch_size", config.batch_size, mesh.size, config.accumulation_steps)
     model = create_model(config.model)
     schedule = make_schedule(config, len(sources["train"]))
     optimizer = make_optimizer(config.optimizer, schedule)

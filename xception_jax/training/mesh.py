@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -32,19 +33,23 @@ def start_distributed(distributed: ConfigDict) -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(mesh: ConfigDict) -> Mesh:
-    """Returns the device mesh (data, fsdp); on several TPU slices or GPU nodes, `data` goes across them.
+def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh (data, fsdp) of all devices; on several TPU slices or GPU nodes, `data` goes across them.
 
     The axes are Auto: with the Explicit ones that jax makes by default, `nn.Dropout` does not trace.
+
+    Args:
+      mesh: `config.mesh`.
+      devices: others than this machine's, to compile for.
 
     Raises:
       ConfigError: the mesh needs another number of devices than there are.
     """
-    devices, fsdp = jax.devices(), mesh.fsdp
+    devices, fsdp = jax.devices() if devices is None else devices, mesh.fsdp
     data = len(devices) // fsdp if mesh.data == -1 else mesh.data
     if data * fsdp != len(devices) or data < 1:
         raise ConfigError(
-            f"a mesh of data={mesh.data} x fsdp={fsdp} does not fit the {len(devices)} devices here",
+            f"a mesh of data={mesh.data} x fsdp={fsdp} does not fit {len(devices)} devices",
             "config.mesh",
             f"set data to -1 and fsdp to a divisor of {len(devices)}, or make their product {len(devices)}",
         )

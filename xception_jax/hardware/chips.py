@@ -1,0 +1,116 @@
+"""Data sheets: what one chip of each kind can do at most, with the public source of each figure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+_GB, _TERA = 10**9, 10**12
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip (what JAX calls a device; on a TPU v4 and v5p with both of its cores).
+
+    Attributes:
+      name: as it is sold.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes a second, to and from memory.
+      peak_flops: floating-point operations a second in bfloat16, dense.
+      float32_share: share of `peak_flops` that convolutions in float32 reach at JAX's default precision. A TPU
+        multiplies them in bfloat16, a GPU in TensorFloat-32.
+      link_bandwidth: bytes a second that one link sends in one direction.
+      axes: of the torus (TPU); 0 where all chips of a node are connected to a switch (GPU).
+      links: of one chip.
+      wrap: chips along an axis from which its ends are linked (TPU): a multiple of this number.
+      network_bandwidth: bytes a second that a chip sends to other nodes (GPU).
+      source: of these figures.
+    """
+
+    name: str
+    hbm_bytes: int
+    hbm_bandwidth: float
+    peak_flops: float
+    link_bandwidth: float
+    axes: int
+    links: int
+    wrap: int
+    source: str
+    float32_share: float = 1.0
+    network_bandwidth: float = 0.0
+
+
+NODE = 8  # GPUs in an HGX node
+
+CHIPS = {
+    "v4": Chip(
+        name="TPU v4",
+        hbm_bytes=32 * _GIB,
+        hbm_bandwidth=1200 * _GB,
+        peak_flops=275 * _TERA,
+        link_bandwidth=50 * _GB,
+        axes=3,
+        links=6,
+        wrap=4,
+        source="https://docs.cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, arXiv:2304.01433, table 4",
+    ),
+    "v5e": Chip(
+        name="TPU v5e",
+        hbm_bytes=16 * _GIB,
+        hbm_bandwidth=819 * _GB,
+        peak_flops=197 * _TERA,
+        link_bandwidth=50 * _GB,  # 400 GB/s a chip, both directions of four ports
+        axes=2,
+        links=4,
+        wrap=16,
+        source="https://docs.cloud.google.com/tpu/docs/v5e",
+    ),
+    "v5p": Chip(
+        name="TPU v5p",
+        hbm_bytes=95 * _GIB,
+        hbm_bandwidth=2765 * _GB,
+        peak_flops=459 * _TERA,
+        link_bandwidth=100 * _GB,  # 1,200 GB/s a chip, both directions of six ports
+        axes=3,
+        links=6,
+        wrap=4,
+        source="https://docs.cloud.google.com/tpu/docs/v5p",
+    ),
+    "v6e": Chip(
+        name="TPU v6e",
+        hbm_bytes=32 * _GIB,
+        hbm_bandwidth=1638 * _GB,
+        peak_flops=918 * _TERA,
+        link_bandwidth=100 * _GB,  # 800 GB/s a chip, both directions of four ports
+        axes=2,
+        links=4,
+        wrap=16,
+        source="https://docs.cloud.google.com/tpu/docs/v6e",
+    ),
+    "a100": Chip(
+        name="NVIDIA A100 80GB SXM",
+        hbm_bytes=80 * _GB,
+        hbm_bandwidth=2039 * _GB,
+        peak_flops=312 * _TERA,
+        float32_share=0.5,
+        link_bandwidth=25 * _GB,  # NVLink 3: 600 GB/s a chip, both directions of twelve links
+        axes=0,
+        links=12,
+        wrap=0,
+        network_bandwidth=25 * _GB,  # DGX A100: one 200 Gb/s adapter for each GPU
+        source="NVIDIA A100 data sheet (2021); DGX A100 data sheet",
+    ),
+    "h100": Chip(
+        name="NVIDIA H100 SXM",
+        hbm_bytes=80 * _GB,
+        hbm_bandwidth=3350 * _GB,
+        peak_flops=989 * _TERA,
+        float32_share=0.5,
+        link_bandwidth=25 * _GB,  # NVLink 4: 900 GB/s a chip, both directions of eighteen links
+        axes=0,
+        links=18,
+        wrap=0,
+        network_bandwidth=50 * _GB,  # DGX H100: one 400 Gb/s adapter for each GPU
+        source="NVIDIA H100 data sheet (2023); DGX H100 data sheet",
+    ),
+}

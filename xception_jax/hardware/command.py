@@ -1,0 +1,140 @@
+"""`python -m xception_jax plan`: memory, communication, time and cost of a run, before its chips are paid for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from xception_jax.command_line import read_config
+from xception_jax.hardware.topology import parse_topology, prepare_environment
+
+if TYPE_CHECKING:
+    from xception_jax.hardware.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.description = (
+        "Compiles the training step of a config for TPUs that need not be here (it takes minutes, and libtpu), or "
+        "counts what it needs on GPUs. Any field of the config is overridden as in train.py: --config.batch_size=16384"
+    )
+    parser.add_argument("--config", required=True, help="a file of configs/, with ':variant' if it has variants")
+    parser.add_argument("--topology", required=True, help="such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, h100:8")
+    parser.add_argument("--examples", type=int, help="training images in an epoch, where the dataset is not here")
+    parser.add_argument("--fit", action="store_true", help="search the largest batch that fits; compiles several times")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans and prints.
+
+    Raises:
+      UserError: the topology is unknown, the batch cannot be shared out, libtpu is missing, or the step does not fit.
+    """
+    topology = parse_topology(args.topology)
+    config = read_config(args.config, args.overrides)
+    prepare_environment()
+    from xception_jax.config import resolve
+    from xception_jax.hardware.plan import find_largest_batch, make_plan  # JAX reads the environment when imported
+
+    config = resolve(config)
+    if args.fit:
+        plan = find_largest_batch(
+            config, topology, examples=args.examples, report=lambda line: print(line, file=sys.stderr)
+        )
+    else:
+        plan = make_plan(config, topology, examples=args.examples)
+    print(json.dumps(plan.to_json(), indent=2) if args.json else format_plan(plan))
+    return 0
+
+
+def format_plan(plan: Plan) -> str:
+    """Returns the plan as a person reads it."""
+    data, topology, chip = plan.to_json(), plan.topology, plan.topology.chip
+    seconds = data["seconds"]
+    lines = [
+        f"{data['config'] or plan.config.model.name} on {topology.name}: {topology.size} x {chip.name}",
+        _row("batch", f"{plan.config.batch_size:,} images, {plan.batch_per_chip} a chip, {data['dtype']}"),
+        _row("run", f"{plan.steps:,} steps ({plan.config.duration} of {plan.epoch_examples:,} images)"),
+        _row("FLOPs", f"{plan.flops / 1e12:.2f} TFLOP a chip and step, counted from the layers"),
+    ]
+    if plan.compiled:
+        memory = plan.compiled.memory
+        lines += [
+            _row("", f"{plan.compiled.flops / 1e12:.2f} TFLOP by XLA's count, with padding"),
+            _row("memory", f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB a chip: {_parts(memory)}"),
+            _row("HBM bytes", f"{plan.compiled.bytes_accessed / 1e9:.1f} GB a chip and step by XLA's count"),
+            _row("float32", f"{_gib(plan.compiled.float32_activations)} GiB of activations written in float32"),
+            _row("compiling", f"{plan.compiled.seconds:.0f} s here"),
+            "collectives of a step",
+            *_collectives(data["compiled"]["collectives"]),
+        ]
+    lines += [
+        _row("step", f"{_range(seconds['step'], 1e3)} ms"),
+        _row("", f"arithmetic {seconds['compute'] * 1e3:.1f} ms at {chip.peak_flops / 1e12:.0f} TFLOP/s"),
+        _row("", f"memory {_range(seconds['memory'], 1e3)} ms at {chip.hbm_bandwidth / 1e9:,.0f} GB/s"),
+        _row(
+            "", f"communication {seconds['communication'] * 1e3:.2f} ms at {topology.bandwidth / 1e9:.0f} GB/s a chip"
+        ),
+        _row("images/s", f"{_range(data['images_per_second'])}"),
+        _row("MFU", f"{_range(data['mfu'], 100)} %"),
+        _row("whole run", f"{_range(data['hours'])} hours, {_range(data['chip_hours'])} chip-hours"),
+        "assumed",
+        *(f"  {line}" for line in assumptions(plan)),
+    ]
+    return "\n".join(lines)
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """Returns what the times rest on, a line each."""
+    slow = "what XLA's fusions read and write" if plan.compiled else "each pass of BatchNorm goes to memory by itself"
+    lines = [
+        "least: only convolutions move activations, the rest happens on their way; communication is hidden",
+        f"most: {slow}; communication waits for all the rest",
+        "every unit at the speed of the data sheet; no time for input, evaluation, checkpoints, or a slow host",
+        f"data sheet: {plan.topology.chip.source}",
+    ]
+    if not plan.compiled:
+        lines.insert(
+            2, "not compiled: collectives and bytes are those that data parallelism needs, memory is not known"
+        )
+    return lines
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:12}{text}"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f}"
+
+
+def _parts(memory) -> str:
+    return (
+        f"arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, "
+        f"output {_gib(memory.output)} of which {_gib(memory.alias)} in place of arguments"
+    )
+
+
+def _range(pair, factor: float = 1.0) -> str:
+    low, high = (float(f"{value * factor:.3g}") for value in pair)
+    return f"{low:,g} to {high:,g}" if low != high else f"{low:,g}"
+
+
+def _and_others(arrays: int) -> str:
+    return f" and {arrays - 1} more" if arrays > 1 else ""
+
+
+def _collectives(rows: list[dict]) -> list[str]:
+    """Returns a line for each, the most bytes first; beyond twelve, one line for the rest."""
+    lines = [
+        f"    {row['count']:4} x {row['kind']:18} {row['bytes'] / 1e6:10.3f} MB"
+        f"  {row['devices']} chips  {row['layer']} ({row['direction']}){_and_others(row['arrays'])}"
+        for row in rows[:12]
+    ]
+    if rest := rows[12:]:
+        total = sum(row["count"] * row["bytes"] for row in rest)
+        lines.append(f"    {sum(row['count'] for row in rest):4} x others{'':12} {total / 1e6:10.3f} MB in all")
+    return lines or ["    none"]
