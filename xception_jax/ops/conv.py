@@ -2,10 +2,10 @@
 
 `conv` is the one entry. Each kind of convolution has the lowering that its platform runs well:
 
-| kernel | TPU, GPU | CPU |
+| kernel | TPU, GPU | CPU: `cpu_kernels`, or where they are not available |
 |---|---|---|
 | 1 x 1, one segment | matrix product | matrix product, activations kept from being transposed |
-| depthwise | `feature_group_count` | a kernel of our own (cpu_kernels.py), or shifted multiply-adds |
+| depthwise | `feature_group_count` | shifted multiply-adds, filter gradient row by row |
 | 1 < segments < channels | batched matrix products, one for each tap | the same |
 | few input channels (the stem) | native | patches x matrix |
 | otherwise | native | native |
@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from xception_jax.ops import cpu_kernels
-from xception_jax.ops.padding import Padding, Pads, explicit_padding, pad, strided
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, output_size, pad, strided
 
 # On a CPU, a convolution whose patches have no more values than this is a product of patches and a matrix.
 _MAX_PATCH = 300
@@ -58,32 +58,117 @@ def conv(
         raise ValueError(f"{segments} segments of x {x.shape} do not fit a kernel of shape {kernel.shape}")
     window = kernel.shape[:2]
     pads = explicit_padding(padding, x.shape[1:3], window, stride)
-    if window == (1, 1) and segments == 1 and pads == ((0, 0), (0, 0)):
-        return _pointwise(strided(x, 0, 0, -(-x.shape[1] // stride), -(-x.shape[2] // stride), stride), kernel[0, 0])
-    if segments == channels > 1:
-        return _depthwise(x, kernel, stride, pads)
-    if segments > 1:
+    if window == (1, 1) and stride > 1 and pads == ((0, 0), (0, 0)):
+        # The gradient then has a quarter of the products.
+        rows, columns = output_size(x.shape[1:3], window, stride, pads)
+        x, stride = strided(x, 0, 0, rows, columns, stride), 1
+    return _conv(x, kernel, segments, stride, pads)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x, kernel, segments: int, stride: int, pads: Pads):
+    def on_cpu(x, kernel):
+        if not cpu_kernels.available(x, kernel):
+            return _plain(x, kernel, segments, stride, pads)
+        if _has_depthwise_kernel(x, kernel, segments, stride):
+            return cpu_kernels.depthwise(x, kernel, pads)
+        return cpu_kernels.conv(x, kernel, segments, stride, pads)
+
+    accelerated = partial(_accelerated, segments=segments, stride=stride, pads=pads)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=accelerated)
+
+
+def _conv_forward(x, kernel, segments: int, stride: int, pads: Pads):
+    return _conv(x, kernel, segments, stride, pads), (x, kernel)
+
+
+def _conv_backward(segments: int, stride: int, pads: Pads, residuals, dy):
+    def gradient_of(forward, x, kernel, dy):
+        return jax.vjp(partial(forward, segments=segments, stride=stride, pads=pads), x, kernel)[1](dy)
+
+    def on_cpu(x, kernel, dy):
+        if not cpu_kernels.available(x, kernel, dy):
+            return gradient_of(_plain, x, kernel, dy)
+        # The input gradient is a convolution of stride 1 too, of dy with the kernel turned round.
+        dilated, turned, outer = _transposed(x, kernel, dy, segments, stride, pads)
+        if _has_depthwise_kernel(x, kernel, segments, stride):
+            dx = cpu_kernels.depthwise(dilated, turned, outer)
+            return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape[0], pads)
+        dx = cpu_kernels.conv(dilated, turned, segments, 1, outer)
+        return dx, cpu_kernels.conv_filter_gradient(x, dy, kernel.shape, segments, stride, pads)
+
+    return lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=partial(gradient_of, _accelerated))
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _has_depthwise_kernel(x, kernel, segments: int, stride: int) -> bool:
+    kh, kw, _, filters = kernel.shape
+    return segments == filters == x.shape[-1] and stride == 1 and kh == kw and kh in cpu_kernels.DEPTHWISE_SIDES
+
+
+def _transposed(x, kernel, dy, segments: int, stride: int, pads: Pads):
+    """Returns (dy with zeros in between, kernel, padding), whose convolution of stride 1 is the gradient for x."""
+    kh, kw, channels, filters = kernel.shape
+    turned = kernel[::-1, ::-1].reshape(kh, kw, channels, segments, filters // segments)
+    turned = turned.transpose(0, 1, 4, 3, 2).reshape(kh, kw, filters // segments, segments * channels)
+    between = (0, 0, stride - 1)
+    dilated = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
+    low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
+    sizes = zip(x.shape[1:3], (kh, kw), dilated.shape[1:3], low, strict=True)
+    high = [n + k - 1 - m - before for n, k, m, before in sizes]
+    return dilated, turned, ((low[0], high[0]), (low[1], high[1]))
+
+
+# --- TPU and GPU -----------------------------------------------------------------------------------------------------
+
+
+def _accelerated(x, kernel, segments: int, stride: int, pads: Pads):
+    if 1 < segments < x.shape[-1]:
         return _per_tap(x, kernel, segments, stride, pads)
-    if kernel.size // filters <= _MAX_PATCH:
-        by_patches = partial(_patches_product, stride=stride, pads=pads)
-        return lax.platform_dependent(x, kernel, cpu=by_patches, default=partial(_native, stride=stride, pads=pads))
-    return _native(x, kernel, stride, pads)
+    if _is_product(kernel, segments, stride, pads):
+        return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _native(x, kernel, segments, stride, pads)
 
 
-def _native(x, kernel, stride: int, pads: Pads, segments: int = 1):
+def _is_product(kernel, segments: int, stride: int, pads: Pads) -> bool:
+    return kernel.shape[:2] == (1, 1) and segments == stride == 1 and pads == ((0, 0), (0, 0))
+
+
+def _native(x, kernel, segments: int, stride: int, pads: Pads):
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=segments
     )
 
 
-def _output_size(x, window: tuple[int, int], stride: int, pads: Pads) -> tuple[int, int]:
-    rows, columns = (
-        (n + sum(low_high) - k) // stride + 1 for n, k, low_high in zip(x.shape[1:3], window, pads, strict=True)
-    )
-    return rows, columns
+def _per_tap(x, kernel, segments: int, stride: int, pads: Pads):
+    """One product of matrices for each tap, batched over the segments; local to each device's share of the batch."""
+    kh, kw, channels, filters = kernel.shape
+    rows, columns = output_size(x.shape[1:3], (kh, kw), stride, pads)
+    padded = pad(x, pads)
+    kernel = kernel.reshape(kh, kw, channels, segments, filters // segments)
+    y = jnp.zeros((), x.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            tap = strided(padded, i, j, rows, columns, stride).reshape(x.shape[0], rows, columns, segments, channels)
+            y = y + jnp.einsum("bhwsc,csf->bhwsf", tap, kernel[i, j])
+    return y.reshape(x.shape[0], rows, columns, filters)
 
 
-# --- 1 x 1 -----------------------------------------------------------------------------------------------------------
+# --- CPU, in plain JAX -----------------------------------------------------------------------------------------------
+
+
+def _plain(x, kernel, segments: int, stride: int, pads: Pads):
+    if segments == x.shape[-1] > 1:
+        return _depthwise(x, kernel, stride, pads)
+    if segments > 1:
+        return _per_tap(x, kernel, segments, stride, pads)
+    if _is_product(kernel, segments, stride, pads):
+        return _pointwise(x, kernel[0, 0])
+    if kernel.size // kernel.shape[-1] <= _MAX_PATCH:
+        return _patches_product(x, kernel, stride, pads)
+    return _native(x, kernel, segments, stride, pads)
 
 
 @jax.custom_vjp
@@ -98,32 +183,22 @@ def _pointwise_forward(x, kernel):
 def _pointwise_backward(residuals, dy):
     x, kernel = residuals
     dx = lax.dot_general(dy, kernel, (((3,), (1,)), ((), ())))
-
-    def filter_gradient(x, dy):
-        return lax.dot_general(x, dy, (((0, 1, 2), (0, 1, 2)), ((), ())))
-
-    def behind_barrier(x, dy):
-        # Without the barrier, XLA's CPU backend fuses a transpose of the activations into the pass before it.
-        return filter_gradient(*lax.optimization_barrier((x, dy)))
-
-    return dx, lax.platform_dependent(x, dy, cpu=behind_barrier, default=filter_gradient)
+    # Without the barrier, XLA's CPU backend fuses a transpose of the activations into the pass before it.
+    x, dy = lax.optimization_barrier((x, dy))
+    return dx, lax.dot_general(x, dy, (((0, 1, 2), (0, 1, 2)), ((), ())))
 
 
 _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
-# --- depthwise -------------------------------------------------------------------------------------------------------
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x, kernel, stride: int, pads: Pads):
-    def on_cpu(x, kernel):
-        if _fits_cpu_kernels(x, kernel, stride):
-            return cpu_kernels.depthwise(x, kernel, pads)
-        return _depthwise_shifted(x, kernel, stride, pads)
-
-    native = partial(_native, stride=stride, pads=pads, segments=x.shape[-1])
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=native)
+    """The sum over taps of the shifted input times the tap's weight for each channel."""
+    kh, kw, _, filters = kernel.shape
+    rows, columns = output_size(x.shape[1:3], (kh, kw), stride, pads)
+    padded = jnp.repeat(pad(x, pads), filters // x.shape[-1], axis=-1)
+    taps = ((i, j) for i in range(kh) for j in range(kw))
+    return sum(strided(padded, i, j, rows, columns, stride) * kernel[i, j, 0] for i, j in taps)
 
 
 def _depthwise_forward(x, kernel, stride: int, pads: Pads):
@@ -131,54 +206,22 @@ def _depthwise_forward(x, kernel, stride: int, pads: Pads):
 
 
 def _depthwise_backward(stride: int, pads: Pads, residuals, dy):
-    def native(x, kernel, dy):
-        forward = partial(_native, stride=stride, pads=pads, segments=x.shape[-1])
-        return jax.vjp(forward, x, kernel)[1](dy)
-
-    def on_cpu(x, kernel, dy):
-        if _fits_cpu_kernels(x, kernel, stride):
-            side = kernel.shape[0]
-            (top, bottom), (left, right) = pads
-            transposed = ((side - 1 - top, side - 1 - bottom), (side - 1 - left, side - 1 - right))
-            dx = cpu_kernels.depthwise(dy, kernel[::-1, ::-1], transposed)
-            return dx, cpu_kernels.depthwise_filter_gradient(x, dy, side, pads)
-        dx = _depthwise_input_gradient(x, kernel, dy, stride, pads)
-        return dx, _depthwise_filter_gradient(x, kernel, dy, stride, pads)
-
-    return lax.platform_dependent(*residuals, dy, cpu=on_cpu, default=native)
+    x, kernel = residuals
+    return _depthwise_input_gradient(x, kernel, dy, stride, pads), _depthwise_filter_gradient(
+        x, kernel, dy, stride, pads
+    )
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _fits_cpu_kernels(x, kernel, stride: int) -> bool:
-    kh, kw, _, filters = kernel.shape
-    fits = stride == 1 and kh == kw and kh in cpu_kernels.SIDES and filters == x.shape[-1]
-    return fits and cpu_kernels.available(x, kernel)
-
-
-def _depthwise_shifted(x, kernel, stride: int, pads: Pads):
-    """The sum over taps of the shifted input times the tap's weight for each channel."""
-    kh, kw, _, filters = kernel.shape
-    rows, columns = _output_size(x, (kh, kw), stride, pads)
-    padded = jnp.repeat(pad(x, pads), filters // x.shape[-1], axis=-1)
-    taps = ((i, j) for i in range(kh) for j in range(kw))
-    return sum(strided(padded, i, j, rows, columns, stride) * kernel[i, j, 0] for i, j in taps)
-
-
 def _depthwise_input_gradient(x, kernel, dy, stride: int, pads: Pads):
-    """The transpose of `_depthwise_shifted`: a stride-1 convolution of the dilated dy with the flipped kernel."""
     kh, kw, _, filters = kernel.shape
+    dilated, _, outer = _transposed(x, kernel, dy, x.shape[-1], stride, pads)
+    padded = pad(dilated, outer)
     _, rows, columns, channels = x.shape
-    low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
-    size = [n + sum(low_high) - k + 1 for n, k, low_high in zip((rows, columns), (kh, kw), pads, strict=True)]
-    gaps = [((n - 1) * stride + 1) for n in dy.shape[1:3]]
-    high = [n + k - 1 - g - lo for n, k, g, lo in zip((rows, columns), (kh, kw), gaps, low, strict=True)]
-    assert all(g <= s for g, s in zip(gaps, size, strict=True))
-    zero = jnp.zeros((), dy.dtype)
-    dilated = lax.pad(dy, zero, [(0, 0, 0), (low[0], high[0], stride - 1), (low[1], high[1], stride - 1), (0, 0, 0)])
     taps = ((i, j) for i in range(kh) for j in range(kw))
-    dx = sum(strided(dilated, i, j, rows, columns, 1) * kernel[kh - 1 - i, kw - 1 - j, 0] for i, j in taps)
+    dx = sum(strided(padded, i, j, rows, columns, 1) * kernel[kh - 1 - i, kw - 1 - j, 0] for i, j in taps)
     return dx.reshape(*x.shape, filters // channels).sum(-1) if filters > channels else dx
 
 
@@ -209,30 +252,10 @@ def _depthwise_filter_gradient(x, kernel, dy, stride: int, pads: Pads):
     return taps.reshape(kernel.shape).astype(kernel.dtype)
 
 
-# --- between regular and depthwise -----------------------------------------------------------------------------------
-
-
-def _per_tap(x, kernel, segments: int, stride: int, pads: Pads):
-    """One product of matrices for each tap, batched over the segments; local to each device's share of the batch."""
-    kh, kw, channels, filters = kernel.shape
-    rows, columns = _output_size(x, (kh, kw), stride, pads)
-    padded = pad(x, pads)
-    kernel = kernel.reshape(kh, kw, channels, segments, filters // segments)
-    y = jnp.zeros((), x.dtype)
-    for i in range(kh):
-        for j in range(kw):
-            tap = strided(padded, i, j, rows, columns, stride).reshape(x.shape[0], rows, columns, segments, channels)
-            y = y + jnp.einsum("bhwsc,csf->bhwsf", tap, kernel[i, j])
-    return y.reshape(x.shape[0], rows, columns, filters)
-
-
-# --- few input channels ----------------------------------------------------------------------------------------------
-
-
 def _patches_product(x, kernel, stride: int, pads: Pads):
     """Gathers the taps of each output pixel into one row of a matrix, then multiplies once."""
     kh, kw, _, filters = kernel.shape
-    rows, columns = _output_size(x, (kh, kw), stride, pads)
+    rows, columns = output_size(x.shape[1:3], (kh, kw), stride, pads)
     padded = pad(x, pads)
     taps = [strided(padded, i, j, rows, columns, stride) for i in range(kh) for j in range(kw)]
     return _pointwise(jnp.concatenate(taps, axis=-1), kernel.reshape(-1, filters))

@@ -28,6 +28,12 @@ def explicit_padding(padding: Padding, size: tuple[int, ...], window: tuple[int,
     return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
 
 
+def output_size(size: tuple[int, ...], window: tuple[int, ...], stride: int, pads: Pads) -> tuple[int, int]:
+    """Returns (rows, columns) of what windows over a padded image of `size` (height, width) give."""
+    rows, columns = ((n + sum(ends) - k) // stride + 1 for n, k, ends in zip(size, window, pads, strict=True))
+    return rows, columns
+
+
 def strided(x, top: int, left: int, rows: int, columns: int, stride: int):
     """Returns every `stride`-th row and column of x [b, h, w, c] from (top, left): [b, rows, columns, c]."""
     limits = (x.shape[0], top + (rows - 1) * stride + 1, left + (columns - 1) * stride + 1, x.shape[3])

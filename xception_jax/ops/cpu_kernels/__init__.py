@@ -1,4 +1,4 @@
-"""The kernels of cpu_kernels.cc as JAX functions: float32, on a host whose only device is its CPU.
+"""The kernels of kernels.cc as JAX functions: float32, on a host whose only device is its CPU.
 
 They are compiled by the machine's C++ compiler ($CXX, g++ or clang++) when a program first needs them (10 s), and kept
 in $XDG_CACHE_HOME/xception_jax (by default ~/.cache/xception_jax). Where `available` says no, callers take their
@@ -24,12 +24,12 @@ import jaxlib
 import numpy as np
 from jaxtyping import Array, Float
 
-from xception_jax.ops.padding import Pads
+from xception_jax.ops.padding import Pads, output_size
 
-_SOURCE = Path(__file__).with_suffix(".cc")
-_NAMES = ("depthwise", "depthwise_filter_gradient", "max_pool", "max_pool_gradient", "channel_sums")
-# The side of a depthwise kernel is a constant in the loops.
-SIDES = (3, 5, 7)
+_SOURCE = Path(__file__).parent / "kernels.cc"
+_NAMES = ("conv", "conv_filter_gradient", "depthwise", "depthwise_filter_gradient", "max_pool", "max_pool_gradient")
+# Rows and columns of the kernels that `depthwise` takes: they are constants in its loops.
+DEPTHWISE_SIDES = (3, 5, 7)
 
 
 def available(*arrays: Array) -> bool:
@@ -46,9 +46,24 @@ def available(*arrays: Array) -> bool:
     )
 
 
+def conv(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c_per_segment f"], segments: int, stride: int, pads: Pads
+) -> Float[Array, "b oh ow f"]:
+    """Convolves each of `segments` equal channel segments with its own share of the filters."""
+    rows, columns = output_size(x.shape[1:3], kernel.shape[:2], stride, pads)
+    places = {"segments": segments, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
+    return _call("conv", (x.shape[0], rows, columns, kernel.shape[3]), x, kernel, **places)
+
+
+def conv_filter_gradient(x, dy, kernel_shape: tuple[int, ...], segments: int, stride: int, pads: Pads):
+    """The gradient of `conv` for its kernel."""
+    places = {"segments": segments, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
+    return _call("conv_filter_gradient", kernel_shape, x, dy, **places)
+
+
 def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], pads: Pads) -> Float[Array, "b oh ow c"]:
     """Convolves each channel with its own filter, stride 1."""
-    rows, columns = (n + sum(pad) - k + 1 for n, pad, k in zip(x.shape[1:3], pads, kernel.shape, strict=False))
+    rows, columns = output_size(x.shape[1:3], kernel.shape[:2], 1, pads)
     return _call("depthwise", (x.shape[0], rows, columns, x.shape[3]), x, kernel, top=pads[0][0], left=pads[1][0])
 
 
@@ -58,20 +73,17 @@ def depthwise_filter_gradient(x, dy, side: int, pads: Pads) -> Float[Array, "k k
     return _call("depthwise_filter_gradient", shape, x, dy, top=pads[0][0], left=pads[1][0])
 
 
-def max_pool(x: Float[Array, "b h w c"], y_shape: tuple[int, ...], window: int, stride: int, pads: Pads):
+def max_pool(x: Float[Array, "b h w c"], window: int, stride: int, pads: Pads) -> Float[Array, "b oh ow c"]:
     """The largest value in each window."""
-    return _call("max_pool", y_shape, x, window=window, stride=stride, top=pads[0][0], left=pads[1][0])
+    rows, columns = output_size(x.shape[1:3], (window, window), stride, pads)
+    places = {"window": window, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
+    return _call("max_pool", (x.shape[0], rows, columns, x.shape[3]), x, **places)
 
 
 def max_pool_gradient(x, y, dy, window: int, stride: int, pads: Pads) -> Float[Array, "b h w c"]:
     """The gradient of `max_pool`: the first of the largest values in a window takes all of dy."""
     places = {"window": window, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
     return _call("max_pool_gradient", x.shape, x, y, dy, **places)
-
-
-def channel_sums(a: Float[Array, "... c"], b: Float[Array, "... c"]) -> Float[Array, "2 c"]:
-    """The sums of a and of a * b over all but the channels."""
-    return _call("channel_sums", (2, a.shape[-1]), a, b)
 
 
 def _call(name: str, shape: tuple[int, ...], *arrays, **attributes: int):
@@ -89,7 +101,8 @@ def _register() -> str | None:
     flags = ["-std=c++20", "-O3", "-march=native", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
     command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
     # A directory for caches may be shared by machines of different make.
-    parts = [_SOURCE.read_text(), compiler, *flags, jaxlib.__version__, platform.platform(), _processor()]
+    sources = (path.read_text() for path in sorted(_SOURCE.parent.glob("*.[ch]*")))
+    parts = [*sources, compiler, *flags, jaxlib.__version__, platform.platform(), _processor()]
     version = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_jax"
     path = cache / f"cpu_kernels_{version}.so"

@@ -1,0 +1,91 @@
+// What all kernels share: work for XLA's threads, and registers full of floats.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+using Input = ffi::Buffer<ffi::F32>;
+using Output = ffi::Result<ffi::Buffer<ffi::F32>>;
+using Size = int64_t;
+
+// Calls work(0) ... work(count - 1) on the threads of XLA's pool. The caller takes its share, and so never waits for a
+// thread that has not begun.
+template <typename Work>
+void ParallelFor(ffi::ThreadPool& pool, Size count, const Work& work) {
+  struct Progress {
+    std::atomic<Size> next{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto take = [progress, count, &work] {
+    for (Size i; (i = progress->next.fetch_add(1)) < count;) {
+      work(i);
+      if (progress->done.fetch_add(1) + 1 == count) progress->done.notify_all();
+    }
+  };
+  for (Size helper = 1; helper < std::min<Size>(pool.num_threads(), count); ++helper) pool.Schedule(decltype(take)(take));
+  take();
+  for (Size done; (done = progress->done.load()) < count;) progress->done.wait(done);
+}
+
+// Items (rows of all images, or pixels) cut into parts of `least` or more, at most 64.
+struct Parts {
+  Size items, count;
+  Parts(Size items, Size least) : items(items), count(std::clamp<Size>(items / least, 1, 64)) {}
+  Size begin(Size part) const { return items * part / count; }
+};
+
+struct Images {
+  Size batch, height, width, channels;
+  explicit Images(ffi::Span<const int64_t> d) : batch(d[0]), height(d[1]), width(d[2]), channels(d[3]) {}
+};
+
+// Adds the parts of a sum of `size` values in their order.
+inline void AddParts(ffi::ThreadPool& pool, const std::vector<float>& parts, Size size, float* sum) {
+  const Parts ranges(size, 4096);
+  ParallelFor(pool, ranges.count, [&](Size range) {
+    const Size begin = ranges.begin(range), end = ranges.begin(range + 1);
+    std::fill(sum + begin, sum + end, 0.0f);
+    for (const float* part = parts.data(); part < parts.data() + parts.size(); part += size)
+      for (Size k = begin; k < end; ++k) sum[k] += part[k];
+  });
+}
+
+// Several floats, as many as the widest register holds.
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+template <typename T>
+T Load(const float* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+void Store(float* to, const T& value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+// Calls f(Lanes(), c) or f(float(), c) until all channels are done.
+template <typename F>
+void ForEachLane(Size channels, const F& f) {
+  Size c = 0;
+  for (; c + kLanes <= channels; c += kLanes) f(Lanes(), c);
+  for (; c < channels; ++c) f(0.0f, c);
+}
+
+#define UNROLL _Pragma("GCC unroll 16")
