@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv$(patsubst python3%,%,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/fashion_mnist
+# An interpreter that has benchmarks/requirements.txt; by default .venv-peers, set up by `make bench`
+PEERS ?=
 
 # Large buffers in huge pages: a third of a training step on a CPU is otherwise spent on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test check format clean
+.PHONY: train test check bench format clean
 
 train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS='--config.seed=1' overrides fields
 	$(BIN)/python train.py --config=configs/fashion_mnist.py --workdir=$(WORKDIR) $(ARGS)
@@ -24,6 +26,9 @@ format: $(VENV)/.installed-dev ## Rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure beside peers; ARGS='--cases=small,train'
+	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
+
 clean: ## Remove the virtual environments and caches; runs stay
 	rm -rf .venv .venv.* .pytest_cache .ruff_cache .mypy_cache
 
@@ -34,4 +39,9 @@ $(VENV)/.installed: requirements.txt
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	touch $@
+
+.venv-peers/.installed: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --disable-pip-version-check --progress-bar off -r $<
 	touch $@

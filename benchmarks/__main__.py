@@ -1,0 +1,131 @@
+"""Measures this repository beside its peers and writes docs/benchmarks.md, its data and its plots."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.cases import CASES, CONTESTANTS
+from benchmarks.growth import measure_growth
+from benchmarks.photographs import write_photographs
+from benchmarks.rounds import ROOT, measure
+from xception_jax.command_line import run_main
+from xception_jax.errors import InputMissingError, UsageError
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--peers", default=".venv-peers/bin/python", help="interpreter that has requirements.txt here")
+    parser.add_argument("--cases", metavar="NAME,...", help="measure these and keep the others' results; see --list")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of each case (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of work in a round (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="directory to write to (default: docs)")
+    parser.add_argument("--growth", action="store_true", help="measure ours alone as the work grows, not the cases")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the report from the data anew")
+    parser.add_argument("--list", action="store_true", help="list the cases")
+    parser.add_argument("--json", action="store_true", help="print the results (or the list) as JSON")
+    return parser.parse_args()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _about() -> dict[str, Any]:
+    """What every record of a measurement says of itself."""
+    describe = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": describe.stdout.strip() or "unknown",
+        "command": shlex.join(["python", "-m", "benchmarks", *(a for a in sys.argv[1:] if not _is_private(a))]),
+    }
+
+
+def _is_private(argument: str) -> bool:
+    """Paths of this machine stay out of the documents."""
+    return "/" in argument or argument in ("--peers", "--output")
+
+
+def _hardware() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    vectors = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores of {model} ({vectors}), {memory:.0f} GiB, {platform.system()}"
+
+
+def _list(as_json: bool) -> int:
+    described = {
+        name: {"title": case.title, "contestants": [CONTESTANTS[c].title for c in case.contestants]}
+        for name, case in CASES.items()
+    }
+    if as_json:
+        print(json.dumps(described))
+    else:
+        print("\n".join(f"{name:12}{d['title']}: {', '.join(d['contestants'])}" for name, d in described.items()))
+    return 0
+
+
+def main() -> int:
+    """Measures what the arguments ask for. Returns 1 if a contestant failed; a goal that is missed is no failure."""
+    args = _parse()
+    if args.list:
+        return _list(args.json)
+    names = args.cases.split(",") if args.cases else list(CASES)
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise UsageError(f"there is no case {unknown[0]!r}", "--cases", f"choose among {', '.join(CASES)}")
+    if args.repeats < 1:
+        raise UsageError(f"--repeats is {args.repeats}", "--repeats", "set it to a whole number, at least 1")
+
+    data = args.output / "data" / "benchmarks.json"
+    results: dict[str, Any] = json.loads(data.read_text()) if data.exists() else {"cases": {}}
+
+    def save() -> None:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(results, indent=1) + "\n")
+        (args.output / "benchmarks.md").write_text(report.markdown(results))
+
+    if args.growth:
+        results["growth"] = _about() | {"points": measure_growth(args.seconds, _say)}
+    elif not args.report:
+        peers = shutil.which(args.peers)
+        if peers is None:
+            raise InputMissingError(
+                "the peers' environment is not there", args.peers, "run make bench, or name an interpreter by --peers"
+            )
+        results |= {"hardware": _hardware(), "command": _about()["command"]}
+        with tempfile.TemporaryDirectory() as directory:
+            write_photographs(directory)
+            for name in names:
+                _say(f"{name}: {CASES[name].title}")
+                about = _about() | {"repeats": args.repeats}
+                contestants = measure(CASES[name], os.path.abspath(peers), args.repeats, args.seconds, _say, directory)
+                results["cases"][name] = about | {"contestants": contestants}
+                save()  # what is measured stays, whatever comes after
+    results["cases"] = {name: results["cases"][name] for name in CASES if name in results["cases"]}
+    save()
+    if results["cases"]:
+        report.plot(results, args.output / "images" / "benchmarks.png")
+    if results.get("growth"):
+        report.plot_growth(results["growth"]["points"], args.output / "images" / "growth.png")
+    print(json.dumps(results) if args.json else report.goals_table(results))
+    failed = [c for case in results["cases"].values() for c in case["contestants"].values() if "error" in c]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

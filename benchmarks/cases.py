@@ -1,0 +1,155 @@
+"""What is measured, who takes part, and what must hold. Standard library only: every environment imports it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """One implementation.
+
+    Attributes:
+      title: in the tables.
+      module: in benchmarks/contestants/.
+      is_peer: runs in the peers' environment.
+      options: for its `prepare`.
+      environment: variables of its process; in a value, {scratch} becomes an empty directory.
+    """
+
+    title: str
+    module: str
+    is_peer: bool = True
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+CONTESTANTS = {
+    "ours": Contestant("xception_jax", "ours", is_peer=False, environment=HUGE_PAGES),
+    "ours_cold": Contestant(
+        "xception_jax, its kernels not yet built",
+        "ours",
+        is_peer=False,
+        environment=HUGE_PAGES | {"XDG_CACHE_HOME": "{scratch}"},
+    ),
+    "keras_tensorflow": Contestant(
+        "Keras on TensorFlow",
+        "keras_applications",
+        environment={"KERAS_BACKEND": "tensorflow", "TF_ENABLE_ONEDNN_OPTS": "1"},
+    ),
+    "keras_jax": Contestant("Keras on JAX", "keras_applications", environment={"KERAS_BACKEND": "jax"}),
+    "flax": Contestant("plain Flax", "plain_flax"),
+    "timm": Contestant("timm on PyTorch, eager", "pytorch"),
+    "timm_compiled": Contestant("timm on PyTorch, compiled", "pytorch", options={"compile": True}),
+    "pytorch": Contestant("PyTorch", "pytorch"),
+    "pytorch_nchw": Contestant("PyTorch, channels first", "pytorch", options={"channels_last": False}),
+    "tf_data": Contestant("tf.data", "tf_data"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A quantity: its unit, and whether more of it is better."""
+
+    title: str
+    unit: str
+    more_is_better: bool
+
+
+MEASURES = {
+    "rate": Measure("speed", "images/s", True),
+    "start": Measure("start of the process to the end of the first step", "s", False),
+    "memory": Measure("peak memory of the process", "GB", False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """How many times better than the best of `against` the contestant `ours` must be."""
+
+    measure: str
+    factor: float
+    against: tuple[str, ...]
+    ours: str = "ours"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    Attributes:
+      title: in the tables.
+      work: for `prepare`: kind ('train', 'infer', 'input'), network, batch, size (pixels), model (of `config.model`).
+      goals: what must hold.
+      parameters: that each network must have.
+      fresh: starts each process anew in every round and measures its start, instead of speed in processes that stay.
+    """
+
+    title: str
+    work: dict[str, Any]
+    goals: tuple[Goal, ...]
+    parameters: int | None = None
+    fresh: bool = False
+
+    @property
+    def contestants(self) -> list[str]:
+        """Names of all that take part, in a fixed order."""
+        named = {name for goal in self.goals for name in (goal.ours, *goal.against)}
+        return [name for name in CONTESTANTS if name in named]
+
+
+XCEPTION = {"network": "xception", "size": 299}
+SMALL = {"kind": "train", "network": "small", "size": 32, "batch": 128}
+INFERENCE = ("keras_tensorflow", "keras_jax", "timm", "timm_compiled")
+PYTORCH = ("pytorch", "pytorch_nchw")
+
+
+def _inference(batch: int) -> Case:
+    work = XCEPTION | {"kind": "infer", "batch": batch}
+    return Case(f"Xception, inference, batch {batch}", work, (Goal("rate", 1.2, INFERENCE),), 22_855_952)
+
+
+def _segments(segments: int, parameters: int) -> Case:
+    work = SMALL | {"model": {"segments": segments}}
+    return Case(f"small Xception, {segments} segments, training", work, (Goal("rate", 1.0, PYTORCH),), parameters)
+
+
+CASES = {
+    "infer_8": _inference(8),
+    "infer_1": _inference(1),
+    "train": Case(
+        "Xception, training step, batch 8",
+        XCEPTION | {"kind": "train", "batch": 8},
+        (Goal("rate", 1.25, ("keras_tensorflow", "timm")), Goal("rate", 8.0, ("keras_jax", "flax"))),
+        22_855_952,
+    ),
+    "small": Case("small Xception, training", SMALL, (Goal("rate", 1.25, PYTORCH),), 722_576),
+    "segments_2": _segments(2, 3_047_420),
+    "segments_4": _segments(4, 1_895_810),
+    "segments_8": _segments(8, 1_301_594),
+    "inception": Case(
+        "small network of Inception modules, training",
+        SMALL | {"model": {"module": "inception"}},
+        (Goal("rate", 1.0, PYTORCH),),
+        2_015_795,
+    ),
+    "input": Case(
+        "input: JPEG to batches of 32 at 299",
+        {"kind": "input", "size": 299, "batch": 32},
+        (Goal("rate", 1.5, ("tf_data",)),),
+    ),
+    "start": Case(
+        "Xception, first training step, batch 8",
+        XCEPTION | {"kind": "train", "batch": 8},
+        (
+            Goal("start", 1.0, ("keras_jax",), ours="ours_cold"),
+            Goal("start", 1.0, ("keras_jax",)),
+            Goal("memory", 1.0, ("keras_jax",)),
+        ),
+        22_855_952,
+        fresh=True,
+    ),
+}

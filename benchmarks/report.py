@@ -1,0 +1,239 @@
+"""From samples to docs/benchmarks.md and its plots. All of it follows from docs/data/benchmarks.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CASES, CONTESTANTS, MEASURES, Case, Goal
+
+# Share of the cores that other processes may take. More of it says little about the contestants: threads that wait for
+# each other actively (PyTorch's) then lose most.
+IDLE = 0.05
+
+GROWTH_TITLES = {
+    "batch": "Xception at 71 x 71, training: images in a step",
+    "size": "Xception, training, batch 2: side of the image",
+    "segments": "small Xception, training, batch 128: segments",
+    "devices": "small Xception, training, batch 128: simulated devices on the same cores",
+}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Returns the lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a goal.
+
+    Attributes:
+      goal: what must hold.
+      best: name of the best peer, by its median.
+      ratio: how many times better ours is than the best peer: quartiles over the rounds, each compared with the
+        same round of the peer.
+      missing: contestants that failed; with any, the goal is open.
+      others: share of the cores that other processes took meanwhile, the median over rounds and contestants.
+    """
+
+    goal: Goal
+    best: str | None
+    ratio: tuple[float, float, float] | None
+    missing: list[str]
+    others: float = 0.0
+
+    @property
+    def reached(self) -> bool:
+        """Whether the median ratio is at least the goal, against all peers."""
+        return not self.missing and self.ratio is not None and self.ratio[1] >= self.goal.factor
+
+    def __str__(self) -> str:
+        """The last column of the table."""
+        if self.missing:
+            return "open: " + ", ".join(CONTESTANTS[name].title for name in self.missing) + " failed"
+        assert self.ratio is not None
+        text = "reached" if self.reached else f"**goal {self.goal.factor:g}, reached {self.ratio[1]:.2f}**"
+        return text if self.others < IDLE else f"{text}; machine not idle ({self.others:.0%})"
+
+
+def judge(goal: Goal, contestants: dict[str, dict[str, Any]]) -> Verdict:
+    """Compares the samples of a case with a goal."""
+    more_is_better = MEASURES[goal.measure].more_is_better
+    samples = {
+        name: contestants[name]["samples"][goal.measure]
+        for name in (goal.ours, *goal.against)
+        if name in contestants and "error" not in contestants[name]
+    }
+    missing = [name for name in (goal.ours, *goal.against) if name not in samples]
+    peers = [name for name in goal.against if name in samples]
+    if goal.ours not in samples or not peers:
+        return Verdict(goal, None, None, missing)
+    choose = max if more_is_better else min
+    best = choose(peers, key=lambda name: statistics.median(samples[name]))
+    pairs = zip(samples[goal.ours], samples[best], strict=True)
+    ratios = [ours / peer if more_is_better else peer / ours for ours, peer in pairs]
+    return Verdict(goal, best, quartiles(ratios), missing, _others(contestants)[1])
+
+
+def _others(contestants: dict[str, dict[str, Any]]) -> tuple[float, float, float]:
+    return quartiles([share for c in contestants.values() for share in c["samples"].get("others", [0.0])])
+
+
+def verdicts(results: dict[str, Any]) -> dict[str, list[Verdict]]:
+    """Returns what became of the goals of each case that was measured."""
+    measured = {name: case for name, case in CASES.items() if name in results["cases"]}
+    return {
+        name: [judge(goal, results["cases"][name]["contestants"]) for goal in case.goals]
+        for name, case in measured.items()
+    }
+
+
+def _spread(values: tuple[float, float, float]) -> str:
+    low, median, high = values
+    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+
+
+def goals_table(results: dict[str, Any]) -> str:
+    """Returns one row for each goal."""
+    rows = ["| work | measure | ours | best peer | ratio | goal | |", "|---|---|---|---|---|---|---|"]
+    for name, judged in verdicts(results).items():
+        for verdict in judged:
+            goal, contestants = verdict.goal, results["cases"][name]["contestants"]
+            measure = MEASURES[goal.measure]
+
+            def median(name, goal=goal, contestants=contestants):
+                samples = contestants.get(name, {}).get("samples", {}).get(goal.measure)
+                return f"{statistics.median(samples):.3g}" if samples else "-"
+
+            peer = f"{median(verdict.best)}, {CONTESTANTS[verdict.best].title}" if verdict.best else "-"
+            work = CASES[name].title + (", kernels not yet built" if goal.ours == "ours_cold" else "")
+            ratio = _spread(verdict.ratio) if verdict.ratio else "-"
+            cells = [work, f"{measure.title}, {measure.unit}", median(goal.ours), peer, ratio, f"{goal.factor:g}"]
+            rows.append("| " + " | ".join([*cells, str(verdict)]) + " |")
+    return "\n".join(rows)
+
+
+def _case_section(case: Case, result: dict[str, Any]) -> str:
+    quantities = list(dict.fromkeys(goal.measure for goal in case.goals))
+    heads = [f"{MEASURES[quantity].title}, {MEASURES[quantity].unit}" for quantity in quantities]
+    rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, contestant in result["contestants"].items():
+        samples = contestant["samples"]
+        cells = [_spread(quartiles(samples[q])) if samples.get(q) else "failed" for q in quantities]
+        rows.append(f"| {CONTESTANTS[name].title} | " + " | ".join(cells) + " |")
+    about = f"{result['repeats']} rounds; {result['date']}, commit {result['commit']}; other processes took "
+    about += f"{_others(result['contestants'])[1]:.1%} of the cores (median)."
+    return f"### {case.title}\n\n{about}\n\n" + "\n".join(rows)
+
+
+def _versions(results: dict[str, Any]) -> str:
+    """Returns the versions of packages by who uses them, ours and the peers'."""
+    found: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for case in results["cases"].values():
+        for name, contestant in case["contestants"].items():
+            found[CONTESTANTS[name].is_peer] |= contestant["versions"]
+    lines = {False: "ours", True: "peers"}
+    return "\n".join(
+        f"- {lines[is_peer]}: " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        for is_peer, versions in found.items()
+        if versions
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Returns the whole of docs/benchmarks.md."""
+    cases = "\n\n".join(_case_section(CASES[n], result) for n, result in results["cases"].items() if n in CASES)
+    text = f"""# Benchmarks
+
+Written by `{results["command"]}`; do not edit. Raw samples: [data/benchmarks.json](data/benchmarks.json).
+
+- hardware: {results["hardware"]}
+{_versions(results)}
+
+Float32, random weights and images. Every network has as many parameters as ours, to the last one. Each contestant has
+a process of its own that stays alive; they work in turn, in rounds, while the others wait. A figure is the median over
+the rounds, with its quartiles in parentheses. A ratio compares the same rounds of ours and of the best peer (by
+median), and says how many times better ours is; the goals are those that were set before.
+
+Everyone uses all cores, and what its documentation advises: Keras on TensorFlow a graph with oneDNN (inference: frozen,
+so that BatchNorm is folded), Keras on JAX and Flax jit, PyTorch channels_last (eager inference: BatchNorm folded;
+compiled: frozen by Inductor), ours the allocator's huge pages as in `make train`. A start has no compilation cache.
+
+{goals_table(results)}
+
+![Speed of ours and the peers](images/benchmarks.png)
+
+## Case by case
+
+{cases}
+"""
+    if results.get("growth"):
+        text += f"""
+## Cost as work grows
+
+Ours alone, one process for each point: the median step of the last three, and the peak memory of the process.
+`{results["growth"]["command"]}`; {results["growth"]["date"]}, commit {results["growth"]["commit"]}.
+
+![Time and memory against batch, size, segments and devices](images/growth.png)
+"""
+        for axis, points in results["growth"]["points"].items():
+            rows = "\n".join(f"| {p['value']} | {p['seconds']:.3g} | {p['memory']:.3g} |" for p in points)
+            text += f"\n| {GROWTH_TITLES[axis]} | seconds a step | peak memory, GB |\n|---|---|---|\n{rows}\n"
+    return text
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draws a bar for each contestant of each case: its speed, and the quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in CASES if name in results["cases"]]
+    figure, axes = plt.subplots(len(names), 1, figsize=(8, 1.5 * len(names)), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        measure = CASES[name].goals[0].measure
+        shown = {
+            contestant: quartiles(result["samples"][measure])
+            for contestant, result in results["cases"][name]["contestants"].items()
+            if result["samples"].get(measure)
+        }
+        for row, (contestant, (low, median, high)) in enumerate(shown.items()):
+            color = "tab:gray" if CONTESTANTS[contestant].is_peer else "tab:blue"
+            axis.barh(row, median, xerr=[[median - low], [high - median]], color=color, capsize=2)
+        axis.set_yticks(range(len(shown)), [CONTESTANTS[contestant].title for contestant in shown], fontsize=7)
+        axis.invert_yaxis()
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(f"{CASES[name].title} ({MEASURES[measure].unit})", fontsize=8, loc="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_growth(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws time and memory, a row for each axis along which the work grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(points), 2, figsize=(8, 2.2 * len(points)), layout="constrained", squeeze=False)
+    for row, (axis, measured) in zip(axes, points.items(), strict=True):
+        labels = [str(point["value"]) for point in measured]
+        for plot_axis, quantity, unit in zip(
+            row, ("seconds", "memory"), ("seconds a step", "peak memory, GB"), strict=True
+        ):
+            plot_axis.plot(labels, [point[quantity] for point in measured], "o-")
+            plot_axis.set_ylim(bottom=0)
+            plot_axis.set_ylabel(unit, fontsize=8)
+            plot_axis.set_xlabel(GROWTH_TITLES[axis], fontsize=7)
+            plot_axis.tick_params(labelsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,77 @@
+"""The process of one contestant: python -m benchmarks.worker CONTESTANT WORK, where WORK is JSON.
+
+It takes a first step and writes a line of JSON: parameters, versions, cpu (seconds of processor time), peak_memory
+(bytes). Then it waits: a line {"seconds": s} on standard input makes it work for about s seconds, and write how many
+steps it took in how many seconds. It ends when standard input does. What libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+from benchmarks.cases import CONTESTANTS
+
+PACKAGES = ("flax", "grain", "jax", "jaxlib", "keras", "opencv-python-headless", "simplejpeg", "tensorflow-cpu", "timm")
+_WARM_UP = 1.0  # seconds
+
+
+def work_for(step: Callable[[], object], seconds: float, last: float) -> dict[str, float]:
+    """Takes steps until `seconds` have passed, at least one; first an untimed one, unless a step takes long anyway.
+
+    Returns steps, the seconds that they took, and cpu: seconds of processor time, of the untimed step too.
+    """
+    cpu = time.process_time()
+    if last < _WARM_UP:
+        step()
+    steps, start = 0, time.perf_counter()
+    while steps == 0 or time.perf_counter() - start < seconds:
+        step()
+        steps += 1
+    return {"steps": steps, "seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+
+
+def peak_memory() -> int:
+    """Returns the largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _versions() -> dict[str, str]:
+    def version(name):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    found = {name: version(name) for name in (*PACKAGES, "torch")}
+    return {"python": sys.version.split()[0]} | {name: number for name, number in found.items() if number}
+
+
+def main() -> None:
+    """Takes the first step, then works whenever it is asked to."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**fields):
+        print(json.dumps(fields), file=answers, flush=True)
+
+    contestant = CONTESTANTS[sys.argv[1]]
+    module = importlib.import_module(f"benchmarks.contestants.{contestant.module}")
+    step, parameters = module.prepare(json.loads(sys.argv[2]), contestant.options)
+    step()
+    answer(parameters=parameters, versions=_versions(), cpu=time.process_time(), peak_memory=peak_memory())
+    last = 0.0
+    for line in sys.stdin:
+        block = work_for(step, json.loads(line)["seconds"], last)
+        last = block["seconds"] / block["steps"]
+        answer(**block, peak_memory=peak_memory())
+
+
+if __name__ == "__main__":
+    main()
