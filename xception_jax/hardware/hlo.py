@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_USED = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -85,6 +87,29 @@ def collectives(hlo: str, num_devices: int) -> Counter[Collective]:
             layer, direction = layer_of(op_name[1] if op_name else "")
             found[Collective(kind, layer, direction, total, len(sizes), devices)] += times[name]
     return found
+
+
+def rounds(hlo: str) -> int:
+    """Returns the longest chain of collectives of which each waits for the one before.
+
+    Collectives that do not wait for each other can be joined into one (XLA does so on TPU and GPU, not on a CPU), so
+    this is how many a step needs at least. In a loop, each turn waits for the last.
+
+    Args:
+      hlo: `compiled.as_text()`.
+    """
+    computations, entry = _parse(hlo)
+
+    @functools.cache
+    def longest(name: str) -> int:
+        chain: dict[str, int] = {}
+        for one in computations.get(name, ()):
+            inside = max((trips * longest(called) for called, trips in _calls(one)), default=0)
+            own = 1 if one.opcode.removesuffix("-start") in KINDS else inside
+            chain[one.name] = own + max((chain.get(used, 0) for used in _USED.findall(one.rest)), default=0)
+        return max(chain.values(), default=0)
+
+    return longest(entry)
 
 
 def arrays_in_memory(hlo: str, dtype: str) -> Counter[tuple[int, ...]]:

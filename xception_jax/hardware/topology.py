@@ -121,11 +121,11 @@ _SHAPES: dict[int, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Keeps libtpu from looking for a TPU, and JAX from starting one. To be called before JAX is first used."""
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # it asks the cloud's metadata server otherwise, and waits for an answer
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: it only complains if there is none
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "XCEPTION_JAX_CPU_KERNELS": "0",  # what a CPU would run is traced and dropped
-    }
+    environment.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",  # it asks the cloud's metadata server otherwise, and waits for an answer
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",  # any: it only complains if there is none
+        TPU_WORKER_HOSTNAMES="localhost",
+        XCEPTION_JAX_CPU_KERNELS="0",  # what a CPU would run is traced and dropped
+    )

@@ -15,7 +15,9 @@ STEPS_BEFORE = 2  # steps before the trace: the first ones pay for buffers and c
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
 # Parts of an op_name that are JAX's, not the network's: transformations, control flow, and Flax' method calls.
-_NOT_A_LAYER = re.compile(r".*\(.*\)|.*\._?\w+|cond|while|body|scan|closed_call|checkpoint|custom_\w+|branch_\d+_fun|")
+_NOT_A_LAYER = re.compile(
+    r".*\(.*\)|.*\._?\w+|cond|while|body|scan|shard_map|closed_call|checkpoint|custom_\w+|branch_\d+_fun|"
+)
 
 
 class Operation(NamedTuple):

@@ -1,0 +1,106 @@
+"""The plan, for GPUs through the command; and the arithmetic of its interval."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from xception_jax.config import default_config
+from xception_jax.hardware.hlo import Collective
+from xception_jax.hardware.roofline import Traffic, count_traffic, step_time
+from xception_jax.hardware.topology import parse_topology
+from xception_jax.models import create_model
+
+
+def test_traffic_of_a_small_network():
+    config = default_config().model
+    config.update(num_classes=10, width_multiplier=1 / 32, middle_blocks=0, stem="small")
+    traffic = count_traffic(create_model(config), 4)
+    assert traffic.batch_norms == 2 + 3 * 3 + 3 + 2
+    # The first convolution alone: 4 x 4 pixels of 3 channels in, of 1 channel out.
+    assert traffic.read > 4 * 4 * 3
+    assert traffic.fused == 3 * traffic.read + 2 * traffic.written
+    assert traffic.unfused == traffic.fused + traffic.written + 8 * traffic.normalised
+
+
+def test_xception_moves_what_its_layers_say():
+    traffic = count_traffic(create_model(default_config().model), 299)
+    assert traffic == Traffic(33_053_491, 35_825_968, 21_137_152, 40)
+
+
+def test_the_interval_of_a_step():
+    v5e = parse_topology("v5e:16x16")
+    reduce = Collective("all-reduce", "-", "backward", 91_000_000, 1, 256)
+    time = step_time(v5e, flops=197e12 * 0.010, memory=(819e9 * 0.020, 819e9 * 0.030), collectives={reduce: 2},
+                     dtype="bfloat16")  # fmt: skip
+    assert time.compute == pytest.approx(0.010)
+    assert time.memory == pytest.approx((0.020, 0.030))
+    once = 32e-6 + 2 * 91e6 * 255 / 256 / (4 * 50e9)
+    assert time.communication == pytest.approx(2 * once)
+    assert time.interval == pytest.approx((0.020, 0.030 + 2 * once))
+
+
+def test_float32_on_a_gpu_takes_twice_the_time():
+    h100 = parse_topology("h100:8")
+    seconds = [
+        step_time(h100, flops=1e12, memory=(0, 0), collectives={}, dtype=dtype).compute
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert seconds[1] == 2 * seconds[0]
+
+
+@pytest.fixture(scope="module")
+def plan(run_python):
+    def run(*arguments):
+        return run_python("-m", "xception_jax", "plan", "--config=configs/imagenet.py", *arguments)
+
+    return run
+
+
+def test_gpus(plan):
+    process = plan("--topology=h100:8", "--json")
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout)
+    assert (answer["chips"], answer["batch_per_chip"], answer["epoch_examples"]) == (8, 240, 1_255_544)
+    least, most = answer["seconds"]["step"]
+    assert 0 < least < most
+    assert answer["images_per_second"] == pytest.approx([1920 / most, 1920 / least])
+    assert answer["chip_hours"] == pytest.approx([8 * hours for hours in answer["hours"]])
+    assert answer["hours"] == pytest.approx([answer["steps"] * value / 3600 for value in (least, most)])
+    assert 0 < answer["mfu"][0] < answer["mfu"][1] < 1
+    assert "compiled" not in answer
+
+
+def test_the_same_in_words(plan):
+    process = plan("--topology=a100:16", "--config.batch_size=1600", "--examples=160000")
+    assert process.returncode == 0, process.stderr
+    assert "16 x NVIDIA A100" in process.stdout
+    assert "1,600 images, 100 a chip, bfloat16" in process.stdout
+    assert "16,900 steps (169 epochs of 160,000 images)" in process.stdout
+    assert "memory is not known" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["--topology=v9:4x4"], 64, "error: there is no topology 'v9:4x4'"),
+        (["--topology=h100:7"], 78, "error: config.batch_size=1920 is not divisible by 7 devices"),
+        (["--topology=h100:8", "--config.batchsize=8"], 78, "error: there is no field config.batchsize"),
+        (["--topology=h100:8", "--config.data.name=mine"], 66, "error: the dataset mine is not here"),
+        pytest.param(
+            ["--topology=v5e:2x2"],
+            66,
+            "error: libtpu is not installed",
+            marks=pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed"),
+        ),
+    ],
+)
+def test_what_goes_wrong_costs_three_lines(plan, arguments, code, what):
+    process = plan(*arguments)
+    assert process.returncode == code, process.stderr
+    first, where, fix = process.stderr.splitlines()
+    assert first.startswith(what)
+    assert where.startswith("  where: ")
+    assert fix.startswith("  fix:   ")
