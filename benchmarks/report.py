@@ -50,7 +50,7 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
-        """Whether the median ratio is at least the goal, against all peers."""
+        """Whether the median ratio is at least the goal, with all peers there."""
         return not self.missing and self.ratio is not None and self.ratio[1] >= self.goal.factor
 
     def __str__(self) -> str:
@@ -58,8 +58,11 @@ class Verdict:
         if self.missing:
             return "open: " + ", ".join(CONTESTANTS[name].title for name in self.missing) + " failed"
         assert self.ratio is not None
-        text = "reached" if self.reached else f"**goal {self.goal.factor:g}, reached {self.ratio[1]:.2f}**"
-        return text if self.others < IDLE else f"{text}; machine not idle ({self.others:.0%})"
+        disturbed = f"machine not idle ({self.others:.0%} taken)" if self.others >= IDLE else ""
+        if self.reached:
+            return f"open: {disturbed}" if disturbed else "reached"
+        gap = f"**goal {self.goal.factor:g}, reached {self.ratio[1]:.2f}**"
+        return f"{gap}; {disturbed}" if disturbed else gap
 
 
 def judge(goal: Goal, contestants: dict[str, dict[str, Any]]) -> Verdict:

@@ -96,7 +96,7 @@ def test_a_ratio_compares_rounds_with_the_best_peer():
 
 def test_a_disturbed_measurement_says_so():
     contestants = {"ours": _contestant(2.0, others=0.3), "timm": _contestant(1.0, others=0.3)}
-    assert str(report.judge(Goal("rate", 1.0, ("timm",)), contestants)) == "reached; machine not idle (30%)"
+    assert str(report.judge(Goal("rate", 1.0, ("timm",)), contestants)) == "open: machine not idle (30% taken)"
 
 
 def test_quartiles_of_one_and_of_many():

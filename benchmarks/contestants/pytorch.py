@@ -144,7 +144,7 @@ def _infer(model, images, compiled: bool):
 def _train(model, images, compiled: bool):
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
-    labels = torch.zeros(len(images), dtype=torch.long)
+    labels = torch.randint(10, (len(images),))
     forward = torch.compile(model) if compiled else model
 
     def step():
