@@ -92,8 +92,8 @@ def collectives(hlo: str, num_devices: int) -> Counter[Collective]:
 def rounds(hlo: str) -> int:
     """Returns the longest chain of collectives of which each waits for the one before.
 
-    Collectives that do not wait for each other can be joined into one (XLA does so on TPU and GPU, not on a CPU), so
-    this is how many a step needs at least. In a loop, each turn waits for the last.
+    Those that do not wait for each other can be sent together, so this is how many a program needs at least. In a loop,
+    each turn waits for the last.
 
     Args:
       hlo: `compiled.as_text()`.
