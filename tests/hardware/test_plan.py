@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import types
 
 import pytest
 
 from xception_jax.config import default_config
+from xception_jax.errors import DeviceMemoryError, UsageError
 from xception_jax.hardware.hlo import Collective
+from xception_jax.hardware.plan import find_largest_batch
 from xception_jax.hardware.roofline import Traffic, count_traffic, step_time
 from xception_jax.hardware.topology import parse_topology
 from xception_jax.models import create_model
@@ -49,6 +52,40 @@ def test_float32_on_a_gpu_takes_twice_the_time():
         for dtype in ("bfloat16", "float32")
     ]
     assert seconds[1] == 2 * seconds[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "largest"), [(8, 160), (64, 160), (160, 160), (1000, 160), (4, 160), (64, 8), (64, 0)]
+)
+def test_the_search_for_the_largest_batch(monkeypatch, start, largest):
+    """With a compiler whose memory is not quite proportional, and which refuses what is beyond the largest batch."""
+    compiled = []
+
+    def make_plan(config, topology, *, examples):
+        batch = config.batch_size // topology.size
+        compiled.append(batch)
+        if batch > largest:
+            raise DeviceMemoryError("too large", "here", "less")
+        total = topology.chip.hbm_bytes * (batch + 8) // 175
+        memory = types.SimpleNamespace(total=total, temporaries=total - 10**9)
+        return types.SimpleNamespace(batch_per_chip=batch, compiled=types.SimpleNamespace(memory=memory))
+
+    monkeypatch.setattr("xception_jax.hardware.plan.make_plan", make_plan)
+    config, v5e = default_config(), parse_topology("v5e:4x4")
+    config.batch_size = start * v5e.size
+    if largest == 0:
+        with pytest.raises(DeviceMemoryError):
+            find_largest_batch(config, v5e, report=lambda line: None)
+    else:
+        found = find_largest_batch(config, v5e, report=lambda line: None).batch_per_chip
+        assert largest - 8 <= found <= largest
+    assert len(compiled) <= 6
+    assert config.batch_size == start * v5e.size
+
+
+def test_the_search_needs_a_compiler():
+    with pytest.raises(UsageError, match="for TPUs only"):
+        find_largest_batch(default_config(), parse_topology("h100:8"))
 
 
 @pytest.fixture(scope="module")

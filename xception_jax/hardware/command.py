@@ -65,6 +65,7 @@ def format_plan(plan: Plan) -> str:
         lines += [
             _row("", f"{plan.compiled.flops / 1e12:.2f} TFLOP by XLA's count, with padding"),
             _row("memory", f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB a chip: {_parts(memory)}"),
+            _row("", f"about {data['compiled']['batch_that_fits']} images a chip would fill it (--fit compiles them)"),
             _row("HBM bytes", f"{plan.compiled.bytes_accessed / 1e9:.1f} GB a chip and step by XLA's count"),
             _row("float32", f"{_gib(plan.compiled.float32_activations)} GiB of activations written in float32"),
             _row("compiling", f"{plan.compiled.seconds:.0f} s here"),
@@ -79,6 +80,7 @@ def format_plan(plan: Plan) -> str:
             "", f"communication {seconds['communication'] * 1e3:.2f} ms at {topology.bandwidth / 1e9:.0f} GB/s a chip"
         ),
         _row("images/s", f"{_range(data['images_per_second'])}"),
+        _row("input", f"{_range(data['cores_for_input'])} CPU cores of all hosts decode as many images"),
         _row("MFU", f"{_range(data['mfu'], 100)} %"),
         _row("whole run", f"{_range(data['hours'])} hours, {_range(data['chip_hours'])} chip-hours"),
         "assumed",
@@ -93,7 +95,7 @@ def assumptions(plan: Plan) -> list[str]:
     lines = [
         "least: only convolutions move activations, the rest happens on their way; communication is hidden",
         f"most: {slow}; communication waits for all the rest",
-        "every unit at the speed of the data sheet; no time for input, evaluation, checkpoints, or a slow host",
+        "every unit at the speed of the data sheet; input keeps up; no time for evaluation and checkpoints",
         f"data sheet: {plan.topology.chip.source}",
     ]
     if not plan.compiled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from xception_jax.data.sources import Source, SyntheticSource, open_source
-from xception_jax.errors import DeviceMemoryError, InputMissingError
+from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.fields import duration_in_steps
 from xception_jax.hardware.hlo import Collective, arrays_in_memory, collectives
 from xception_jax.hardware.roofline import StepTime, Traffic, count_traffic, step_time
@@ -28,6 +29,9 @@ from xception_jax.training.mesh import check_batch, make_mesh
 
 # Images in the training split, for planning where the dataset is not: the figures of the TFDS catalogue.
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "open_images_v4": 1_743_042, "fashion_mnist": 60_000}
+# On one core (Xeon, 2.8 GHz): read a record, decode a JPEG of 500 x 375, crop and resize it.
+_INPUT_SECONDS = 2.2e-3
+_TRIES = 6  # of the search for the largest batch: each takes minutes
 _MASTER_COPIES = 3  # float32 arrays of a parameter's size: weight, momentum, gradient
 
 
@@ -125,6 +129,7 @@ class Plan:
                 "communication": self.time.communication,
             },
             "images_per_second": [self.config.batch_size / value for value in reversed(seconds)],
+            "cores_for_input": [_INPUT_SECONDS * self.config.batch_size / value for value in reversed(seconds)],
             "mfu": [self.flops / chip.peak_flops / value for value in reversed(seconds)],
             "hours": run,
             "chip_hours": [value * chips for value in run],
@@ -133,6 +138,7 @@ class Plan:
             compiled = self.compiled
             result["compiled"] = {
                 "memory": dataclasses.asdict(compiled.memory) | {"total": compiled.memory.total, "hbm": chip.hbm_bytes},
+                "batch_that_fits": _batch_that_fits(self.batch_per_chip, compiled.memory, chip.hbm_bytes),
                 "flops": compiled.flops,
                 "bytes_accessed": compiled.bytes_accessed,
                 "float32_activation_bytes": compiled.float32_activations,
@@ -147,6 +153,11 @@ class Plan:
 
 def _by_bytes(found: Counter[Collective]) -> list[tuple[Collective, int]]:
     return sorted(found.items(), key=lambda pair: -pair[0].bytes_sent * pair[1])
+
+
+def _batch_that_fits(batch_per_chip: int, memory: Memory, hbm_bytes: int) -> int:
+    """Returns the images a chip that fill the memory, if temporaries grow in proportion."""
+    return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // memory.temporaries
 
 
 def make_plan(config: ConfigDict, topology: Topology, *, examples: int | None = None) -> Plan:
@@ -273,42 +284,40 @@ def _expected_collectives(config: ConfigDict, topology: Topology, cost, traffic:
 def find_largest_batch(
     config: ConfigDict, topology: Topology, *, examples: int | None = None, report: Callable[[str], None] = print
 ) -> Plan:
-    """Returns the plan for the most images a chip that fit, in multiples of eight; compiles up to five times.
+    """Returns the plan for the most images a chip that fit, in multiples of eight; compiles up to `_TRIES` times.
 
     Args:
-      config, topology, examples: as for `make_plan`; the batch of the config is where the search starts.
+      config, topology, examples: as for `make_plan`; the search starts near the batch of the config.
       report: takes a line for each try.
 
     Raises:
-      DeviceMemoryError: not even eight images fit.
+      DeviceMemoryError: nothing that was tried fits.
+      UsageError: for GPUs, whose memory is not known here.
     """
+    if not topology.is_tpu:
+        raise UsageError("what fits is found by compiling, for TPUs only", f"--topology={topology.name}", "leave --fit")
     unit = 8 * config.accumulation_steps
+    batch = max(unit, config.batch_size // topology.size // unit * unit)
     best: Plan | None = None
-    too_many, batch = 10**9, max(unit, config.batch_size // topology.size // unit * unit)
-    for _ in range(5):
-        tried = ConfigDict(config.to_dict(), type_safe=False)
+    failure: DeviceMemoryError | None = None
+    limit = math.inf
+    for _ in range(_TRIES):
+        tried = config.copy_and_resolve_references()
         tried.batch_size = batch * topology.size
         try:
-            best = make_plan(tried, topology, examples=examples)
+            plan = make_plan(tried, topology, examples=examples)
+            assert plan.compiled is not None
+            best, memory = plan, plan.compiled.memory
+            report(f"{batch} images a chip fit: {memory.total / 2**30:.2f} GiB")
+            following = _batch_that_fits(batch, memory, topology.chip.hbm_bytes)
         except DeviceMemoryError as error:
-            report(f"{batch} images a chip: too many; {error.what}")
-            too_many, following = batch, (best.batch_per_chip if best else 0) + batch
-            following //= 2
-            if batch == unit:
-                raise
-        else:
-            memory = best.compiled.memory if best.compiled else None
-            if memory is None:
-                return best
-            report(f"{batch} images a chip: {memory.total / 2**30:.2f} GiB")
-            free = topology.chip.hbm_bytes - memory.total
-            following = batch + int(free / memory.temporaries * batch)
-        following = min(following, too_many - unit) // unit * unit
-        if best and following <= best.batch_per_chip:
+            failure, limit = error, batch
+            report(f"{batch} images a chip do not fit")
+            following = ((best.batch_per_chip if best else 0) + batch) // 2
+        batch = int(min(following, limit - unit)) // unit * unit
+        if batch <= (best.batch_per_chip if best else 0):
             break
-        batch = max(unit, following)
     if best is None:
-        raise DeviceMemoryError(
-            "no batch was found that fits", f"--topology={topology.name}", "start the search from a smaller batch_size"
-        )
+        assert failure is not None
+        raise failure
     return best
