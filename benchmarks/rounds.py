@@ -84,7 +84,13 @@ class Worker:
 
 
 def measure(
-    case: Case, peers: str, repeats: int, seconds: float, say: Callable[[str], None], directory: str
+    case: Case,
+    peers: str,
+    repeats: int,
+    seconds: float,
+    say: Callable[[str], None],
+    directory: str,
+    environment: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Returns for each contestant: samples by measure (one a round), versions; or an error.
 
@@ -97,13 +103,14 @@ def measure(
       seconds: that a contestant works in a round.
       say: takes lines about the progress.
       directory: with the JPEGs for the input pipelines.
+      environment: variables for all contestants, besides those of each.
     """
     work = case.work | {"cores": len(os.sched_getaffinity(0)), "directory": directory}
     results: dict[str, dict[str, Any]] = {name: {"samples": {}, "versions": {}} for name in case.contestants}
     workers: dict[str, Worker] = {}
 
     def start(name: str) -> dict[str, Any]:
-        workers[name] = Worker(name, work, peers if CONTESTANTS[name].is_peer else sys.executable)
+        workers[name] = Worker(name, work, peers if CONTESTANTS[name].is_peer else sys.executable, environment)
         first = workers[name].first_step()
         if case.parameters is not None and first["parameters"] != case.parameters:
             raise WorkerError(f"the network has {first['parameters']:,} parameters, not {case.parameters:,}")
