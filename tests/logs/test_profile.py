@@ -94,6 +94,7 @@ def test_without_a_trace(tmp_path):
         ("jit(train_step)/while/body/closed_call/jvp(Xception)/head/predictions/dot_general", "head/predictions",
          "forward"),
         ("jit(train_step)/is_finite", "-", "update"),
+        ("jit(step)/jvp(Net)/conv1/add;jit(step)/transpose(jvp(Net))/conv2/add", "conv1", "forward"),
         ("", "-", "update"),
     ],
 )  # fmt: skip

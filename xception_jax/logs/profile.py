@@ -35,8 +35,11 @@ class Operation(NamedTuple):
 
 
 def layer_of(op_name: str) -> tuple[str, str]:
-    """Returns (layer, direction) of an XLA op_name: 'jit(step)/jvp(Net)/conv1/add' is ('conv1', 'forward')."""
-    parts = op_name.split("/")
+    """Returns (layer, direction) of an XLA op_name: 'jit(step)/jvp(Net)/conv1/add' is ('conv1', 'forward').
+
+    An operation that XLA made of several has their names with semicolons between; the first counts.
+    """
+    parts = op_name.partition(";")[0].split("/")
     layer = "/".join(part for part in parts[:-1] if not _NOT_A_LAYER.fullmatch(part))
     if any("transpose(" in part for part in parts):
         return layer or "-", "backward"
