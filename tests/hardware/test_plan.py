@@ -11,7 +11,7 @@ import pytest
 from xception_jax.config import default_config
 from xception_jax.errors import DeviceMemoryError, UsageError
 from xception_jax.hardware.hlo import Collective
-from xception_jax.hardware.plan import find_largest_batch
+from xception_jax.hardware.plan import _too_large, find_largest_batch
 from xception_jax.hardware.roofline import Traffic, count_traffic, step_time
 from xception_jax.hardware.topology import parse_topology
 from xception_jax.models import create_model
@@ -81,6 +81,17 @@ def test_the_search_for_the_largest_batch(monkeypatch, start, largest):
         assert largest - 8 <= found <= largest
     assert len(compiled) <= 6
     assert config.batch_size == start * v5e.size
+
+
+def test_a_step_that_does_not_fit_says_by_how_much():
+    refused = DeviceMemoryError("too large", "here", "less")
+    refused.__cause__ = RuntimeError(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (27.97G) exceeds "
+        "available HBM (15.75G)."
+    )
+    error = _too_large(refused, default_config(), parse_topology("v5e:2x2"))
+    assert error.what == "the training step does not fit into the memory of a TPU v5e: 27.97G of 15.75G"
+    assert error.where.startswith("480 images a chip")
 
 
 def test_the_search_needs_a_compiler():

@@ -259,8 +259,9 @@ def _compile(config: ConfigDict, topology: Topology, devices: Sequence[jax.Devic
 
 
 def _too_large(error: DeviceMemoryError, config: ConfigDict, topology: Topology) -> DeviceMemoryError:
-    used = re.search(r"Used ([\d.]+\w+) of ([\d.]+\w+) hbm", str(error.__cause__))
-    needs = f": it needs {used[1]} of {used[2]}" if used else ""
+    # libtpu: 'the total memory required for HLO temporaries (27.97G) exceeds available HBM (15.75G)'
+    sizes = re.findall(r"\b\d+\.\d+[KMGT]\b", str(error.__cause__))
+    needs = f": {sizes[0]} of {sizes[1]}" if len(sizes) > 1 else ""
     return DeviceMemoryError(
         f"the training step does not fit into the memory of a {topology.chip.name}{needs}",
         f"{config.batch_size // topology.size} images a chip, dtype={config.model.dtype}",
