@@ -183,7 +183,7 @@ def make_plan(config: ConfigDict, topology: Topology, *, examples: int | None = 
     per_chip = config.batch_size // topology.size
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
     # The optimiser reads and writes weights and momentum, reads the gradient; averages come on top.
-    update = 2 * 4 * cost.parameters * (_MASTER_COPIES + (config.ema.decay > 0))
+    update = 2 * 4 * cost.parameters * (_MASTER_COPIES + (config.ema.decay > 0)) / config.mesh.fsdp
     least, most = (width * per_chip * values + update for values in (traffic.fused, traffic.unfused))
     flops = 6.0 * cost.multiply_adds * per_chip
     compiled = None
