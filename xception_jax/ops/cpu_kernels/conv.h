@@ -11,7 +11,8 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kTileColumns = 2 * kLanes;
-constexpr Size kDepth = 384;           // of the products between two stores: a panel of weights stays in the L1 cache
+constexpr Size kDepth = 256;           // of the products between two stores: a panel of weights stays in the L1 cache
+constexpr Size kPacked = 8 * kDepth;   // pixels of dy that are packed at once
 constexpr Size kBlock = 16 * kTileRows;  // pixels (or rows of the filter gradient) that share what the L2 cache holds
 
 inline Size Ceil(Size a, Size b) { return (a + b - 1) / b; }
@@ -46,6 +47,12 @@ inline __attribute__((always_inline)) void StoreTile(const Lanes (*sums)[2], Siz
       for (Size c = 0; c < columns; ++c) to[c] = add ? to[c] + row[c] : row[c];
     }
   }
+}
+
+// Fetches the lines that a tile will be written to, while its products are summed.
+template <int R>
+inline __attribute__((always_inline)) void PrefetchTile(const float* to, Size to_step) {
+  for (int r = 0; r < R; ++r) __builtin_prefetch(to + r * to_step, 1);
 }
 
 // Calls f with min(rows, kTileRows) as a constant.
@@ -87,13 +94,28 @@ struct Convolution {
   Size pixels() const { return out.batch * out.height * out.width; }
   Size panels() const { return Ceil(filters, kTileColumns); }
 
+  struct Pixel {
+    Size image, row, column;
+  };
+
+  Pixel PixelAt(Size index) const {
+    return {index / out.width / out.height, index / out.width % out.height, index % out.width};
+  }
+
+  Pixel Next(Pixel pixel) const {
+    if (++pixel.column == out.width) {
+      pixel.column = 0;
+      if (++pixel.row == out.height) pixel.row = 0, ++pixel.image;
+    }
+    return pixel;
+  }
+
   // Where the channels are that an output pixel reads at a tap; zeros outside the image.
-  const float* At(const float* x, Size pixel, Size tap) const {
-    const Size line = pixel / out.width, image = line / out.height;
-    const Size row = line % out.height * stride - top + tap / kernel_width;
-    const Size column = pixel % out.width * stride - left + tap % kernel_width;
+  const float* At(const float* x, const Pixel& pixel, Size tap) const {
+    const Size row = pixel.row * stride - top + tap / kernel_width;
+    const Size column = pixel.column * stride - left + tap % kernel_width;
     if (row < 0 || row >= in.height || column < 0 || column >= in.width) return zeros.data();
-    return x + ((image * in.height + row) * in.width + column) * in.channels;
+    return x + ((pixel.image * in.height + row) * in.width + column) * in.channels;
   }
 
   // The depth from `begin` to `end`, tap by tap.
@@ -104,6 +126,20 @@ struct Convolution {
       chunks.push_back({at / channels, at % channels, size});
     }
     return chunks;
+  }
+
+  // Copies some rows of the transposed x, for some pixels, into panels of kTileRows.
+  void PackRows(const float* x, Size segment, Size first_row, Size rows, Size pixel, Size count, float* packed) const {
+    const std::vector<Chunk> chunks = Chunks(first_row, first_row + rows);
+    float line[kBlock] = {};
+    Pixel at = PixelAt(pixel);
+    for (Size p = 0; p < count; ++p, at = Next(at)) {
+      float* to = line;
+      for (const Chunk& chunk : chunks)
+        to = std::copy_n(At(x, at, chunk.tap) + segment * channels + chunk.first, chunk.size, to);
+      for (Size row = 0; row < rows; row += kTileRows)
+        std::memcpy(packed + row * count + p * kTileRows, line + row, kTileRows * sizeof(float));
+    }
   }
 };
 
@@ -133,11 +169,16 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
       PackPanel(kernel.typed_data() + part.begin * conv.out.channels + segment * conv.filters + first, conv.out.channels,
                 part.depth, conv.filters - first, panel_of(segment, part, panel));
   });
-  ParallelFor(pool, Ceil(pixels, kBlock), [&](Size block) {
-    const Size begin = block * kBlock, rows = std::min(kBlock, pixels - begin);
+  // As many blocks for each thread.
+  const Size threads = std::max<Size>(pool.num_threads(), 1), blocks = Ceil(Ceil(pixels, kBlock), threads) * threads;
+  ParallelFor(pool, blocks, [&](Size block) {
+    const Size tiles = Ceil(pixels, kTileRows);
+    const Size begin = tiles * block / blocks * kTileRows;
+    const Size rows = std::min(tiles * (block + 1) / blocks * kTileRows, pixels) - begin;
     std::vector<const float*> at(conv.taps * kBlock);
-    for (Size tap = 0; tap < conv.taps; ++tap)
-      for (Size row = 0; row < rows; ++row) at[tap * kBlock + row] = conv.At(x.typed_data(), begin + row, tap);
+    auto pixel = conv.PixelAt(begin);
+    for (Size row = 0; row < rows; ++row, pixel = conv.Next(pixel))
+      for (Size tap = 0; tap < conv.taps; ++tap) at[tap * kBlock + row] = conv.At(x.typed_data(), pixel, tap);
     for (Size segment = 0; segment < segments; ++segment) {
       for (const Part& part : depth_parts) {
         for (Size panel = 0; panel < panels; ++panel) {
@@ -146,6 +187,7 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
           for (Size row = 0; row < rows; row += kTileRows) {
             WithRows(rows - row, [&](auto constant) {
               constexpr int R = constant;
+              PrefetchTile<R>(to + row * conv.out.channels, conv.out.channels);
               Lanes sums[R][2] = {};
               const float* b = panel_of(segment, part, panel);
               for (const Chunk& chunk : part.chunks) {
@@ -172,41 +214,49 @@ inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Ou
   const Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
   const Size depth = conv.taps * conv.channels, panels = conv.panels(), pixels = conv.pixels();
   const Size size = kernel->element_count(), blocks = Ceil(depth, kBlock);
-  // Pixels are cut into parts as long as that needs little memory: their sums are added at the end.
-  const Size parts = std::clamp<Size>(std::min<Size>(pixels / 1536, (2 << 20) / size), 1, 64);
+  // Pixels are cut into parts as long as that needs little memory: their sums are added at the end. Blocks of rows are
+  // cut into groups, as many as keep the threads busy; each group packs dy for itself.
+  const Size parts = std::clamp<Size>(std::min<Size>(pixels / 768, (2 << 20) / size), 1, 64);
+  const Size groups = std::clamp<Size>(Ceil(4 * pool.num_threads(), parts * segments), 1, blocks);
   std::vector<float> sums(parts > 1 ? parts * size : 0);
   float* result = parts > 1 ? sums.data() : kernel->typed_data();
-  ParallelFor(pool, parts * segments * blocks, [&](Size task) {
-    const Size part = task / (segments * blocks), segment = task / blocks % segments, block = task % blocks;
-    const Size first_row = block * kBlock, rows = std::min(kBlock, depth - first_row);
-    const std::vector<Chunk> chunks = conv.Chunks(first_row, first_row + rows);
-    std::unique_ptr<float[]> a(new float[(kBlock + kTileRows) * kDepth]), b(new float[kTileColumns * kDepth]);
-    float row_of_a[kBlock + kTileRows] = {};
+  ParallelFor(pool, parts * segments * groups, [&](Size task) {
+    const Size part = task / (segments * groups), segment = task / groups % segments, group = task % groups;
     const Size begin = pixels * part / parts, end = pixels * (part + 1) / parts;
-    for (Size pixel = begin; pixel < end; pixel += kDepth) {
-      const Size count = std::min(kDepth, end - pixel);
-      for (Size p = 0; p < count; ++p) {
-        float* to = row_of_a;
-        for (const Chunk& chunk : chunks)
-          to = std::copy_n(conv.At(x.typed_data(), pixel + p, chunk.tap) + segment * conv.channels + chunk.first,
-                           chunk.size, to);
-        for (Size row = 0; row < rows; row += kTileRows)
-          std::memcpy(a.get() + row * count + p * kTileRows, row_of_a + row, kTileRows * sizeof(float));
+    // [panel of rows][pixel][kTileRows] and [depth part][panel][pixel][kTileColumns]
+    std::unique_ptr<float[]> a(new float[kBlock * kDepth]), b(new float[panels * kTileColumns * kPacked]);
+    for (Size start = begin; start < end; start += kPacked) {
+      const Size stop = std::min(end, start + kPacked);
+      for (Size pixel = start; pixel < stop; pixel += kDepth) {
+        const Size count = std::min(kDepth, stop - pixel);
+        for (Size panel = 0; panel < panels; ++panel) {
+          const Size first = panel * kTileColumns;
+          PackPanel(dy.typed_data() + pixel * conv.out.channels + segment * conv.filters + first, conv.out.channels,
+                    count, conv.filters - first, b.get() + ((pixel - start) * panels + panel * count) * kTileColumns);
+        }
       }
-      for (Size panel = 0; panel < panels; ++panel) {
-        const Size first = panel * kTileColumns, column = segment * conv.filters + first;
-        PackPanel(dy.typed_data() + pixel * conv.out.channels + column, conv.out.channels, count, conv.filters - first,
-                  b.get());
-        for (Size row = 0; row < rows; row += kTileRows) {
-          WithRows(rows - row, [&](auto constant) {
-            constexpr int R = constant;
-            Lanes tile[R][2] = {};
-            const float* at[R];
-            UNROLL for (int r = 0; r < R; ++r) at[r] = a.get() + row * count + r;
-            Accumulate<R, kTileRows>(at, b.get(), count, tile);
-            StoreTile<R>(tile, std::min<Size>(kTileColumns, conv.filters - first), pixel > begin,
-                         result + part * size + (first_row + row) * conv.out.channels + column, conv.out.channels);
-          });
+      for (Size block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+        const Size first_row = block * kBlock, rows = std::min(kBlock, depth - first_row);
+        float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
+        for (Size pixel = start; pixel < stop; pixel += kDepth) {
+          const Size count = std::min(kDepth, stop - pixel);
+          conv.PackRows(x.typed_data(), segment, first_row, rows, pixel, count, a.get());
+          for (Size panel = 0; panel < panels; ++panel) {
+            const float* packed = b.get() + ((pixel - start) * panels + panel * count) * kTileColumns;
+            const Size columns = std::min<Size>(kTileColumns, conv.filters - panel * kTileColumns);
+            for (Size row = 0; row < rows; row += kTileRows) {
+              WithRows(rows - row, [&](auto constant) {
+                constexpr int R = constant;
+                float* to = corner + row * conv.out.channels + panel * kTileColumns;
+                PrefetchTile<R>(to, conv.out.channels);
+                Lanes tile[R][2] = {};
+                const float* at[R];
+                UNROLL for (int r = 0; r < R; ++r) at[r] = a.get() + row * count + r;
+                Accumulate<R, kTileRows>(at, packed, count, tile);
+                StoreTile<R>(tile, columns, pixel > begin, to, conv.out.channels);
+              });
+            }
+          }
         }
       }
     }
