@@ -39,18 +39,7 @@ def test_nothing_but_sums(steps, case):
     assert {one["kind"] for one in steps[case]["collectives"]} == {"all-reduce"}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "segments",
-        pytest.param(
-            "depthwise",
-            marks=pytest.mark.xfail(
-                strict=True, reason="on several CPUs, the depthwise filter gradient is summed in each turn of its loop"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("case", ["segments", "depthwise"])
 def test_statistics_of_a_device_need_no_communication(steps, case):
     step = steps[case]
     assert count(step, "all-reduce") <= 3

@@ -244,12 +244,13 @@ def _depthwise_filter_gradient(x, kernel, dy, stride: int, pads: Pads):
         def add_tap(tap, taps):
             x_row = lax.dynamic_slice(padded, (0, row * stride + tap // kw, tap % kw, 0), shape)
             x_row = jnp.repeat(strided(x_row, 0, 0, 1, columns, stride).astype(dtype), multiplier, axis=-1)
-            return taps.at[tap].add((x_row * dy_row).sum((0, 1, 2)))
+            return taps.at[tap].add((x_row * dy_row).sum((1, 2)))
 
         return lax.fori_loop(0, kh * kw, add_tap, taps)
 
-    taps = lax.fori_loop(0, rows, add_row, jnp.zeros((kh * kw, filters), dtype))
-    return taps.reshape(kernel.shape).astype(kernel.dtype)
+    taps = lax.fori_loop(0, rows, add_row, jnp.zeros((kh * kw, batch, filters), dtype))
+    # The images are summed last: a sum over devices in the loop would be one in each of its turns.
+    return taps.sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _patches_product(x, kernel, stride: int, pads: Pads):
