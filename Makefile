@@ -30,7 +30,7 @@ bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure 
 	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environments and caches; runs stay
-	rm -rf .venv .venv.* .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv.* .venv-peers .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+LONG_FILES = ("test_train.py", "test_step.py", "test_parity_with_keras.py", "test_compiled_step.py", "test_networks.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first: two processes share the tests by file."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
+    """The longest files first: processes share the tests by file, and none should be left with a long one at the end."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
 @pytest.fixture(scope="session")

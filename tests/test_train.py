@@ -203,7 +203,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path
         (["--config.batch_size=abc"], 78, "whole number"),
         (["--config.schedule.learning_rate=-1"], 78, "above 0"),
         (["--config.model.name=resnet"], 78, "'inception_v3'"),
-        (["--config.mesh.fsdp=3"], 78, "does not fit the 1 devices"),
+        (["--config.mesh.fsdp=3"], 78, "does not fit 1 devices"),
         (["--config.model.num_classes=11"], 78, "set it to 10"),
         (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
         (["--config.data.name=imagenet2012"], 66, "python -m xception_jax prepare imagenet2012"),

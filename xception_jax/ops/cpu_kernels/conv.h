@@ -219,6 +219,7 @@ inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Ou
   const Size parts = std::clamp<Size>(std::min<Size>(pixels / 768, (2 << 20) / size), 1, 64);
   const Size groups = std::clamp<Size>(Ceil(4 * pool.num_threads(), parts * segments), 1, blocks);
   std::vector<float> sums(parts > 1 ? parts * size : 0);
+  if (pixels == 0) std::fill_n(kernel->typed_data(), size, 0.0f);
   float* result = parts > 1 ? sums.data() : kernel->typed_data();
   ParallelFor(pool, parts * segments * groups, [&](Size task) {
     const Size part = task / (segments * groups), segment = task / groups % segments, group = task % groups;
