@@ -14,7 +14,7 @@ LONG_FILES = ("test_train.py", "test_step.py", "test_parity_with_keras.py", "tes
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: processes share the tests by file, and none should be left with a long one at the end."""
+    """The longest files first: processes share the tests by file, and none should end with a long one."""
     items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
