@@ -63,7 +63,6 @@ def read_trace(directory: Path, hlo: str) -> Counter[Operation]:
     """
     names = dict(_INSTRUCTION.findall(hlo))
     module = _MODULE.search(hlo)
-    instructions = set(re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = ", hlo, re.MULTILINE))
     traces = sorted(directory.glob("**/*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
         raise FileNotFoundError(f"no trace in {directory}")
@@ -73,21 +72,15 @@ def read_trace(directory: Path, hlo: str) -> Counter[Operation]:
         lines = [line for line in lines if line.name == "XLA Ops"] or lines
         on_device = plane.name.startswith("/device:")
         for line in lines:
-            events = (
-                (event, _instruction(event, on_device, module and module[1], instructions)) for event in line.events
-            )
+            events = ((event, _instruction(event, on_device, module and module[1])) for event in line.events)
             for instruction, own in _own_time((event, name) for event, name in events if name):
                 kind = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", instruction)
                 nanoseconds[Operation(*layer_of(names.get(instruction, "")), kind)] += round(own)
     return nanoseconds
 
 
-def _instruction(event: Any, on_device: bool, module: str | None, instructions: set[str]) -> str:
+def _instruction(event: Any, on_device: bool, module: str | None) -> str:
     """Returns the name of the HLO instruction that an event is about; '' if none, or one of another program."""
-    # An instruction of a CPU program gives its event its name. Reading what belongs to a call from Python
-    # ("ParseArguments") ends the process with jaxlib 0.12.
-    if not on_device and event.name not in instructions:
-        return ""
     stats = dict(event.stats)
     if stats.get("hlo_module", module) != module:
         return ""
