@@ -122,6 +122,11 @@ def goals_table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _not_measured(results: dict[str, Any]) -> str:
+    missing = [case.title for name, case in CASES.items() if name not in results["cases"]]
+    return f"\nNot yet measured: {'; '.join(missing)}.\n" if missing else ""
+
+
 def _case_section(case: Case, result: dict[str, Any]) -> str:
     quantities = list(dict.fromkeys(goal.measure for goal in case.goals))
     heads = [f"{MEASURES[quantity].title}, {MEASURES[quantity].unit}" for quantity in quantities]
@@ -169,7 +174,7 @@ so that BatchNorm is folded), Keras on JAX and Flax jit, PyTorch channels_last (
 compiled: frozen by Inductor), ours the allocator's huge pages as in `make train`. A start has no compilation cache.
 
 {goals_table(results)}
-
+{_not_measured(results)}
 ![Speed of ours and the peers](images/benchmarks.png)
 
 ## Case by case

@@ -51,42 +51,41 @@ def conv(
 ) -> Float[Array, "b oh ow f"]:
     """Convolves each of `segments` equal channel segments with its own share of the filters."""
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], stride, pads)
-    places = {"segments": segments, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
-    return _call("conv", (x.shape[0], rows, columns, kernel.shape[3]), x, kernel, **places)
+    return _call(
+        "conv", (x.shape[0], rows, columns, kernel.shape[3]), x, kernel, pads=pads, segments=segments, stride=stride
+    )
 
 
 def conv_filter_gradient(x, dy, kernel_shape: tuple[int, ...], segments: int, stride: int, pads: Pads):
     """The gradient of `conv` for its kernel."""
-    places = {"segments": segments, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
-    return _call("conv_filter_gradient", kernel_shape, x, dy, **places)
+    return _call("conv_filter_gradient", kernel_shape, x, dy, pads=pads, segments=segments, stride=stride)
 
 
 def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], pads: Pads) -> Float[Array, "b oh ow c"]:
     """Convolves each channel with its own filter, stride 1."""
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], 1, pads)
-    return _call("depthwise", (x.shape[0], rows, columns, x.shape[3]), x, kernel, top=pads[0][0], left=pads[1][0])
+    return _call("depthwise", (x.shape[0], rows, columns, x.shape[3]), x, kernel, pads=pads)
 
 
 def depthwise_filter_gradient(x, dy, side: int, pads: Pads) -> Float[Array, "k k 1 c"]:
     """The gradient of `depthwise` for its kernel of `side` rows and columns."""
     shape = (side, side, 1, x.shape[3])
-    return _call("depthwise_filter_gradient", shape, x, dy, top=pads[0][0], left=pads[1][0])
+    return _call("depthwise_filter_gradient", shape, x, dy, pads=pads)
 
 
 def max_pool(x: Float[Array, "b h w c"], window: int, stride: int, pads: Pads) -> Float[Array, "b oh ow c"]:
     """The largest value in each window."""
     rows, columns = output_size(x.shape[1:3], (window, window), stride, pads)
-    places = {"window": window, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
-    return _call("max_pool", (x.shape[0], rows, columns, x.shape[3]), x, **places)
+    return _call("max_pool", (x.shape[0], rows, columns, x.shape[3]), x, pads=pads, window=window, stride=stride)
 
 
 def max_pool_gradient(x, y, dy, window: int, stride: int, pads: Pads) -> Float[Array, "b h w c"]:
     """The gradient of `max_pool`: the first of the largest values in a window takes all of dy."""
-    places = {"window": window, "stride": stride, "top": pads[0][0], "left": pads[1][0]}
-    return _call("max_pool_gradient", x.shape, x, y, dy, **places)
+    return _call("max_pool_gradient", x.shape, x, y, dy, pads=pads, window=window, stride=stride)
 
 
-def _call(name: str, shape: tuple[int, ...], *arrays, **attributes: int):
+def _call(name: str, shape: tuple[int, ...], *arrays, pads: Pads, **attributes: int):
+    attributes |= {"top": pads[0][0], "left": pads[1][0]}
     call = jax.ffi.ffi_call(f"{name}_{_register()}", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
     return call(*arrays, **{key: np.int64(value) for key, value in attributes.items()})
 

@@ -145,7 +145,7 @@ struct Convolution {
 
 // Rows of x are read where they lie (an indirect convolution: Dukhan 2019, arXiv:1907.02129); weights are packed.
 inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, int64_t segments, int64_t stride, int64_t top,
-                int64_t left) {
+                       int64_t left) {
   const Convolution conv(x.dimensions(), kernel.dimensions(), y->dimensions(), segments, stride, top, left);
   const Size depth = conv.taps * conv.channels, panels = conv.panels(), pixels = conv.pixels();
   const Size parts = Ceil(depth, kDepth), part_depth = Ceil(depth, parts);
@@ -171,8 +171,8 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
   });
   // As many blocks for each thread.
   const Size threads = std::max<Size>(pool.num_threads(), 1), blocks = Ceil(Ceil(pixels, kBlock), threads) * threads;
+  const Size tiles = Ceil(pixels, kTileRows);
   ParallelFor(pool, blocks, [&](Size block) {
-    const Size tiles = Ceil(pixels, kTileRows);
     const Size begin = tiles * block / blocks * kTileRows;
     const Size rows = std::min(tiles * (block + 1) / blocks * kTileRows, pixels) - begin;
     std::vector<const float*> at(conv.taps * kBlock);
@@ -210,7 +210,7 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
 
 // kernel [depth, filters] = x^T [depth, pixels] dy [pixels, filters], one segment after the other.
 inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Output kernel, int64_t segments, int64_t stride,
-                              int64_t top, int64_t left) {
+                                     int64_t top, int64_t left) {
   const Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
   const Size depth = conv.taps * conv.channels, panels = conv.panels(), pixels = conv.pixels();
   const Size size = kernel->element_count(), blocks = Ceil(depth, kBlock);

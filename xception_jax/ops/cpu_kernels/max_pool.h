@@ -3,15 +3,16 @@
 #pragma once
 
 #include <limits>
+
 #include "common.h"
 
 struct Pooling {
   Size window, stride, top, left;
 };
 
-// Calls f(x offset, y offset) for each tap of each window of one image that lies inside it, in the order of the taps.
+// Calls f(offset in x) for each tap of one window that lies inside the image, in the order of the taps.
 template <typename F>
-void ForEachTap(const Images& in, const Images& out, const Pooling& pooling, Size image, Size row, Size column, const F& f) {
+void ForEachTap(const Images& in, const Pooling& pooling, Size image, Size row, Size column, const F& f) {
   const Size y0 = row * pooling.stride - pooling.top, x0 = column * pooling.stride - pooling.left;
   for (Size i = std::max<Size>(0, -y0); i < std::min(pooling.window, in.height - y0); ++i)
     for (Size j = std::max<Size>(0, -x0); j < std::min(pooling.window, in.width - x0); ++j)
@@ -27,7 +28,7 @@ inline ffi::Error MaxPool(ffi::ThreadPool pool, Input x, Output y, int64_t windo
       for (Size column = 0; column < out.width; ++column) {
         float* __restrict to = y->typed_data() + (line * out.width + column) * out.channels;
         std::fill_n(to, out.channels, -std::numeric_limits<float>::infinity());
-        ForEachTap(in, out, pooling, line / out.height, line % out.height, column, [&](Size offset) {
+        ForEachTap(in, pooling, line / out.height, line % out.height, column, [&](Size offset) {
           const float* __restrict from = x.typed_data() + offset;
           for (Size c = 0; c < in.channels; ++c) to[c] = (from[c] > to[c]) | (from[c] != from[c]) ? from[c] : to[c];
         });
@@ -38,7 +39,7 @@ inline ffi::Error MaxPool(ffi::ThreadPool pool, Input x, Output y, int64_t windo
 }
 
 inline ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Input x, Input y, Input dy, Output dx, int64_t window, int64_t stride,
-                           int64_t top, int64_t left) {
+                                  int64_t top, int64_t left) {
   const Images in(x.dimensions()), out(y.dimensions());
   const Pooling pooling{window, stride, top, left};
   ParallelFor(pool, in.batch, [&](Size image) {
@@ -50,7 +51,7 @@ inline ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Input x, Input y, Input 
         const float* __restrict largest = y.typed_data() + at;
         float* __restrict rest = left_over.data();
         std::copy_n(dy.typed_data() + at, in.channels, rest);
-        ForEachTap(in, out, pooling, image, row, column, [&](Size offset) {
+        ForEachTap(in, pooling, image, row, column, [&](Size offset) {
           const float* __restrict from = x.typed_data() + offset;
           float* __restrict to = dx->typed_data() + offset;
           for (Size c = 0; c < in.channels; ++c) {
