@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
 
 from benchmarks.cases import CONTESTANTS
+from xception_jax.memory import peak_memory
 
 PACKAGES = ("flax", "grain", "jax", "jaxlib", "keras", "opencv-python-headless", "simplejpeg", "tensorflow-cpu", "timm")
 _WARM_UP = 1.0  # seconds
@@ -40,11 +40,6 @@ def work_for(step: Callable[[], object], seconds: float, last: float) -> dict[st
 def processor_time() -> float:
     """Returns the seconds that all cores have worked for this process and the compilers that it ran."""
     return sum(os.times()[:4])
-
-
-def peak_memory() -> int:
-    """Returns the largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _versions() -> dict[str, str]:

@@ -104,6 +104,23 @@ def test_the_text_of_libtpu():
     assert rounds(TPU) == 1
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['x'=2,'y'=4] {'y'}", 4),
+        ("mesh['x'=2,'y'=4] {'x','y'}", 8),
+        ("mesh['x'=2,'y'=4] {'y':(2)2}", 2),
+        ("{}", 8),
+    ],
+)
+def test_every_notation_of_groups(groups, devices):
+    line = f"  %sum.1 = f32[2]{{0}} all-reduce(%p0), replica_groups={groups}, to_apply=%add"
+    (one,) = collectives(f"ENTRY %main.1 (p0: f32[2]) -> f32[2] {{\n{line}\n}}", 8)
+    assert one.devices == devices
+
+
 def test_what_is_inside_a_fusion_is_not_in_memory():
     assert arrays_in_memory(TPU, "f32")[8, 4, 4, 2] == 1
     assert not arrays_in_memory(TPU, "bf16")[8, 4, 4, 2]

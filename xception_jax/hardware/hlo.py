@@ -181,6 +181,11 @@ def _group_size(rest: str, num_devices: int) -> int:
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
         return int(iota[2])
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
+        sides = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        # An axis may be given in part: 'x':(1)2 is two devices of it.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sides[axis]) for axis, part in parts)
     return num_devices
 
 

@@ -16,7 +16,7 @@ _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', 
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
 # Parts of an op_name that are JAX's, not the network's: transformations, control flow, and Flax' method calls.
 _NOT_A_LAYER = re.compile(
-    r".*\(.*\)|.*\._?\w+|cond|while|body|scan|shard_map|closed_call|checkpoint|custom_\w+|branch_\d+_fun|"
+    r".*\(.*\)|.*\._?\w+|cond|while|body|scan|shard_map|closed_call|eval_jaxpr|checkpoint|custom_\w+|branch_\d+_fun|"
 )
 
 

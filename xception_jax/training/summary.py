@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from xception_jax.data import images
 from xception_jax.data.sources import Source
 from xception_jax.evaluation.metrics import Predictions, wilson_interval
 from xception_jax.logs.report import RunInfo, choose_examples, write_report
+from xception_jax.memory import peak_memory
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 
@@ -106,7 +106,7 @@ def peak_memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def _example_images(source: Source, predictions: Predictions) -> dict[int, Any]:
