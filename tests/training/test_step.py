@@ -1,13 +1,20 @@
-import functools
 import json
+from collections.abc import Callable
+from functools import cache, partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
+from tests.models.quick import random_variables
+from xception_jax import ops
 from xception_jax.config import default_config, load_json, resolve, save_json
 from xception_jax.models import create_model
+from xception_jax.models.layers import Conv, Head
+from xception_jax.models.modules import SeparableConv
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.optimizer import make_optimizer, make_schedule
 from xception_jax.training.state import make_state_init
@@ -30,16 +37,34 @@ def tiny_config(**fields):
     return resolve(config)
 
 
+class Short(nn.Module):
+    """One of each layer of Xception: a step takes any network, and this one is compiled in a second."""
+
+    norm: Callable[..., nn.Module]
+    num_classes: int
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = Conv(6, kernel_size=(3, 3), dtype=self.dtype, name="conv")(images)
+        residual = x = nn.relu(self.norm(name="conv_bn")(x, train))
+        x = SeparableConv(6, dtype=self.dtype, name="sepconv")(x)
+        x = ops.max_pool(self.norm(name="sepconv_bn")(x, train) + residual, padding="SAME")
+        return Head(self.num_classes, dropout_rate=self.dropout_rate, dtype=self.dtype, name="head")(x, train)[0], {}
+
+
 def make(config, state=None):
     """Returns the first state (or the given one) and the jitted step of a config; equal configs are compiled once."""
     init, step = _make(save_json(config))
     return (init() if state is None else state), step
 
 
-@functools.cache
+@cache
 def _make(saved_config):
     config = load_json(saved_config)
-    model = create_model(config.model)
+    xception = create_model(config.model)
+    model = Short(xception.norm, xception.num_classes, xception.dropout_rate, xception.dtype)
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)
     init = make_state_init(
@@ -151,80 +176,43 @@ def test_bfloat16_keeps_the_state_in_float32():
 
 
 def test_auxiliary_loss_is_added():
-    fields = {"model.name": "inception_v3", "model.aux_head": True, "model.dropout_rate": 0.0, "data.image_size": 107}
+    fields = {
+        "model.name": "inception_v3",
+        "model.aux_head": True,
+        "model.dropout_rate": 0.0,
+        "ema.decay": 0.0,
+        "data.image_size": 107,
+    }
     config = default_config()
     config.update_from_flattened_dict(
         fields | {"model.width_multiplier": 0.05, "model.num_classes": 5, "batch_size": 4}
     )
-    state, _ = make(resolve(config))
-    losses = {}
-    for weight in (0.0, 0.4, 1.0):
+    config = resolve(config)
+    model, schedule = create_model(config.model), make_schedule(config, 100)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = jax.eval_shape(make_state_init(model, optimizer, image_size=107, seed=0, ema=False))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    state = state.replace(**random_variables(model, make_batch(config)["image"]))
+
+    @partial(jax.jit, compiler_options=COMPILE_FAST)
+    def loss(weight):
+        # Nothing but the loss is asked for, so the gradients are not compiled; and the weight does not compile anew.
         config.loss.aux_weight = weight
-        resolved = resolve(config)
-        step = make(resolved, state)[1].__wrapped__
-        # Nothing but the loss is asked for, so the gradients are not compiled.
-        loss = jax.jit(lambda state, batch, step=step: step(state, batch)[1]["loss"], compiler_options=COMPILE_FAST)
-        losses[weight] = float(loss(state, make_batch(resolved)))
+        step = make_train_step(model, optimizer, schedule, config)
+        return step(state, make_batch(config))[1]["loss"]
+
+    losses = {weight: float(loss(weight)) for weight in (0.0, 0.4, 1.0)}
     assert losses[0.4] - losses[0.0] == pytest.approx(0.4 * (losses[1.0] - losses[0.0]), rel=1e-3)
     assert losses[1.0] > losses[0.0] + 0.5
 
 
-MESH_CODE = """
-import json, sys
-import jax, jax.numpy as jnp, numpy as np
-from tests.training.test_step import make_batch, tiny_config
-from xception_jax.models import create_model
-from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
-from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import abstract_state, make_state_init
-from xception_jax.training.step import make_train_step
-
-fields = json.loads(sys.argv[1])
-config = tiny_config(batch_size=16, **fields)
-mesh = make_mesh(config.mesh)
-with jax.set_mesh(mesh):
-    model = create_model(config.model)
-    schedule = make_schedule(config, 100)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    init = make_state_init(model, optimizer, image_size=16, seed=0, ema=True)
-    abstract = abstract_state(init, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = jax.jit(init, out_shardings=shardings)()
-    step = jax.jit(make_train_step(model, optimizer, schedule, config), out_shardings=(shardings, None))
-    losses = []
-    for number in range(3):
-        batch = {name: np.asarray(part) for name, part in make_batch(config, number).items()}
-        state, metrics = step(state, to_devices(batch, batch_sharding(mesh)))
-        losses.append(float(metrics["loss"]))
-    bytes_held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    fsdp = mesh.shape["fsdp"]
-    divided = [leaf for leaf in jax.tree.leaves(state) if any(n % fsdp == 0 for n in leaf.shape)]
-    whole = [leaf.shape for leaf in divided if leaf.addressable_shards[0].data.size * fsdp != leaf.size]
-    print(json.dumps({"losses": losses, "bytes": bytes_held, "divided": len(divided), "whole": whole}))
-"""
-
-
 def test_the_mesh_changes_neither_losses_nor_what_is_learned(run_python):
-    def run(devices, **fields):
-        # The same lowering for all: another order of summing may put a value on the other side of a ReLU.
-        plain = {"XCEPTION_JAX_CPU_KERNELS": "0"}
-        process = run_python("-c", MESH_CODE, json.dumps(fields), devices=devices, environment=plain)
-        assert process.returncode == 0, process.stderr
-        return json.loads(process.stdout)
-
-    one = run(1)
-    data_parallel = run(8)
-    sharded = run(8, **{"mesh.fsdp": 4})
-    np.testing.assert_allclose(data_parallel["losses"], one["losses"], rtol=2e-4)
-    np.testing.assert_allclose(sharded["losses"], one["losses"], rtol=2e-4)
-    assert data_parallel["bytes"] == one["bytes"]
+    fields = json.dumps({"mesh.fsdp": 4})
+    process = run_python(ROOT / "tests/training/mesh_program.py", 1, "{}", 8, fields, devices=8)
+    assert process.returncode == 0, process.stderr
+    one, sharded = map(json.loads, process.stdout.splitlines())
+    np.testing.assert_allclose(sharded["losses"], one["losses"], rtol=1e-9)
     # Parameters, optimiser state and averages are really divided wherever an axis can be.
     assert sharded["whole"] == []
     assert sharded["divided"] > 50
     assert sharded["bytes"] < one["bytes"]
-    # Statistics of each device's own two images are those of groups of two on a single device.
-    np.testing.assert_allclose(
-        run(8, **{"model.batch_norm.statistics": "device"})["losses"],
-        run(1, **{"model.batch_norm.statistics": 2})["losses"],
-        rtol=2e-4,
-    )
