@@ -68,9 +68,7 @@ def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel(
-            "channels per segment (geometric mean over layers): depthwise \N{RIGHTWARDS ARROW} regular", color=_QUIET
-        )
+        axes.set_xlabel("channels per segment, mean over layers (1: depthwise)", color=_QUIET)
     else:
         axes.set_xticks(sorted(set(x)))
         axes.set_xlabel(results.stored.study.axis.removeprefix("model.").replace("_", " "), color=_QUIET)
@@ -98,7 +96,7 @@ def over_axis(results: Results) -> str | None:
         if any(arm.line for arm in arms):
             axes.legend(title="between the convolutions" if results.logarithmic else None)
 
-    return _draw(520, 300, draw, (0.12, 0.16, 0.86, 0.8))
+    return _draw(420, 270, draw, (0.14, 0.17, 0.84, 0.79))
 
 
 def effects(results: Results) -> str | None:
@@ -122,7 +120,7 @@ def effects(results: Results) -> str | None:
         axes.set_ylabel("paired difference in test accuracy, points", color=_QUIET)
         axes.legend()
 
-    return _draw(520, 300, draw, (0.12, 0.16, 0.86, 0.8))
+    return _draw(420, 270, draw, (0.14, 0.17, 0.84, 0.79))
 
 
 def over_cost(results: Results, name: str, label: str) -> str | None:
@@ -160,11 +158,12 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.margins(x=0.15)
         axes.set_xlabel(label, color=_QUIET)
+        axes.set_ylabel("test accuracy", color=_QUIET)
         axes.tick_params(length=3)
         if len(lines) > 1:
             axes.legend(fontsize=8)
 
-    return _draw(340, 230, draw, (0.15, 0.18, 0.82, 0.76))
+    return _draw(340, 230, draw, (0.18, 0.18, 0.79, 0.76))
 
 
 def learning_curves(arms: Sequence[ArmResult]) -> str | None:
@@ -184,9 +183,10 @@ def learning_curves(arms: Sequence[ArmResult]) -> str | None:
         # The first evaluations of a run, near chance, would press the rest into the upper margin.
         axes.set_ylim(bottom=max(float(starts.min()), float(ends.min()) - 0.15))
         axes.set_xlabel("step", color=_QUIET)
+        axes.set_ylabel("development accuracy", color=_QUIET)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.tick_params(length=3)
         axes.legend(fontsize=8, loc="lower right")
 
-    return _draw(340, 250, draw, (0.15, 0.16, 0.82, 0.79))
+    return _draw(340, 250, draw, (0.17, 0.16, 0.8, 0.79))

@@ -281,7 +281,10 @@ def _outcome(expected: str, verdict: str) -> str:
 
 
 def _interaction_outcome(expected: str, trend: Trend | None, margin: float) -> str:
-    """A flip needs the slope and both ends; against it speaks a flip the other way, or effects that are too small."""
+    """Compares what was expected with what was found.
+
+    A flip needs the slope and both ends. Against it speak a slope the other way, or ends settled otherwise.
+    """
     if trend is None:
         return "undecided"
     if trend.flips == expected != "no":
@@ -290,4 +293,6 @@ def _interaction_outcome(expected: str, trend: Trend | None, margin: float) -> s
     settled = "undecided" not in ends
     if expected == "no":
         return "against it" if trend.flips != "no" else "as expected" if settled else "undecided"
-    return "against it" if settled or trend.flips != "no" else "undecided"
+    falls, rises = trend.slope.high < 0, trend.slope.low > 0
+    opposite = falls if expected == "rises through zero" else rises
+    return "against it" if settled or opposite else "undecided"

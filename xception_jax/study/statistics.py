@@ -183,6 +183,6 @@ def smallest_effect(sd: float, n: int, power: float = 0.8) -> float:
     low, high = 0.0, 100.0  # in standard errors
     while high - low > 1e-6:
         middle = (low + high) / 2
-        reached = stats.nct.sf(critical, n - 1, middle) + stats.nct.cdf(-critical, n - 1, middle)
-        low, high = (low, middle) if reached > power else (middle, high)
+        # The other tail, a difference found with the wrong sign, is below 1e-5 there, and NaN in places.
+        low, high = (low, middle) if stats.nct.sf(critical, n - 1, middle) > power else (middle, high)
     return high * sd / math.sqrt(n)

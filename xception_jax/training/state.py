@@ -49,7 +49,7 @@ def make_state_init(
     """
 
     def init(bits: np.ndarray | jax.Array | None = None) -> TrainState:
-        key = jax.random.key(seed) if bits is None else jax.random.wrap_key_data(bits)
+        key = jax.random.key(seed) if bits is None else jax.random.wrap_key_data(jnp.asarray(bits))
         images = jnp.zeros((1, image_size, image_size, 3))
         variables = model.init({"params": key}, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
