@@ -7,6 +7,7 @@ parameters of a depthwise convolution. Costs are counted from abstract shapes; n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,8 +25,9 @@ from xception_jax.models.modules import SeparableConv
 from xception_jax.study.design import Arm, Study
 
 # Widths that are tried: this share apart, from an eighth of the reference's to eight times it.
-_STEP = 2 ** (1 / 512)
-_RANGE = 3 * 512
+_OCTAVE = 512
+_STEP = 2 ** (1 / _OCTAVE)
+_RANGE = 3 * _OCTAVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +104,23 @@ def _match(study: Study, arm: Arm, reference: Cost, cost_at: Callable[[Arm, floa
 
     if cost(0) == target:
         return width
-    low, high = -_RANGE, _RANGE
-    while high - low > 1:  # costs never fall as the width grows
+    # Outwards until the target lies between: a network an eighth as wide may have layers without channels.
+    low = high = best = 0
+    while high < _RANGE and cost(high) < target:
+        low, high = high, high + _OCTAVE
+    while low > -_RANGE and cost(low) > target:
+        low, high = low - _OCTAVE, low
+    for turn in itertools.count():  # costs never fall as the width grows
+        best = min((best, low, high), key=lambda k: abs(cost(k) - target))
+        error = cost(best) / target - 1
+        if high - low <= 1 or abs(error) < study.tolerance / 10:
+            break
         middle = (low + high) // 2
+        if turn % 2 == 0 and cost(low) < target < cost(high):
+            # Costs are nearly powers of the width: a straight line between logarithms comes close.
+            share = math.log(target / cost(low)) / math.log(cost(high) / cost(low))
+            middle = min(max(round(low + share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if cost(middle) <= target else (low, middle)
-    best = min(low, high, key=lambda k: abs(cost(k) - target))
-    error = cost(best) / target - 1
     if abs(error) > study.tolerance:
         raise ConfigError(
             f"no width gives arm {arm.name} the {target:,} {study.control} of {study.reference} within "
