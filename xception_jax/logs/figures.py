@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 # Okabe and Ito (2008): told apart with any kind of colour vision. The lines differ in dash and width as well.
 GREY, BLUE, VERMILION = "#8a8a8a", "#0072b2", "#d55e00"
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "xception_jax",  # otherwise ids are random
     "svg.fonttype": "none",  # text stays text, in the font of the page
     "font.size": 9,
@@ -66,7 +66,7 @@ def _series(metrics: Sequence[dict[str, Any]], line: Line) -> tuple[np.ndarray, 
     return steps, values
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """Returns an <svg> element that can stand in a page beside others."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -89,7 +89,7 @@ def line_figure(metrics: Sequence[dict[str, Any]], lines: Sequence[Line], *, per
     series = [(line, *_series(metrics, line)) for line in lines]
     if not any(len(steps) for _, steps, _ in series):
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(340 / 72, 230 / 72))
         axes = figure.add_axes((0.13, 0.17, 0.85, 0.76))  # fixed, so that figures side by side align
         for line, steps, values in series:
@@ -98,7 +98,7 @@ def line_figure(metrics: Sequence[dict[str, Any]], lines: Sequence[Line], *, per
                 marker: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) <= 12 else {}
                 axes.plot(*_thin(steps, values), label=line.label, **(marker | line.style))
         _finish(axes, percent, legend=len(lines) > 1)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _finish(axes: Axes, percent: bool, legend: bool) -> None:

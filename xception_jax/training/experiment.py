@@ -21,7 +21,7 @@ from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh
 from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import TrainState, abstract_state, make_state_init
+from xception_jax.training.state import TrainState, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 
@@ -132,7 +132,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
         model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0
     )
     abstract = abstract_state(init, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    seeded = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
     return Experiment(
         config=config,
         mesh=mesh,
@@ -142,7 +142,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
         schedule=schedule,
         cost=count_cost(model, config.data.image_size),
         abstract=abstract,
-        init=jax.jit(init, out_shardings=shardings),
+        init=functools.partial(seeded, seed_bits(config.seed)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
@@ -42,17 +43,26 @@ class TrainState(struct.PyTreeNode):
 def make_state_init(
     model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, seed: int, ema: bool
 ):
-    """Returns a function of no arguments that makes the first state, to be jitted with `abstract_state`'s shardings."""
+    """Returns a function that makes the first state, to be jitted with `abstract_state`'s shardings.
 
-    def init() -> TrainState:
+    It takes `seed_bits(seed)`, so that one program serves all seeds; without, the seed is a constant in it.
+    """
+
+    def init(bits: np.ndarray | jax.Array | None = None) -> TrainState:
+        key = jax.random.key(seed) if bits is None else jax.random.wrap_key_data(jnp.asarray(bits))
         images = jnp.zeros((1, image_size, image_size, 3))
-        variables = model.init({"params": jax.random.key(seed)}, images, train=False)
+        variables = model.init({"params": key}, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
         zero = jnp.zeros((), jnp.int32)
         averages = {"params": params, "batch_stats": batch_stats} if ema else None
         return TrainState(zero, params, batch_stats, optimizer.init(params), averages, zero, zero)
 
     return init
+
+
+def seed_bits(seed: int) -> np.ndarray:
+    """Returns the key of a seed as numbers on the host, the same for every process."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def abstract_state(init, mesh: Mesh) -> TrainState:

@@ -63,6 +63,19 @@ def open_workdir(
     if not primary:
         yield path
         return
+    with hold_directory(path):
+        # Only now: until the lock is held, config.json is another run's.
+        _write_config(path, config, report)
+        yield path
+
+
+@contextlib.contextmanager
+def hold_directory(path: Path) -> Iterator[None]:
+    """Creates a directory or takes an existing one, and keeps other processes out while the context lasts.
+
+    Raises:
+      WorkdirError: it cannot be created or written, or another process holds it.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -70,9 +83,7 @@ def open_workdir(
         raise _unusable(path, error) from None
     try:
         _hold(lock, path)
-        # Only now: until the lock is held, config.json is another run's.
-        _write_config(path, config, report)
-        yield path
+        yield
     finally:
         os.close(lock)
 

@@ -1,0 +1,32 @@
+"""One, two or four spatial filters for each channel, at equal cost.
+
+    python -m xception_jax study run configs/studies/depth_multiplier.py --workdir runs/depth_multiplier
+
+The paper has one. More make the space between the two convolutions larger than the input, at the price of width.
+
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
+"""
+
+from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.sizes import study_size
+
+MULTIPLIERS = (1, 2, 4)
+
+
+def get_study(size="cpu", control="parameters"):
+    sized = study_size(size)
+    return Study(
+        name=f"depth_multiplier-{size}-{control}",
+        question="Is one spatial filter for each channel enough?",
+        hypothesis="At equal cost a network is better wide than with several spatial filters for each channel: the "
+        "correlations across channels are the harder part.",
+        config=sized.config,
+        arms=tuple(Arm(f"x{m}", {"model.depth_multiplier": m}) for m in MULTIPLIERS),
+        seeds=sized.seeds,
+        margin=sized.margin,
+        reference="x1",
+        comparisons=(Comparison("x2", "x1", "worse"), Comparison("x4", "x1", "worse")),
+        control=control,
+        axis="model.depth_multiplier",
+        budget=sized.budget,
+    )

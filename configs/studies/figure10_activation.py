@@ -1,0 +1,32 @@
+"""Figure 10 (section 4.7): none, ReLU or ELU between the depthwise and the pointwise convolution.
+
+    python -m xception_jax study run configs/studies/figure10_activation.py --workdir runs/figure10
+
+The paper, one seed each, read off the plot: none 0.790, ELU 0.780, ReLU 0.770.
+
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
+"""
+
+from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.sizes import study_size
+
+
+def get_study(size="cpu", control="parameters"):
+    sized = study_size(size)
+    return Study(
+        name=f"figure10-{size}-{control}",
+        question="Does a non-linearity between the depthwise and the pointwise convolution harm?",
+        hypothesis="Both are worse than none, ReLU worse than ELU (figure 10).",
+        config=sized.config,
+        arms=tuple(Arm(name, {"model.intermediate_activation": name}) for name in ("none", "relu", "elu")),
+        seeds=sized.seeds,
+        margin=sized.margin,
+        reference="none",
+        comparisons=(
+            Comparison("relu", "none", "worse"),
+            Comparison("elu", "none", "worse"),
+            Comparison("elu", "relu", "better"),
+        ),
+        control=control,
+        budget=sized.budget,
+    )

@@ -1,0 +1,39 @@
+"""How separable the kernels are that a regular convolution learns: the hypothesis, asked of weights.
+
+    python -m xception_jax study run configs/studies/kernels.py --workdir runs/kernels
+    python -m xception_jax study kernels runs/kernels
+
+If correlations across channels and in space can be mapped apart, a network that need not do so should learn kernels
+that are nearly separable. Measured by layer: the share of a filter's squared norm in one spatial blueprint (BSConv),
+and the error of a sum of r depthwise separable convolutions (Network Decoupling), against kernels drawn at random.
+
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
+"""
+
+from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.sizes import study_size
+
+
+def get_study(size="cpu", control="parameters"):
+    sized = study_size(size)
+    return Study(
+        name=f"kernels-{size}-{control}",
+        question="Are the kernels of trained regular convolutions separable, and more so with a ReLU after them?",
+        hypothesis="In every layer the first component holds a larger share than in random kernels, and its excess is "
+        "larger in late layers than in early ones; with a ReLU in between a regular network is better (spectrum).",
+        config=sized.config,
+        arms=(
+            Arm("depthwise", {"model.segments": "depthwise"}),
+            Arm("regular_none", {"model.segments": 1}),
+            Arm("regular_relu", {"model.segments": 1, "model.intermediate_activation": "relu"}),
+        ),
+        seeds=sized.seeds,
+        margin=sized.margin,
+        reference="depthwise",
+        comparisons=(
+            Comparison("regular_relu", "regular_none", "better"),
+            Comparison("depthwise", "regular_none", "better"),
+        ),
+        control=control,
+        budget=sized.budget,
+    )

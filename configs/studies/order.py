@@ -1,0 +1,51 @@
+"""Depthwise first or pointwise first: "unimportant", says section 2 of the paper, and does not test it.
+
+    python -m xception_jax study run configs/studies/order.py --workdir runs/order
+
+BSConv (Haase and Amthor 2020) argues for pointwise first. The order is compared without and with a ReLU between the
+two convolutions, at the depthwise end and with four segments.
+
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
+"""
+
+from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.sizes import study_size
+
+SEGMENTS = {"depthwise": "depthwise", "4": 4}
+ACTIVATIONS = ("none", "relu")
+ORDERS = {"spatial": "depthwise_first", "pointwise": "pointwise_first"}
+
+
+def get_study(size="cpu", control="parameters"):
+    sized = study_size(size)
+    return Study(
+        name=f"order-{size}-{control}",
+        question="Does it matter whether the spatial or the pointwise convolution comes first?",
+        hypothesis="It does not (section 2): in a stack of such layers the orders differ at its two ends.",
+        config=sized.config,
+        arms=tuple(
+            Arm(
+                f"{segments}_{activation}_{order}",
+                {
+                    "model.segments": value,
+                    "model.intermediate_activation": activation,
+                    "model.order": ORDERS[order],
+                },
+                line=f"{order} first",
+            )
+            for segments, value in SEGMENTS.items()
+            for activation in ACTIVATIONS
+            for order in ORDERS
+        ),
+        seeds=sized.seeds,
+        margin=sized.margin,
+        reference="depthwise_none_spatial",
+        comparisons=tuple(
+            Comparison(f"{segments}_{activation}_pointwise", f"{segments}_{activation}_spatial", "equivalent")
+            for segments in SEGMENTS
+            for activation in ACTIVATIONS
+        ),
+        control=control,
+        tolerance=0.02 if size == "cpu" else 0.01,  # channels of a narrow network come in coarse steps
+        budget=sized.budget,
+    )

@@ -1,0 +1,132 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.study.simulated import small_study
+from xception_jax.config import default_config
+from xception_jax.errors import ConfigError, InputMissingError
+from xception_jax.study.design import Arm, Comparison, changes, load_study, study_from_json, study_to_json
+
+STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.py"))
+SIZES = ("cpu", "cifar", "imagenet")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_file_states_everything_and_survives_storage(path, size):
+    study = load_study(f"{path}:{size}")
+    assert study.question.endswith("?")
+    assert len(study.hypothesis) > 30
+    assert study.comparisons
+    assert len(study.seeds) >= 3
+    stored = study_from_json(json.loads(json.dumps(study_to_json(study))))
+    assert changes(stored, study) == changes(study, stored) == ([], [])
+    assert study.config.data.test_split.partition("[")[0] != study.config.data.eval_split.partition("[")[0]
+    assert f"python -m xception_jax study run configs/studies/{path.name}" in path.read_text()
+
+
+def test_spectrum_has_every_point_with_every_activation_and_seed():
+    study = load_study(f"{STUDIES[0].parent}/spectrum.py")
+    assert len(study.arms) * len(study.seeds) == 90
+    assert study.control == "parameters"
+    assert load_study(f"{STUDIES[0].parent}/spectrum.py:cpu,width").control == "width"
+
+
+ARM = Arm("depthwise_elu", {"model.intermediate_activation": "elu"}, "elu")
+
+
+def test_seeds_and_arms_may_be_added():
+    study = small_study()
+    more = dataclasses.replace(study, arms=(*study.arms, ARM), seeds=(*study.seeds, 9))
+    assert changes(study, more) == (["arm depthwise_elu", "seed 9"], [])
+    compared = dataclasses.replace(
+        more, comparisons=(*study.comparisons, Comparison("depthwise_elu", "depthwise_none", "worse"))
+    )
+    assert changes(study, compared)[1] == []
+
+
+def other_config():
+    config = small_study().config.copy_and_resolve_references()
+    config.schedule.learning_rate = 0.3
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"margin": 0.02}, "margin: 0.005 -> 0.02"),
+        ({"hypothesis": "It falls."}, "hypothesis"),
+        ({"control": "width"}, "control"),
+        ({"seeds": (0, 1)}, "seed 2 is gone"),
+        ({"config": other_config()}, "the config of all cells"),
+        ({"arms": (dataclasses.replace(small_study().arms[0], overrides={}), *small_study().arms[1:])}, "arm 1_none"),
+        ({"comparisons": small_study().comparisons[1:]}, "comparison 1_relu"),
+        ({"comparisons": (*small_study().comparisons, Comparison("2_relu", "1_relu"))}, "new between old arms"),
+        (
+            {"interactions": (dataclasses.replace(small_study().interactions[0], expected="falls through zero"),)},
+            "interaction relu - none is another",
+        ),
+        ({"interactions": ()}, "interaction relu - none is gone"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_else_changes_is_named(change, words):
+    _, refused = changes(small_study(), dataclasses.replace(small_study(), **change))
+    assert any(words in line for line in refused), refused
+
+
+GOOD = """
+import dataclasses
+from tests.study.simulated import small_study
+from xception_jax.study.design import Arm, Comparison
+def get_study(size="cpu"):
+    study = small_study()
+    return CHANGED
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("dataclasses.replace(study, arms=study.arms * 2)", "two arms are called"),
+        ("dataclasses.replace(study, reference='x')", "no arm 'x'"),
+        ("dataclasses.replace(study, comparisons=(Comparison('1_relu', 'nobody'),))", "no arm 'nobody'"),
+        ("dataclasses.replace(study, comparisons=(Comparison('1_relu', '1_none', 'great'),))", "'great'"),
+        ("dataclasses.replace(study, seeds=(1, 1))", "seeds repeat"),
+        ("dataclasses.replace(study, margin=0)", "the margin is 0"),
+        ("dataclasses.replace(study, control='luck')", "'luck'"),
+        ("dataclasses.replace(study, axis='')", "no axis"),
+        ("dataclasses.replace(study, arms=(*study.arms, Arm('a/b', {})))", "'a/b'"),
+        ("dataclasses.replace(study, arms=(*study.arms, Arm('a', {'seed': 3})))", "sets seed"),
+        ("dataclasses.replace(study, arms=(*study.arms, Arm('a', {'model.width_multiplier': 3.0})))", "model.width"),
+        ("dataclasses.replace(study, arms=(*study.arms, Arm('a', {'model.segment': 3})))", "no field"),
+        ("dataclasses.replace(study, arms=(*study.arms, Arm('a', {'model.segments': -3})))", "segments is -3"),
+        ("study.nothing", "AttributeError"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(tmp_path, changed, words):
+    (tmp_path / "study.py").write_text(GOOD.replace("CHANGED", changed))
+    with pytest.raises(ConfigError, match=words):
+        load_study(f"{tmp_path}/study.py")
+
+
+def test_a_study_file_that_is_missing_or_does_not_run(tmp_path):
+    with pytest.raises(InputMissingError, match="there is no study"):
+        load_study(f"{tmp_path}/study.py")
+    (tmp_path / "study.py").write_text("def get_study():\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match="ZeroDivisionError") as error:
+        load_study(f"{tmp_path}/study.py")
+    assert error.value.where.endswith("study.py:2")
+    with pytest.raises(ConfigError, match="no size 'huge'"):
+        load_study(f"{STUDIES[0]}:huge")
+    with pytest.raises(ConfigError, match="too many"):
+        load_study(f"{STUDIES[0]}:cpu,width,3")
+
+
+def test_an_arm_does_not_change_the_config_of_others():
+    study = small_study()
+    study.arm_config(study.arm("1_relu"), seed=7)
+    assert study.config.seed == default_config().seed
+    assert study.arm_config(study.arm("1_none")).model.intermediate_activation == "none"

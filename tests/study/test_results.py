@@ -1,0 +1,102 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests.logs.test_report import Page
+from tests.study.simulated import small_study, write_simulated
+from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.study.report import format_results, write_study_report
+from xception_jax.study.store import read_study
+
+FAILED = ("4_relu", 3)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    write_simulated(root, small_study(), fail=[FAILED])
+    return root, write_study_report(root)
+
+
+def test_known_effects_are_found(written):
+    _, results = written
+    verdicts = {entry.comparison.arm: (entry.verdict, entry.outcome) for entry in results.comparisons}
+    assert verdicts["1_relu"] == ("better", "as expected")
+    assert verdicts["depthwise_relu"] == ("worse", "as expected")
+    assert verdicts["16_relu"] == ("equivalent", "")
+    (interaction,) = results.interactions
+    assert interaction.trend.flips == "rises through zero"
+    assert interaction.outcome == "as expected"
+    assert interaction.trend.slope.low < 0.004 < interaction.trend.slope.high
+    assert interaction.seeds == 4  # the seed of the failed cell is left out
+    assert list(interaction.x) == sorted(interaction.x)
+
+
+def test_comparisons_are_paired_by_seed(written):
+    root, results = written
+    with open(root / "cells.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60
+    accuracy = {(row["arm"], int(row["seed"])): row["test_accuracy"] for row in rows}
+    assert accuracy[FAILED] == ""
+    for entry in results.comparisons:
+        pairs = [(accuracy[entry.comparison.arm, s], accuracy[entry.comparison.baseline, s]) for s in range(5)]
+        arm, baseline = np.array([(float(a), float(b)) for a, b in pairs if a and b]).T
+        theirs = scipy.stats.ttest_rel(arm, baseline)
+        assert entry.difference.n == len(arm) == (4 if entry.comparison.arm == FAILED[0] else 5)
+        assert entry.difference.p == pytest.approx(theirs.pvalue)
+        assert (entry.difference.low, entry.difference.high) == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+def test_no_effect_is_no_flip(tmp_path):
+    write_simulated(tmp_path, small_study(), slope=0.0)
+    results = write_study_report(tmp_path)
+    assert {entry.verdict for entry in results.comparisons} <= {"equivalent", "undecided"}
+    assert results.interactions[0].trend.flips == "no"
+    assert results.interactions[0].outcome == "against it"  # both ends are inside the margin
+
+
+def test_the_page_is_whole_and_escaped(written):
+    root, _ = written
+    text = (root / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 8
+    assert "The effect rises through zero & <b>nothing</b> is markup." in " ".join(page.text.split())
+    assert "<b>nothing</b>" not in text
+    for words in ("1 cell failed", "4_relu seed 3 (diverged)", "rises through zero", "equivalent", "cells.csv"):
+        assert words in page.text, words
+    assert "not the end of the study" not in page.text
+    assert not any(
+        name in ("src", "href") for name, value in page.attributes if not str(value).startswith(("#", "data:"))
+    )
+    markdown = (root / "report.md").read_text()
+    assert "| depthwise_relu \N{MINUS SIGN} depthwise_none | 5 |" in markdown
+
+
+def test_json_is_strict_and_has_what_the_page_has(written):
+    _, results = written
+    text = json.dumps(results.to_json(), allow_nan=False)
+    data = json.loads(text)
+    assert {"arms", "comparisons", "interactions", "cells"} <= data.keys()
+    assert data["comparisons"][0]["difference"]["n"] == 5
+    assert "as expected" in format_results(results)
+
+
+def test_a_study_without_any_result(tmp_path):
+    study = small_study()
+    write_simulated(tmp_path, study, fail=[(arm.name, seed) for arm in study.arms for seed in study.seeds])
+    results = write_study_report(tmp_path)
+    assert all(entry.verdict == "undecided" and math.isnan(entry.difference.mean) for entry in results.comparisons)
+    Page((tmp_path / "report.html").read_text())
+
+
+def test_there_is_no_study(tmp_path):
+    with pytest.raises(InputMissingError, match="there is no study"):
+        read_study(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(BadDataError, match=r"study\.json cannot be read"):
+        read_study(tmp_path)

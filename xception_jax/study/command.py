@@ -1,0 +1,96 @@
+"""`python -m xception_jax study`: runs a study, reports it, and looks at kernels of trained networks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from xception_jax.errors import UsageError
+
+EXAMPLES = """\
+examples:
+  python -m xception_jax study run configs/studies/spectrum.py --print
+  python -m xception_jax study run configs/studies/spectrum.py --workdir runs/spectrum --jobs 2
+  python -m xception_jax study run configs/studies/spectrum.py:cifar,multiply_adds --workdir W --slurm spectrum.sh
+  python -m xception_jax study report runs/spectrum
+  python -m xception_jax study kernels runs/kernels
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.description = "Compares networks over seeds, with controls, intervals and hypotheses stated beforehand."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | kernels")
+
+    run = actions.add_parser("run", help="train every cell, arm x seed; the same command goes on where it stopped")
+    run.add_argument("study", help="a file of configs/studies/, with ':size' or ':size,control' if wanted")
+    run.add_argument("--workdir", help="the study directory")
+    run.add_argument("--jobs", type=int, default=1, help="cells at a time; they share cores and GPUs evenly")
+    run.add_argument("--data_dir", help="where the datasets are; by default TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    run.add_argument("--retry", action="store_true", help="run failed cells once more")
+    run.add_argument("--cell", type=int, metavar="N", help="run only the N-th cell, as a job of an array does")
+    run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
+    run.add_argument("--print", action="store_true", help="list the cells and what they cost; nothing is trained")
+
+    report = actions.add_parser("report", help="write report.html, report.md and cells.csv of what is there so far")
+    report.add_argument("workdir", help="the study directory")
+    report.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    kernels = actions.add_parser("kernels", help="how separable the regular convolutions of trained networks are")
+    kernels.add_argument("source", help="work directory of a run, or of a study")
+    kernels.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one of the three.
+
+    Raises:
+      UserError: one of its subclasses.
+    """
+    environment = dict(os.environ)  # of the cells
+    os.environ["JAX_PLATFORMS"] = "cpu"  # this process counts and reports; the accelerators are the cells'
+    if args.action == "run":
+        return _run(args, environment)
+    if args.action == "report":
+        from xception_jax.study.report import format_results, write_study_report
+
+        results = write_study_report(Path(args.workdir))
+        print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
+        return 0
+    from xception_jax.study.separability import analyse, format_separability
+
+    layers = analyse(Path(args.source))
+    print(json.dumps([layer.to_json() for layer in layers], indent=1) if args.json else format_separability(layers))
+    return 0
+
+
+def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
+    from xception_jax.study.design import load_study
+    from xception_jax.study.execute import list_cells, run_cell, run_study, slurm_script
+    from xception_jax.study.store import open_study
+
+    if args.jobs < 1:
+        raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to the number of cells that run at a time")
+    if args.data_dir is not None:
+        environment["TFDS_DATA_DIR"] = os.environ["TFDS_DATA_DIR"] = str(Path(args.data_dir).expanduser().absolute())
+    if args.workdir is None and not args.print:
+        raise UsageError("--workdir is missing", "the command line", "name the study directory")
+    if args.cell is not None:
+        return run_cell(Path(args.workdir), args.cell, environment)
+    study = load_study(args.study)
+    if args.print:
+        print(list_cells(study))
+        return 0
+    with open_study(Path(args.workdir), study, lambda line: print(line, file=sys.stderr)) as stored:
+        if args.slurm is not None:
+            command = f"{shlex.quote(sys.executable)} -m xception_jax study run {shlex.quote(args.study)}"
+            Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))
+            print(f"written: {args.slurm}; submit it as its first lines say")
+            return 0
+        return run_study(stored, environment, jobs=args.jobs, retry=args.retry)

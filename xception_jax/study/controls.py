@@ -1,0 +1,157 @@
+"""Controls: the width at which an arm costs what the reference costs, and where it lies on the segment axis.
+
+At a fixed width the segment axis compares networks of very different size: one segment costs nine times the
+parameters of a depthwise convolution. Costs are counted from abstract shapes; nothing is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from xception_jax.errors import ConfigError
+from xception_jax.models import create_model
+from xception_jax.models.cost import Cost, count_cost
+from xception_jax.models.layers import Conv
+from xception_jax.models.modules import SeparableConv
+from xception_jax.study.design import Arm, Study
+
+# Widths that are tried: this share apart, from an eighth of the reference's to eight times it.
+_OCTAVE = 512
+_STEP = 2 ** (1 / _OCTAVE)
+_RANGE = 3 * _OCTAVE
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmCost:
+    """The width of an arm and what it costs.
+
+    Attributes:
+      width_multiplier: as chosen by the control.
+      parameters: trainable ones.
+      multiply_adds: for one image, forward.
+      channels_per_segment: geometric mean over the separable layers of the channels that a spatial filter sees; NaN
+        where there is no such layer.
+    """
+
+    width_multiplier: float
+    parameters: int
+    multiply_adds: int
+    channels_per_segment: float
+
+
+def solve_costs(
+    study: Study, solved: Mapping[str, ArmCost], report: Callable[[str], None] = lambda line: None
+) -> dict[str, ArmCost]:
+    """Chooses the width of every arm of a study according to its control.
+
+    Args:
+      study: checked.
+      solved: what is known from an earlier time, by name of the arm.
+      report: takes a line while there is something to wait for.
+
+    Returns:
+      The costs by name of the arm.
+
+    Raises:
+      ConfigError: no width brings an arm within the study's tolerance of the reference.
+    """
+    known: dict[str, Cost] = {}
+
+    def cost_at(arm: Arm, width: float) -> Cost:
+        config = study.arm_config(arm, model__width_multiplier=width)
+        # Arms that differ in what costs nothing, an activation or a learning rate, are counted once.
+        key = repr((_without(config.model, "intermediate_activation", "dropout_rate"), config.data.image_size))
+        if key not in known:
+            known[key] = count_cost(create_model(config.model), config.data.image_size)
+        return known[key]
+
+    reference = cost_at(study.arm(study.reference), study.config.model.width_multiplier)
+    costs = {}
+    for number, arm in enumerate(study.arms, 1):
+        if arm.name in solved:
+            costs[arm.name] = solved[arm.name]
+            continue
+        report(f"choosing the width of arm {number} of {len(study.arms)}")
+        if study.control == "width":
+            width = study.arm_config(arm).model.width_multiplier
+        elif arm.name != study.reference:
+            width = _match(study, arm, reference, cost_at)
+        else:
+            width = study.config.model.width_multiplier
+        config, cost = study.arm_config(arm, model__width_multiplier=width), cost_at(arm, width)
+        segments = channels_per_segment(create_model(config.model), config.data.image_size)
+        costs[arm.name] = ArmCost(width, cost.parameters, cost.multiply_adds, segments)
+    return costs
+
+
+def _match(study: Study, arm: Arm, reference: Cost, cost_at: Callable[[Arm, float], Cost]) -> float:
+    target, width = getattr(reference, study.control), study.config.model.width_multiplier
+
+    def width_at(k: int) -> float:
+        return float(f"{width * _STEP**k:.4g}")
+
+    def cost(k: int) -> int:
+        return getattr(cost_at(arm, width_at(k)), study.control)
+
+    if cost(0) == target:
+        return width
+    # Outwards until the target lies between: a network an eighth as wide may have layers without channels.
+    low = high = best = 0
+    while high < _RANGE and cost(high) < target:
+        low, high = high, high + _OCTAVE
+    while low > -_RANGE and cost(low) > target:
+        low, high = low - _OCTAVE, low
+    for turn in itertools.count():  # costs never fall as the width grows
+        best = min((best, low, high), key=lambda k: abs(cost(k) - target))
+        error = cost(best) / target - 1
+        if high - low <= 1 or abs(error) < study.tolerance / 10:
+            break
+        middle = (low + high) // 2
+        if turn % 2 == 0 and cost(low) < target < cost(high):
+            # Costs are nearly powers of the width: a straight line between logarithms comes close.
+            share = math.log(target / cost(low)) / math.log(cost(high) / cost(low))
+            middle = min(max(round(low + share * (high - low)), low + 1), high - 1)
+        low, high = (middle, high) if cost(middle) <= target else (low, middle)
+    if abs(error) > study.tolerance:
+        raise ConfigError(
+            f"no width gives arm {arm.name} the {target:,} {study.control} of {study.reference} within "
+            f"{study.tolerance:.1%}: the nearest, {width_at(best):g}, has {cost(best):,} ({error:+.1%})",
+            f"arm {arm.name} of {study.name}",
+            "channels are rounded to multiples of the segments: take a wider reference, fewer segments, or a larger "
+            "tolerance, which the report states",
+        )
+    return width_at(best)
+
+
+def channels_per_segment(model: nn.Module, image_size: int) -> float:
+    """Returns the geometric mean, over separable layers, of the channels that a spatial filter sees."""
+    sizes: list[int] = []
+
+    def record(next_method, args, kwargs, context):
+        output = next_method(*args, **kwargs)
+        layer = context.module
+        is_layer = context.method_name == "__call__" and isinstance(layer, Conv)
+        if is_layer and layer.name == "spatial" and isinstance(layer.parent, SeparableConv):
+            sizes.append(layer.get_variable("params", "kernel").shape[2])
+        return output
+
+    def init():
+        with nn.intercept_methods(record):
+            return model.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False)
+
+    jax.eval_shape(init)
+    return math.exp(sum(map(math.log, sizes)) / len(sizes)) if sizes else math.nan
+
+
+def _without(model: ConfigDict, *names: str) -> dict[str, Any]:
+    fields = model.to_dict()
+    return {name: value for name, value in fields.items() if name not in names}

@@ -1,0 +1,185 @@
+"""Runs a whole study or one cell of it on this machine, or writes the script that runs it on a cluster."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from xception_jax.data.sources import open_source
+from xception_jax.errors import InputMissingError, StorageError, UsageError
+from xception_jax.fields import duration_in_steps
+from xception_jax.logs.progress import format_count
+from xception_jax.study.cells import Cell
+from xception_jax.study.controls import solve_costs
+from xception_jax.study.design import Study
+from xception_jax.study.progress import StudyProgress
+from xception_jax.study.runner import Runner, is_resumable, make_slots, visible_gpus
+from xception_jax.study.store import StoredStudy, read_study
+
+
+def run_study(stored: StoredStudy, environment: Mapping[str, str], *, jobs: int, retry: bool) -> int:
+    """Runs what is left of a study, the search first, and writes its report.
+
+    Args:
+      stored: an open study.
+      environment: of the cells.
+      jobs: processes at a time.
+      retry: whether cells that failed are run once more.
+
+    Returns:
+      0 if every cell is done, else the exit code of the first that failed.
+
+    Raises:
+      PreemptedError: it was told to stop.
+      InputMissingError: a dataset or a split of it is missing.
+    """
+    search, trained = stored.search(), stored.cells()
+    failures = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
+    if search:
+        tuned = stored.tuned()
+        trained = [cell for cell in stored.cells() if cell.arm in tuned]
+        for arm in (arm.name for arm in stored.study.arms if arm.name not in tuned):
+            print(f"arm {arm}: no trial of the search has finished, so it is left out", file=sys.stderr)
+    failures += _run_phase(stored, trained, environment, jobs, retry, later=0)
+
+    from xception_jax.study.report import format_results, write_study_report
+
+    print(format_results(write_study_report(stored.root)))
+    return failures[0] if failures else 0
+
+
+def _run_phase(
+    stored: StoredStudy, cells: Sequence[Cell], environment: Mapping[str, str], jobs: int, retry: bool, later: int
+) -> list[int]:
+    """Runs those cells that have not ended, and returns the exit codes of all that failed."""
+    left = [cell for cell in cells if _is_left(cell, retry)]
+    if left:
+        steps = _total_steps(cells)
+        slots = make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
+        progress = StudyProgress(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr)
+        Runner(left, slots, _cell_environment(stored.root, environment), progress.show).run()
+    codes = [cell.record().get("exit_code", 0) for cell in cells]
+    return [code if code > 0 else StorageError.exit_code for code in codes if code]
+
+
+def _is_left(cell: Cell, retry: bool) -> bool:
+    code = cell.record().get("exit_code")
+    return code is None or is_resumable(code) or (retry and code != 0)
+
+
+def _cell_environment(root: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Lets cells share what they compile (seeds of an arm run the same step), and find this package."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH", ""))))
+    return {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), **environment, "PYTHONPATH": path}
+
+
+def _total_steps(cells: Sequence[Cell]) -> dict[Path, int]:
+    """Opens the data of all cells, so that what is missing is found before the first of them starts."""
+    examples: dict[str, int] = {}
+    steps = {}
+    for cell in cells:
+        config = cell.config
+        key = config.data.to_json()
+        if key not in examples:
+            for split in filter(None, (config.data.eval_split, config.data.test_split)):
+                open_source(config.data, split)
+            examples[key] = len(open_source(config.data, config.data.train_split))
+        steps[cell.directory] = duration_in_steps(config.duration, config.batch_size, examples[key])
+    return steps
+
+
+def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
+    """Runs one cell as a job of an array does: search trials come first in the numbering.
+
+    Returns:
+      The exit code of the cell.
+
+    Raises:
+      UsageError: there is no cell of this number.
+      InputMissingError: the search of its arm has not been run.
+    """
+    stored = read_study(root)
+    search, cells = stored.search(), stored.cells()
+    if not 0 <= number < len(search) + len(cells):
+        raise UsageError(f"there is no cell {number}", "--cell", f"cells are 0 to {len(search) + len(cells) - 1}")
+    cell = [*search, *cells][number]
+    if search and number >= len(search) and cell.arm not in stored.tuned():
+        raise InputMissingError(
+            f"the search of arm {cell.arm} has no finished trial", str(root), f"run the cells below {len(search)} first"
+        )
+    if not _is_left(cell, retry=False):
+        return cell.record()["exit_code"]
+    slots = make_slots(1, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
+    runner = Runner([cell], slots, _cell_environment(stored.root, environment), lambda runner: None)
+    runner.run()
+    return next((code if code >= 0 else StorageError.exit_code for _, code in runner.finished), 0)
+
+
+def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
+    """Returns a Slurm array script of all cells.
+
+    Args:
+      stored: the study; its directory is on a file system that all nodes share.
+      command: that starts `study run` with the study's file.
+      jobs: at most so many at a time.
+    """
+    search, cells = len(stored.search()), len(stored.cells())
+    last = search + cells - 1
+    submit = ["#   sbatch FILE"]
+    if search:
+        submit = [
+            f"#   first the search:  sbatch --array=0-{search - 1}%{jobs} FILE",
+            f"#   then the cells:    sbatch --array={search}-{last}%{jobs} --dependency=afterany:JOB FILE",
+        ]
+    lines = [
+        "#!/bin/bash",
+        f"# {stored.study.name}: {search} trials of a search, {cells} cells. Submit:",
+        *submit,
+        f"#SBATCH --job-name={stored.study.name}",
+        f"#SBATCH --array=0-{last}%{jobs}",
+        "#SBATCH --gpus-per-task=1",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --signal=B:TERM@180",
+        "#SBATCH --requeue",
+        f"#SBATCH --output={stored.root}/slurm-%A_%a.txt",
+        f"cd {shlex.quote(os.getcwd())}",
+        f"{command} --workdir {shlex.quote(str(stored.root))} --cell $SLURM_ARRAY_TASK_ID &",
+        "trap 'kill -TERM $!' TERM",
+        "wait $! || { code=$?; wait $!; code=$?; }",
+        "# 75: stopped before its end, with its state saved",
+        '[ "${code:-0}" -eq 75 ] && scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "exit ${code:-0}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def list_cells(study: Study) -> str:
+    """Returns the cells of a study and what they cost, as a table; nothing is trained, no data are opened."""
+    costs = solve_costs(study, {})
+    trials = len(study.search.trials) if study.search else 0
+    cells = len(study.arms) * len(study.seeds)
+    name_width = max(len(arm.name) for arm in study.arms)
+    lines = [
+        f"{study.name}: {study.question}",
+        f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
+        + f", after {trials} trials of each arm = {trials * len(study.arms)}" * bool(trials),
+        f"  equal {study.control.replace('_', '-')}" if study.control != "width" else "  fixed width",
+        f"  margin {study.margin:.2%}; budget: {study.budget or 'not stated'}",
+        f"{'arm':{name_width}} {'width':>8} {'parameters':>12} {'off':>6} {'mult-adds':>10} {'off':>6} {'ch/seg':>7}",
+    ]
+    reference = costs[study.reference]
+    for arm in study.arms:
+        cost = costs[arm.name]
+        lines.append(
+            f"{arm.name:{name_width}} {cost.width_multiplier:8.4g} {cost.parameters:12,} "
+            f"{cost.parameters / reference.parameters - 1:+6.1%} {format_count(cost.multiply_adds):>10} "
+            f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%} {cost.channels_per_segment:7.1f}"
+        )
+    lines += [f"hypothesis: {study.hypothesis}"]
+    lines += [f"  {c.name}: {c.expected}" for c in study.comparisons]
+    lines += [f"  {entry.name} along {study.axis}: {entry.expected}" for entry in study.interactions]
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Runs cells in processes of their own, a few at a time, until all are done or have failed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from xception_jax.errors import PreemptedError, StorageError
+from xception_jax.study.cells import LOG, Cell
+
+ATTEMPTS = 3
+_POLL_SECONDS = 0.25
+_RESUMABLE = (75, 130)
+_HELD = 73  # another process trains there: one that an earlier runner started, until it has saved
+
+
+def is_resumable(exit_code: int) -> bool:
+    """Whether the same command goes on where it stopped: preempted, or killed by a signal."""
+    return exit_code in _RESUMABLE or exit_code < 0
+
+
+@dataclasses.dataclass
+class Slot:
+    """Where one process at a time runs: CPU cores, and the environment that gives it its share of the GPUs."""
+
+    cores: tuple[int, ...]
+    environment: dict[str, str]
+
+
+def make_slots(jobs: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Slot]:
+    """Shares cores and GPUs among `jobs` processes; where there are more processes than GPUs, they share memory too."""
+    slots = []
+    for job in range(jobs):
+        own_cores = tuple(cores[job::jobs]) if jobs <= len(cores) else (cores[job % len(cores)],)
+        environment = {}
+        if gpus:
+            own_gpus = gpus[job::jobs] if jobs <= len(gpus) else [gpus[job % len(gpus)]]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own_gpus)
+            if jobs > len(gpus):
+                on_each = -(-jobs // len(gpus))
+                environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / on_each:.2f}"
+        slots.append(Slot(own_cores, environment))
+    return slots
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """Returns the NVIDIA GPUs that a process may use, without starting any."""
+    if (given := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in given.split(",") if gpu]
+    if environment.get("JAX_PLATFORMS", "").startswith("cpu") or shutil.which("nvidia-smi") is None:
+        return []
+    found = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+    return sorted(match[1] for match in found if match)
+
+
+@dataclasses.dataclass
+class Running:
+    """A cell whose process is alive."""
+
+    cell: Cell
+    slot: Slot
+    process: subprocess.Popen
+    started: float
+
+
+class Runner:
+    """Runs cells until none is left. It holds nothing that its own death would lose: see `Cell.record`.
+
+    Args:
+      cells: those to run, in their order.
+      slots: one process at a time in each.
+      environment: of the cells' processes.
+      show: called now and then and after each end, with the runner.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        slots: Sequence[Slot],
+        environment: Mapping[str, str],
+        show: Callable[[Runner], None],
+    ):
+        self.waiting, self.running = list(cells), list[Running]()
+        self.finished: list[tuple[Cell, int]] = []
+        self._free, self._environment, self._show = list(slots), environment, show
+        self._attempts: dict[Path, int] = {}
+        self._stop: signal.Signals | None = None
+
+    def run(self) -> None:
+        """Runs until every cell is done or has failed; the codes are in `finished` and in the cells' records.
+
+        Raises:
+          PreemptedError: SIGTERM or SIGINT came; the cells saved their state and stopped.
+          StorageError: a record could not be written.
+        """
+        signals = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        try:
+            while self.running or (self.waiting and self._stop is None):
+                self._collect()
+                while self._free and self._stop is None and self._start_next():
+                    pass
+                self._show(self)
+                time.sleep(_POLL_SECONDS)
+        except OSError as error:
+            raise StorageError(
+                f"the study directory cannot be written: {error.strerror}", str(error.filename), "free space, run again"
+            ) from error
+        finally:
+            for running in self.running:  # after an error of its own; else there are none
+                running.process.terminate()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self._stop is not None:
+            raise PreemptedError(
+                f"stopped by {self._stop.name}; {len(self.waiting)} cells are left, what runs was saved",
+                "the study",
+                "run the same command to go on",
+            )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = signal.Signals(number)
+        for running in self.running:
+            running.process.terminate()  # a second signal makes the cells end at once: they count too
+
+    def _start_next(self) -> bool:
+        """Starts the first waiting cell that no other process trains."""
+        for position, cell in enumerate(self.waiting):
+            if cell.is_held():
+                continue
+            del self.waiting[position]
+            slot = self._free.pop(0)
+            cell.prepare()
+            command = [sys.executable, "-m", "xception_jax.study.cell", str(cell.directory)]
+            command += ["--cores", ",".join(map(str, slot.cores)), "--parent", str(os.getpid())]
+            with open(cell.directory / LOG, "ab") as log:
+                process = subprocess.Popen(
+                    command,
+                    env={**self._environment, **slot.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C reaches the runner alone, which asks the cells to stop, once
+                )
+            self.running.append(Running(cell, slot, process, time.monotonic()))
+            return True
+        return False
+
+    def _collect(self) -> None:
+        for running in list(self.running):
+            code = running.process.poll()
+            if code is None:
+                continue
+            self.running.remove(running)
+            self._free.append(running.slot)
+            self._note(running, code)
+
+    def _note(self, running: Running, code: int) -> None:
+        cell = running.cell
+        if code == _HELD and cell.is_held():
+            self.waiting.append(cell)
+            return
+        attempts = self._attempts[cell.directory] = self._attempts.get(cell.directory, 0) + 1
+        record = cell.record()
+        cell.write_record(
+            exit_code=code,
+            seconds=round(record.get("seconds", 0.0) + time.monotonic() - running.started, 1),
+            attempts=record.get("attempts", 0) + 1,
+            config_hash=cell.config_hash,
+            message="" if code == 0 else last_error(cell.directory / LOG),
+        )
+        if is_resumable(code) and (attempts < ATTEMPTS or self._stop is not None):
+            self.waiting.insert(0, cell)
+        else:
+            self.finished.append((cell, code))
+
+
+def last_error(log: Path) -> str:
+    """Returns what a cell's log says of its end: the three lines of an error, or its last line."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    return " ".join(lines[starts[-1] : starts[-1] + 3]) if starts else (lines[-1] if lines else "")

@@ -1,0 +1,114 @@
+"""The three sizes of a study: a small network on two cores, the same on one GPU, and the paper's on a pod."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from xception_jax.config import default_config
+from xception_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a study of one size has in common with the others of that size.
+
+    Attributes:
+      config: of every cell.
+      seeds: paired over the arms.
+      margin: the difference in accuracy that matters, as a share.
+      budget: what a cell costs, in words.
+    """
+
+    config: ConfigDict
+    seeds: tuple[int, ...]
+    margin: float
+    budget: str
+
+
+def study_size(size: str) -> Size:
+    """Returns the size called 'cpu', 'cifar' or 'imagenet'.
+
+    Raises:
+      ConfigError: there is no such size.
+    """
+    sizes = {"cpu": _cpu, "cifar": _cifar, "imagenet": _imagenet}
+    if size not in sizes:
+        raise ConfigError(f"there is no size {size!r}", "the study, after its colon", f"choose {', '.join(sizes)}")
+    return sizes[size]()
+
+
+def _small(num_classes: int) -> ConfigDict:
+    config = default_config()
+    config.model.num_classes = num_classes
+    config.model.dropout_rate = 0.0
+    config.data.image_size = 32
+    config.data.augmentation = "shift"
+    config.data.eval_crop = 1.0
+    config.data.threads = 2
+    config.data.test_split = "test"
+    config.loss.label_smoothing = 0.0
+    config.schedule.name = "cosine"
+    config.schedule.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-4
+    config.evaluation.batch_size = 500
+    return config
+
+
+def _cpu() -> Size:
+    """Fashion-MNIST, two passes over 55,000 images, figure 5 at a fifth of its width with one middle module."""
+    config = _small(num_classes=10)
+    config.model.width_multiplier = 0.2
+    config.model.middle_blocks = 1
+    config.model.batch_norm.momentum = 0.9
+    config.data.name = "fashion_mnist"
+    config.data.train_split = "train[:55000]"
+    config.data.eval_split = "train[55000:]"
+    config.data.shift_pixels = 1
+    config.batch_size = 64
+    config.duration = "2 epochs"
+    config.schedule.warmup = "200 steps"
+    config.ema.decay = 0.99
+    config.log_every = "50 steps"
+    config.evaluation.every = "430 steps"
+    config.checkpoint.every = "860 steps"
+    return Size(config, (0, 1, 2, 3, 4), 0.005, "")
+
+
+def _cifar() -> Size:
+    """CIFAR-10, 60 epochs, half the width with four middle modules and a stem that keeps the size."""
+    config = _small(num_classes=10)
+    config.model.width_multiplier = 0.5
+    config.model.middle_blocks = 4
+    config.model.stem = "small"
+    config.data.name = "cifar10"
+    config.data.train_split = "train[:45000]"
+    config.data.eval_split = "train[45000:]"
+    config.data.shift_pixels = 4
+    config.data.threads = 8
+    config.batch_size = 256
+    config.duration = "60 epochs"
+    config.schedule.learning_rate = 0.4
+    config.schedule.warmup = "5 epochs"
+    config.optimizer.weight_decay = 5e-4
+    config.ema.decay = 0.999
+    config.evaluation.every = "2 epochs"
+    config.checkpoint.every = "5 epochs"
+    return Size(config, (0, 1, 2, 3, 4), 0.005, "")
+
+
+def _imagenet() -> Size:
+    """ImageNet at 299, the paper's network, 30 epochs instead of its 169."""
+    config = default_config()
+    config.model.dtype = "bfloat16"
+    config.model.batch_norm.statistics = "device"
+    config.data.train_split = "train[:98%]"
+    config.data.eval_split = "train[98%:]"
+    config.data.test_split = "validation"
+    config.duration = "30 epochs"
+    config.schedule.name = "cosine"
+    config.schedule.learning_rate = 0.6
+    config.schedule.warmup = "5 epochs"
+    config.ema.decay = 0.999
+    return Size(config, (0, 1, 2), 0.005, "")

@@ -1,0 +1,128 @@
+"""A study directory: study.json, which is all that is known of the study, and its cells.
+
+study.json                   the study as data, the width and cost of each arm, what was added when
+cells/<arm>/seed<seed>/      a work directory each, with cell.json (how it ended) and log.txt
+search/<arm>/trial<number>/  the same for the trials of a search
+report.html, report.md, cells.csv
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError
+from xception_jax.files import write_atomically
+from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, study_cells
+from xception_jax.study.controls import ArmCost, solve_costs
+from xception_jax.study.design import Study, changes, study_from_json, study_to_json
+from xception_jax.training.workdir import hold_directory
+
+STUDY = "study.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredStudy:
+    """A study as its directory holds it.
+
+    Attributes:
+      root: the directory.
+      study, costs: the study, and the width and cost of each arm.
+      history: what happened to the design, oldest first: {'time', 'change', 'cells_done'}.
+    """
+
+    root: Path
+    study: Study
+    costs: Mapping[str, ArmCost]
+    history: tuple[Mapping[str, Any], ...]
+
+    def search(self) -> list[Cell]:
+        """The trials of the search, if there is one."""
+        return search_cells(self.study, self.costs, self.root)
+
+    def tuned(self) -> dict[str, dict[str, Any]]:
+        """What the search has found so far, by arm; empty without a search."""
+        return choose_trials(self.study, self.search()) if self.study.search else {}
+
+    def cells(self) -> list[Cell]:
+        """All cells, with what the search has found so far."""
+        return study_cells(self.study, self.costs, self.root, self.tuned())
+
+
+def read_study(root: Path) -> StoredStudy:
+    """Reads a study directory; nothing of it runs.
+
+    Raises:
+      InputMissingError: there is no study.
+      BadDataError: study.json is damaged.
+    """
+    root = root.absolute()
+    try:
+        data = json.loads((root / STUDY).read_text())
+        costs = {name: ArmCost(**cost) for name, cost in data["costs"].items()}
+        return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputMissingError(
+            "there is no study", str(root), "give the --workdir of `python -m xception_jax study run`"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadDataError(f"{STUDY} cannot be read: {error}", str(root / STUDY), "restore it from a copy") from None
+
+
+@contextlib.contextmanager
+def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Iterator[StoredStudy]:
+    """Creates a study directory or opens it, and holds it while the context lasts.
+
+    Args:
+      root: the directory.
+      study: as its file describes it now.
+      report: takes a line for each thing that was added since the last time.
+
+    Raises:
+      WorkdirError: another runner holds it, or it cannot be written.
+      ConfigError: it has cells of another study, or no width satisfies the control.
+    """
+    root = root.absolute()
+    with hold_directory(root):
+        stored = read_study(root) if (root / STUDY).exists() else None
+        if stored is not None and not _has_cells(root):
+            stored = None  # nothing was measured: the design is still free
+        additions: list[str] = []
+        if stored is not None:
+            additions, refused = changes(stored.study, study)
+            if refused:
+                raise ConfigError(
+                    f"the study has changed since its first cells: {len(refused)} differences",
+                    "\n    ".join([str(root / STUDY), *refused]),
+                    "take them back, or choose another study directory; seeds and arms may be added",
+                )
+        for line in additions:
+            report(f"added since the last run here: {line}")
+        costs = solve_costs(study, {} if stored is None else stored.costs, report)
+        history = [*(stored.history if stored else ())]
+        done = sum(1 for _ in root.glob(f"cells/*/*/{RECORD}"))
+        if stored is None or additions:
+            change = "added " + ", ".join(additions) if additions else "stated"
+            time = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            history.append({"time": time, "change": change, "cells_done": done})
+        now = StoredStudy(root, study, costs, tuple(history))
+        _write(now)
+        yield now
+
+
+def _write(stored: StoredStudy) -> None:
+    data = {
+        "study": study_to_json(stored.study),
+        "costs": {name: dataclasses.asdict(cost) for name, cost in stored.costs.items()},
+        "history": list(stored.history),
+    }
+    write_atomically(stored.root / STUDY, json.dumps(data, indent=1) + "\n")
+
+
+def _has_cells(root: Path) -> bool:
+    return any(next(root.glob(f"{part}/*/*"), None) for part in ("cells", "search"))
