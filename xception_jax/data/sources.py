@@ -109,6 +109,23 @@ def open_source(data: ConfigDict, split: str) -> Source:
     return TfdsSource(directory, split)
 
 
+def find_class_names(data: ConfigDict) -> tuple[str, ...] | None:
+    """Returns the names of the classes of `config.data.name`, or None if the dataset is not on this machine.
+
+    Its features.json is read, the images need not be there.
+
+    Raises:
+      BadDataError: the dataset has no image with a label.
+    """
+    if data.name == SYNTHETIC:
+        return SyntheticSource(1, "train").info.class_names
+    directory = _find(data.name, resolve_data_dir(data.data_dir))
+    if directory is not None:
+        features = tfds.builder_from_directory(os.fspath(directory)).info.features
+        return tuple(_label_feature(features, directory)[1].names)
+    return fashion_mnist.CLASS_NAMES if data.name in _PREPARED_ON_FIRST_USE else None
+
+
 def resolve_data_dir(data_dir: str) -> Path:
     """Returns the directory that holds all datasets: as given, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
