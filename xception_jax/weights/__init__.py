@@ -1,5 +1,6 @@
+from xception_jax.weights.keras import load_keras
 from xception_jax.weights.load import load_network
 from xception_jax.weights.network import Network, Preprocessing
 from xception_jax.weights.own import save_network
 
-__all__ = ["Network", "Preprocessing", "load_network", "save_network"]
+__all__ = ["Network", "Preprocessing", "load_keras", "load_network", "save_network"]

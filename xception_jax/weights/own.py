@@ -22,6 +22,7 @@ from xception_jax.config import resolve_model
 from xception_jax.errors import BadDataError, StorageError, UserError
 from xception_jax.files import free_space, write_atomically
 from xception_jax.weights import tree
+from xception_jax.weights.guard import COPY_AGAIN
 from xception_jax.weights.network import Network, Preprocessing
 
 METADATA = "xception_jax"
@@ -70,13 +71,13 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise BadDataError(f"the description of the weights cannot be read: {error}", path, tree.COPY_AGAIN) from None
+        raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
     if classes is not None and len(classes) != model.num_classes:
         what = f"the file names {len(classes)} classes, its model has {model.num_classes}"
-        raise BadDataError(what, path, tree.COPY_AGAIN)
+        raise BadDataError(what, path, COPY_AGAIN)
     tree.check(tensors, model, path)
     if _digest(tensors) != digest:
-        raise BadDataError("a tensor has changed since the file was written", path, tree.COPY_AGAIN)
+        raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
     return Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256)
 
 

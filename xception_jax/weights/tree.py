@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from xception_jax.config import resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.models import create_model
+from xception_jax.weights.guard import COPY_AGAIN
 
 HEAD = "params/head/"
 _NAMED = 5  # tensors in an error, of those that are missing or left over
@@ -45,8 +47,12 @@ def shapes(model: ConfigDict) -> dict[str, tuple[int, ...]]:
     """
     model = resolve_model(model)
     model.dtype = "float32"  # float64 would need JAX_ENABLE_X64, and no shape depends on it
-    module = create_model(model)
-    # A new function each time, else a trace with other settings of JAX would be remembered.
+    return dict(_shapes(json.dumps(model.to_dict())))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model: str) -> dict[str, tuple[int, ...]]:
+    module = create_model(ConfigDict(json.loads(model), type_safe=False))
     template = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
     return {name: leaf.shape for name, leaf in flatten(template).items()}
 
@@ -77,9 +83,6 @@ def check(leaves: Mapping[str, np.ndarray], model: ConfigDict, where: str) -> No
     for name, leaf in leaves.items():
         if not np.isfinite(leaf).all() or (name.endswith("/var") and leaf.min() < 0):
             raise BadDataError(f"{name} holds values that are not numbers, or a negative variance", where, COPY_AGAIN)
-
-
-COPY_AGAIN = "copy or download the file again"
 
 
 def listed(names: list[str]) -> str:
