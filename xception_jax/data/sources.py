@@ -205,6 +205,19 @@ class TfdsSource:
         label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
         return {"image": record["image"], "label": label, "index": index}
 
+    def file_names(self) -> list[str] | None:
+        """Returns the names that the images had as files, in the order of the split; None if they were not kept.
+
+        All records are read.
+        """
+        builder = tfds.builder_from_directory(os.fspath(self.directory))
+        if "file_name" not in builder.info.features:
+            return None
+        # TFDS parses a record only as far as it is asked for.
+        decoders = tfds.decode.PartialDecoding({"file_name": True})
+        records = builder.as_data_source(self.split, decoders=decoders)
+        return [record["file_name"].decode() for record in records]
+
     def _check_format(self, builder: tfds.core.DatasetBuilder) -> None:
         # as_data_source() names the format in a message of its own, which sends the reader to download_and_prepare().
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from xception_jax.config import default_config, load_json
 from xception_jax.data.sources import find_class_names
-from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.models import create_model
 from xception_jax.training import manifest
 from xception_jax.training.checkpoint import Checkpoints
@@ -22,7 +22,7 @@ from xception_jax.training.mesh import make_mesh
 from xception_jax.training.optimizer import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG
-from xception_jax.weights.network import Network, Preprocessing
+from xception_jax.weights import Network, Preprocessing, load_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,14 @@ def open_network(source: str, step: int | None = None) -> Network:
         return run_network(source, open_run(source, step))
     if step is not None:
         raise UsageError(f"{source} is a weight file, it has no steps", "--step", "leave --step out")
-    from xception_jax.weights import load_network  # type: ignore[attr-defined]
-
     return load_network(source)
+
+
+def require_classifier(network: Network) -> None:
+    """Raises BadDataError if the weights end before the classifier, as those for transfer learning do."""
+    if "head" not in network.variables["params"]:
+        fix = "take a file with the classifier, or train one on a dataset of yours"
+        raise BadDataError("the weights have no classifier", network.source, fix)
 
 
 def run_network(source: str, run: Run) -> Network:
