@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 from ml_collections import ConfigDict
+
+Interpolation = Literal["bilinear", "bicubic", "antialiased_bilinear", "antialiased_bicubic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +26,30 @@ class Preprocessing:
 
     size: int = 299
     crop: float = 0.875
-    interpolation: Literal["bilinear", "bicubic", "antialiased_bilinear", "antialiased_bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Returns what a file describes; fields that are not given have their defaults.
+
+        Raises:
+          ValueError, TypeError: a field is unknown, of the wrong type or out of range.
+        """
+        given: dict[str, Any] = {
+            name: tuple(map(float, value)) if isinstance(value, list | tuple) else value
+            for name, value in fields.items()
+        }
+        new = cls(**given)
+        numbers = (new.crop, *new.mean, *new.std)
+        if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
+            raise ValueError("crop, mean and std must be numbers")
+        if not isinstance(new.size, int) or new.size < 1 or not 0 < new.crop <= 1 or min(new.std) <= 0:
+            raise ValueError("size, crop and std must be above 0, and crop at most 1")
+        if (len(new.mean), len(new.std)) != (3, 3) or new.interpolation not in get_args(Interpolation):
+            raise ValueError("mean and std must have three values, and the interpolation be known")
+        return new
 
 
 @dataclasses.dataclass(frozen=True)

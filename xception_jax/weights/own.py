@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -48,14 +47,23 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
         "tensors_sha256": _digest(leaves),
     }
     content = safetensors.numpy.save(leaves, {METADATA: json.dumps(description, sort_keys=True)})
+    write(path, content)
+
+
+def write(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a weight file; who reads it sees the old one or all of the new.
+
+    Raises:
+      StorageError: there is no such directory, or no room.
+    """
+    directory = os.path.dirname(os.path.abspath(path))
     try:
         write_atomically(path, content)
     except OSError as error:
-        directory = os.path.dirname(os.path.abspath(path))
-        room = f"{len(content):,} bytes are needed, {free_space(directory)}" if os.path.isdir(directory) else ""
-        raise StorageError(
-            f"the weights cannot be written: {error}", os.fspath(path), room or "make it first"
-        ) from None
+        fix = f"make the directory {directory} first"
+        if os.path.isdir(directory):
+            fix = f"{len(content):,} bytes are needed, {free_space(directory)}"
+        raise StorageError(f"the weights cannot be written: {error}", os.fspath(path), fix) from None
 
 
 def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], path: str, sha256: str) -> Network:
@@ -67,7 +75,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     try:
         description = json.loads(metadata[METADATA])
         model = resolve_model(ConfigDict(description["model"], type_safe=False))
-        preprocessing = _preprocessing(description["preprocessing"])
+        preprocessing = Preprocessing.from_fields(description["preprocessing"])
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
@@ -79,11 +87,6 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     if _digest(tensors) != digest:
         raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
     return Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256)
-
-
-def _preprocessing(fields: dict[str, Any]) -> Preprocessing:
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    return Preprocessing(**fields)
 
 
 def _digest(leaves: Mapping[str, np.ndarray]) -> str:

@@ -81,6 +81,8 @@ def check(leaves: Mapping[str, np.ndarray], model: ConfigDict, where: str) -> No
     if found:
         raise BadDataError(f"the weights do not fit {describe(model)}: {found}", where, "give the model they belong to")
     for name, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise BadDataError(f"{name} holds {leaf.dtype}, not floating point numbers", where, COPY_AGAIN)
         if not np.isfinite(leaf).all() or (name.endswith("/var") and leaf.min() < 0):
             raise BadDataError(f"{name} holds values that are not numbers, or a negative variance", where, COPY_AGAIN)
 
