@@ -12,6 +12,7 @@ from xception_jax.command_line import run_main
 COMMANDS = {
     "prepare": ("xception_jax.data.prepare.command", "write a dataset in the form that training reads"),
     "evaluate": ("xception_jax.evaluation.command", "evaluate a checkpoint on a split, exactly"),
+    "export": ("xception_jax.export.command", "a network as StableHLO, ONNX or safetensors, checked, with its card"),
     "convert": ("xception_jax.weights.command", "weights of Keras or timm to ours, and back"),
     "plan": ("xception_jax.hardware.command", "memory, time and cost of a run on chips that are not here"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,25 +19,34 @@ from xception_jax.weights.network import Network
 FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-# How to load a file and run it: goes into its card, and is what the check of an export runs. `images` is there before.
-LOADING = {
+# How to load a file and run it: for its card, and for the check of an export, which puts other images there.
+_LOADING = {
     "stablehlo": """\
 from jax import export
 
-network = export.deserialize(bytearray(open("{file}", "rb").read()))
+{images}
+network = export.deserialize(bytearray(open({file}, "rb").read()))
 logits = network.call(images)""",
     "onnx": """\
 import onnxruntime
 
-network = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"])
+{images}
+network = onnxruntime.InferenceSession({file}, providers=["CPUExecutionProvider"])
 (logits,) = network.run(["logits"], {{"images": images}})""",
     "safetensors": """\
+import jax
 from xception_jax.models import create_model
 from xception_jax.weights import load_network
 
-network = load_network("{file}")
-logits, endpoints = create_model(network.model).apply(network.variables, images, train=False)""",
+{images}
+network = load_network({file})
+logits, endpoints = jax.jit(create_model(network.model).apply)(network.variables, images)""",
 }
+
+
+def loading_code(file: str, format: str, images: str) -> str:
+    """Returns the lines that load a file and run it; `images` is the line that makes them."""
+    return _LOADING[format].format(file=json.dumps(file, ensure_ascii=False), images=images)
 
 
 def write_network(network: Network, path: Path, format: str, *, uint8: bool = False) -> None:

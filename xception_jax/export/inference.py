@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -21,39 +22,36 @@ from xception_jax.weights.network import Network, Preprocessing
 Infer = Callable[[Shaped[Array, "b s s 3"]], Float[Array, "b num_classes"]]
 
 
-def inference_config(model: ConfigDict) -> ConfigDict:
-    """Returns a `config.model` for inference: float32 whatever it was trained in, without the auxiliary head."""
-    model = ConfigDict(model)
-    model.dtype = "float32"
-    model.aux_head = False
-    return model
-
-
 def make_reference(network: Network) -> Infer:
-    """Returns the network as `create_model` makes it, in float32: what an export is compared with."""
-    model, variables = create_model(inference_config(network.model)), _float32(network.variables)
+    """Returns the network as `create_model` makes it: what an export is compared with."""
+    model = create_model(network.model)
+    return lambda images: jax.jit(model.apply)(network.variables, images)[0]
 
-    @jax.jit
-    def infer(images):
-        return model.apply(variables, images, train=False)[0]
 
-    return infer
+def in_float32(network: Network) -> Network:
+    """Returns a network that computes in float32, whatever it was trained in, and has no auxiliary head."""
+    model = ConfigDict(network.model)
+    model.dtype, model.aux_head = "float32", False
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), network.variables)
+    variables = {kind: {k: v for k, v in tree.items() if not k.startswith("aux_")} for kind, tree in variables.items()}
+    return dataclasses.replace(network, model=model, variables=variables)
 
 
 def make_inference(network: Network, *, uint8: bool = False, native: bool = False) -> Infer:
     """Returns the function of images that an export holds.
 
-    A BatchNorm directly behind a convolution goes into its kernel, with only its constant left to add; any other (behind
-    a ReLU, or a concatenation) becomes one factor and one constant for each channel.
+    A BatchNorm directly behind a convolution goes into its kernel, with only its constant left to add; any other
+    (behind a ReLU, or a concatenation) becomes one factor and one constant for each channel.
 
     Args:
       network: what to export.
       uint8: take pixels of 0 to 255 in place of preprocessed images, and scale them inside.
       native: lower each convolution to one `conv_general_dilated`, for other formats than XLA's.
     """
-    model = create_model(inference_config(network.model))
-    params, affine = fold_batch_norm(model, _float32(network.variables), network.preprocessing.size)
-    scale, shift = _scaling(network.preprocessing)
+    network = in_float32(network)
+    model = create_model(network.model)
+    params, affine = fold_batch_norm(model, network.variables, network.preprocessing.size)
+    scale, shift = scaling(network.preprocessing)
 
     def replace(next_method, args, kwargs, context):
         layer = context.module
@@ -127,7 +125,7 @@ def _batch_norms(model: nn.Module, variables: dict, image_size: int) -> dict[str
 
 
 def _native_conv(layer: Conv, x):
-    kernel = layer.get_variable("params", "kernel")
+    kernel: Array = layer.get_variable("params", "kernel")
     pads = explicit_padding(layer.padding, x.shape[1:3], layer.kernel_size, layer.stride)
     y = lax.conv_general_dilated(
         x,
@@ -140,11 +138,7 @@ def _native_conv(layer: Conv, x):
     return y + layer.get_variable("params", "bias") if layer.use_bias else y
 
 
-def _scaling(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+def scaling(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
     """Returns (factor, constant), [3] each, that make pixels of 0 to 255 what the network takes."""
     mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-
-
-def _float32(variables: dict) -> dict:
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), variables)

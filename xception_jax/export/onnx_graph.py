@@ -98,8 +98,10 @@ class _Graph:
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(np.asarray, constants), strict=True))
         values |= dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def read(variable):
-            return np.asarray(variable.val, variable.aval.dtype) if isinstance(variable, Literal) else values[variable]
+        def read(variable: Any) -> Any:
+            if isinstance(variable, Literal):
+                return np.asarray(variable.val, jnp.result_type(variable.val))
+            return values[variable]
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, [read(variable) for variable in equation.invars])
@@ -130,7 +132,9 @@ class _Graph:
         return [_TRANSLATIONS[name](self, inputs, params, equation)]
 
 
-_DEFAULT_PLATFORM = object()  # what `lax.platform_dependent` finds here: none of those that have a lowering of their own
+_DEFAULT_PLATFORM = (
+    object()
+)  # what `lax.platform_dependent` finds here: none of those that have a lowering of their own
 
 
 def _channels_first(array: np.ndarray, rank: int) -> np.ndarray:
