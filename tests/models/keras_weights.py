@@ -29,12 +29,12 @@ from xception_jax.models import create_model
 from xception_jax.weights.keras_layers import targets
 
 APPLICATIONS = {"xception": "Xception", "inception_v3": "InceptionV3"}
-_CLASSES = {
-    "conv": keras.layers.Conv2D,
-    "separable": keras.layers.SeparableConv2D,
-    "norm": keras.layers.BatchNormalization,
-    "dense": keras.layers.Dense,
-}
+_WITH_WEIGHTS = (
+    keras.layers.Conv2D,
+    keras.layers.SeparableConv2D,
+    keras.layers.BatchNormalization,
+    keras.layers.Dense,
+)
 
 Path = tuple[str, ...]
 
@@ -173,14 +173,13 @@ def _by_creation(layers: list) -> list:
 
 
 def _variable_paths(name: str, keras_model: keras.Model) -> Iterator[tuple[Any, Path]]:
-    """Links them as weight files are read: by the order of the layers of a kind."""
+    """Links them as weight files are read: by the order of the layers."""
     config = default_config().model
     config.name = name
-    for kind, layers in targets(config).items():
-        theirs = [layer for layer in keras_model.layers if isinstance(layer, _CLASSES[kind])]
-        for layer, ours in zip(theirs, layers, strict=True):
-            for variable, leaf in zip(layer.variables, ours.leaves, strict=True):
-                yield variable, tuple(leaf.split("/"))
+    theirs = [layer for layer in keras_model.layers if isinstance(layer, _WITH_WEIGHTS)]
+    for layer, ours in zip(theirs, targets(config), strict=True):
+        for variable, leaf in zip(layer.variables, ours.leaves, strict=True):
+            yield variable, tuple(leaf.split("/"))
 
 
 def _in_our_shape(value: np.ndarray, path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from xception_jax.config import resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.weights import architecture, guard, tree
 from xception_jax.weights.keras_file import Container, KerasFile, Layer, open_keras, read
-from xception_jax.weights.keras_layers import Target, targets
+from xception_jax.weights.keras_layers import Target, of_kind, targets
 from xception_jax.weights.keras_match import Backbone, find_backbone, find_head
 from xception_jax.weights.network import Preprocessing
 
@@ -86,7 +86,7 @@ def import_keras(path: Path, model: ConfigDict | None, head: bool | None) -> Imp
         _check_epsilon(file, model, where)
         wanted = targets(model)
         backbone = find_backbone(file, wanted, tree.describe(model), where)
-        tensors, notes = _head(file, backbone, wanted["dense"], head, where)
+        tensors, notes = _head(file, backbone, of_kind(wanted, "dense"), head, where)
         leaves = {leaf: read(tensor) for leaf, tensor in (backbone.tensors | tensors).items()}
         preprocessing, assumed = _preprocessing(file, backbone, model, has_head=bool(tensors))
     shapes = tree.shapes(model)

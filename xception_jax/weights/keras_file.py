@@ -74,16 +74,27 @@ class Container:
 
     Attributes:
       name: '' for the model itself.
-      orders: the layers, in every order in which they may stand in `model.layers`; mostly there is one.
+      layers: in the order of `model.layers`, as far as the file tells.
+      row: of a model within the model in a legacy file: for each tensor its layer, and whether it is a running average.
     """
 
     name: str
-    orders: tuple[tuple[Layer, ...], ...]
+    layers: tuple[Layer, ...]
+    row: tuple[tuple[str, bool], ...] = ()
 
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The layers in the first of the orders."""
-        return self.orders[0]
+    def parts(self) -> Iterator[tuple[list[Layer], list[Layer]]]:
+        """Yields how a row may be cut in two: what can be trained, then all others, each in the order of the layers.
+
+        Where some layers are frozen neither part has all of them. Where the second begins is not marked. It has all
+        running averages, so that little of it comes before the first one: kernel, gamma and beta of the first layer.
+        """
+        layers = {layer.name: layer for layer in self.layers}
+        owners = [owner for owner, _ in self.row]
+        first = next((i for i, (_, is_average) in enumerate(self.row) if is_average), 0)
+        for boundary in range(first, max(first - 4, -1), -1):
+            parts = (owners[:boundary], owners[boundary:])
+            trainable, others = ([layers[name] for name in dict.fromkeys(part) if name in layers] for part in parts)
+            yield trainable, others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +189,7 @@ def _tree(file: h5py.File, reader: guard.Hdf5Guard) -> tuple[Container, ...]:
 
     visit(file, "", 0)
     return tuple(
-        Container(name, (tuple(sorted(layers, key=lambda layer: natural(layer.name))),))
+        Container(name, tuple(sorted(layers, key=lambda layer: natural(layer.name))))
         for name, layers in containers.items()
     )
 
@@ -193,45 +204,18 @@ def _legacy(root: h5py.Group, names: Sequence[str], reader: guard.Hdf5Guard) -> 
         matches = [_LEAF.fullmatch(weight) for weight in weights]
         owners = [match[1] if match else name for match in matches]
         if len(set(owners)) > 1:
-            statistics = [bool(match and match[2] in _STATISTICS) for match in matches]
-            orders = _orders(name, owners, tensors, statistics)
-            if orders[0]:
-                containers[name] = Container(name, orders)
+            containers[name] = _row(name, owners, tensors, [bool(m and m[2] in _STATISTICS) for m in matches])
         elif tensors and _holds_numbers(layer := Layer(name, name, tuple(tensors))):
             flat.append(layer)
-    return (Container("", (tuple(flat),)), *containers.values()) if flat else tuple(containers.values())
+    inner = [container for container in containers.values() if container.layers]
+    return (Container("", tuple(flat)), *inner) if flat else tuple(inner)
 
 
-def _orders(
-    container: str, owners: list[str], tensors: list[h5py.Dataset], statistics: list[bool]
-) -> tuple[tuple[Layer, ...], ...]:
-    """Returns the layers of a model within the model, in the orders in which they may stand in it.
-
-    Its tensors are in a row: first all that can be trained, then all others, each in the order of the layers. Where
-    some layers are frozen, neither part has all of them, and where the second begins is not marked: somewhere before
-    the first running average.
-    """
-    layers: dict[str, Layer] = {}
+def _row(name: str, owners: list[str], tensors: list[h5py.Dataset], statistics: list[bool]) -> Container:
+    """Returns a model within the model, whose tensors are in a row."""
+    owners = [f"{name}/{owner}" for owner in owners]
+    layers = []
     for owner in dict.fromkeys(owners):
         own = tuple(tensor for tensor, other in zip(tensors, owners, strict=True) if other == owner)
-        layers[owner] = Layer(f"{container}/{owner}", owner.rpartition("/")[2], own)
-    first = statistics.index(True) if True in statistics else 0
-    orders = {}
-    for boundary in range(first, -1, -1):
-        order = _merge(list(dict.fromkeys(owners[:boundary])), list(dict.fromkeys(owners[boundary:])))
-        orders[tuple(order)] = tuple(layers[owner] for owner in order if _holds_numbers(layers[owner]))
-    return tuple(orders.values())
-
-
-def _merge(trainable: list[str], others: list[str]) -> list[str]:
-    """Merges two parts of one order; a name that both have says what comes before it in either."""
-    merged: list[str] = []
-    position = 0
-    places = {name: i for i, name in enumerate(trainable)}
-    for name in others:
-        if name not in places:
-            merged.append(name)
-        elif places[name] >= position:
-            merged += trainable[position : places[name] + 1]
-            position = places[name] + 1
-    return merged + trainable[position:]
+        layers.append(Layer(owner, owner.rpartition("/")[2], own))
+    return Container(name, tuple(filter(_holds_numbers, layers)), tuple(zip(owners, statistics, strict=True)))

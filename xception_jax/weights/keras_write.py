@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import os
 
@@ -47,14 +48,15 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
     content = io.BytesIO()
     written = set()
     with h5py.File(content, "w") as file:
-        for kind, layers in targets(model).items():
-            for i, target in enumerate(layers):
-                if not all(leaf in leaves for leaf in target.leaves):
-                    continue  # the head of a network without one
-                group = f"layers/{_GROUPS[kind]}{f'_{i}' if i else ''}/vars"
-                for j, (leaf, shape) in enumerate(zip(target.leaves, target.shapes, strict=True)):
-                    file[f"{group}/{j}"] = leaves[leaf].reshape(shape)
-                    written.add(leaf)
+        counts: collections.Counter[str] = collections.Counter()
+        for target in targets(model):
+            if not all(leaf in leaves for leaf in target.leaves):
+                continue  # the head of a network without one
+            number = f"_{counts[target.kind]}" if counts[target.kind] else ""
+            counts[target.kind] += 1
+            for i, (leaf, shape) in enumerate(zip(target.leaves, target.shapes, strict=True)):
+                file[f"layers/{_GROUPS[target.kind]}{number}/vars/{i}"] = leaves[leaf].reshape(shape)
+                written.add(leaf)
     if left_over := sorted(leaves.keys() - written):
         what = f"Keras' network has no place for {tree.listed(left_over)}"
         raise ConfigError(what, "config.model", "save it as .safetensors")
