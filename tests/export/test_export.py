@@ -178,6 +178,14 @@ def test_scaling_is_that_of_training():
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_processes():
+    """The processes that check an export compile for a single batch: as little as possible."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
@@ -279,13 +287,16 @@ def test_an_export_of_another_network_is_found(weights, tmp_path):
         export(weights, tmp_path / "other.onnx", "--format", "onnx", "--check_only")
 
 
-def test_a_network_of_nan_leaves_no_file(tmp_path):
+def test_what_fails_the_check_leaves_no_file(tmp_path):
+    """Finite weights whose logits are not: the network is of no use, and its export would be of none."""
     network = make_network({})
-    network.variables["params"]["head"]["predictions"]["bias"] = np.full(5, np.nan, np.float32)
-    save_network(tmp_path / "nan.safetensors", network)
-    with pytest.raises(BadDataError, match="differs from the network by nan"):
-        export(tmp_path / "nan.safetensors", tmp_path / "out.onnx", "--format", "onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["nan.safetensors"]
+    network.variables["params"]["head"]["predictions"]["kernel"] = np.full_like(
+        network.variables["params"]["head"]["predictions"]["kernel"], 3e38
+    )
+    save_network(tmp_path / "huge.safetensors", network)
+    with pytest.raises(BadDataError, match="not finite"):
+        export(tmp_path / "huge.safetensors", tmp_path / "out.onnx", "--format", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
 
 
 def test_what_is_refused(weights, evaluation, tmp_path):

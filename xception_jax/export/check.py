@@ -30,7 +30,7 @@ _RUN = """\
 import sys
 import numpy as np
 
-code = open("code.py").read()
+code = open("lines.txt").read()
 for number in range(int(sys.argv[1])):
     scope = {"np": np, "number": number}
     exec(code, scope)
@@ -55,7 +55,7 @@ class Difference:
 
     @property
     def accepted(self) -> bool:
-        """Whether the export computes what the network does; not if either gives what is no number."""
+        """Whether the export computes what the network does."""
         return self.largest <= TOLERANCE * max(1.0, self.logits)
 
 
@@ -73,13 +73,15 @@ def check_export(
       name: of the file in an error, if it will have another.
 
     Raises:
-      BadDataError: it cannot be read, or computes something else.
+      BadDataError: it cannot be read, or computes something else; or the network gives no finite logits.
     """
     pixels = photographs(network.preprocessing)
     scale, shift = scaling(network.preprocessing)
     scaled = pixels.astype(np.float32) * scale + shift
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the process below runs there too
         expected = np.asarray(reference(scaled), np.float64)
+    if not np.isfinite(expected).all():
+        raise BadDataError("the network gives logits that are not finite", network.source, "take another checkpoint")
     found = _run(path, format, np.split(pixels if uint8 else scaled, [_BATCHES[0]]), name or str(path))
     difference = Difference(float(np.abs(found - expected).max()), float(np.abs(expected).max()), len(pixels))
     if not difference.accepted:
@@ -87,7 +89,7 @@ def check_export(
             f"the export differs from the network by {difference.largest:.2g} in logits of up to"
             f" {difference.logits:.2g}",
             name or str(path),
-            f"the weights may not be finite, or the file is of another network than {network.source}",
+            f"take the network that it was made from, if {network.source} is another; else its weights are extreme",
         )
     return difference
 
@@ -97,7 +99,7 @@ def _run(path: Path, format: str, batches: list[np.ndarray], name: str) -> np.nd
         for number, batch in enumerate(batches):
             np.save(Path(scratch) / f"images{number}.npy", batch)
         code = loading_code(str(path.absolute()), format, 'images = np.load(f"images{number}.npy")')
-        (Path(scratch) / "code.py").write_text(code)
+        (Path(scratch) / "lines.txt").write_text(code)
         environment = dict(os.environ)
         environment["JAX_PLATFORMS"] = "cpu"  # an accelerator may be held by this process
         if format == "safetensors":
