@@ -72,6 +72,9 @@ def container_format(path: Path) -> str:
         start = file.read(16)
     if h5py.is_hdf5(path):
         return "hdf5"
+    # Before the pickle, whose first byte may be that of a length too.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
+        return "safetensors"
     if start[:1] == b"\x80" or (start[:4] == b"PK\x03\x04" and _holds_pickle(path)):
         raise BadDataError(
             "the file is a pickle, which may run any code when it is read",
@@ -81,8 +84,6 @@ def container_format(path: Path) -> str:
         )
     if start[:4] == b"PK\x03\x04":
         return "zip"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
-        return "safetensors"
     what = "the file is neither safetensors nor a Keras file (HDF5, .keras), or its beginning is damaged"
     raise BadDataError(
         what, str(path), "a SavedModel or checkpoint: load it in Keras, model.save_weights('x.weights.h5')"
