@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded: 67 million pixels. The largest of ImageNet has 61 million."""
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_ASPECT = 16
 CROP_ATTEMPTS = 10
 CROP_ASPECT = (3 / 4, 4 / 3)
@@ -215,6 +216,14 @@ def shifted_view(
 
 def _random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.integers(2) else image
+
+
+def thumbnail(image: UInt8[np.ndarray, "h w 3"], longest: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Shrinks the whole image until its longer side has at most `longest` pixels."""
+    height, width = image.shape[:2]
+    scale = min(1.0, longest / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def to_float(image: UInt8[np.ndarray, "s s 3"], out: Float32[np.ndarray, "s s 3"]) -> None:

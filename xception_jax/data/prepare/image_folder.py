@@ -19,7 +19,6 @@ from xception_jax.errors import BadDataError, InputMissingError
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_PERCENT = 10
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -72,7 +71,7 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
         raise InputMissingError(
             f"no images in {source}",
             str(source),
-            f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(_SUFFIXES)}",
+            f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(images.SUFFIXES)}",
         )
     classes = sorted({path.parent.name for path in files.get("train", [])})
     for split, paths in files.items():
@@ -113,7 +112,7 @@ def _files(folder: Path, skipped: Skipped) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             continue
-        if path.suffix.lower() not in _SUFFIXES:
+        if path.suffix.lower() not in images.SUFFIXES:
             skipped.add("not an image by its name", path)
         elif path.parent.parent != folder:
             skipped.add("not in a folder of a class", path)

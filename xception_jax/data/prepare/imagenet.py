@@ -29,6 +29,7 @@ EXPECTED = {"train": 1_281_167, "validation": 50_000}
 
 _LABELS_FILE = "datasets/imagenet2012/labels.txt"
 _VALIDATION_LABELS_FILE = "datasets/imagenet2012/validation_labels.txt"
+_WORDS = Path(__file__).with_name("imagenet_words.txt")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg")
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 _LITTER = (".DS_Store", "Thumbs.db")
@@ -38,6 +39,12 @@ _TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError)
 def class_names() -> list[str]:
     """Returns the 1,000 WordNet ids in the order of their labels, which is alphabetical."""
     return tfds.core.tfds_path(_LABELS_FILE).read_text().split()
+
+
+def class_words() -> dict[str, str]:
+    """Returns the word of each class by its WordNet id: 'n01440764' is a 'tench'. No two classes have the same."""
+    lines = _WORDS.read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def validation_wnids() -> list[str]:
