@@ -49,30 +49,34 @@ def draw(tiles: Sequence[Tile]) -> bytes:
       A PNG.
     """
     columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(1.5 * len(tiles))))
-    rows = math.ceil(len(tiles) / columns)
-    width, height = columns * (_CELL + _GAP) + _GAP, rows * (_CELL + _CAPTION + _GAP) + _GAP
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    # A row is as high as its highest image: most photographs are wider than high.
+    heights = [_CELL * max(min(tile.image.shape[0] / tile.image.shape[1], 1.0) for tile in row) for row in rows]
+    width, height = columns * (_CELL + _GAP) + _GAP, sum(heights) + len(rows) * (_CAPTION + _GAP) + _GAP
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    for number, tile in enumerate(tiles):
-        row, column = divmod(number, columns)
-        left = _GAP + column * (_CELL + _GAP)
-        top = height - _GAP - row * (_CELL + _CAPTION + _GAP)
-        picture = figure.add_axes((left / width, (top - _CELL) / height, _CELL / width, _CELL / height))
-        _draw_image(picture, tile.image)
-        bottom = top - _CELL - _CAPTION
-        _draw_caption(figure.add_axes((left / width, bottom / height, _CELL / width, _CAPTION / height)), tile)
+    top = height - _GAP
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            left, bottom = (_GAP + column * (_CELL + _GAP)) / width, top - row_height
+            picture = figure.add_axes((left, bottom / height, _CELL / width, row_height / height))
+            _draw_image(picture, tile.image, row_height / _CELL)
+            caption = (left, (bottom - _CAPTION) / height, _CELL / width, _CAPTION / height)
+            _draw_caption(figure.add_axes(caption), tile)
+        top -= row_height + _CAPTION + _GAP
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
 
 
-def _draw_image(axes: Axes, image: np.ndarray) -> None:
+def _draw_image(axes: Axes, image: np.ndarray, aspect: float) -> None:
+    """Draws an image into a box of width 1 and height `aspect`, standing on its caption."""
     height, width = image.shape[:2]
-    longer = max(height, width)
+    longer = max(width, height / aspect)
     # Small images are shown in their pixels, and not smoothed into something that the network does not see.
-    axes.imshow(image, interpolation="nearest" if longer < _SMALL else "antialiased")
+    axes.imshow(image, interpolation="nearest" if max(height, width) < _SMALL else "antialiased")
     axes.set_xlim((width - longer) / 2 - 0.5, (width + longer) / 2 - 0.5)
-    axes.set_ylim(height - 0.5, height - longer - 0.5)  # stands on its caption
+    axes.set_ylim(height - 0.5, height - longer * aspect - 0.5)
     axes.axis("off")
 
 

@@ -145,11 +145,19 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 
 def class_names(network: Network) -> list[str]:
-    """Returns a name for each class: the network's own, words for ImageNet's WordNet ids, numbers where it has none."""
-    if network.classes is None:
-        return [f"class {number}" for number in range(network.model.num_classes)]
+    """Returns a name for each class, with words for ImageNet's WordNet ids.
+
+    A file that names none is taken for ImageNet's if it has as many: those of Keras and timm are in this order.
+    Otherwise classes have numbers.
+    """
     words = imagenet.class_words()
-    return [words.get(name, name) for name in network.classes]
+    names = network.classes
+    if names is None and network.model.num_classes == len(words):
+        print("the weights do not name their 1,000 classes: they are taken for ImageNet's", file=sys.stderr)
+        names = tuple(imagenet.class_names())
+    if names is None:
+        return [f"class {number}" for number in range(network.model.num_classes)]
+    return [words.get(name, name) for name in names]
 
 
 def predict(
