@@ -1,7 +1,8 @@
 """A dataset from a folder of images: DIR/train/CLASS/*.jpg, and beside it DIR/validation or DIR/test.
 
 Without split folders, DIR/CLASS/*.jpg is divided 90 to 10 into train and validation, by a hash of the file's path, so
-that a file stays on its side when others are added. Classes are the folders' names in alphabetical order.
+that a file stays on its side when others are added. Classes are the folders' names in alphabetical order, or in that
+of their numbers if all are numbers.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
             f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(images.SUFFIXES)}",
         )
     classes = sorted({path.parent.name for path in files.get("train", [])})
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)  # 2 before 10: such names are labels
     for split, paths in files.items():
         for path in paths:
             if path.parent.name not in classes:
