@@ -105,7 +105,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
       BadDataError: the file is damaged.
     """
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with safetensors.safe_open(path, framework="numpy", backend="pread") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (safetensors.SafetensorError, *_READ_ERRORS) as error:
         raise damaged(path, error) from None
