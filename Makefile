@@ -3,19 +3,22 @@ PYTHON ?= python3
 VENV := .venv$(patsubst python3%,%,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/fashion_mnist
-# An interpreter that has benchmarks/requirements.txt; by default .venv-peers, set up by `make bench`
+# An interpreter that has benchmarks/requirements.txt; by default .venv-peers, set up by the first target that needs it
 PEERS ?=
 
 # Large buffers in huge pages: a third of a training step on a CPU is otherwise spent on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test check bench format clean
+.PHONY: train test test-peers check bench format clean
 
 train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS='--config.seed=1' overrides fields
 	$(BIN)/python train.py --config=configs/fashion_mnist.py --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' selects some
 	$(BIN)/python -m pytest $(ARGS)
+
+test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/weights.md
+	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
 
 check: $(VENV)/.installed-dev ## Format, lint and types
 	$(BIN)/ruff format --check .

@@ -11,7 +11,10 @@ from xception_jax.command_line import run_main
 # Command: (module with add_arguments(parser) and run(args) -> exit code, what it does). Imported when it is asked for.
 COMMANDS = {
     "prepare": ("xception_jax.data.prepare.command", "write a dataset in the form that training reads"),
-    "evaluate": ("xception_jax.evaluation.command", "evaluate a checkpoint on a split, exactly"),
+    "predict": ("xception_jax.evaluation.predict", "name the classes of images"),
+    "evaluate": ("xception_jax.evaluation.command", "evaluate a network on a split, exactly"),
+    "export": ("xception_jax.export.command", "a network as StableHLO, ONNX or safetensors, checked, with its card"),
+    "convert": ("xception_jax.weights.command", "weights of Keras or timm to ours, and back"),
     "study": ("xception_jax.study.command", "compare networks over seeds: run a study, report it"),
     "plan": ("xception_jax.hardware.command", "memory, time and cost of a run on chips that are not here"),
 }

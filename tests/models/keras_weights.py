@@ -26,24 +26,15 @@ from keras.src.backend.common import dtypes as keras_dtypes
 
 from xception_jax.config import default_config
 from xception_jax.models import create_model
+from xception_jax.weights.keras_layers import targets
 
 APPLICATIONS = {"xception": "Xception", "inception_v3": "InceptionV3"}
-
-# Convolutions of Inception V3 in the order in which Keras creates them (their names there are automatic).
-_INCEPTION_MODULES = {
-    **{f"mixed{i}": "1x1_0 5x5_0 5x5_1 3x3dbl_0 3x3dbl_1 3x3dbl_2 pool_0" for i in (0, 1, 2)},
-    "mixed3": "3x3_0 3x3dbl_0 3x3dbl_1 3x3dbl_2",
-    **{
-        f"mixed{i}": "1x1_0 7x7_0 7x7_1 7x7_2 7x7dbl_0 7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 pool_0" for i in (4, 5, 6, 7)
-    },
-    "mixed8": "3x3_0 3x3_1 7x7x3_0 7x7x3_1 7x7x3_2 7x7x3_3",
-    **{f"mixed{i}": "1x1_0 3x3_0 3x3_1x3 3x3_3x1 3x3dbl_0 3x3dbl_1 3x3dbl_1x3 3x3dbl_3x1 pool_0" for i in (9, 10)},
-}
-_AUTOMATIC = {
-    "xception": [f"block{block}_shortcut" for block in (2, 3, 4, 13)],
-    "inception_v3": [f"stem_{i}" for i in range(5)]
-    + [f"{module}_{layer}" for module, layers in _INCEPTION_MODULES.items() for layer in layers.split()],
-}
+_WITH_WEIGHTS = (
+    keras.layers.Conv2D,
+    keras.layers.SeparableConv2D,
+    keras.layers.BatchNormalization,
+    keras.layers.Dense,
+)
 
 Path = tuple[str, ...]
 
@@ -159,10 +150,7 @@ def copy_weights(name: str, keras_model: keras.Model, model: nn.Module) -> tuple
     """
     template = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
     places = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0]}
-    paths = {}
-    for layer, layer_path in _layer_paths(name, keras_model):
-        for variable in layer.variables:
-            paths[id(variable)] = _variable_path(variable, layer_path)
+    paths = {id(variable): path for variable, path in _variable_paths(name, keras_model)}
     tree: dict[str, Any] = {}
     for variable in keras_model.variables:
         path = paths[id(variable)]
@@ -184,28 +172,14 @@ def _by_creation(layers: list) -> list:
     return sorted(layers, key=lambda layer: int((re.search(r"_(\d+)$", layer.name) or ["", "0"])[1]))
 
 
-def _layer_paths(name: str, keras_model: keras.Model) -> Iterator[tuple[Any, Path]]:
-    layers = [layer for layer in keras_model.layers if layer.variables]
-    for prefix, suffix in (("conv2d", ""), ("batch_normalization", "_bn")):
-        automatic = _by_creation([layer for layer in layers if re.fullmatch(rf"{prefix}(_\d+)?", layer.name)])
-        for layer, ours in zip(automatic, _AUTOMATIC[name], strict=True):
-            layers.remove(layer)
-            yield layer, (ours + suffix,)
-    for layer in layers:
-        yield layer, (("head", "predictions") if layer.name == "predictions" else (layer.name,))
-
-
-def _variable_path(variable, layer_path: Path) -> Path:
-    collection = "batch_stats" if variable.name in ("moving_mean", "moving_variance") else "params"
-    leaf = {
-        "depthwise_kernel": ("spatial", "kernel"),
-        "pointwise_kernel": ("pointwise", "kernel"),
-        "gamma": ("scale",),
-        "beta": ("bias",),
-        "moving_mean": ("mean",),
-        "moving_variance": ("var",),
-    }.get(variable.name, (variable.name,))
-    return (collection, *layer_path, *leaf)
+def _variable_paths(name: str, keras_model: keras.Model) -> Iterator[tuple[Any, Path]]:
+    """Links them as weight files are read: by the order of the layers."""
+    config = default_config().model
+    config.name = name
+    theirs = [layer for layer in keras_model.layers if isinstance(layer, _WITH_WEIGHTS)]
+    for layer, ours in zip(theirs, targets(config), strict=True):
+        for variable, leaf in zip(layer.variables, ours.leaves, strict=True):
+            yield variable, tuple(leaf.split("/"))
 
 
 def _in_our_shape(value: np.ndarray, path: Path) -> np.ndarray:

@@ -5,6 +5,7 @@ In float64, where a difference that is more than rounding has a reason. `docs/pa
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -26,6 +27,10 @@ from quick import QUICK
 
 from xception_jax.config import default_config
 from xception_jax.models import create_model
+from xception_jax.weights import load_keras
+
+# Keras turns JAX arrays into NumPy ones, as it saves them, in a way that NumPy 2 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 NAMES = ("xception", "inception_v3")
 # At 299 and 224 some max pools see even sides, at 150 and 71 (75: Inception V3's smallest) others.
@@ -37,9 +42,17 @@ ENDPOINTS = {
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def built(request):
+def built(request, tmp_path_factory):
+    """The weights go through a file: Keras saves it, our loader reads it."""
+    name, path = request.param, tmp_path_factory.mktemp("weights") / "x.weights.h5"
     with keras_floatx("float64"):
-        return request.param, build_reference(request.param, "float64")
+        reference = build_reference(name, "float64")
+        reference.keras_model.save_weights(path)
+    config = default_config().model
+    config.update(name=name, dtype="float64")
+    loaded = load_keras(path, config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, reference.variables)
+    return name, dataclasses.replace(reference, variables=loaded)
 
 
 @pytest.fixture

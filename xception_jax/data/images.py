@@ -8,6 +8,7 @@ the later ones together.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -20,6 +21,8 @@ from PIL import Image, ImageOps
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded: 67 million pixels. The largest of ImageNet has 61 million."""
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_ASPECT = 16
 CROP_ATTEMPTS = 10
 CROP_ASPECT = (3 / 4, 4 / 3)
 MAX_BRIGHTNESS_DELTA = 32 / 255
@@ -91,10 +94,77 @@ def resize(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "s
 
 def central_view(image: UInt8[np.ndarray, "h w 3"], size: int, share: float) -> UInt8[np.ndarray, "s s 3"]:
     """Resizes the central `share` of each side to size x size: the view for evaluation."""
+    return resize(_central_crop(image, share), size)
+
+
+def _central_crop(image: np.ndarray, share: float) -> np.ndarray:
     height, width = image.shape[:2]
     crop_height, crop_width = max(1, round(height * share)), max(1, round(width * share))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return resize(image[top : top + crop_height, left : left + crop_width], size)
+    return image[top : top + crop_height, left : left + crop_width]
+
+
+def antialiased_view(
+    image: UInt8[np.ndarray, "h w 3"], size: int, share: float, resampling: Image.Resampling
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Resizes the shorter side to size / share with antialiasing, and cuts the central square of `size` out of it.
+
+    Roundings are those of torchvision's Resize and CenterCrop as timm's evaluation combines them, so that a network
+    sees the pixels that its accuracy was published with. Unlike `central_view` it keeps the aspect ratio.
+    """
+    # Of a strip only the middle, which is all that is seen: resized, it could be a thousand times as large.
+    longest = MAX_ASPECT * min(image.shape[:2])
+    height, width = (min(side, longest) for side in image.shape[:2])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    image = image[top : top + height, left : left + width]
+    shorter, side = min(height, width), math.floor(size / share)
+    height, width = int(side * height / shorter), int(side * width / shorter)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    # Cropping inside the resize would move the samples by a fraction of a pixel.
+    resized = Image.fromarray(image).resize((width, height), resampling)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationView:
+    """The view of an image that a network is evaluated on; called with an image, writes it into `out`.
+
+    Attributes:
+      size: side of the square view, in pixels.
+      crop: central share of the image's sides that is seen.
+      interpolation: 'bilinear' and 'bicubic' resize the central crop, whatever its aspect ratio, without antialiasing;
+        'antialiased_bilinear' and 'antialiased_bicubic' are `antialiased_view`.
+      mean: subtracted after scaling to [0, 1], one value a channel.
+      std: divides the result. The defaults scale to [-1, 1].
+    """
+
+    size: int
+    crop: float
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __call__(self, image: UInt8[np.ndarray, "h w 3"], out: Float32[np.ndarray, "s s 3"]) -> None:
+        if set(self.mean) == set(self.std) == {0.5}:
+            to_float(self.pixels(image), out)
+            return
+        std = np.asarray(self.std, np.float32)
+        np.multiply(self.pixels(image), 1 / (255 * std), out=out)
+        np.subtract(out, np.asarray(self.mean, np.float32) / std, out=out)
+
+    def pixels(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+        """Returns the view before it is scaled."""
+        match self.interpolation:
+            case "bilinear":
+                return central_view(image, self.size, self.crop)
+            case "bicubic":
+                crop = _central_crop(image, self.crop)
+                return cv2.resize(crop, (self.size, self.size), interpolation=cv2.INTER_CUBIC)
+            case "antialiased_bilinear":
+                return antialiased_view(image, self.size, self.crop, Image.Resampling.BILINEAR)
+            case "antialiased_bicubic":
+                return antialiased_view(image, self.size, self.crop, Image.Resampling.BICUBIC)
+        raise ValueError(f"there is no interpolation {self.interpolation!r}")
 
 
 def random_crop_box(
@@ -146,6 +216,14 @@ def shifted_view(
 
 def _random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.integers(2) else image
+
+
+def thumbnail(image: UInt8[np.ndarray, "h w 3"], longest: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Shrinks the whole image until its longer side has at most `longest` pixels."""
+    height, width = image.shape[:2]
+    scale = min(1.0, longest / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def to_float(image: UInt8[np.ndarray, "s s 3"], out: Float32[np.ndarray, "s s 3"]) -> None:

@@ -87,14 +87,22 @@ class EvaluationBatches:
       data: `config.data`.
       source: examples.
       batch_size: examples in a batch of this process.
+      view: of each image; by default the central `data.eval_crop` of it at `data.image_size`.
       process_index: of this process.
       process_count: number of processes.
     """
 
     def __init__(
-        self, data: ConfigDict, source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
+        self,
+        data: ConfigDict,
+        source: Source,
+        *,
+        batch_size: int,
+        view: images.EvaluationView | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
     ):
-        self._data, self._source = data, source
+        self._data, self._source, self._view = data, source, view
         self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
 
     def __len__(self) -> int:
@@ -106,7 +114,7 @@ class EvaluationBatches:
         total = len(self) * self._batch_size * self._process_count
         examples = grain.MapDataset.range(total).map(functools.partial(_or_padding, num_examples=len(self._source)))
         batches = examples.batch(self._batch_size)[self._process_index :: self._process_count]
-        return BatchIterator(batches, _LoadBatch(self._data, self._source, None), self._data)
+        return BatchIterator(batches, _LoadBatch(self._data, self._source, None, self._view), self._data)
 
 
 def _or_padding(position: int, num_examples: int) -> Int64[np.ndarray, " 2"]:
@@ -114,11 +122,17 @@ def _or_padding(position: int, num_examples: int) -> Int64[np.ndarray, " 2"]:
 
 
 def evaluation_batches(
-    data: ConfigDict, source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    data: ConfigDict,
+    source: Source,
+    *,
+    batch_size: int,
+    view: images.EvaluationView | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> EvaluationBatches:
     """Returns the batches of an exact evaluation, see `EvaluationBatches`."""
     return EvaluationBatches(
-        data, source, batch_size=batch_size, process_index=process_index, process_count=process_count
+        data, source, batch_size=batch_size, view=view, process_index=process_index, process_count=process_count
     )
 
 
@@ -195,23 +209,25 @@ class _LoadBatch:
       data: `config.data`.
       source: examples.
       seed: of the augmentation; None gives the evaluation view of each image, and a mask.
+      view: another one than that of `data`, for evaluation.
     """
 
-    def __init__(self, data: ConfigDict, source: Source, seed: int | None):
+    def __init__(self, data: ConfigDict, source: Source, seed: int | None, view: images.EvaluationView | None = None):
         self._data, self._source, self._seed = data, source, seed
         self._pool = ThreadPoolExecutor(
             data.threads, thread_name_prefix="decode"
         )  # has no threads before its first use
         # A ConfigDict looks a field up in 10 microseconds, which counts when there are ten for each image.
+        self._view = view or images.EvaluationView(data.image_size, data.eval_crop)
         self._size, self._augmentation, self._color = data.image_size, data.augmentation, data.color_distortion
-        self._crop_area, self._shift, self._eval_crop = tuple(data.crop_area), data.shift_pixels, data.eval_crop
+        self._crop_area, self._shift = tuple(data.crop_area), data.shift_pixels
 
     def __reduce__(self):
-        return _LoadBatch, (self._data, self._source, self._seed)
+        return _LoadBatch, (self._data, self._source, self._seed, self._view)
 
     def __call__(self, examples: Int64[np.ndarray, "b 2"]) -> Batch:
         count, info = len(examples), self._source.info
-        pixels = np.zeros((count, self._size, self._size, 3), np.float32)
+        pixels = np.zeros((count, self._view.size, self._view.size, 3), np.float32)
         several = info.multi_label
         labels: np.ndarray = np.zeros(
             (count, info.num_classes) if several else count, np.float32 if several else np.int32
@@ -255,11 +271,11 @@ class _LoadBatch:
 
     def _write_view(self, image: np.ndarray, epoch: int, index: int, out: np.ndarray) -> None:
         if self._seed is None or self._augmentation == "none":
-            images.to_float(images.central_view(image, self._size, self._eval_crop), out)
+            self._view(image, out)
             return
         rng = np.random.default_rng((self._seed, epoch, index))
         if self._augmentation == "shift":
-            view = images.central_view(image, self._size, self._eval_crop)
+            view = self._view.pixels(image)
             images.to_float(images.shifted_view(view, self._shift, rng), out)
             return
         view = images.inception_view(image, self._size, self._crop_area, rng)

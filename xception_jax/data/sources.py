@@ -37,7 +37,7 @@ _PREPARED_ON_FIRST_USE: dict[str, Callable[[], Dataset]] = {
     "fashion_mnist_subset": fashion_mnist.fashion_mnist_subset,
     "fashion_mnist_scenes": fashion_mnist.fashion_mnist_scenes,
 }
-_NEEDS_SOURCE = ("fashion_mnist", "imagenet2012")
+_NEEDS_SOURCE = ("fashion_mnist", "imagenet2012", "imagenet_v2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,23 @@ def open_source(data: ConfigDict, split: str) -> Source:
     return TfdsSource(directory, split)
 
 
+def find_class_names(data: ConfigDict) -> tuple[str, ...] | None:
+    """Returns the names of the classes of `config.data.name`, or None if the dataset is not on this machine.
+
+    Its features.json is read, the images need not be there.
+
+    Raises:
+      BadDataError: the dataset has no image with a label.
+    """
+    if data.name == SYNTHETIC:
+        return SyntheticSource(1, "train").info.class_names
+    directory = _find(data.name, resolve_data_dir(data.data_dir))
+    if directory is not None:
+        features = tfds.builder_from_directory(os.fspath(directory)).info.features
+        return tuple(_label_feature(features, directory)[1].names)
+    return fashion_mnist.CLASS_NAMES if data.name in _PREPARED_ON_FIRST_USE else None
+
+
 def resolve_data_dir(data_dir: str) -> Path:
     """Returns the directory that holds all datasets: as given, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
@@ -126,7 +143,11 @@ def _find(name: str, data_dir: Path) -> Path | None:
 
 def _prepare_command(name: str, data_dir: Path) -> str:
     name = name.partition(":")[0]
-    command = f"{name} --source DIR" if name in _NEEDS_SOURCE else f"image_folder --name {name} --source DIR"
+    command = (
+        f"{name} --source DIR"
+        if name.partition("/")[0] in _NEEDS_SOURCE
+        else f"image_folder --name {name} --source DIR"
+    )
     if name in _PREPARED_ON_FIRST_USE:
         command = name
     return f"python -m xception_jax prepare {command} --data_dir {data_dir}"
@@ -146,6 +167,7 @@ class TfdsSource:
         self._check_format(builder)
         self._check_split(builder)
         self._label_name, label = _label_feature(builder.info.features, directory)
+        self._names_files = "file_name" in builder.info.features
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         self.info = SourceInfo(
             name=builder.info.name,
@@ -171,9 +193,19 @@ class TfdsSource:
         Raises:
           BadDataError: the record is damaged.
         """
+        image, label = self._read(index, "image", self._label_name)
+        if self._label_name == OPEN_IMAGES_LABELS:
+            # A confidence of zero says that a person has looked and has not found the class.
+            present = zip(label["label"], label["confidence"], strict=True)
+            label = sorted({int(value) for value, confidence in present if confidence > 0})
+        label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
+        return {"image": image, "label": label, "index": index}
+
+    def _read(self, index: int, *features: str) -> list[Any]:
+        """Returns features of one record, or raises BadDataError."""
         try:
             record = self._records[index]
-            label = record[self._label_name]
+            return [record[name] for name in features]
         except Exception as error:
             # array_record raises bare RuntimeErrors, protobuf DecodeErrors and TFDS whatever comes first.
             raise BadDataError(
@@ -181,12 +213,15 @@ class TfdsSource:
                 f"{self.directory}, split {self.split}",
                 "copy or prepare the dataset again",
             ) from error
-        if self._label_name == OPEN_IMAGES_LABELS:
-            # A confidence of zero says that a person has looked and has not found the class.
-            present = zip(label["label"], label["confidence"], strict=True)
-            label = sorted({int(value) for value, confidence in present if confidence > 0})
-        label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
-        return {"image": record["image"], "label": label, "index": index}
+
+    def file_names(self) -> list[str] | None:
+        """Returns the names that the images had as files, in the order of the split; None if they were not kept.
+
+        All records are read.
+        """
+        if not self._names_files:
+            return None
+        return [self._read(index, "file_name")[0].decode() for index in range(len(self))]
 
     def _check_format(self, builder: tfds.core.DatasetBuilder) -> None:
         # as_data_source() names the format in a message of its own, which sends the reader to download_and_prepare().

@@ -1,78 +1,215 @@
-"""`python -m xception_jax evaluate`: a checkpoint of a run on any split of its dataset, exactly."""
+"""`python -m xception_jax evaluate`: any network on any split, exactly; or the predictions of two, compared."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from xception_jax.config import load_json
-from xception_jax.data.pipeline import evaluation_batches
-from xception_jax.errors import InputMissingError
+from xception_jax.config import default_config
+from xception_jax.data.images import EvaluationView
+from xception_jax.data.pipeline import Batch, DamagedImages, evaluation_batches
+from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
+from xception_jax.errors import ConfigError, InputMissingError, UsageError
+from xception_jax.evaluation import compare, result
+from xception_jax.evaluation.calibration import calibrate
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-from xception_jax.evaluation.metrics import save_predictions
-from xception_jax.training.experiment import make_experiment
-from xception_jax.training.loop import open_checkpoints
-from xception_jax.training.mesh import batch_sharding, to_devices
+from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
+from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
+from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
+from xception_jax.models import create_model
+from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh, to_devices
+from xception_jax.weights import Network
+
+EXAMPLES = """\
+examples:
+  python -m xception_jax evaluate runs/fashion_mnist
+  python -m xception_jax evaluate xception.safetensors --dataset imagenet2012 --split validation --real real.json
+  python -m xception_jax evaluate xception.safetensors --dataset imagenet_v2/matched-frequency --split test
+  python -m xception_jax evaluate runs/a --predictions a.npz     (the same for b)
+  python -m xception_jax evaluate --compare a.npz b.npz
+"""
+# Of a weight file; a run has its own. Fits small machines, and is enough to keep a large accelerator busy.
+BATCH_SIZE_PER_DEVICE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Evaluates a checkpoint: its last weights, and their Polyak average if it has one."
-    parser.add_argument("workdir", help="work directory of a run")
-    parser.add_argument(
-        "--split", help="such as 'validation' or 'train[98%%:]'; by default the test split of the config"
-    )
-    parser.add_argument("--step", type=int, help="checkpoint to evaluate; by default the newest that is intact")
-    parser.add_argument("--data_dir", help="where the dataset is, if it has moved")
+    parser.description = "Evaluates a network on every image of a split; of a run, its last weights and their average."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
+    parser.add_argument("--dataset", metavar="NAME", help="by default that of the run")
+    parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]'; by default the test split of the run")
+    parser.add_argument("--step", type=int, help="checkpoint of the run; by default the newest that is intact")
+    parser.add_argument("--data_dir", metavar="DIR", help="where datasets are; by default as in training, or as TFDS")
     parser.add_argument("--batch_size", type=int, help="images at a time, over all devices")
+    parser.add_argument("--real", metavar="real.json", help="score ImageNet's validation set by ReaL labels too")
+    parser.add_argument("--per_class", metavar="FILE.csv", help="write a table of the classes")
     parser.add_argument("--predictions", metavar="FILE.npz", help="save the best classes of each image")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A.npz", "B.npz"), help="test whether two saved predictions differ in accuracy"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates and prints the metrics.
+    """Evaluates or compares, and prints what was found.
 
     Raises:
-      InputMissingError: there is no run, or no such checkpoint.
-      BadDataError: the checkpoint is damaged or does not fit.
+      UsageError, ConfigError: the arguments do not fit together, or the network not the dataset.
+      InputMissingError: the network, the checkpoint, the dataset or a file is not there.
+      BadDataError: one of them is damaged.
     """
-    workdir = Path(args.workdir)
-    try:
-        config = load_json((workdir / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(
-            "there is no run", str(workdir), "give the work directory of a run: it holds config.json"
-        ) from None
-    # Only this split is opened: the training images need not be on this machine.
-    split = args.split or config.data.test_split or config.data.eval_split
-    config.data.train_split, config.data.eval_split, config.data.test_split = split, "", ""
-    if args.data_dir is not None:
-        config.data.data_dir = args.data_dir
-    if args.batch_size is not None:
-        config.evaluation.batch_size = args.batch_size
-    experiment = make_experiment(config)
-    source = experiment.sources["train"]
-
-    with jax.set_mesh(experiment.mesh), open_checkpoints(experiment, workdir, read_only=True) as checkpoints:
-        if args.step is None:
-            restored = checkpoints.restore_latest(experiment.abstract)
-            if restored is None:
-                raise InputMissingError("there is no checkpoint yet", str(workdir), "train first")
-            step, state = restored
-        else:
-            step, state = args.step, checkpoints.restore(args.step, experiment.abstract)
-        metrics, predictions = evaluate(
-            make_evaluation_step(experiment.model, config),
-            state.all_variables(),
-            evaluation_batches(config.data, source, batch_size=config.evaluation.batch_size),
-            len(source),
-            to_devices=lambda batch: to_devices(batch, batch_sharding(experiment.mesh)),
-        )
+    if args.compare:
+        if args.source:
+            raise UsageError("--compare takes two files, and no network", args.source, "leave the network out")
+        comparison = compare.compare_files(*args.compare)
+        text = compare.as_text(comparison, *args.compare)
+        print(json.dumps(compare.as_dict(comparison)) if args.json else text)
+        return 0
+    if not args.source:
+        raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "give a work directory or a weight file")
+    for path in filter(None, (args.predictions, args.per_class)):
+        _require_directory(path)
+    subject = _open_subject(args)
+    metrics, predictions, info = _evaluate(args, subject)
+    rows = result.class_rows(predictions, info.class_names)
     if args.predictions:
         save_predictions(args.predictions, predictions)
-    metrics = {"step": step, "split": split} | metrics
-    print(json.dumps(metrics) if args.json else "\n".join(f"{name:16}{value}" for name, value in metrics.items()))
+    if args.per_class:
+        result.write_csv(args.per_class, rows)
+    if args.json:
+        print(json.dumps(result.json_ready(metrics | {"per_class": rows})))
+    else:
+        print(result.as_text(metrics, list(subject.variables), subject.config.evaluation.map_at))
     return 0
+
+
+def _require_directory(path: str) -> None:
+    """Raises InputMissingError, now and not after the evaluation, if a file cannot be written there."""
+    directory = Path(path).absolute().parent
+    if not directory.is_dir():
+        raise InputMissingError(f"there is no directory {directory}", path, "make it first, or write elsewhere")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is evaluated.
+
+    Attributes:
+      network: the network, for all but its variables.
+      variables: by the prefix of their metrics.
+      config: of the run; for a weight file the defaults, whose `data` has the network's preprocessing.
+      step: of the checkpoint, or None.
+    """
+
+    network: Network
+    variables: dict[str, dict[str, Any]]
+    config: ConfigDict
+    step: int | None
+
+
+def _open_subject(args: argparse.Namespace) -> _Subject:
+    if is_run(args.source):
+        run = open_run(args.source, args.step)
+        return _Subject(run_network(args.source, run), run.variables, run.config, run.step)
+    network = open_network(args.source, args.step)
+    require_classifier(network)
+    config = default_config()
+    config.data.image_size, config.data.eval_crop = network.preprocessing.size, network.preprocessing.crop
+    return _Subject(network, {"": network.variables}, config, None)
+
+
+def _open_data(args: argparse.Namespace, config: ConfigDict) -> tuple[ConfigDict, Source]:
+    """Returns `config.data` as the arguments change it, and the split."""
+    data = config.data.copy_and_resolve_references()
+    own = is_run(args.source) and args.dataset in (None, data.name)
+    if not own and not (args.dataset and args.split):
+        fix = "such as --dataset imagenet2012 --split validation"
+        raise UsageError("it has to be said which images to evaluate on", "--dataset and --split", fix)
+    data.name = args.dataset or data.name
+    data.data_dir = args.data_dir if args.data_dir is not None else data.data_dir
+    return data, open_source(data, args.split or data.test_split or data.eval_split)
+
+
+def _check_classes(network: Network, info: SourceInfo) -> None:
+    """Checks that the outputs of the network are the classes of the dataset.
+
+    Raises:
+      ConfigError: there are more or fewer of them, or they are in another order.
+    """
+    if network.model.num_classes != info.num_classes:
+        what = f"the network has {network.model.num_classes} classes, {info.name} has {info.num_classes}"
+        raise ConfigError(what, network.source, "evaluate it on the dataset that it was trained on, or one like it")
+    if network.classes is None or network.classes == info.class_names:
+        return
+    if set(network.classes) == set(info.class_names):
+        raise ConfigError(
+            f"the network has the classes of {info.name}, but in another order",
+            network.source,
+            f"its first is {network.classes[0]}, that of the dataset {info.class_names[0]}: prepare it in this order",
+        )
+    names = f"{network.classes[0]!r} and {info.class_names[0]!r}"
+    print(f"network and dataset name their classes differently ({names}): taken by their number", file=sys.stderr)
+
+
+def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, Any], Predictions, SourceInfo]:
+    network, config = subject.network, subject.config
+    data, source = _open_data(args, config)
+    info = source.info
+    _check_classes(network, info)
+    check_labels(source)
+    real_labels = load_real_labels(args.real, info.num_classes) if args.real else None
+    numbers = image_numbers(source) if args.real else []
+    config.loss.name = "sigmoid" if info.multi_label else "softmax"
+
+    mesh = make_mesh(default_config().mesh)
+    usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * mesh.size
+    batch_size = -(-usual // mesh.size) * mesh.size if args.batch_size is None else args.batch_size
+    if batch_size < 1:
+        raise UsageError(f"--batch_size is {batch_size}", "--batch_size", "set it to a whole number, at least 1")
+    check_batch("evaluation.batch_size", batch_size, mesh.size)
+    view = EvaluationView(**dataclasses.asdict(network.preprocessing))
+    batches = evaluation_batches(data, source, batch_size=batch_size, view=view)
+    damaged = DamagedImages(info, data.max_bad_fraction)
+    with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
+        metrics, predictions = evaluate(
+            make_evaluation_step(create_model(network.model), config, keep_logits=not info.multi_label),
+            jax.device_put(subject.variables, NamedSharding(mesh, PartitionSpec())),
+            tqdm(iterator, "evaluating", len(batches), unit="batch", disable=None),
+            len(source),
+            to_devices=lambda batch: to_devices(batch, batch_sharding(mesh)),
+            poll=lambda batch: _note_damaged(damaged, batch),
+        )
+
+    last = list(subject.variables)[-1]
+    named: dict[str, Any] = {"source": args.source, "sha256": network.sha256}
+    named |= {"step": subject.step} if subject.step is not None else {}
+    named |= {"dataset": info.name, "split": info.split} | metrics
+    if damaged.indices:
+        named["damaged"] = len(damaged.indices)
+    for prefix in subject.variables:
+        for name in (f"{prefix}top1", f"{prefix}top5"):
+            if name in metrics:
+                named[f"{name}_interval"] = wilson_interval(metrics[name], metrics["count"])
+    if not info.multi_label:
+        calibration = calibrate(predictions)
+        named |= {f"{last}{name}": value for name, value in dataclasses.asdict(calibration).items()}
+    if real_labels is not None:
+        named |= {f"{last}{key}": value for key, value in real_accuracy(predictions, numbers, real_labels).items()}
+    return named, predictions, info
+
+
+def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:
+    for index in damaged.add(batch)[: DamagedImages.NAMED]:
+        print(f"image {index} is damaged: its neighbour is counted in its place", file=sys.stderr)

@@ -20,8 +20,16 @@ Batch = dict[str, Any]
 SAVED_CLASSES = 5
 
 
-def make_evaluation_step(model: nn.Module, config: ConfigDict) -> Callable[[dict, Batch], tuple[Sums, Batch]]:
-    """Returns a jitted `step(variables, batch)`: sums over the batch's mask, and the best classes of each image."""
+def make_evaluation_step(
+    model: nn.Module, config: ConfigDict, *, keep_logits: bool = False
+) -> Callable[[dict, Batch], tuple[Sums, Batch]]:
+    """Returns a jitted `step(variables, batch)`: sums over the batch's mask, and the best classes of each image.
+
+    Args:
+      model: from `create_model`.
+      config: loss.name and evaluation.map_at are read.
+      keep_logits: predictions have the logits of all classes too, 200 MB for ImageNet's validation set.
+    """
     several = config.loss.name == "sigmoid"
 
     @jax.jit
@@ -34,7 +42,8 @@ def make_evaluation_step(model: nn.Module, config: ConfigDict) -> Callable[[dict
             sums = single_label_sums(logits, batch["label"], batch["mask"])
             probabilities, saved = jax.nn.softmax(logits), SAVED_CLASSES
         probabilities, classes = jax.lax.top_k(probabilities, min(saved, logits.shape[-1]))
-        return sums, {"classes": classes, "probabilities": probabilities}
+        predictions = {"classes": classes, "probabilities": probabilities}
+        return sums, predictions | ({"logits": logits.astype(jnp.float32)} if keep_logits else {})
 
     return step
 

@@ -152,12 +152,14 @@ class Predictions:
       label: [n] int64; or [n, c] bool where an example has any number of labels.
       classes: [n, k] int32.
       probabilities: [n, k] float32.
+      logits: [n, c] float32 of all classes, or None; not saved.
     """
 
     index: np.ndarray
     label: np.ndarray
     classes: np.ndarray
     probabilities: np.ndarray
+    logits: np.ndarray | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -176,7 +178,7 @@ class Predictions:
         return self.label[np.arange(len(best)), best] if self.multi_label else self.label == best
 
 
-_PREDICTION_FIELDS = {field.name for field in dataclasses.fields(Predictions)}
+_SAVED_FIELDS = ("index", "label", "classes", "probabilities")
 
 
 def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> None:
@@ -208,7 +210,7 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     try:
         # Opened here: NumPy leaves a file that turns out to be damaged open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            predictions = Predictions(**{name: arrays[name] for name in _PREDICTION_FIELDS})
+            predictions = Predictions(**{name: arrays[name] for name in _SAVED_FIELDS})
     except FileNotFoundError:
         raise InputMissingError("there are no predictions", os.fspath(path), "evaluate first") from None
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError) as error:

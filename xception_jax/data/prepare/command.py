@@ -11,6 +11,7 @@ from pathlib import Path
 from xception_jax.data.prepare import fashion_mnist
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.prepare.imagenet import imagenet2012
+from xception_jax.data.prepare.imagenet_v2 import NAME, VARIANTS, imagenet_v2
 from xception_jax.data.prepare.tfrecord import copy_tfrecord
 from xception_jax.data.prepare.writer import Dataset, Summary, write_dataset
 from xception_jax.data.sources import resolve_data_dir
@@ -27,13 +28,18 @@ examples:
   imagenet2012           ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, not unpacked, in one directory;
                          needs 150 GB of disk beside them, and reads and writes that much twice
     python -m xception_jax prepare imagenet2012 --source ~/Downloads --data_dir /data/tfds
+  imagenet_v2            new test images for ImageNet: imagenetv2-matched-frequency.tar.gz in DIR, or unpacked there
+    python -m xception_jax prepare imagenet_v2/matched-frequency --source ~/Downloads    (imagenet_v2 is the same)
+    python -m xception_jax prepare imagenet_v2/threshold-0.7 --source ~/Downloads
+    python -m xception_jax prepare imagenet_v2/topimages --source ~/Downloads
   image_folder           DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg, divided 90 to 10
     python -m xception_jax prepare image_folder --source ~/flowers --name flowers
   tfrecord               an existing TFDS dataset in TFRECORD files, copied to ArrayRecord files
     python -m xception_jax prepare tfrecord --source ~/tensorflow_datasets/cifar10/3.0.2 --data_dir /data/array_record
 """
-NAMES = ("fashion_mnist_subset", "fashion_mnist_scenes", "fashion_mnist", "imagenet2012", "image_folder", "tfrecord")
-_NEED_SOURCE = ("fashion_mnist", "imagenet2012", "image_folder", "tfrecord")
+_IMAGENET_V2 = {NAME: "matched-frequency"} | {f"{NAME}/{variant}": variant for variant in VARIANTS}
+_NEED_SOURCE = ("fashion_mnist", "imagenet2012", *_IMAGENET_V2, "image_folder", "tfrecord")
+NAMES = ("fashion_mnist_subset", "fashion_mnist_scenes", *_NEED_SOURCE)
 _DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -69,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     skipped = Skipped()
     dataset = _dataset(args, source, skipped)
     summary = write_dataset(dataset, data_dir, overwrite=args.overwrite, progress=not args.json)
-    _report(args, summary, skipped, dataset.expected if args.dataset == "imagenet2012" else {})
+    _report(args, summary, skipped, dataset.expected if args.dataset.startswith("imagenet") else {})
     return 0
 
 
@@ -96,6 +102,8 @@ def _dataset(args: argparse.Namespace, source: Path, skipped: Skipped) -> Datase
             return fashion_mnist.fashion_mnist(source)
         case "imagenet2012":
             return imagenet2012(source)
+        case name if name in _IMAGENET_V2:
+            return imagenet_v2(source, _IMAGENET_V2[name])
     if args.name is None or not _DATASET_NAME.fullmatch(args.name):
         raise UsageError(
             f"--name is {args.name!r}", "--name", "give the dataset a name of small letters, digits and underscores"

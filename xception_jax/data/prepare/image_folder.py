@@ -1,7 +1,8 @@
 """A dataset from a folder of images: DIR/train/CLASS/*.jpg, and beside it DIR/validation or DIR/test.
 
 Without split folders, DIR/CLASS/*.jpg is divided 90 to 10 into train and validation, by a hash of the file's path, so
-that a file stays on its side when others are added. Classes are the folders' names in alphabetical order.
+that a file stays on its side when others are added. Classes are the folders' names in alphabetical order, or in that
+of their numbers if all are numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from xception_jax.errors import BadDataError, InputMissingError
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_PERCENT = 10
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -72,9 +72,11 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
         raise InputMissingError(
             f"no images in {source}",
             str(source),
-            f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(_SUFFIXES)}",
+            f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(images.SUFFIXES)}",
         )
     classes = sorted({path.parent.name for path in files.get("train", [])})
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)  # 2 before 10: such names are labels
     for split, paths in files.items():
         for path in paths:
             if path.parent.name not in classes:
@@ -113,7 +115,7 @@ def _files(folder: Path, skipped: Skipped) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             continue
-        if path.suffix.lower() not in _SUFFIXES:
+        if path.suffix.lower() not in images.SUFFIXES:
             skipped.add("not an image by its name", path)
         elif path.parent.parent != folder:
             skipped.add("not in a folder of a class", path)

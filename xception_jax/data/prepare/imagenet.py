@@ -29,6 +29,7 @@ EXPECTED = {"train": 1_281_167, "validation": 50_000}
 
 _LABELS_FILE = "datasets/imagenet2012/labels.txt"
 _VALIDATION_LABELS_FILE = "datasets/imagenet2012/validation_labels.txt"
+_WORDS = Path(__file__).with_name("imagenet_words.txt")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg")
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 _LITTER = (".DS_Store", "Thumbs.db")
@@ -38,6 +39,12 @@ _TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError)
 def class_names() -> list[str]:
     """Returns the 1,000 WordNet ids in the order of their labels, which is alphabetical."""
     return tfds.core.tfds_path(_LABELS_FILE).read_text().split()
+
+
+def class_words() -> dict[str, str]:
+    """Returns the word of each class by its WordNet id: 'n01440764' is a 'tench'. No two classes have the same."""
+    lines = _WORDS.read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def validation_wnids() -> list[str]:
@@ -84,32 +91,33 @@ def _find(source: Path, name: str) -> Path:
 def _train_examples(archive: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     labels = {name: label for label, name in enumerate(names)}
     seen: set[str] = set()
-    for outer in _members(archive.name, path=archive):
+    for outer in members(archive.name, path=archive):
         name = outer.name
         wnid = name.split(".")[0].lower()
         if wnid not in labels or not re.fullmatch(r"\w+\.(tar|tar\.gz|tgz)", name, re.IGNORECASE):
-            raise _unexpected(archive.name, name, "an archive named after one of the 1,000 classes, n01440764.tar")
+            raise unexpected(archive.name, name, "an archive named after one of the 1,000 classes, n01440764.tar")
         if wnid in seen:
-            raise _unexpected(archive.name, name, "one archive for each class, this one is there twice")
+            raise unexpected(archive.name, name, "one archive for each class, this one is there twice")
         seen.add(wnid)
-        for inner in _members(f"{archive.name}: {name}", stream=outer.file):
+        for inner in members(f"{archive.name}: {name}", stream=outer.file):
             yield f"{wnid}/{inner.name}", {"image": inner.read(), "label": labels[wnid], "file_name": inner.name}
 
 
 def _validation_examples(archive: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     labels = {name: label for label, name in enumerate(names)}
     wnids = validation_wnids()
-    for member in _members(archive.name, path=archive):
+    for member in members(archive.name, path=archive):
         match = _VALIDATION_NAME.match(member.name)
         if match is None or not 1 <= int(match[1]) <= len(wnids):
-            raise _unexpected(
+            raise unexpected(
                 archive.name, member.name, "images named ILSVRC2012_val_00000001.JPEG to ..._00050000.JPEG"
             )
         label = labels[wnids[int(match[1]) - 1]]
         yield member.name, {"image": member.read(), "label": label, "file_name": member.name}
 
 
-def _unexpected(archive: str, member: str, expected: str) -> BadDataError:
+def unexpected(archive: str, member: str, expected: str) -> BadDataError:
+    """Returns the error for a member that does not belong into an archive."""
     return BadDataError(
         f"the archive holds {member!r}", archive, f"it should hold {expected}; fetch the archive as it is distributed"
     )
@@ -117,9 +125,10 @@ def _unexpected(archive: str, member: str, expected: str) -> BadDataError:
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A regular file in an archive; `file` can be read until the next member is asked for."""
+    """A regular file in an archive and the folder it is in; `file` can be read until the next member is asked for."""
 
     archive: str
+    folder: str
     name: str
     size: int
     file: IO[bytes]
@@ -131,7 +140,7 @@ class _Member:
           BadDataError: the archive ends before the member does.
         """
         if not self.name.lower().endswith(_IMAGE_SUFFIXES):
-            raise _unexpected(self.archive, self.name, "images whose names end in .JPEG")
+            raise unexpected(self.archive, self.name, "images whose names end in .JPEG")
         with _damage_named(self.archive, self.name):
             data = self.file.read()
             if len(data) != self.size:
@@ -153,7 +162,7 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _members(archive: str, *, path: Path | None = None, stream: IO[bytes] | None = None) -> Iterator[_Member]:
+def members(archive: str, *, path: Path | None = None, stream: IO[bytes] | None = None) -> Iterator[_Member]:
     """Yields the regular files of an archive that is read as a stream, compressed or not.
 
     Only the last part of a member's path is used, as a name: nothing is written to it. Directories, and what file
@@ -176,10 +185,10 @@ def _members(archive: str, *, path: Path | None = None, stream: IO[bytes] | None
             if member.isdir() or name.startswith("._") or name in _LITTER:
                 continue
             if not member.isreg():
-                raise _unexpected(archive, member.name, "files, neither links nor devices")
+                raise unexpected(archive, member.name, "files, neither links nor devices")
             file = tar.extractfile(member)
             assert file is not None  # regular files only
-            yield _Member(archive, name, member.size, file)
+            yield _Member(archive, PurePosixPath(member.name).parent.name, name, member.size, file)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ class Dataset:
       expected: number of examples in each split, for the progress bar alone.
       description: one paragraph for dataset_info.json.
       version: of the dataset.
+      config: of the builder, where a dataset comes in several: it is opened as 'name/config'.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Dataset:
     description: str
     expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
     version: str = VERSION
+    config: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +127,11 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
       BadDataError: two examples of a split have the same key, or a label is out of range.
       StorageError: the disk is full, or the directory cannot be written.
     """
-    target = data_dir / dataset.name / dataset.version
+    name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
+    target = data_dir / name / dataset.version
     if is_complete(target) and not overwrite:
         return existing(target)
-    with incomplete_directory(data_dir, dataset.name, dataset.version, overwrite=overwrite) as partial:
+    with incomplete_directory(data_dir, name, dataset.version, overwrite=overwrite) as partial:
         if partial is None:
             return existing(target)
         splits = []
@@ -262,6 +265,7 @@ def write_metadata(directory: Path, dataset: Dataset, splits: list[tfds.core.Spl
             version=tfds.core.Version(dataset.version),
             data_dir=os.fspath(directory),
             module_name="",
+            config_name=dataset.config or None,
         ),
         description=dataset.description,
         features=dataset.features,

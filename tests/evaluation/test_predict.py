@@ -1,0 +1,124 @@
+"""`predict`: any image that can be decoded, every other one named, the same answer in any batch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.small_imagenet import jpeg, photograph, photographs
+from xception_jax.data.prepare import imagenet
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.evaluation import predict
+from xception_jax.evaluation.network import open_network
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("folder")
+    (directory / "inner").mkdir()
+    for number in range(3):
+        Image.fromarray(photographs()[number]).save(directory / f"{number}.png")
+    cat = Image.fromarray(photographs()[2])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cat.rotate(90, expand=True).save(directory / "inner" / "rotated.webp", exif=exif, lossless=True)
+    cat.convert("CMYK").save(directory / "inner" / "cmyk.JPEG", quality=95)
+    cat.convert("L").save(directory / "inner" / "grey.jpg")
+    (directory / ".hidden.jpg").write_bytes(b"")
+    (directory / "notes.txt").write_text("no image")
+    return directory
+
+
+def run(*arguments) -> int:
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
+    return predict.run(parser.parse_args([*map(str, arguments)]))
+
+
+def test_every_format_in_a_folder_is_predicted(weights, folder, capsys):
+    assert run("--weights", weights, folder, "--json", "--top", 3) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = [str(Path(entry["file"]).relative_to(folder)) for entry in found]
+    assert names == ["0.png", "1.png", "2.png", "inner/cmyk.JPEG", "inner/grey.jpg", "inner/rotated.webp"]
+    words = imagenet.class_words()
+    for entry in found:
+        best = entry["predictions"]
+        assert [p["name"] for p in best] == [words[imagenet.class_names()[p["class"]]] for p in best]
+        shares = [p["probability"] for p in best]
+        assert shares == sorted(shares, reverse=True)
+        assert len(best) == 3
+    upright, rotated = found[2]["predictions"], found[5]["predictions"]
+    assert [p["class"] for p in upright] == [p["class"] for p in rotated]
+    assert rotated[0]["probability"] == pytest.approx(upright[0]["probability"], abs=1e-5)
+    assert found[0]["predictions"] != found[1]["predictions"]
+
+
+def test_the_answer_does_not_depend_on_the_batch(weights, folder):
+    network, paths = open_network(str(weights)), predict.find_images([str(folder)])
+    whole, pairs = (list(predict.predict(network, paths, batch_size=size)) for size in (32, 4))
+    for a, b in zip(whole, pairs, strict=True):
+        assert (a.path, a.classes) == (b.path, b.classes)
+        np.testing.assert_allclose(a.probabilities, b.probabilities, rtol=1e-4)
+
+
+def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_path, capsys):
+    data = jpeg(photograph(1, 200))
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "whole.jpg").write_bytes(data)
+    (tmp_path / "odd\nname.png").write_bytes(b"\x89PNG")
+    with pytest.raises(BadDataError, match="2 of 3") as raised:
+        run("--weights", weights, tmp_path, "--batch_size", 1)
+    assert raised.value.exit_code == 65
+    out, errors = capsys.readouterr()
+    assert len(out.splitlines()) == 1 + 5
+    assert out.splitlines()[0].endswith("whole.jpg")
+    assert [line.split(":")[0] for line in errors.splitlines()] == [
+        f"{tmp_path}/cut.jpg",
+        f"{tmp_path}/odd\N{REPLACEMENT CHARACTER}name.png",
+    ]
+    with pytest.raises(BadDataError):
+        run("--weights", weights, tmp_path, "--json")
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in entry for entry in entries] == [True, True, False]
+
+
+def test_what_is_not_there_is_said_before_the_network_is_opened(weights, folder, tmp_path):
+    for missing in (folder / "9.png", tmp_path):
+        with pytest.raises(InputMissingError) as raised:
+            run("--weights", tmp_path / "nothing.safetensors", folder / "0.png", missing)
+        assert str(missing) in raised.value.where
+    with pytest.raises(InputMissingError, match=r"nothing|no such|not there"):
+        run("--weights", tmp_path / "nothing.safetensors", folder)
+    with pytest.raises(UsageError):
+        run("--weights", weights, folder, "--top", 0)
+
+
+def test_a_contact_sheet_holds_every_image(weights, folder, tmp_path, capsys):
+    run("--weights", weights, folder, folder / "0.png", "--contact_sheet", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    # Three columns and two rows of pictures: as many runs of columns that are not white.
+    assert pixels.shape[1] > pixels.shape[0] > 600
+    beginnings = np.diff((pixels[: pixels.shape[0] // 3] < 250).any(axis=(0, 2)).astype(int))
+    assert (beginnings == 1).sum() >= 3
+    blue = (np.abs(pixels - (0, 0x72, 0xB2)) < 8).all(axis=2)
+    assert blue.any(axis=1).sum() >= 2  # the bars of the probabilities
+
+
+def test_a_run_with_many_labels_gives_each_class_by_itself(multilabel_run, folder, capsys):
+    run("--weights", multilabel_run, folder / "0.png", "--top", 10, "--json")
+    (best,) = [json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines()]
+    assert [p["probability"] for p in best] == [0.5] * 10
+    assert {"Bag", "Ankle boot"} < {p["name"] for p in best}
+
+
+def test_the_words_of_imagenet_are_of_its_classes_and_differ():
+    words = imagenet.class_words()
+    assert list(words) == imagenet.class_names()
+    assert len(set(words.values())) == 1000
+    assert (words["n01440764"], words["n15075141"]) == ("tench", "toilet tissue")

@@ -1,0 +1,63 @@
+"""Networks of keras.applications with random weights, and the same weights in our variables."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import keras
+import numpy as np
+
+from tests.models.keras_weights import _zeros, build_keras, copy_weights, keras_floatx, randomise
+from xception_jax.config import default_config, resolve_model
+from xception_jax.models import create_model
+from xception_jax.weights import tree
+
+
+def config(name: str, **fields):
+    """Returns a resolved `config.model`."""
+    model = default_config().model
+    model.update({"name": name, **fields})
+    return resolve_model(model)
+
+
+def no_initialisers():
+    """Drawing initial numbers compiles a program for each shape; all weights are set anyway."""
+    return mock.patch.object(keras.initializers.GlorotUniform, "__call__", _zeros)
+
+
+class Released:
+    """A network of keras.applications with random weights in float32, and the same weights in our variables.
+
+    Attributes:
+      name: of the network.
+      keras_model: with the classifier.
+      model: its `config.model`.
+      leaves: our variables by name, by the mapping in memory that the parity tests use.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.model = name, config(name)
+        with keras_floatx("float32"):
+            self.keras_model = build_keras(name)
+            randomise(self.keras_model, seed=1)
+            variables, _ = copy_weights(name, self.keras_model, create_model(self.model))
+        self.leaves = {leaf: np.asarray(value) for leaf, value in tree.flatten(variables).items()}
+        self.backbone_leaves = {leaf: value for leaf, value in self.leaves.items() if not leaf.startswith(tree.HEAD)}
+
+    def backbone(self) -> keras.Model:
+        """Returns the network without its classifier, with the same weights."""
+        backbone = build_keras(self.name, include_top=False)
+        backbone.set_weights(self.keras_model.get_weights()[:-2])
+        return backbone
+
+
+def assert_same(variables, expected: dict[str, np.ndarray]) -> None:
+    """Bit by bit, type and shape too."""
+    found = tree.flatten(variables)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(found[name], value, err_msg=name)

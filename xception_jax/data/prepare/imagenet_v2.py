@@ -1,0 +1,91 @@
+"""ImageNet-V2: 10,000 new test images for ImageNet's classes (Recht et al. 2019, 1902.10811), in three selections.
+
+Read from the public archive, or from its folder: 'imagenetv2-matched-frequency-format-val/<0 to 999>/*.jpeg'. The name
+of a folder is the label, so classes are in the order of imagenet2012 and not in that of the names as text ('10' before
+'2'). Name, features and class order are those of TFDS' imagenet_v2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from xception_jax.data import images
+from xception_jax.data.prepare.imagenet import class_names, members, unexpected
+from xception_jax.data.prepare.writer import Dataset
+from xception_jax.errors import BadDataError, InputMissingError
+
+NAME = "imagenet_v2"
+TFDS_VERSION = "3.0.0"
+EXPECTED = {"test": 10_000}
+
+# The name of each selection in TFDS, and in the names of archive and folder.
+VARIANTS = {"matched-frequency": "matched-frequency", "threshold-0.7": "threshold0.7", "topimages": "top-images"}
+_LABEL = re.compile(r"\d{1,3}")
+
+
+def imagenet_v2(source: Path, variant: str) -> Dataset:
+    """The dataset imagenet_v2/VARIANT, with the one split 'test'.
+
+    Args:
+      source: the directory that holds the archive or the folder, or the folder itself.
+      variant: a key of `VARIANTS`.
+
+    Raises:
+      InputMissingError: neither is there.
+    """
+    stem = f"imagenetv2-{VARIANTS[variant]}"
+    archives = [path for path in (source / f"{stem}.tar.gz", source / f"{stem}.tar") if path.is_file()]
+    folders = [path for path in (source / f"{stem}-format-val", source) if (path / "0").is_dir()]
+    if folders:
+        examples = _from_folder(folders[0])
+    elif archives:
+        examples = _from_archive(archives[0])
+    else:
+        raise InputMissingError(
+            f"neither {stem}.tar.gz nor the folder {stem}-format-val is in {source}",
+            str(source),
+            f"get {stem}.tar.gz from huggingface.co/datasets/vaishaal/ImageNetV2; point --source at its directory",
+        )
+    return Dataset(
+        name=NAME,
+        config=variant,
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(names=class_names()),
+                "file_name": tfds.features.Text(),
+            }
+        ),
+        splits={"test": examples},
+        description="New test images for ImageNet, as distributed. Recht et al., ICML 2019.",
+        expected=EXPECTED,
+        version=TFDS_VERSION,
+    )
+
+
+def _from_archive(archive: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for member in members(archive.name, path=archive):
+        if not _LABEL.fullmatch(member.folder):
+            raise unexpected(archive.name, f"{member.folder}/{member.name}", "folders named 0 to 999 with images")
+        yield _example(member.folder, member.name, member.read())
+
+
+def _from_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or path.name.startswith("."):
+            continue
+        if path.parent.parent != folder or not _LABEL.fullmatch(path.parent.name):
+            fix = "its folders are named 0 to 999 and hold images: remove what else is there"
+            raise BadDataError("the folder holds something else than ImageNet-V2", str(path), fix)
+        if path.suffix.lower() not in images.SUFFIXES:
+            raise BadDataError("the folder holds a file that is no image by its name", str(path), "remove it")
+        yield _example(path.parent.name, path.name, path.read_bytes())
+
+
+def _example(folder: str, name: str, image: bytes) -> tuple[str, dict[str, Any]]:
+    return f"{folder}_{name}", {"image": image, "label": int(folder), "file_name": f"{folder}/{name}"}

@@ -1,0 +1,135 @@
+"""Two networks on the same images: is the difference more than chance?
+
+The images are the same, so the comparison is paired: only those on which one network is right and the other wrong say
+anything. Two intervals of accuracy that overlap may well hide a difference that is certain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from xception_jax.errors import BadDataError
+from xception_jax.evaluation.metrics import Predictions, load_predictions, wilson_interval
+
+RESAMPLES = 10_000
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What two predictions of the same images say about each other.
+
+    Attributes:
+      count: images with a label.
+      accuracy_a, accuracy_b: shares of them whose most probable class is the label, or one of them.
+      interval_a, interval_b: Wilson intervals of 95 %.
+      only_a, only_b: images that only one of the two has right.
+      difference: accuracy of B minus that of A.
+      interval: of the difference, 95 %: percentiles of a paired bootstrap over the images.
+      p_value: of McNemar's test, exact and two-sided: how often chance alone would divide the images that only one has
+        right as unevenly as this, or more.
+    """
+
+    count: int
+    accuracy_a: float
+    accuracy_b: float
+    interval_a: tuple[float, float]
+    interval_b: tuple[float, float]
+    only_a: int
+    only_b: int
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def compare(a: Predictions, b: Predictions) -> Comparison:
+    """Compares the predictions of two networks of the same images in the same order, see `check_same_images`."""
+    labelled = a.labelled
+    right_a, right_b = a.right[labelled], b.right[labelled]
+    count = len(right_a)
+    only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
+    accuracy_a, accuracy_b = right_a.mean().item(), right_b.mean().item()
+    # An image is worth -1, 0 or 1, so a resample of the images is a draw from a multinomial distribution.
+    shares = np.array([only_a, only_b, count - only_a - only_b]) / count
+    drawn = np.random.default_rng(SEED).multinomial(count, shares, RESAMPLES)
+    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / count, (0.025, 0.975))
+    uneven = only_a + only_b
+    return Comparison(
+        count=count,
+        accuracy_a=accuracy_a,
+        accuracy_b=accuracy_b,
+        interval_a=wilson_interval(accuracy_a, count),
+        interval_b=wilson_interval(accuracy_b, count),
+        only_a=only_a,
+        only_b=only_b,
+        difference=(only_b - only_a) / count,
+        interval=(float(low), float(high)),
+        p_value=float(binomtest(only_a, uneven).pvalue) if uneven else 1.0,
+    )
+
+
+def compare_files(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str]) -> Comparison:
+    """Compares two files that `evaluate --predictions` wrote.
+
+    Raises:
+      InputMissingError: a file is not there.
+      BadDataError: one is damaged, they are not of the same images, or none of these has a label.
+    """
+    a, b = load_predictions(path_a), load_predictions(path_b)
+    check_same_images(a, b, f"{path_a} and {path_b}")
+    return compare(a, b)
+
+
+def check_same_images(a: Predictions, b: Predictions, where: str) -> None:
+    """Checks indices and labels.
+
+    Raises:
+      BadDataError: they differ, or no image has a label.
+    """
+    fix = "evaluate both networks on the same split, with --predictions"
+    if len(a.index) != len(b.index):
+        raise BadDataError(f"the predictions are of {len(a.index):,} and {len(b.index):,} images", where, fix)
+    if not np.array_equal(a.index, b.index):
+        first = int(np.argmax(a.index != b.index))
+        what = f"the predictions are of different images: {a.index[first]} and {b.index[first]} at position {first}"
+        raise BadDataError(what, where, fix)
+    if a.label.shape != b.label.shape:
+        raise BadDataError(f"the labels have the shapes {a.label.shape} and {b.label.shape}", where, fix)
+    differ = np.flatnonzero((a.label != b.label).reshape(len(a.label), -1).any(axis=1))
+    if len(differ):
+        what = f"{len(differ):,} of {len(a.label):,} images have another label, the first is image {a.index[differ[0]]}"
+        raise BadDataError(what, where, fix)
+    if not a.labelled.any():
+        raise BadDataError("no image has a label", where, fix)
+
+
+def as_text(comparison: Comparison, name_a: str, name_b: str) -> str:
+    """Returns the comparison as lines for a reader."""
+    c = comparison
+    width = max(len(name_a), len(name_b)) + 2
+
+    def row(letter: str, name: str, share: float, interval: tuple[float, float], only: int) -> str:
+        return f"{letter}  {name:<{width}}{share:.4f}  [{interval[0]:.4f}, {interval[1]:.4f}]   {only:,}"
+
+    surprise = "nothing that chance would not do" if c.p_value >= 0.05 else "more than chance explains"
+    return "\n".join(
+        [
+            f"{c.count:,} images",
+            f"   {'':<{width}}top-1   95 % interval      right alone",
+            row("A", name_a, c.accuracy_a, c.interval_a, c.only_a),
+            row("B", name_b, c.accuracy_b, c.interval_b, c.only_b),
+            f"B - A  {c.difference:+.4f}  [{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]  "
+            f"(paired bootstrap, {RESAMPLES:,} resamples)",
+            f"McNemar's exact test: p = {c.p_value:.3g}, {surprise}",
+        ]
+    )
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Returns the comparison for JSON."""
+    return dataclasses.asdict(comparison)

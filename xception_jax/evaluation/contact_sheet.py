@@ -1,0 +1,100 @@
+"""A contact sheet: thumbnails of images, each with what a network takes it for."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+_DPI = 160
+_CELL = 2.0  # inches, a side of the square in which an image stands
+_CAPTION = 0.62  # inches below it
+_GAP = 0.22
+_SMALL = 160  # pixels of a longer side below which each is shown
+_MAX_COLUMNS = 8
+_NAME_LENGTH, _FILE_LENGTH = 24, 34  # characters that fit below an image
+_INK, _GREY, _TRACK, _BLUE = "#1a1a1a", "#767676", "#e8e8e8", "#0072b2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One image of a sheet.
+
+    Attributes:
+      image: thumbnail, uint8 RGB.
+      file: its name.
+      label: name of the most probable class.
+      probability: of that class, in [0, 1].
+    """
+
+    image: UInt8[np.ndarray, "h w 3"]
+    file: str
+    label: str
+    probability: float
+
+
+def draw(tiles: Sequence[Tile]) -> bytes:
+    """Draws the sheet, in rows of at most eight.
+
+    Returns:
+      A PNG.
+    """
+    columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(1.5 * len(tiles))))
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    # A row is as high as its highest image: most photographs are wider than high.
+    heights = [_CELL * max(min(tile.image.shape[0] / tile.image.shape[1], 1.0) for tile in row) for row in rows]
+    width, height = columns * (_CELL + _GAP) + _GAP, sum(heights) + len(rows) * (_CAPTION + _GAP) + _GAP
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    top = height - _GAP
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            left, bottom = (_GAP + column * (_CELL + _GAP)) / width, top - row_height
+            picture = figure.add_axes((left, bottom / height, _CELL / width, row_height / height))
+            _draw_image(picture, tile.image, row_height / _CELL)
+            caption = (left, (bottom - _CAPTION) / height, _CELL / width, _CAPTION / height)
+            _draw_caption(figure.add_axes(caption), tile)
+        top -= row_height + _CAPTION + _GAP
+    buffer = io.BytesIO()
+    canvas.print_png(buffer)
+    return buffer.getvalue()
+
+
+def _draw_image(axes: Axes, image: np.ndarray, aspect: float) -> None:
+    """Draws an image into a box of width 1 and height `aspect`, standing on its caption."""
+    height, width = image.shape[:2]
+    longer = max(width, height / aspect)
+    # Small images are shown in their pixels, and not smoothed into something that the network does not see.
+    axes.imshow(image, interpolation="nearest" if max(height, width) < _SMALL else "antialiased")
+    axes.set_xlim((width - longer) / 2 - 0.5, (width + longer) / 2 - 0.5)
+    axes.set_ylim(height - 0.5, height - longer * aspect - 0.5)
+    axes.axis("off")
+
+
+def _draw_caption(axes: Axes, tile: Tile) -> None:
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.axis("off")
+    # A dollar sign in a name is no formula.
+    style: dict[str, Any] = {"parse_math": False, "va": "baseline"}
+    axes.text(0, 0.62, _shorten(tile.label, _NAME_LENGTH), size=8.5, weight="bold", color=_INK, **style)
+    axes.text(1, 0.62, f"{tile.probability:.0%}", size=8.5, color=_INK, ha="right", **style)
+    axes.add_patch(Rectangle((0, 0.44), 1, 0.06, color=_TRACK, linewidth=0))
+    if math.isfinite(tile.probability):
+        axes.add_patch(Rectangle((0, 0.44), tile.probability, 0.06, color=_BLUE, linewidth=0))
+    axes.text(0, 0.16, _shorten(tile.file, _FILE_LENGTH), size=6, color=_GREY, **style)
+
+
+def _shorten(text: str, length: int) -> str:
+    """Keeps both ends: the numbers of photographs are at the end of their names."""
+    kept = length - 1
+    return text if len(text) <= length else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"

@@ -1,0 +1,138 @@
+"""The outcome of an evaluation for a reader and for a program: a text, a table of the classes, JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xception_jax.errors import StorageError
+from xception_jax.evaluation.metrics import (
+    Predictions,
+    class_average_precision,
+    most_confused,
+    wilson_interval,
+)
+from xception_jax.files import write_atomically
+
+_SETS = {"": "weights", "ema_": "Polyak average"}
+
+
+def as_text(metrics: dict[str, Any], prefixes: Sequence[str], map_at: int) -> str:
+    """Returns the metrics as lines for a reader.
+
+    Args:
+      metrics: as `evaluate --json` prints them.
+      prefixes: of the sets of variables, one column each.
+      map_at: depth of the rankings of several labels.
+    """
+    rows = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "map_at_k": f"MAP@{map_at}",
+        "map_at_k_all": f"MAP@{map_at} over all labels",
+        "loss": "loss",
+        "real_top1": "ReaL top-1",
+        "real_top5": "ReaL top-5",
+        "calibration_error": "calibration error",
+        "temperature": "temperature",
+        "calibration_error_after": "calibration error with it",
+    }
+    where = metrics["source"] + (f", checkpoint {metrics['step']}" if "step" in metrics else "")
+    images = f"{metrics['count']:,} images"
+    for name, meaning in (("unlabelled", "without a label"), ("damaged", "damaged")):
+        images += f", {metrics[name]:,} of them {meaning}" if metrics.get(name) else ""
+    lines = [where, f"{metrics['dataset']}, {metrics['split']}: {images}"]
+    real_count = next((metrics[f"{prefix}real_count"] for prefix in prefixes if f"{prefix}real_count" in metrics), None)
+    if real_count is not None:
+        lines.append(f"ReaL labels for {real_count:,} of them")
+    lines.append(f"{'':28}" + "".join(f"{_SETS[prefix]:<28}" for prefix in prefixes).rstrip())
+    for key, label in rows.items():
+        cells = [_cell(metrics, f"{prefix}{key}") for prefix in prefixes]
+        if any(cells):
+            lines.append(f"{label:<28}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(metrics: dict[str, Any], key: str) -> str:
+    if key not in metrics:
+        return ""
+    text = f"{metrics[key]:.4f}"
+    if f"{key}_interval" in metrics:
+        low, high = metrics[f"{key}_interval"]
+        text += f"  [{low:.4f}, {high:.4f}]"
+    return text
+
+
+def class_rows(predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a row for each class: images, and how well they are recognised.
+
+    With one label an image: right, accuracy, low and high (a Wilson interval of 95 %), confused_with (the class that
+    its images are most often taken for) and confused (how often). With any number of labels: average_precision, a
+    lower bound where there are more classes than were saved for an image. A figure over no image is None.
+    """
+    if predictions.multi_label:
+        images, precisions = predictions.label.sum(axis=0), class_average_precision(predictions)
+        return [
+            {
+                "class": label,
+                "name": names[label],
+                "images": int(images[label]),
+                "average_precision": None if math.isnan(precisions[label]) else float(precisions[label]),
+            }
+            for label in range(len(names))
+        ]
+    images = np.bincount(predictions.label, minlength=len(names))
+    right = np.bincount(predictions.label[predictions.right], minlength=len(names))
+    confused: dict[int, tuple[int, int]] = {}
+    for label, wrong, count in most_confused(predictions, len(predictions.label)):
+        confused.setdefault(label, (wrong, count))
+    rows = []
+    for label in range(len(names)):
+        count = int(images[label])
+        accuracy = int(right[label]) / count if count else None
+        low, high = wilson_interval(accuracy, count) if accuracy is not None else (None, None)
+        wrong, times = confused.get(label, (-1, 0))
+        rows.append(
+            {
+                "class": label,
+                "name": names[label],
+                "images": count,
+                "right": int(right[label]),
+                "accuracy": accuracy,
+                "low": low,
+                "high": high,
+                "confused_with": names[wrong] if times else None,
+                "confused": times,
+            }
+        )
+    return rows
+
+
+def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows of the same fields as a CSV file with a header.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        write_atomically(path, text.getvalue())
+    except OSError as error:
+        raise StorageError(f"the table cannot be written: {error.strerror}", path, "write it elsewhere") from None
+
+
+def json_ready(value: Any) -> Any:
+    """Returns a value with None in the place of floats that JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: json_ready(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,209 @@
+"""The card of an export: what it is, how good, and how to use it; as JSON, and as Markdown made from that."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.evaluation.metrics import wilson_interval
+from xception_jax.export.check import Difference
+from xception_jax.export.formats import PLATFORMS, loading_code
+from xception_jax.logs.metrics import read_metrics
+from xception_jax.models import create_model
+from xception_jax.models.cost import count_cost
+from xception_jax.weights.network import Network
+
+_PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "onnx", "onnxruntime", "safetensors")
+_SHARES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "map_at_k": "mean average precision"}
+_INPUTS = {
+    "float32": "float32 [b, {size}, {size}, 3], RGB, preprocessed as below",
+    "uint8": "uint8 [b, {size}, {size}, 3], RGB, 0 to 255, cut and resized as below; it scales them itself",
+}
+
+
+def make_card(
+    network: Network,
+    file: str,
+    format: str,
+    sha256: str,
+    *,
+    uint8: bool,
+    evaluation: Mapping[str, Any] | None,
+    difference: Difference | None,
+) -> dict[str, Any]:
+    """Returns a card as what JSON can hold.
+
+    Args:
+      network: what was exported.
+      file: name of the file.
+      format: of the file.
+      sha256: of the file.
+      uint8: it takes pixels of 0 to 255.
+      evaluation: as `run_evaluation` or `read_evaluation` returns it.
+      difference: what the check found; None if there was none.
+    """
+    model, size = network.model, network.preprocessing.size
+    cost = count_cost(create_model(model), size)
+    images = "uint8" if uint8 else "float32"
+    return {
+        "file": file,
+        "sha256": sha256,
+        "format": format,
+        "platforms": list(PLATFORMS) if format == "stablehlo" else None,
+        "source": network.source,
+        "source_sha256": network.sha256,
+        "network": json.loads(model.to_json()),
+        "parameters": cost.parameters,
+        "multiply_adds": cost.multiply_adds,
+        "input": {"name": "images", "dtype": images, "shape": ["b", size, size, 3]},
+        "output": {"name": "logits", "dtype": "float32", "shape": ["b", model.num_classes]},
+        "batch_norm": "as trained" if format == "safetensors" else "folded into the convolutions",
+        "preprocessing": dataclasses.asdict(network.preprocessing),
+        "classes": None if network.classes is None else list(network.classes),
+        "evaluation": None if evaluation is None else dict(evaluation),
+        "check": None if difference is None else dataclasses.asdict(difference),
+        "versions": {"python": platform.python_version()} | _versions(),
+        "load": _code(file, format, images, size),
+    }
+
+
+def _code(file: str, format: str, dtype: str, size: int) -> str:
+    example = f'images = np.zeros((1, {size}, {size}, 3), "{dtype}")  # yours go here'
+    return "import numpy as np\n" + loading_code(file, format, example)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # an extra, or this package in a checkout
+            continue
+    return versions
+
+
+def run_evaluation(workdir: Path, step: int, prefix: str) -> dict[str, Any] | None:
+    """Returns what a run measured of a checkpoint: on the test split, else on the development split; else None.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint.
+      prefix: of the metrics of the variables that are exported: '' or 'ema_'.
+    """
+    entries = {entry["split"]: entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["step"] == step}
+    entry = entries.get("test") or entries.get("dev")
+    return _accuracy(entry, prefix) if entry else None
+
+
+def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
+    """Returns what `evaluate --json` has measured, of the Polyak average where there is one.
+
+    Raises:
+      InputMissingError: there is no such file.
+      BadDataError: it is something else, or of another network.
+    """
+    try:
+        metrics = json.loads(path.read_text())
+        evaluation = _accuracy(metrics, "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else "")
+    except FileNotFoundError:
+        raise InputMissingError("there is no evaluation", str(path), "evaluate SOURCE --json > FILE.json") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"the evaluation cannot be read: {type(error).__name__}: {error}"
+        raise BadDataError(what, str(path), "give what `evaluate --json` printed") from None
+    of = metrics.get("sha256")
+    if of and of != network.sha256:
+        raise BadDataError(
+            f"the evaluation is of another network: SHA-256 {of}, here {network.sha256}",
+            str(path),
+            f"evaluate {network.source}",
+        )
+    return evaluation
+
+
+def _accuracy(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns split, count, and each share, with its interval where it is one of independent images."""
+    evaluation = {name: metrics[name] for name in ("dataset", "split", "step", "count") if name in metrics}
+    count = float(evaluation["count"])
+    for name in _SHARES:
+        share = float(metrics.get(prefix + name, math.nan))
+        if math.isfinite(share):
+            evaluation[name] = share
+            if name != "map_at_k":
+                evaluation[f"{name}_interval"] = list(wilson_interval(share, count))
+    if not any(name in evaluation for name in _SHARES):
+        raise KeyError("top1")
+    return evaluation
+
+
+def as_markdown(card: Mapping[str, Any]) -> str:
+    """Returns a card for a reader."""
+    size = card["preprocessing"]["size"]
+    takes = _INPUTS[card["input"]["dtype"]].format(size=size)
+    rows = {
+        "file": f"`{card['file']}`, {card['format']}" + _platforms(card),
+        "SHA-256": f"`{card['sha256']}`",
+        "made from": f"`{card['source']}`, SHA-256 `{card['source_sha256']}`",
+        "network": f"{card['network']['name']}, {card['parameters']:,} parameters",
+        "cost": f"{card['multiply_adds'] / 1e9:.3g} G multiply-adds an image",
+        "input": f"`images`: {takes}",
+        "output": f"`logits`: float32 [b, {card['network']['num_classes']}]",
+        "BatchNorm": card["batch_norm"],
+        "accuracy": _accuracy_text(card["evaluation"]),
+        "check": _check_text(card["check"]),
+        "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
+    }
+    lines = [f"# {card['file']}", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+    lines += ["", "## Preprocessing", "", _preprocessing_text(card["preprocessing"], card["input"]["dtype"])]
+    lines += ["", "## Use", "", "```python", card["load"], "```", "", "## Classes", "", _classes_text(card)]
+    fields = ", ".join(f"{name}={value!r}" for name, value in card["network"].items())
+    return "\n".join([*lines, "", "## Network", "", f"`config.model`: `{fields}`", ""])
+
+
+def _platforms(card: Mapping[str, Any]) -> str:
+    return f", for {', '.join(card['platforms'])}" if card["platforms"] else ""
+
+
+def _accuracy_text(evaluation: Mapping[str, Any] | None) -> str:
+    if evaluation is None:
+        return "not measured"
+    parts = []
+    for name, title in _SHARES.items():
+        if name in evaluation:
+            interval = evaluation.get(f"{name}_interval")
+            between = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+            parts.append(f"{title} {evaluation[name]:.4f}{between}")
+    where = " ".join(filter(None, (evaluation.get("dataset"), evaluation.get("split"))))
+    return f"{', '.join(parts)}; {evaluation['count']:,} images of {where}"
+
+
+def _check_text(check: Mapping[str, Any] | None) -> str:
+    if check is None:
+        return "not made"
+    return (
+        f"read by a process of its own; the largest difference to the network in {check['images']} views of a"
+        f" photograph is {check['largest']:.1e}, of logits up to {check['logits']:.3g}"
+    )
+
+
+def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
+    share, size = preprocessing["crop"], preprocessing["size"]
+    mean, std = (", ".join(f"{value:g}" for value in preprocessing[name]) for name in ("mean", "std"))
+    resized = f"The central {share:.4g} of each side, resized to {size} x {size} ({preprocessing['interpolation']})."
+    where = "In the file" if dtype == "uint8" else "Then"
+    return f"{resized} {where}: (pixel / 255 - mean) / std, with mean {mean} and std {std} for red, green, blue."
+
+
+def _classes_text(card: Mapping[str, Any]) -> str:
+    names, number = card["classes"], card["network"]["num_classes"]
+    if names is None:
+        return f"{number:,}, whose names are not known."
+    shown = ", ".join(f"{index} {html.escape(' '.join(name.split()))}" for index, name in enumerate(names[:20]))
+    return f"{number:,}: {shown}" + (f", and {number - 20:,} more in the JSON file." if number > 20 else ".")

@@ -1,0 +1,139 @@
+"""`python -m xception_jax export`: a network as a file for other programs, checked, with its card."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from xception_jax.errors import InputMissingError, StorageError, UsageError
+from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
+from xception_jax.export.card import as_markdown, make_card, read_evaluation, run_evaluation
+from xception_jax.export.check import Difference, check_export, check_sha256, sha256
+from xception_jax.export.formats import FORMATS, write_network
+from xception_jax.export.inference import in_float32, make_reference
+from xception_jax.files import free_space, write_atomically
+from xception_jax.weights.network import Network
+
+EXAMPLES = """\
+examples:
+  python -m xception_jax export runs/fashion_mnist exports --format stablehlo
+  python -m xception_jax export xception.safetensors exports/xception.onnx --format onnx --uint8
+  python -m xception_jax export runs/fashion_mnist small.safetensors --format safetensors
+  python -m xception_jax export runs/fashion_mnist exports --format stablehlo --check_only
+
+FILE.sha256 (for sha256sum --check), FILE.json and FILE.md (the card) are written beside FILE.
+"""
+_EXTRAS = {"onnx": ("onnx", "onnxruntime")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.description = "Writes a network as one file, runs that in a process of its own, and compares."
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", help="work directory of a run, or a weight file")
+    parser.add_argument("out", help="a file with a suffix, or a directory")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--step", type=int, help="checkpoint of the run; by default the newest that is intact")
+    parser.add_argument("--uint8", action="store_true", help="take pixels of 0 to 255, and scale them in the file")
+    parser.add_argument("--evaluation", metavar="FILE.json", help="what `evaluate --json` printed, for the card")
+    parser.add_argument("--no_check", action="store_true", help="do not run and compare what was written")
+    parser.add_argument("--check_only", action="store_true", help="check a file from before; write nothing")
+    parser.add_argument("--json", action="store_true", help="print the card as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports and checks, or only checks; prints what was found.
+
+    Raises:
+      UsageError: the arguments do not fit together.
+      InputMissingError: the network, a file or a package is not there.
+      BadDataError: the source is damaged; the export computes something else, or is damaged.
+      StorageError: it cannot be written.
+    """
+    _check_arguments(args)
+    network, evaluation = _open(args)
+    require_classifier(network)
+    path = _path(args.out, network, args.format)
+    if args.check_only:
+        if not path.is_file():
+            raise InputMissingError("there is no export", str(path), "leave --check_only out to write it")
+        check_sha256(path)
+        print(_summary(path, _check(args, path, network, str(path))))
+        return 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under its own name only once it has been checked.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            draft = Path(scratch) / path.name
+            write_network(network, draft, args.format, uint8=args.uint8)
+            difference = None if args.no_check else _check(args, draft, network, str(path))
+            card = make_card(
+                network,
+                path.name,
+                args.format,
+                sha256(draft),
+                uint8=args.uint8,
+                evaluation=evaluation,
+                difference=difference,
+            )
+            draft.replace(path)
+        write_atomically(f"{path}.sha256", f"{card['sha256']}  {path.name}\n")
+        text = json.dumps(card, indent=2)
+        write_atomically(f"{path}.json", text + "\n")
+        write_atomically(f"{path}.md", as_markdown(card))
+    except OSError as error:
+        room = f"{path.parent} ({free_space(path.parent)})" if path.parent.is_dir() else str(path.parent)
+        what = f"the export cannot be written: {error.strerror or error}"
+        raise StorageError(what, room, "make room, or write elsewhere") from None
+    print(text if args.json else _summary(path, difference))
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.uint8 and args.format == "safetensors":
+        raise UsageError("safetensors hold weights, no scaling", "--uint8", "leave --uint8 out")
+    if args.no_check and args.check_only:
+        raise UsageError("--no_check and --check_only contradict each other", "the command line", "choose one")
+    for package in _EXTRAS.get(args.format, ()):
+        if importlib.util.find_spec(package) is None:
+            fix = "pip install -r requirements-export.txt"
+            raise InputMissingError(f"the package {package} is not installed", f"--format={args.format}", fix)
+
+
+def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
+    """Opens the source, and finds out how good it is."""
+    evaluation = None
+    if is_run(args.source):
+        run = open_run(args.source, args.step)
+        network = run_network(args.source, run)
+        evaluation = run_evaluation(Path(args.source), run.step, list(run.variables)[-1])
+    else:
+        network = open_network(args.source, args.step)
+    if args.evaluation:
+        evaluation = read_evaluation(Path(args.evaluation), network)
+    return network, evaluation
+
+
+def _path(out: str, network: Network, format: str) -> Path:
+    path = Path(out)
+    return path if path.suffix and not path.is_dir() else path / f"{network.model.name}.{format}"
+
+
+def _check(args: argparse.Namespace, path: Path, network: Network, name: str) -> Difference:
+    reference = make_reference(network if args.format == "safetensors" else in_float32(network))
+    return check_export(path, args.format, network, reference, uint8=args.uint8, name=name)
+
+
+def _summary(path: Path, difference: Difference | None) -> str:
+    lines = [f"{path}: {path.stat().st_size:,} bytes"]
+    if difference is not None:
+        lines.append(
+            f"largest difference to the network: {difference.largest:.2g}, in {difference.images} views of a photograph"
+            f" with logits of up to {difference.logits:.3g}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""The formats of an export: how a network becomes the bytes of one, and the five lines that read it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.export
+import jax.numpy as jnp
+
+from xception_jax.export.inference import make_inference
+from xception_jax.files import write_atomically
+from xception_jax.weights.network import Network
+
+FORMATS = ("stablehlo", "onnx", "safetensors")
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# How to load a file and run it: for its card, and for the check of an export, which puts other images there.
+_LOADING = {
+    "stablehlo": """\
+from jax import export
+
+{images}
+network = export.deserialize(bytearray(open({file}, "rb").read()))
+logits = network.call(images)""",
+    "onnx": """\
+import onnxruntime
+
+{images}
+network = onnxruntime.InferenceSession({file}, providers=["CPUExecutionProvider"])
+(logits,) = network.run(["logits"], {{"images": images}})""",
+    "safetensors": """\
+import jax
+from xception_jax.models import create_model
+from xception_jax.weights import load_network
+
+{images}
+network = load_network({file})
+logits, endpoints = jax.jit(create_model(network.model).apply)(network.variables, images)""",
+}
+
+
+def loading_code(file: str, format: str, images: str) -> str:
+    """Returns the lines that load a file and run it; `images` is the line that makes them."""
+    return _LOADING[format].format(file=json.dumps(file, ensure_ascii=False), images=images)
+
+
+def write_network(network: Network, path: Path, format: str, *, uint8: bool = False) -> None:
+    """Writes a network as one file.
+
+    Args:
+      network: with its weights.
+      path: the file.
+      format: one of `FORMATS`. 'stablehlo' and 'onnx' hold a function of images to logits; 'safetensors' the weights.
+      uint8: the function takes pixels of 0 to 255; not for 'safetensors'.
+
+    Raises:
+      ConfigError: the network is too large for the format.
+      InputMissingError: a package that writes the format is not installed.
+      OSError: it could not be written.
+    """
+    if format == "stablehlo":
+        write_atomically(path, to_stablehlo(network, uint8=uint8))
+    elif format == "onnx":
+        from xception_jax.export.onnx_graph import to_onnx  # the package `onnx` is an extra
+
+        write_atomically(path, to_onnx(network, uint8=uint8))
+    else:
+        from xception_jax.weights import save_network
+
+        save_network(path, network)
+
+
+def to_stablehlo(network: Network, *, uint8: bool = False) -> bytes:
+    """Returns a serialised `jax.export.Exported`, for any batch size and for the platforms in `PLATFORMS`.
+
+    Each platform has the convolutions that it runs well (ops/conv.py), in plain StableHLO.
+    """
+    (batch,) = jax.export.symbolic_shape("b")
+    size = network.preprocessing.size
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8 if uint8 else jnp.float32)
+    with _without_cpu_kernels():
+        infer = make_inference(network, uint8=uint8)
+        exported = jax.export.export(jax.jit(infer), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())
+
+
+@contextlib.contextmanager
+def _without_cpu_kernels() -> Iterator[None]:
+    """What is traced meanwhile can run on other machines: it calls nothing that was compiled for this one."""
+    name = "XCEPTION_JAX_CPU_KERNELS"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

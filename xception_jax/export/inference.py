@@ -1,0 +1,144 @@
+"""A network as one function of images, with BatchNorm folded into the convolutions: what an export holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Shaped
+from ml_collections import ConfigDict
+
+from xception_jax.models import create_model
+from xception_jax.models.layers import BatchNorm, Conv
+from xception_jax.ops.padding import explicit_padding
+from xception_jax.weights.network import Network, Preprocessing
+
+Infer = Callable[[Shaped[Array, "b s s 3"]], Float[Array, "b num_classes"]]
+
+
+def make_reference(network: Network) -> Infer:
+    """Returns the network as `create_model` makes it: what an export is compared with."""
+    model = create_model(network.model)
+    return lambda images: jax.jit(model.apply)(network.variables, images)[0]
+
+
+def in_float32(network: Network) -> Network:
+    """Returns a network that computes in float32, whatever it was trained in, and has no auxiliary head."""
+    model = ConfigDict(network.model)
+    model.dtype, model.aux_head = "float32", False
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), network.variables)
+    variables = {kind: {k: v for k, v in tree.items() if not k.startswith("aux_")} for kind, tree in variables.items()}
+    return dataclasses.replace(network, model=model, variables=variables)
+
+
+def make_inference(network: Network, *, uint8: bool = False, native: bool = False) -> Infer:
+    """Returns the function of images that an export holds.
+
+    A BatchNorm directly behind a convolution goes into its kernel, with only its constant left to add; any other
+    (behind a ReLU, or a concatenation) becomes one factor and one constant for each channel.
+
+    Args:
+      network: what to export.
+      uint8: take pixels of 0 to 255 in place of preprocessed images, and scale them inside.
+      native: lower each convolution to one `conv_general_dilated`, for other formats than XLA's.
+    """
+    network = in_float32(network)
+    model = create_model(network.model)
+    params, affine = fold_batch_norm(model, network.variables, network.preprocessing.size)
+    scale, shift = scaling(network.preprocessing)
+
+    def replace(next_method, args, kwargs, context):
+        layer = context.module
+        if context.method_name == "__call__" and isinstance(layer, BatchNorm):
+            factor, constant = affine["/".join(layer.path)]
+            return args[0] + constant if factor is None else args[0] * factor + constant
+        if native and context.method_name == "__call__" and isinstance(layer, Conv):
+            return _native_conv(layer, args[0])
+        return next_method(*args, **kwargs)
+
+    def infer(images):
+        if uint8:
+            images = images.astype(jnp.float32) * scale + shift
+        with nn.intercept_methods(replace):
+            return model.apply({"params": params}, images, train=False)[0]
+
+    return infer
+
+
+def fold_batch_norm(
+    model: nn.Module, variables: dict, image_size: int
+) -> tuple[dict, dict[str, tuple[np.ndarray | None, np.ndarray]]]:
+    """Multiplies the factor of each BatchNorm into the convolution whose output it takes.
+
+    Computed in float64 and rounded once.
+
+    Args:
+      model: a network of `create_model`.
+      variables: {'params', 'batch_stats'}.
+      image_size: side of an image that it takes, in pixels.
+
+    Returns:
+      The parameters, and by the name of each BatchNorm what is left of it: (factor, constant) for each channel, where
+      the factor is None if a convolution took it.
+    """
+    params = flax.traverse_util.flatten_dict(variables["params"], sep="/")
+    statistics = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+    affine = {}
+    for norm, (epsilon, conv) in _batch_norms(model, variables, image_size).items():
+        mean, var = (statistics[f"{norm}/{name}"].astype(np.float64) for name in ("mean", "var"))
+        factor = params.get(f"{norm}/scale", np.ones(1)).astype(np.float64) / np.sqrt(var + epsilon)
+        constant = params[f"{norm}/bias"] - mean * factor
+        if conv is not None:
+            for name in (f"{conv}/kernel", f"{conv}/bias"):  # the filters are their last axis
+                if name in params:
+                    params[name] = (params[name] * factor).astype(np.float32)
+        affine[norm] = (None if conv is not None else factor.astype(np.float32), constant.astype(np.float32))
+    return flax.traverse_util.unflatten_dict(params, sep="/"), affine
+
+
+def _batch_norms(model: nn.Module, variables: dict, image_size: int) -> dict[str, tuple[float, str | None]]:
+    """Returns the epsilon of each BatchNorm, and the convolution whose very output it takes, if it does."""
+    outputs: list[tuple[object, str]] = []
+    norms = {}
+
+    def record(next_method, args, kwargs, context):
+        layer, output = context.module, next_method(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(layer, Conv):
+            outputs.append((output, "/".join(layer.path)))
+        if context.method_name == "__call__" and isinstance(layer, BatchNorm):
+            conv = next((path for value, path in outputs if value is args[0]), None)
+            norms["/".join(layer.path)] = (layer.epsilon, conv)
+        return output
+
+    def trace(images):
+        with nn.intercept_methods(record):
+            return model.apply(variables, images, train=False)
+
+    jax.eval_shape(trace, jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32))
+    return norms
+
+
+def _native_conv(layer: Conv, x):
+    kernel: Array = layer.get_variable("params", "kernel")
+    pads = explicit_padding(layer.padding, x.shape[1:3], layer.kernel_size, layer.stride)
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        (layer.stride, layer.stride),
+        pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=layer.segments,
+    )
+    return y + layer.get_variable("params", "bias") if layer.use_bias else y
+
+
+def scaling(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (factor, constant), [3] each, that make pixels of 0 to 255 what the network takes."""
+    mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
+    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

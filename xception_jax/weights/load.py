@@ -1,0 +1,52 @@
+"""Any weight file to a network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from xception_jax.data.prepare.imagenet import class_names
+from xception_jax.errors import UsageError
+from xception_jax.weights import guard, known, own, timm, tree
+from xception_jax.weights.keras import import_keras
+from xception_jax.weights.network import Network
+
+
+def load_network(path: str | os.PathLike, model: ConfigDict | None = None, *, head: bool | None = None) -> Network:
+    """Reads a weight file of any kind with all that travels with it. What a user should know goes to standard error.
+
+    `variables['params']` has no 'head' if the file has none, or none that fits.
+
+    Args:
+      path: our own safetensors, or a Keras or timm file.
+      model: the `config.model` that a Keras or timm file belongs to; by default it is inferred from the tensors.
+      head: of a Keras file, as in `load_keras`.
+
+    Raises:
+      InputMissingError: there is no such file.
+      BadDataError: the file is damaged, refused, of an unknown kind, or does not fit `model`.
+      UsageError: `model` is not the one that one of our own files names.
+    """
+    path = Path(path)
+    sha256, md5 = guard.hashes(path)
+    form = guard.container_format(path)
+    if form == "safetensors":
+        tensors, metadata = guard.read_safetensors(path)
+        if own.METADATA in metadata:
+            network = own.from_tensors(tensors, metadata, str(path), sha256)
+            if model is not None and tree.describe(model) != tree.describe(network.model):
+                what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
+                raise UsageError(what, str(path), "leave the model out: the file describes itself")
+            return network
+        imported = timm.import_timm(tensors, path, model)
+    else:
+        imported = import_keras(path, model, head)
+    imported.print_notes()
+    if warning := known.doubt(path.name, md5):
+        print(f"warning: {warning}", file=sys.stderr)
+    has_classes = md5 in known.KERAS_FILES and "head" in imported.variables["params"]
+    classes = tuple(class_names()) if has_classes else None
+    return Network(imported.model, imported.variables, imported.preprocessing, classes, str(path), sha256)

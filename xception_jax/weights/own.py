@@ -1,0 +1,97 @@
+"""Our own weight files: safetensors that describe themselves.
+
+The tensors are named by their path, 'params/block5_sepconv1/spatial/kernel'. One entry of the metadata holds
+`config.model`, the preprocessing, the classes and a SHA-256 of the tensors as JSON; one, because safetensors writes
+several in random order, and the same network should give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from xception_jax.config import resolve_model
+from xception_jax.errors import BadDataError, StorageError, UserError
+from xception_jax.files import free_space, write_atomically
+from xception_jax.weights import tree
+from xception_jax.weights.guard import COPY_AGAIN
+from xception_jax.weights.network import Network, Preprocessing
+
+METADATA = "xception_jax"
+_VERSION = 1
+
+
+def save_network(path: str | os.PathLike, network: Network) -> None:
+    """Writes a network with all that travels with it; the same network gives the same bytes.
+
+    Raises:
+      BadDataError: the variables do not fit `network.model`.
+      StorageError: the file cannot be written.
+    """
+    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in sorted(tree.flatten(network.variables).items())}
+    tree.check(leaves, network.model, os.fspath(path))
+    description = {
+        "version": _VERSION,
+        "model": resolve_model(network.model).to_dict(),
+        "preprocessing": dataclasses.asdict(network.preprocessing),
+        "classes": network.classes,
+        "source": network.source,
+        "source_sha256": network.sha256,
+        "tensors_sha256": _digest(leaves),
+    }
+    content = safetensors.numpy.save(leaves, {METADATA: json.dumps(description, sort_keys=True)})
+    write(path, content)
+
+
+def write(path: str | os.PathLike, content: bytes) -> None:
+    """Writes a weight file; who reads it sees the old one or all of the new.
+
+    Raises:
+      StorageError: there is no such directory, or no room.
+    """
+    directory = os.path.dirname(os.path.abspath(path))
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        fix = f"make the directory {directory} first"
+        if os.path.isdir(directory):
+            fix = f"{len(content):,} bytes are needed, {free_space(directory)}"
+        raise StorageError(f"the weights cannot be written: {error}", os.fspath(path), fix) from None
+
+
+def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], path: str, sha256: str) -> Network:
+    """Returns the network that `save_network` wrote.
+
+    Raises:
+      BadDataError: the description or a tensor is damaged, or they do not fit each other.
+    """
+    try:
+        description = json.loads(metadata[METADATA])
+        model = resolve_model(ConfigDict(description["model"], type_safe=False))
+        preprocessing = Preprocessing.from_fields(description["preprocessing"])
+        classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
+        digest = description["tensors_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
+    if classes is not None and len(classes) != model.num_classes:
+        what = f"the file names {len(classes)} classes, its model has {model.num_classes}"
+        raise BadDataError(what, path, COPY_AGAIN)
+    tree.check(tensors, model, path)
+    if _digest(tensors) != digest:
+        raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
+    return Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256)
+
+
+def _digest(leaves: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(leaves):
+        digest.update(f"{name} {leaves[name].dtype} {leaves[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(leaves[name]).view(np.uint8).data)
+    return digest.hexdigest()
