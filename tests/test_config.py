@@ -240,6 +240,7 @@ def parse(*arguments) -> ConfigDict:
         ("data.crop_area=(0.1, 0.9)", (0.1, 0.9)),
         ("duration=3e6 examples", "3e6 examples"),
         ("optimizer.decayed=sepconv.*kernel$", "sepconv.*kernel$"),
+        ("optimizer.multipliers=(('^head/', 10), ('_bn', 0.5))", (("^head/", 10.0), ("_bn", 0.5))),
         ("batch_size=64", 64),
     ],
 )
@@ -263,6 +264,9 @@ OTHER_VALUES = {
     "model.batch_norm.scale": False,
     "data.crop_area": (0.25, 0.75),
     "optimizer.decayed": r"(block\d+|head)/.*kernel$",
+    "optimizer.frozen": "^block[1-4]_",
+    "optimizer.multipliers": (("^head/", 10.0), ("_bn/", 0.5)),
+    "init.weights": "a file",
     "schedule.learning_rate": 0.1,
     "optimizer.clip_norm": 1e-300,
     "duration": "3e6 examples",

@@ -15,7 +15,11 @@ from xception_jax.training.state import make_state_init
 from xception_jax.training.step import make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-VARIANTS = {"imagenet": ["xception", "inception_v3", "inception_v3_2016"], "open_images": ["", "fc"]}
+VARIANTS = {
+    "imagenet": ["xception", "inception_v3", "inception_v3_2016"],
+    "open_images": ["", "fc"],
+    "finetune": ["", "fashion_mnist"],
+}
 PARAMETERS = {
     ("imagenet", "xception"): 22_855_952,
     ("imagenet", "inception_v3"): 23_817_352,

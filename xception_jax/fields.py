@@ -164,6 +164,20 @@ def numbers(default: tuple[float, ...], length: int | None, source: str) -> Fiel
     return Field(default, check, f"{length or 'some'} numbers", source)
 
 
+def factors(source: str) -> Field:
+    """Pairs of a regular expression over names of parameters and a factor; none by default."""
+
+    def check(value):
+        _require(not isinstance(value, str))
+        pairs = tuple((pattern, _number(factor)) for pattern, factor in value)
+        for pattern, factor in pairs:
+            re.compile(pattern)
+            _require(factor > 0)
+        return pairs
+
+    return Field((), check, "pairs of a regular expression and a factor above 0, such as (('^head/', 10.0),)", source)
+
+
 FIELDS: dict[str, Field] = {
     "name": text("", "local: what the run is called in reports"),
     "seed": whole(0, 0, "local: initialisation, data order, augmentation and dropout all derive from it"),
@@ -215,6 +229,7 @@ FIELDS: dict[str, Field] = {
     "batch_size": whole(1920, 1, "inferred: 60 replicas of 32"),
     "accumulation_steps": whole(1, 1, "local: microbatches whose gradients are averaged in one step"),
     "duration": duration("169 epochs", "inferred: 113,000 steps"),
+    "init.weights": text("", "local: a weight file to start from, for fine-tuning; read at step 0 alone"),
     "loss.name": choice("softmax", ("softmax", "sigmoid"), "paper: section 4.1 (ImageNet); inferred for JFT"),
     "loss.label_smoothing": number(0.1, 0.0, 0.99, "inferred: as in Inception V3"),
     "loss.aux_weight": number(0.4, 0.0, 10.0, "modern: weight of the auxiliary head's loss, if there is one"),
@@ -225,6 +240,8 @@ FIELDS: dict[str, Field] = {
     "optimizer.rmsprop_epsilon": number(1.0, 0.0, 10.0, "inferred: as in Inception V3", above=True),
     "optimizer.weight_decay": number(1e-5, 0.0, 1.0, "paper: section 4.2; coupled, i.e. the gradient of L2"),
     "optimizer.decayed": pattern("kernel$", "inferred: every kernel, neither BatchNorm nor biases"),
+    "optimizer.frozen": pattern("", "modern: parameters that stay as they start, with their BN statistics; '' is none"),
+    "optimizer.multipliers": factors("modern: of the learning rate; the first pattern found in a name counts"),
     "optimizer.clip_norm": number(0.0, 0.0, math.inf, "local: 0 does not clip"),
     "schedule.name": choice("staircase", ("staircase", "cosine", "constant"), "paper: section 4.2"),
     "schedule.learning_rate": number(0.045, 0.0, 1e12, "paper: section 4.2", above=True),

@@ -60,7 +60,7 @@ def test_every_format_in_a_folder_is_predicted(weights, folder, capsys):
 
 def test_the_answer_does_not_depend_on_the_batch(weights, folder):
     network, paths = open_network(str(weights)), predict.find_images([str(folder)])
-    whole, pairs = (list(predict.predict(network, paths, batch_size=size)) for size in (32, 4))
+    whole, pairs = (list(predict.predict(network, paths, batch_size=size)) for size in (32, 2))
     for a, b in zip(whole, pairs, strict=True):
         assert (a.path, a.classes) == (b.path, b.classes)
         np.testing.assert_allclose(a.probabilities, b.probabilities, rtol=1e-4)
@@ -72,7 +72,7 @@ def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_
     (tmp_path / "whole.jpg").write_bytes(data)
     (tmp_path / "odd\nname.png").write_bytes(b"\x89PNG")
     with pytest.raises(BadDataError, match="2 of 3") as raised:
-        run("--weights", weights, tmp_path, "--batch_size", 1)
+        run("--weights", weights, tmp_path, "--batch_size", 2)
     assert raised.value.exit_code == 65
     out, errors = capsys.readouterr()
     assert len(out.splitlines()) == 1 + 5
@@ -82,7 +82,7 @@ def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_
         f"{tmp_path}/odd\N{REPLACEMENT CHARACTER}name.png",
     ]
     with pytest.raises(BadDataError):
-        run("--weights", weights, tmp_path, "--json")
+        run("--weights", weights, tmp_path, "--json", "--batch_size", 2)
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert ["error" in entry for entry in entries] == [True, True, False]
 
@@ -99,7 +99,7 @@ def test_what_is_not_there_is_said_before_the_network_is_opened(weights, folder,
 
 
 def test_a_contact_sheet_holds_every_image(weights, folder, tmp_path, capsys):
-    run("--weights", weights, folder, folder / "0.png", "--contact_sheet", tmp_path / "sheet.png")
+    run("--weights", weights, folder, folder / "0.png", "--batch_size", 2, "--contact_sheet", tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     # Three columns and two rows of pictures: as many runs of columns that are not white.

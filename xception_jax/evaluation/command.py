@@ -169,8 +169,8 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     info = source.info
     _check_classes(network, info)
     check_labels(source)
-    real_labels = load_real_labels(args.real, info.num_classes) if args.real else None
-    numbers = image_numbers(source) if args.real else []
+    real_labels = load_real_labels(args.real, info.num_classes) if args.real else []
+    numbers = image_numbers(source, real_labels) if args.real else []
     config.loss.name = "sigmoid" if info.multi_label else "softmax"
 
     mesh = make_mesh(default_config().mesh)
@@ -205,7 +205,7 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     if not info.multi_label:
         calibration = calibrate(predictions)
         named |= {f"{last}{name}": value for name, value in dataclasses.asdict(calibration).items()}
-    if real_labels is not None:
+    if numbers:
         named |= {f"{last}{key}": value for key, value in real_accuracy(predictions, numbers, real_labels).items()}
     return named, predictions, info
 

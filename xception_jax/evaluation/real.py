@@ -19,6 +19,7 @@ from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.metrics import Predictions, wilson_interval
 
 _FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_FETCH = "get real.json from github.com/google-research/reassessed-imagenet"
 
 
 def load_real_labels(path: str | os.PathLike[str], num_classes: int) -> list[frozenset[int]]:
@@ -28,28 +29,28 @@ def load_real_labels(path: str | os.PathLike[str], num_classes: int) -> list[fro
       InputMissingError: there is no such file.
       BadDataError: it is something else.
     """
-    fix = "get real.json from github.com/google-research/reassessed-imagenet"
     try:
         lists = json.loads(Path(path).read_text())
         labels = [frozenset(map(int, labels)) for labels in lists]
     except (FileNotFoundError, IsADirectoryError):
-        raise InputMissingError("there is no such file of ReaL labels", os.fspath(path), fix) from None
+        raise InputMissingError("there is no such file of ReaL labels", os.fspath(path), _FETCH) from None
     except (ValueError, TypeError) as error:
-        raise BadDataError(f"the file is no list of lists of labels: {error}", os.fspath(path), fix) from None
+        raise BadDataError(f"the file is no list of lists of labels: {error}", os.fspath(path), _FETCH) from None
     for number, of_image in enumerate(labels, 1):
         if not all(0 <= label < num_classes for label in of_image):
             what = f"image {number} has the labels {sorted(of_image)}, the network has {num_classes} classes"
-            raise BadDataError(what, os.fspath(path), fix)
+            raise BadDataError(what, os.fspath(path), _FETCH)
     return labels
 
 
-def image_numbers(source: Source) -> list[int]:
+def image_numbers(source: Source, labels: list[frozenset[int]]) -> list[int]:
     """Returns the number in the file name of every image of a split of imagenet2012, in its order.
 
     Every record is read for it, but nothing is decoded.
 
     Raises:
       UsageError: the images are not those of ImageNet's validation set.
+      BadDataError: an image has no entry in the labels.
     """
     names = source.file_names() if isinstance(source, TfdsSource) else None
     found = [_FILE_NAME.fullmatch(Path(name).name) for name in names or ()]
@@ -60,7 +61,11 @@ def image_numbers(source: Source) -> list[int]:
             f"split {source.info.split}",
             "leave --real out, or pass --dataset imagenet2012 --split validation",
         )
-    return [int(match[1]) for match in found if match]
+    numbers = [int(match[1]) for match in found if match]
+    if max(numbers) > len(labels):
+        what = f"there is an image {max(numbers)}, but labels of {len(labels):,} images"
+        raise BadDataError(what, "--real", f"{_FETCH}, the whole of it")
+    return numbers
 
 
 def real_accuracy(predictions: Predictions, numbers: list[int], labels: list[frozenset[int]]) -> dict[str, object]:
@@ -73,16 +78,7 @@ def real_accuracy(predictions: Predictions, numbers: list[int], labels: list[fro
 
     Returns:
       real_count, the images with a label; real_top1 and real_top5, shares of them, with their intervals.
-
-    Raises:
-      BadDataError: an image has no entry in the labels.
     """
-    if max(numbers) > len(labels):
-        raise BadDataError(
-            f"there is an image {max(numbers)}, but labels of {len(labels):,} images",
-            "--real",
-            "get the whole real.json from github.com/google-research/reassessed-imagenet",
-        )
     hits = []
     for index, classes in zip(predictions.index, predictions.classes[:, :5], strict=True):
         if accepted := labels[numbers[int(index)] - 1]:

@@ -19,6 +19,7 @@ from xception_jax.errors import ConfigError, DeviceMemoryError
 from xception_jax.fields import duration_in_steps
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
+from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh
 from xception_jax.training.optimizer import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init, seed_bits
@@ -122,7 +123,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
     """Builds an experiment on open data and any mesh, which may be of devices that are only compiled for.
 
     Raises:
-      ConfigError: the batch cannot be shared out among the devices.
+      ConfigError: the batch cannot be shared out among the devices, or a pattern of the optimiser has no effect.
     """
     check_batch("batch_size", config.batch_size, mesh.size, config.accumulation_steps)
     model = create_model(config.model)
@@ -132,6 +133,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
         model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0
     )
     abstract = abstract_state(init, mesh)
+    check_patterns(config.optimizer, abstract.params)
     seeded = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
     return Experiment(
         config=config,

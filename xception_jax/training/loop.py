@@ -22,6 +22,7 @@ from xception_jax.logs.profile import StepTrace
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.fingerprint import state_fingerprint
+from xception_jax.training.initial_weights import first_state
 from xception_jax.training.journal import Journal
 from xception_jax.training.mesh import batch_sharding, start_distributed, to_devices
 from xception_jax.training.preemption import Preemption
@@ -55,7 +56,7 @@ def train(config: ConfigDict, workdir: str) -> Summary:
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, path))
         restored = checkpoints.restore_latest(experiment.abstract)
-        step, state = restored if restored else (0, experiment.init())
+        step, state = restored if restored else (0, first_state(experiment, print_once))
         journal = stack.enter_context(Journal(experiment, path, step, started))
         journal.header(path, step)
         loop = stack.enter_context(contextlib.closing(Loop(experiment, path, checkpoints, journal, preemption)))
@@ -80,8 +81,14 @@ def open_checkpoints(experiment: Experiment, workdir: Path, *, read_only: bool =
         },
         allow_dataset_change=config.checkpoint.allow_dataset_change,
         read_only=read_only,
-        report=lambda line: print(line) if jax.process_index() == 0 else None,
+        report=print_once,
     )
+
+
+def print_once(line: str) -> None:
+    """Prints a line, by process 0."""
+    if jax.process_index() == 0:
+        print(line)
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from xception_jax.fields import duration_in_steps
+from xception_jax.training.finetuning import multiply_rates, only_trained
 
 
 def make_schedule(config: ConfigDict, num_examples: int) -> optax.Schedule:
@@ -43,6 +44,8 @@ def make_optimizer(optimizer: ConfigDict, schedule: optax.Schedule) -> optax.Gra
     Coupled: `weight_decay` times the parameter is added to its gradient, before momentum, so it is the gradient of
     weight_decay / 2 times the squared norm, as in TF-Slim. RMSprop is TensorFlow's: epsilon inside the root, the
     mean square starts at one, and the learning rate is applied before the momentum.
+
+    Frozen parameters have no update, no decay and no state, and do not count when the norm is clipped.
     """
     steps = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     if optimizer.weight_decay:
@@ -61,7 +64,9 @@ def make_optimizer(optimizer: ConfigDict, schedule: optax.Schedule) -> optax.Gra
                 nesterov=optimizer.nesterov,
             )
         )
-    return optax.chain(*steps)
+    if optimizer.multipliers:
+        steps.append(multiply_rates(optimizer.multipliers))
+    return only_trained(optax.chain(*steps), optimizer.frozen) if optimizer.frozen else optax.chain(*steps)
 
 
 def by_name(pattern: str) -> Callable:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.state import TrainState
 
@@ -23,15 +24,17 @@ def make_train_step(
     bad_steps and skipped_steps.
     """
     loss_function = LOSSES[config.loss.name]
+    frozen = config.optimizer.frozen
 
     def loss_and_aux(params, batch_stats, images, labels, dropout_key):
-        (logits, endpoints), updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": dropout_key},
-        )
+        with norms_at_rest(params, frozen):
+            (logits, endpoints), updates = model.apply(
+                {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
         loss = loss_function(logits, labels, config.loss.label_smoothing)
         if "aux_logits" in endpoints:
             aux_loss = loss_function(endpoints["aux_logits"], labels, config.loss.label_smoothing)

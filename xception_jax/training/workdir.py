@@ -29,7 +29,7 @@ CHECKPOINTS = "checkpoints"
 
 # With other values of these, what was trained so far is not the beginning of the same run. Others may change on the
 # way: a researcher extends `duration`, or lowers the learning rate.
-_IDENTITY = re.compile(r"model\..*|data\..*|batch_size|seed")
+_IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.frozen|batch_size|seed")
 # Where the images are and how they are read. Raising `max_bad_fraction` is how a run goes on after exit code 65.
 _NOT_IDENTITY = ("data.data_dir", "data.threads", "data.workers", "data.max_bad_fraction", "data.test_split")
 

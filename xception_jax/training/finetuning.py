@@ -1,0 +1,104 @@
+"""Training a part of a network: frozen parameters, BatchNorm at rest, and a learning rate for each layer.
+
+Names are those of `params`, joined by slashes: `block2_sepconv1/spatial/kernel`, `head/predictions/bias`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from xception_jax.errors import ConfigError
+from xception_jax.models.layers import BatchNorm
+
+
+def frozen_names(params: dict, pattern: str) -> set[str]:
+    """Returns the names in which the pattern is found; none for an empty one."""
+    return {name for name in flatten_dict(params, sep="/") if pattern and re.search(pattern, name)}
+
+
+def stop_frozen(params: dict, pattern: str) -> dict:
+    """Returns the parameters, with no gradient for the frozen ones: what only they would need is not computed."""
+    frozen = frozen_names(params, pattern)
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict({k: jax.lax.stop_gradient(v) if k in frozen else v for k, v in flat.items()}, sep="/")
+
+
+def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
+    """Returns a context in which a BatchNorm whose parameters are all frozen normalises by its running averages.
+
+    It leaves them as they are: a frozen layer computes what it does in inference.
+    """
+    frozen, layers = frozen_names(params, pattern), set()
+    trained = {name.rpartition("/")[0] for name in flatten_dict(params, sep="/") if name not in frozen}
+    layers = {name.rpartition("/")[0] for name in frozen} - trained
+
+    def rest(next_method, args, kwargs, context):
+        layer = context.module
+        if context.method_name == "__call__" and isinstance(layer, BatchNorm) and "/".join(layer.path) in layers:
+            return next_method(args[0], train=False)
+        return next_method(*args, **kwargs)
+
+    return nn.intercept_methods(rest)
+
+
+def only_trained(inner: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
+    """Returns an optimiser that sees, and has state for, nothing but the parameters that are not frozen."""
+
+    def trained(tree):
+        frozen = frozen_names(tree, pattern)
+        return unflatten_dict({k: v for k, v in flatten_dict(tree, sep="/").items() if k not in frozen}, sep="/")
+
+    def update(updates, state, params=None):
+        new, state = inner.update(trained(updates), state, None if params is None else trained(params))
+        still = {name: jnp.zeros_like(update) for name, update in flatten_dict(updates, sep="/").items()}
+        return unflatten_dict(still | flatten_dict(new, sep="/"), sep="/"), state
+
+    return optax.GradientTransformation(lambda params: inner.init(trained(params)), update)
+
+
+def multiply_rates(multipliers: Iterable[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiplies each update by the factor of the first pattern that is found in its name, if there is one."""
+
+    def factor(name: str) -> float:
+        return next((factor for pattern, factor in multipliers if re.search(pattern, name)), 1.0)
+
+    return optax.stateless(
+        lambda updates, params: unflatten_dict(
+            {name: factor(name) * update for name, update in flatten_dict(updates, sep="/").items()}, sep="/"
+        )
+    )
+
+
+def check_patterns(optimizer: ConfigDict, params: dict) -> None:
+    """Checks that each pattern of `config.optimizer` has an effect.
+
+    Raises:
+      ConfigError: one matches no parameter, or none that is trained and not taken by an earlier one; or nothing is
+        left to train.
+    """
+    names = list(flatten_dict(params, sep="/"))
+    frozen = frozen_names(params, optimizer.frozen)
+    fix = f"patterns are searched in names such as {names[0]!r} and {names[-1]!r}"
+    if optimizer.frozen and not frozen:
+        where = "config.optimizer.frozen"
+        raise ConfigError(f"{optimizer.frozen!r} matches none of the {len(names)} parameters", where, fix)
+    left = set(names) - frozen
+    if not left:
+        what = f"{optimizer.frozen!r} matches every parameter: nothing is left to train"
+        raise ConfigError(what, "config.optimizer.frozen", "to train the classifier alone: '^(?!head/)'")
+    for pattern, _ in optimizer.multipliers:
+        matched = {name for name in left if re.search(pattern, name)}
+        if not matched:
+            others = " that are trained and in no earlier pattern" if len(left) < len(names) else ""
+            what = f"{pattern!r} matches none of the parameters{others}"
+            raise ConfigError(what, "config.optimizer.multipliers", fix)
+        left -= matched
