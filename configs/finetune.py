@@ -6,8 +6,9 @@
     python train.py --config=configs/finetune.py:fashion_mnist --workdir=runs/small --config.init.weights=FILE
 
 The first convolutions up to block 4 stay as they are, the classifier is new and learns ten times as fast as the rest.
-The variant is for the small network of configs/fashion_mnist.py and the images shipped here. Expected: more than from
-scratch in as many steps, see the table in docs/finetuning.md. Cost: a quarter less a step than training everything.
+The variant is for the small network of configs/fashion_mnist.py and the images shipped here. The recipe was not tuned.
+Expected: unknown on photographs; with the variant, 100 images and 100 steps, training from scratch was better (0.87
+against 0.78, docs/finetuning.md). Cost: at most that of training everything; the backward pass ends at block 5.
 """
 
 from xception_jax.config import default_config
@@ -20,7 +21,7 @@ def get_config(variant=""):
     config.optimizer.frozen = "^block[1-4]_"
     config.optimizer.multipliers = (("^head/", 10.0),)
     config.optimizer.weight_decay = 1e-5
-    config.data.name = "a dataset"
+    config.data.name = "flowers"
     config.data.train_split = "train"
     config.data.eval_split = ""
     config.batch_size = 64

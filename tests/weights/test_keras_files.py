@@ -31,7 +31,11 @@ def write(model: keras.Model, path) -> None:
         model.save(path)
 
 
-@pytest.mark.parametrize("form", ["weights.h5", "keras", "h5"])
+@pytest.mark.parametrize(
+    ("released", "form"),
+    [("xception", "weights.h5"), ("xception", "keras"), ("xception", "h5"), ("inception_v3", "weights.h5")],
+    indirect=["released"],
+)
 def test_a_network_by_itself(released: Released, form, tmp_path):
     path = tmp_path / f"x.{form}"
     write(released.keras_model, path)
@@ -120,7 +124,7 @@ def head_leaves(model: keras.Model) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("larger", "form"),
-    [("xception", "weights.h5"), ("xception", "keras"), ("xception", "legacy"), ("inception_v3", "keras")],
+    [("xception", "weights.h5"), ("xception", "keras"), ("xception", "legacy")],
     indirect=["larger"],
 )
 def test_a_network_within_a_larger_model(larger, form, tmp_path, capsys):
@@ -139,13 +143,27 @@ def test_a_network_within_a_larger_model(larger, form, tmp_path, capsys):
         load_keras(path, released.model, head=True)
 
 
-@pytest.mark.parametrize("frozen", [slice(None), slice(60), slice(30, 70), "norms"])
+@pytest.mark.parametrize(
+    ("larger", "frozen"),
+    [
+        ("xception", slice(None)),
+        ("xception", slice(20, 50)),
+        ("xception", "norms"),
+        # Among equal convolutions of mixed9: which comes first is told by what is frozen before them.
+        ("inception_v3", slice(160)),
+        ("inception_v3", slice(160, None)),
+    ],
+    indirect=["larger"],
+)
 def test_frozen_layers_come_last_in_a_legacy_file(larger, frozen, tmp_path):
     """In it a model within a model is a row of tensors: first all that can be trained, then all others."""
     released, keras_model = larger
     backbone = next(layer for layer in keras_model.layers if isinstance(layer, keras.Model) and len(layer.layers) > 9)
-    norms = [layer for layer in backbone.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    layers = norms if frozen == "norms" else backbone.layers[frozen]
+    layers = [layer for layer in backbone.layers if layer.weights]
+    if frozen == "norms":
+        layers = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    else:
+        layers = layers[frozen]
     for layer in layers:
         layer.trainable = False
     try:
@@ -161,9 +179,9 @@ def test_a_head_on_the_output_itself(xception: Released, tmp_path):
     backbone = xception.backbone()
     x = keras.layers.GlobalAveragePooling2D()(backbone.output)
     keras_model = with_random_head(keras.Model(backbone.input, keras.layers.Dense(7, activation="softmax")(x)))
-    keras_model.save(tmp_path / "x.keras")
+    keras_model.save_weights(tmp_path / "x.weights.h5")
     model = config("xception", num_classes=7)
-    assert_same(load_keras(tmp_path / "x.keras", model), xception.backbone_leaves | head_leaves(keras_model))
+    assert_same(load_keras(tmp_path / "x.weights.h5", model), xception.backbone_leaves | head_leaves(keras_model))
 
 
 def test_a_model_in_a_sequential_in_a_model(xception: Released, tmp_path):
@@ -171,11 +189,10 @@ def test_a_model_in_a_sequential_in_a_model(xception: Released, tmp_path):
     images = keras.Input((96, 96, 3))
     classifier = keras.layers.Dense(1, activation="sigmoid")
     keras_model = with_random_head(keras.Model(images, classifier(inner(images / 127.5 - 1.0))))
-    for form in ("weights.h5", "h5"):
-        write(keras_model, tmp_path / f"x.{form}")
-        network = load_network(tmp_path / f"x.{form}")
-        assert network.model.num_classes == 1
-        assert_same(network.variables, xception.backbone_leaves | head_leaves(keras_model))
+    keras_model.save(tmp_path / "x.h5")
+    network = load_network(tmp_path / "x.h5")
+    assert network.model.num_classes == 1
+    assert_same(network.variables, xception.backbone_leaves | head_leaves(keras_model))
     assert network.preprocessing.mean == (0.5, 0.5, 0.5)
 
 
@@ -200,16 +217,12 @@ def test_two_networks_in_one_file_are_not_chosen_between(xception: Released, tmp
         load_keras(tmp_path / "x.weights.h5", xception.model)
 
 
-def test_another_number_of_blocks_is_refused(xception: Released, tmp_path):
-    xception.keras_model.save_weights(tmp_path / "x.weights.h5")
-    for blocks in (7, 9):
-        with pytest.raises(BadDataError, match=r"34 layers of kind separable where (31|37) are needed"):
-            load_keras(tmp_path / "x.weights.h5", config("xception", middle_blocks=blocks))
-
-
 def test_what_is_missing_or_left_over_is_named(xception: Released, tmp_path):
     path = tmp_path / "x.weights.h5"
     xception.keras_model.save_weights(path)
+    for blocks in (7, 9):
+        with pytest.raises(BadDataError, match=r"34 layers of kind separable where (31|37) are needed"):
+            load_keras(path, config("xception", middle_blocks=blocks))
     with h5py.File(path, "a") as file:
         name = "layers/separable_conv2d_12"
         assert file[f"{name}/vars"].attrs["name"] == "block7_sepconv1"

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.evaluation.metrics import wilson_interval
 from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, loading_code
+from xception_jax.export.inference import in_float32
 from xception_jax.logs.metrics import read_metrics
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
@@ -50,8 +53,9 @@ def make_card(
       evaluation: as `run_evaluation` or `read_evaluation` returns it.
       difference: what the check found; None if there was none.
     """
-    model, size = network.model, network.preprocessing.size
-    cost = count_cost(create_model(model), size)
+    model = ConfigDict(network.model if format == "safetensors" else in_float32(network).model)
+    size = network.preprocessing.size
+    cost = count_cost(create_model(ConfigDict(model.to_dict() | {"dtype": "float32"})), size)  # of any type the same
     images = "uint8" if uint8 else "float32"
     return {
         "file": file,
@@ -60,7 +64,7 @@ def make_card(
         "platforms": list(PLATFORMS) if format == "stablehlo" else None,
         "source": network.source,
         "source_sha256": network.sha256,
-        "network": json.loads(model.to_json()),
+        "network": model.to_dict(),
         "parameters": cost.parameters,
         "multiply_adds": cost.multiply_adds,
         "input": {"name": "images", "dtype": images, "shape": ["b", size, size, 3]},

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", help="work directory of a run, or a weight file")
-    parser.add_argument("out", help="a file with a suffix, or a directory")
+    parser.add_argument("out", help="a file whose name ends with the format, or a directory")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--step", type=int, help="checkpoint of the run; by default the newest that is intact")
     parser.add_argument("--uint8", action="store_true", help="take pixels of 0 to 255, and scale them in the file")
@@ -121,7 +121,7 @@ def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
 
 def _path(out: str, network: Network, format: str) -> Path:
     path = Path(out)
-    return path if path.suffix and not path.is_dir() else path / f"{network.model.name}.{format}"
+    return path if path.suffix == f".{format}" else path / f"{network.model.name}.{format}"
 
 
 def _check(args: argparse.Namespace, path: Path, network: Network, name: str) -> Difference:

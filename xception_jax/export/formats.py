@@ -83,21 +83,23 @@ def to_stablehlo(network: Network, *, uint8: bool = False) -> bytes:
     (batch,) = jax.export.symbolic_shape("b")
     size = network.preprocessing.size
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8 if uint8 else jnp.float32)
-    with _without_cpu_kernels():
+    with _for_other_machines():
         infer = make_inference(network, uint8=uint8)
         exported = jax.export.export(jax.jit(infer), platforms=PLATFORMS)(images)
     return bytes(exported.serialize())
 
 
 @contextlib.contextmanager
-def _without_cpu_kernels() -> Iterator[None]:
-    """What is traced meanwhile can run on other machines: it calls nothing that was compiled for this one."""
-    name = "XCEPTION_JAX_CPU_KERNELS"
-    before = os.environ.get(name)
+def _for_other_machines() -> Iterator[None]:
+    """What is exported meanwhile calls nothing that was compiled for this machine, and names no file of it."""
+    name, lines = "XCEPTION_JAX_CPU_KERNELS", "jax_traceback_in_locations_limit"
+    before, limit = os.environ.get(name), getattr(jax.config, lines)
     os.environ[name] = "0"
+    jax.config.update(lines, 0)
     try:
         yield
     finally:
+        jax.config.update(lines, limit)
         if before is None:
             del os.environ[name]
         else:

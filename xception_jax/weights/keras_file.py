@@ -169,9 +169,7 @@ def _tree(file: h5py.File, reader: guard.Hdf5Guard) -> tuple[Container, ...]:
     containers: dict[str, list[Layer]] = {}
 
     def visit(group: h5py.Group, path: str, depth: int) -> None:
-        children = reader.children(group, depth)
-        for name in sorted(children, key=natural):
-            child = children[name]
+        for name, child in reader.children(group, depth).items():
             # TensorFlow on Windows wrote backslashes into the names.
             inner = f"{path}/{name}".replace("\\", "/").strip("/")
             if isinstance(child, h5py.Dataset) or inner in _TRAINING_STATE:
