@@ -77,13 +77,15 @@ def test_arms_share_the_start_of_equal_parameters():
         Arm("pointwise", {"model.order": "pointwise_first"}),
     )
 
+    images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+
     def start(arm):
         """Returns a function of the key that computes a few parameters at their start, and not the rest."""
         config = study.arm_config(study.arm(arm))
 
         @jax.jit
         def chosen(key):
-            variables = create_model(config.model).init(key, jnp.zeros((1, 16, 16, 3)), train=False)
+            variables = create_model(config.model).lazy_init(key, images, train=False)
             paths, _ = jax.tree_util.tree_flatten_with_path(variables["params"])
             leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
             return {name: leaves[name] for name in COMMON if name in leaves}
