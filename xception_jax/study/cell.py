@@ -1,6 +1,6 @@
 """One cell of a study in a process of its own: trains what config.json of a work directory describes.
 
-    python -m xception_jax.study.cell WORKDIR [--cores 0,1] [--parent PID]
+    python -m xception_jax.study.cell WORKDIR [--cores 0,1] [--end-with-stdin]
 
 It is the ordinary training program, and resumes like it. The runner starts it; a person may, too.
 """
@@ -8,9 +8,10 @@ It is the ordinary training program, and resumes like it. The runner starts it; 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
 
 from absl import logging
@@ -19,18 +20,16 @@ from xception_jax.command_line import run_main
 from xception_jax.config import load_json
 from xception_jax.errors import InputMissingError
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
     """Trains, and prints what came out."""
     parser = argparse.ArgumentParser(prog="python -m xception_jax.study.cell", description=__doc__)
     parser.add_argument("workdir", type=Path, help="a directory with config.json")
     parser.add_argument("--cores", help="the only CPU cores to run on, such as 0,1")
-    parser.add_argument("--parent", type=int, help="process whose death ends this one after its step, with a save")
+    parser.add_argument("--end-with-stdin", action="store_true", help="save and end when standard input is closed")
     args = parser.parse_args()
-    if args.parent is not None:
-        _stop_with(args.parent)
+    if args.end_with_stdin:
+        threading.Thread(target=_stop_at_end_of_input, name="runner", daemon=True).start()
     if args.cores is not None:  # before JAX is imported, which makes as many threads as it may use
         os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
     try:
@@ -46,11 +45,15 @@ def main() -> None:
     print(train(config, str(args.workdir)))
 
 
-def _stop_with(parent: int) -> None:
-    """Lets the kernel send SIGTERM when the runner dies, in whatever way: nobody would note how this cell ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it died before
-        os.kill(os.getpid(), signal.SIGTERM)
+def _stop_at_end_of_input() -> None:
+    """Stops like on SIGTERM when the runner, which holds the other end, dies in whatever way.
+
+    Nobody would note how this cell ends. The kernel's own PR_SET_PDEATHSIG will not do: it comes once for each thread
+    of the runner, and the second signal ends a run without a save.
+    """
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

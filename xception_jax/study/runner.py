@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
 import signal
@@ -141,12 +140,12 @@ class Runner:
             slot = self._free.pop(0)
             cell.prepare()
             command = [sys.executable, "-m", "xception_jax.study.cell", str(cell.directory)]
-            command += ["--cores", ",".join(map(str, slot.cores)), "--parent", str(os.getpid())]
+            command += ["--cores", ",".join(map(str, slot.cores)), "--end-with-stdin"]
             with open(cell.directory / LOG, "ab") as log:
                 process = subprocess.Popen(
                     command,
                     env={**self._environment, **slot.environment},
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # never written to: it is closed by the death of this process
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # Ctrl-C reaches the runner alone, which asks the cells to stop, once
@@ -161,6 +160,7 @@ class Runner:
             if code is None:
                 continue
             self.running.remove(running)
+            running.process.communicate()  # closes the pipe
             self._free.append(running.slot)
             self._note(running, code)
 

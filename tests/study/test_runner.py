@@ -1,0 +1,228 @@
+"""The runner as a user runs it: real processes, killed for real."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.study.simulated import small_study, write_simulated
+from xception_jax.errors import ConfigError, WorkdirError
+from xception_jax.logs.metrics import read_metrics
+from xception_jax.study.cells import choose_trials
+from xception_jax.study.design import Search
+from xception_jax.study.execute import run_study, slurm_script
+from xception_jax.study.report import write_study_report
+from xception_jax.study.runner import make_slots, visible_gpus
+from xception_jax.study.separability import analyse
+from xception_jax.study.store import StoredStudy, open_study, read_study
+from xception_jax.training.workdir import hold_directory
+
+STEPS = 40
+TINY = """
+import dataclasses
+from tests.study.simulated import small_study
+from xception_jax.study.design import Arm, Comparison
+
+def get_study():
+    study = small_study()
+    config = study.config
+    config.model.width_multiplier = 0.05
+    config.model.middle_blocks = 0
+    config.data.train_split, config.data.eval_split = "train[:320]", "train[320:420]"
+    config.data.test_split = "test[:99]"
+    config.batch_size = 32
+    config.duration = "40 steps"
+    config.schedule.warmup = "0 steps"
+    config.log_every = "1 step"
+    config.evaluation.every = "20 steps"
+    config.checkpoint.every = "5 steps"
+    config.evaluation.batch_size = 100
+    return dataclasses.replace(
+        study, name="tiny", config=config, control="width", seeds=(0,), reference="good", margin=0.005,
+        arms=(Arm("good", {}), Arm("split", {"mesh.data": 3})),
+        comparisons=(Comparison("split", "good"),), interactions=(),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, shared_environment):
+    """Returns a function that starts `study run` with further arguments."""
+    directory = tmp_path_factory.mktemp("tiny")
+    (directory / "tiny.py").write_text(TINY)
+    root = directory / "W"
+
+    started = []
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "xception_jax", "study", "run", f"{directory}/tiny.py", "--workdir", str(root)]
+        process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env=shared_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield root, start
+    for process in started:  # after a failure; the cells end with their runner
+        process.kill()
+        process.communicate()
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def step_of(cell):
+    return max((entry["step"] for entry in read_metrics(cell / "metrics.jsonl")), default=0)
+
+
+def holder(directory):
+    """The process that says in the lock file that it holds the directory; None while it is about to."""
+    try:
+        return json.loads((directory / "lock").read_text())["pid"]
+    except ValueError:
+        return None
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_study_survives_kills_of_cell_and_runner(start):
+    root, start = start
+    good, split = (root / "cells" / arm / "seed0" for arm in ("good", "split"))
+
+    runner = start()
+    wait_until(lambda: step_of(good) >= 6)
+    first = holder(good)
+    os.kill(first, signal.SIGKILL)  # the cell: the runner starts it again
+    wait_until(lambda: (good / "cell.json").exists() and holder(good) not in (None, first) and step_of(good) >= 8)
+
+    second = holder(good)
+    runner.kill()  # the runner: the kernel tells the cell, which saves and ends
+    runner.communicate()
+    wait_until(lambda: not is_alive(second))
+    assert (good / "log.txt").read_text().count("SIGTERM") == 2  # told once, stopped by it
+    left_at = step_of(good)
+    assert left_at < STEPS
+
+    again = start("--jobs", "2")
+    output, errors = again.communicate(timeout=300)
+    assert again.returncode == 78, errors  # that of the arm that needs three devices
+    assert [json.loads((cell / "cell.json").read_text())["exit_code"] for cell in (good, split)] == [0, 78]
+    assert "devices" in json.loads((split / "cell.json").read_text())["message"]
+    steps = [entry["step"] for entry in read_metrics(good / "metrics.jsonl") if entry["split"] == "train"]
+    assert steps == list(range(1, STEPS + 1))  # each once, whatever was killed
+    assert f"resumed at {left_at}" in (good / "log.txt").read_text()
+    assert "split seed 0: failed with 78" in errors
+    assert "tiny: 1 of 2 cells done" in output
+    assert (root / "report.html").exists()
+
+    # What it trained can be looked at.
+    layers = analyse(root)
+    assert [(layer.network, layer.layer) for layer in layers] == [("good seed 0", f"block1_conv{n}") for n in (1, 2)]
+    assert all(0.1 < layer.first_component < 1 for layer in layers)
+
+    stored = read_study(root)
+    assert [entry["change"] for entry in stored.history] == ["stated"]
+    # Nothing is left: no process is started, and the code stays that of the failure.
+    assert run_study(stored, {"PATH": ""}, jobs=1, retry=False) == 78
+    # The study is held, and what was stated before stays.
+    with open_study(root, stored.study, print), pytest.raises(WorkdirError, match="another run holds"):
+        open_study(root, stored.study, print).__enter__()
+    with pytest.raises(ConfigError, match="has changed since its first cells") as error:
+        open_study(root, dataclasses.replace(stored.study, margin=0.01), print).__enter__()
+    assert "margin: 0.005 -> 0.01" in error.value.where
+    with open_study(root, dataclasses.replace(stored.study, seeds=(0, 1)), print) as more:
+        assert [cell.record().get("exit_code") for cell in more.cells()] == [0, 78, None, None]
+        assert more.history[-1]["change"] == "added seed 1"
+
+
+def test_what_holds_a_cell_is_waited_for(tmp_path):
+    stored = write_simulated(tmp_path, small_study())
+    cell = stored.cells()[0]
+    assert not cell.is_held()
+    with hold_directory(cell.directory):
+        assert cell.is_held()
+    assert not cell.is_held()
+    other = dataclasses.replace(cell, config=stored.cells()[1].config)
+    with pytest.raises(ConfigError, match="was started with another config"):
+        other.prepare()
+
+
+def test_slots_share_cores_and_gpus():
+    slots = make_slots(2, [0, 1, 2, 3], ["4", "5"])
+    assert [slot.cores for slot in slots] == [(0, 2), (1, 3)]
+    assert [slot.environment for slot in slots] == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    (alone,) = make_slots(1, [0, 1], ["0", "1"])
+    assert (alone.cores, alone.environment) == ((0, 1), {"CUDA_VISIBLE_DEVICES": "0,1"})
+    shared = make_slots(4, [0, 1], ["0"])
+    assert [slot.cores for slot in shared] == [(0,), (1,), (0,), (1,)]
+    assert {slot.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] for slot in shared} == {"0.23"}
+    assert all(slot.environment == {} for slot in make_slots(3, [0], []))
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,3"}) == ["2", "3"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"JAX_PLATFORMS": "cpu"}) == []
+
+
+@pytest.fixture
+def searched(tmp_path):
+    """A study with a search: (what is stored, the cells of the search)."""
+    trials = tuple({"schedule.learning_rate": rate} for rate in (0.05, 0.1, 0.2))
+    stored = write_simulated(tmp_path, small_study(search=Search(trials)))
+    return stored, stored.search()
+
+
+def finish(cell, accuracy, exit_code=0):
+    cell.prepare()
+    (cell.directory / "metrics.jsonl").write_text(json.dumps({"step": 9, "split": "dev", "ema_top1": accuracy}) + "\n")
+    cell.write_record(exit_code=exit_code, seconds=1.0)
+
+
+def test_a_search_takes_the_best_on_the_development_split(searched):
+    stored, cells = searched
+    assert {cell.config.data.test_split for cell in cells} == {""}
+    assert len(cells) == 3 * len(stored.study.arms)
+    accuracy = {"1_none": (0.8, 0.9, 0.7), "1_relu": (0.9, 0.9, 0.9), "2_none": (0.5, 0.6, 0.95)}
+    for cell in cells:
+        if cell.arm in accuracy:
+            lost = cell.arm == "2_none" and cell.trial == 2
+            finish(cell, accuracy[cell.arm][cell.trial], 70 if lost else 0)
+    chosen = choose_trials(stored.study, cells)
+    rates = {arm: trial["schedule.learning_rate"] for arm, trial in chosen.items()}
+    assert rates == {"1_none": 0.1, "1_relu": 0.05, "2_none": 0.1}
+    tuned = {(cell.arm, cell.config.schedule.learning_rate) for cell in stored.cells() if cell.seed == 0}
+    assert {("1_none", 0.1), ("1_relu", 0.05), ("2_none", 0.1)} <= tuned
+    result = {arm.name: arm for arm in write_study_report(stored.root).arms}
+    assert result["1_relu"].tuned_at_edge == ("schedule.learning_rate",)
+    assert result["1_none"].tuned_at_edge == ()
+    assert "at the edge of the search for 1_relu" in " ".join((stored.root / "report.html").read_text().split())
+
+
+def test_the_slurm_script_is_a_script(searched, tmp_path):
+    stored, search = searched
+    plain = StoredStudy(stored.root, dataclasses.replace(stored.study, search=None), stored.costs, ())
+    for study, last in ((stored, len(search) + 59), (plain, 59)):
+        script = slurm_script(study, "python -m xception_jax study run x.py", 8)
+        assert f"#SBATCH --array=0-{last}%8" in script
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=True).returncode == 0
+    assert "--dependency" in slurm_script(stored, "", 8)

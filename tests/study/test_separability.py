@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from xception_jax.errors import InputMissingError
+from xception_jax.models import create_model
+from xception_jax.study.separability import (
+    LayerSeparability,
+    _null,
+    analyse,
+    first_component,
+    format_separability,
+    rank_errors,
+    regular_kernels,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def separable_sum(rank, k=3, c=4, f=6):
+    """A kernel that is a sum of depthwise separable convolutions: a spatial kernel a channel, weights to filters."""
+    depthwise, pointwise = RNG.normal(0, 1, (rank, k, k, c)), RNG.normal(0, 1, (rank, c, f))
+    return np.einsum("rijc,rcf->ijcf", depthwise, pointwise)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_sum_of_separable_convolutions_has_that_rank(rank):
+    errors = rank_errors(separable_sum(rank))
+    assert errors[rank - 1] < 1e-7
+    assert rank == 1 or errors[rank - 2] > 0.05
+    assert (np.diff(errors) <= 1e-7).all()
+    assert errors[-1] == 0
+
+
+def test_rank_errors_are_those_of_the_best_approximation():
+    kernel = RNG.normal(0, 1, (3, 3, 4, 20))
+    left = np.zeros_like(kernel)
+    for channel in range(4):
+        u, s, v = np.linalg.svd(kernel[:, :, channel].reshape(9, 20), full_matrices=False)
+        left[:, :, channel] = ((u[:, 2:] * s[2:]) @ v[2:]).reshape(3, 3, 20)
+    assert rank_errors(kernel)[1] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(kernel))
+
+
+def test_one_blueprint_a_filter_is_all_of_it():
+    blueprint = np.einsum("ijf,cf->ijcf", RNG.normal(0, 1, (3, 3, 6)), RNG.normal(0, 1, (4, 6)))
+    np.testing.assert_allclose(first_component(blueprint), 1.0)
+    # Two orthogonal blueprints of norms 2 and 1: the first holds four fifths.
+    two = np.zeros((3, 3, 4, 1))
+    two[0, 0, 0, 0], two[1, 1, 1, 0] = 2, 1
+    np.testing.assert_allclose(first_component(two), 0.8)
+    # A filter that is zero says nothing.
+    dead = np.concatenate([two, np.zeros_like(two)], axis=-1)
+    assert np.isnan(first_component(dead)[1])
+
+
+def test_random_kernels_have_a_first_component_too():
+    firsts, errors = _null((3, 3, 32, 32))
+    assert 0.18 < firsts.mean() < 0.26  # nine equal components would hold a ninth each
+    assert firsts.std() < 0.01
+    assert 0.85 < errors[0] < 0.92
+
+
+def test_only_regular_convolutions_are_looked_at():
+    small = {"name": "xception", "num_classes": 10, "width_multiplier": 0.05, "middle_blocks": 0}
+
+    def names(**fields):
+        model = create_model(ConfigDict(small | fields))
+        zeros = _Zeros()
+        return list(regular_kernels(model, zeros, 32))
+
+    assert names() == ["block1_conv1", "block1_conv2"]
+    regular = names(segments=1)
+    assert regular[2:4] == ["block2_sepconv1/spatial", "block2_sepconv2/spatial"]
+    assert len(regular) == 2 + 10
+    assert names(segments=2) == ["block1_conv1", "block1_conv2"]
+    assert "block3_sepconv1/tower_double_2" in names(module="inception")
+
+
+class _Zeros:
+    """Parameters of any path."""
+
+    def __getitem__(self, name):
+        return np.zeros((3, 3, 4, 4)) if name == "kernel" else self
+
+
+def test_the_table_has_means_over_seeds():
+    layers = [
+        LayerSeparability(
+            f"regular seed {seed}", "block2/spatial", (3, 3, 4, 4), share, (0.5, 0.4, 0.6), (0.8,) * 9, (0.9,) * 9
+        )
+        for seed, share in ((0, 0.6), (1, 0.7))
+    ]
+    table = format_separability(layers)
+    assert "65.0% (7.1%)" in table
+    assert "0.800 (0.900)" in table
+    assert table.splitlines()[0] == "regular"
+
+
+def test_nothing_to_analyse(tmp_path):
+    with pytest.raises(InputMissingError, match="no run and no study"):
+        analyse(tmp_path)
