@@ -73,7 +73,7 @@ def _cpu() -> Size:
     config.log_every = "50 steps"
     config.evaluation.every = "430 steps"
     config.checkpoint.every = "860 steps"
-    return Size(config, (0, 1, 2, 3, 4), 0.005, "")
+    return Size(config, (0, 1, 2, 3, 4), 0.005, "two to four minutes a cell on two cores")
 
 
 def _cifar() -> Size:
@@ -95,7 +95,7 @@ def _cifar() -> Size:
     config.ema.decay = 0.999
     config.evaluation.every = "2 epochs"
     config.checkpoint.every = "5 epochs"
-    return Size(config, (0, 1, 2, 3, 4), 0.005, "")
+    return Size(config, (0, 1, 2, 3, 4), 0.005, "1.1 PFLOP a cell (3.6 M parameters), on one GPU")
 
 
 def _imagenet() -> Size:
@@ -111,4 +111,4 @@ def _imagenet() -> Size:
     config.schedule.learning_rate = 0.6
     config.schedule.warmup = "5 epochs"
     config.ema.decay = 0.999
-    return Size(config, (0, 1, 2), 0.005, "")
+    return Size(config, (0, 1, 2), 0.005, "1.1 to 2.4 H100-hours a cell by the roofline, docs/study.md")
