@@ -41,8 +41,8 @@ def test_comparisons_are_paired_by_seed(written):
     with open(root / "cells.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 60
-    accuracy = {(row["arm"], int(row["seed"])): row["test_accuracy"] for row in rows}
-    assert accuracy[FAILED] == ""
+    accuracy = {(r["arm"], int(r["seed"])): r["test_accuracy"] if r["exit_code"] == "0" else "" for r in rows}
+    assert [key for key, value in accuracy.items() if not value] == [FAILED]
     for entry in results.comparisons:
         pairs = [(accuracy[entry.comparison.arm, s], accuracy[entry.comparison.baseline, s]) for s in range(5)]
         arm, baseline = np.array([(float(a), float(b)) for a, b in pairs if a and b]).T
