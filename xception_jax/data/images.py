@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded: 67 million pixels. The largest of ImageNet has 61 million."""
@@ -55,6 +55,8 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         return _decode_with_pillow(data)
     except DamagedImageError:
         raise
+    except UnidentifiedImageError:  # whose message shows the object that the bytes were read from
+        raise DamagedImageError("neither JPEG, PNG nor WebP, or damaged at its beginning") from None
     except Exception as error:
         # Pillow's plugins raise a dozen types on damaged bytes: OSError, SyntaxError, struct.error, ValueError, ...
         raise DamagedImageError(f"{type(error).__name__}: {error}") from error
