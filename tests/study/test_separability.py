@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from xception_jax.config import resolve_model
 from xception_jax.errors import InputMissingError
 from xception_jax.models import create_model
 from xception_jax.study.separability import (
@@ -13,6 +14,7 @@ from xception_jax.study.separability import (
     rank_errors,
     regular_kernels,
 )
+from xception_jax.weights import Network, Preprocessing, save_network, tree
 
 RNG = np.random.default_rng(0)
 
@@ -94,6 +96,19 @@ def test_the_table_has_means_over_seeds():
     assert "65.0% (7.1%)" in table
     assert "0.800 (0.900)" in table
     assert table.splitlines()[0] == "regular"
+
+
+def test_a_weight_file(tmp_path):
+    small = {"name": "xception", "num_classes": 3, "width_multiplier": 0.05, "middle_blocks": 0}
+    model = resolve_model(ConfigDict(small))
+    leaves = {name: RNG.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in tree.shapes(model).items()}
+    file = tmp_path / "weights.safetensors"
+    save_network(file, Network(model, tree.unflatten(leaves), Preprocessing(size=32), None, "", ""))
+    layers = analyse(file)
+    assert {layer.network for layer in layers} == {"weights.safetensors"}
+    assert [layer.layer for layer in layers] == ["block1_conv1", "block1_conv2"]
+    expected = first_component(leaves["params/block1_conv2/kernel"].astype(np.float64)).mean()
+    assert layers[1].first_component == pytest.approx(expected)
 
 
 def test_nothing_to_analyse(tmp_path):

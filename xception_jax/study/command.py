@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--json", action="store_true", help="print the results as JSON")
 
     kernels = actions.add_parser("kernels", help="how separable the regular convolutions of trained networks are")
-    kernels.add_argument("source", help="work directory of a run, or of a study")
+    kernels.add_argument("source", help="work directory of a run or of a study, or a weight file")
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
 

@@ -26,12 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from xception_jax.config import load_json
 from xception_jax.errors import InputMissingError
+from xception_jax.evaluation.network import open_network
+from xception_jax.models import create_model
 from xception_jax.models.layers import Conv, glorot_uniform
 from xception_jax.study.store import STUDY, read_study
-from xception_jax.training.experiment import make_experiment
-from xception_jax.training.loop import open_checkpoints
 from xception_jax.training.workdir import CONFIG
 
 _DRAWS = 20  # of random kernels for each layer
@@ -42,7 +41,7 @@ class LayerSeparability:
     """One regular convolution of one network.
 
     Attributes:
-      network: the arm and seed in a study, or the work directory.
+      network: the arm and seed in a study, or the work directory or file.
       layer: path of the layer.
       shape: of its kernel, [k, k, c, f].
       first_component: mean over filters of the share of the squared norm in the best blueprint (pointwise first).
@@ -114,22 +113,27 @@ def analyse(source: Path) -> list[LayerSeparability]:
     """Analyses a trained network, or every finished one of a study; layers in the order of the forward pass.
 
     Args:
-      source: a run's work directory or a study directory.
+      source: a weight file, a run's work directory or a study directory.
 
     Raises:
-      InputMissingError: there is neither, no checkpoint, or no regular convolution.
-      BadDataError: a checkpoint is damaged.
+      InputMissingError: there is none of these, no checkpoint, or no regular convolution.
+      BadDataError: a checkpoint or the file is damaged.
     """
     if (source / STUDY).exists():
         cells = [cell for cell in read_study(source).cells() if cell.record().get("exit_code") == 0]
         networks = {cell.name: cell.directory for cell in cells}
+    elif source.is_dir() and not (source / CONFIG).exists():
+        raise InputMissingError(
+            "there is no run and no study", str(source), "give a work directory: it holds config.json or study.json"
+        )
     else:
         networks = {source.name or str(source): source}
     layers = []
     nulls: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
     for name, workdir in networks.items():
-        model, params, image_size = open_network(workdir)
-        for layer, kernel in regular_kernels(model, params, image_size).items():
+        network = open_network(str(workdir))
+        model, size = create_model(network.model), network.preprocessing.size
+        for layer, kernel in regular_kernels(model, network.variables["params"], size).items():
             if kernel.shape not in nulls:
                 nulls[kernel.shape] = _null(kernel.shape)
             firsts, errors = nulls[kernel.shape]
@@ -152,29 +156,6 @@ def analyse(source: Path) -> list[LayerSeparability]:
             "train one with --config.model.segments=1, as configs/studies/kernels.py does",
         )
     return layers
-
-
-def open_network(workdir: Path) -> tuple[nn.Module, Mapping[str, Any], int]:
-    """Returns (model, parameters, image size) of a run: its Polyak average if it has one.
-
-    Raises:
-      InputMissingError: there is no run, or no checkpoint.
-      BadDataError: the checkpoint is damaged.
-    """
-    try:
-        config = load_json((workdir / CONFIG).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(
-            "there is no run and no study", str(workdir), "give a work directory: it holds config.json or study.json"
-        ) from None
-    experiment = make_experiment(config)
-    with jax.set_mesh(experiment.mesh), open_checkpoints(experiment, workdir.absolute(), read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(experiment.abstract)
-        if restored is None:
-            raise InputMissingError("there is no checkpoint yet", str(workdir), "train first")
-        _, state = restored
-        *_, variables = state.all_variables().values()
-        return experiment.model, variables["params"], config.data.image_size
 
 
 def _null(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
