@@ -13,12 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 
 from benchmarks.cases import CONTESTANTS
-from xception_jax.memory import peak_memory
+from xception_jax.environment import installed_versions, peak_memory
 
-PACKAGES = ("flax", "grain", "jax", "jaxlib", "keras", "opencv-python-headless", "simplejpeg", "tensorflow-cpu", "timm")
+PACKAGES = (
+    "flax", "grain", "jax", "jaxlib", "keras", "opencv-python-headless", "simplejpeg", "tensorflow-cpu", "timm",
+    "torch",
+)  # fmt: skip
 _WARM_UP = 1.0  # seconds
 
 
@@ -42,17 +44,6 @@ def processor_time() -> float:
     return sum(os.times()[:4])
 
 
-def _versions() -> dict[str, str]:
-    def version(name):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    found = {name: version(name) for name in (*PACKAGES, "torch")}
-    return {"python": sys.version.split()[0]} | {name: number for name, number in found.items() if number}
-
-
 def main() -> None:
     """Takes the first step, then works whenever it is asked to."""
     answers = os.fdopen(os.dup(1), "w")
@@ -65,7 +56,8 @@ def main() -> None:
     module = importlib.import_module(f"benchmarks.contestants.{contestant.module}")
     step, parameters = module.prepare(json.loads(sys.argv[2]), contestant.options)
     step()
-    answer(parameters=parameters, versions=_versions(), cpu=processor_time(), peak_memory=peak_memory())
+    versions = {"python": sys.version.split()[0]} | installed_versions(PACKAGES)
+    answer(parameters=parameters, versions=versions, cpu=processor_time(), peak_memory=peak_memory())
     last = 0.0
     for line in sys.stdin:
         block = work_for(step, json.loads(line)["seconds"], last)

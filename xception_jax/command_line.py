@@ -98,14 +98,19 @@ def _illegal_value(message: str, path: Path) -> ConfigError:
 
 
 def _broken_config(path: Path, error: Exception) -> ConfigError:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
-    line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 1)
+    line = failing_line(path, error) or 1
     message = str(error).splitlines()[0] if str(error) else ""
     return ConfigError(
         f"the config does not run: {type(error).__name__}: {message}",
         f"{path}:{line}",
         "correct the file; it must define get_config(), as the files of configs/ do",
     )
+
+
+def failing_line(path: Path, error: Exception) -> int | None:
+    """Returns the line of a Python file that raised an error, or that cannot be parsed; None if it was elsewhere."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
+    return getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
 
 
 def field_help() -> str:

@@ -1,7 +1,8 @@
-"""Writing files so that a crash leaves the old content or the new one, never a part of either."""
+"""Writing files so that a crash leaves the old content or the new one, never a part of either; and their digests."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import shutil
@@ -47,3 +48,9 @@ def free_space(directory: str | os.PathLike) -> str:
     text = f"{shutil.disk_usage(directory).free:,} bytes free"
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     return text if limit == resource.RLIM_INFINITY else f"{text}, files limited to {limit:,} bytes"
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

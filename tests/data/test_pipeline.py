@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tests.data.conftest import assert_batches_equal, write_images
 from tests.data.small_imagenet import encoded, jpeg, photograph
 from xception_jax.data import images
-from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, evaluation_batches, train_batches
+from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, train_batches
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, StorageError
 
@@ -132,7 +132,7 @@ def test_an_augmentation_is_a_function_of_seed_epoch_and_index(photographs_data)
 def test_without_augmentation_training_sees_what_evaluation_sees(photographs_data):
     photographs_data.augmentation = "none"
     evaluated = {}
-    for batch in evaluation_batches(photographs_data, open_source(photographs_data, "train"), batch_size=23):
+    for batch in EvaluationBatches(photographs_data, open_source(photographs_data, "train"), batch_size=23):
         evaluated |= dict(zip(batch["index"].tolist(), batch["image"], strict=True))
     for batch in train(photographs_data, 3):
         for image, index in zip(batch["image"], batch["index"], strict=True):
@@ -172,13 +172,13 @@ def test_an_evaluation_counts_every_example_once(photographs_data, batch_size, p
 
 
 def test_an_evaluation_can_be_repeated(photographs_data):
-    batches = evaluation_batches(photographs_data, open_source(photographs_data, "train"), batch_size=10)
+    batches = EvaluationBatches(photographs_data, open_source(photographs_data, "train"), batch_size=10)
     assert_batches_equal(list(batches), list(batches))
 
 
 def test_an_evaluation_shows_the_central_view(photographs_data):
     source = open_source(photographs_data, "train")
-    batch = next(iter(evaluation_batches(photographs_data, source, batch_size=2)))
+    batch = next(iter(EvaluationBatches(photographs_data, source, batch_size=2)))
     expected = np.empty((48, 48, 3), np.float32)
     images.to_float(images.central_view(images.decode(source[1]["image"]), 48, 0.875), expected)
     np.testing.assert_array_equal(batch["image"][1], expected)
@@ -195,7 +195,7 @@ def damaged_data(photographs_data, tmp_path):
 
 
 def test_a_damaged_image_is_replaced_by_the_next_whole_one(damaged_data):
-    batch = next(iter(evaluation_batches(damaged_data, open_source(damaged_data, "train"), batch_size=12)))
+    batch = next(iter(EvaluationBatches(damaged_data, open_source(damaged_data, "train"), batch_size=12)))
     assert np.nonzero(batch["damaged"])[0].tolist() == [2, 3, 11]
     assert batch["mask"].all()
     np.testing.assert_array_equal(batch["index"], np.arange(12))
@@ -235,7 +235,7 @@ def test_too_many_damaged_images_stop_a_run_and_are_named(damaged_data):
 
 def test_a_damaged_image_that_comes_again_is_counted_once(damaged_data):
     counter = DamagedImages(open_source(damaged_data, "train").info, max_fraction=1.0)
-    batch = next(iter(evaluation_batches(damaged_data, open_source(damaged_data, "train"), batch_size=12)))
+    batch = next(iter(EvaluationBatches(damaged_data, open_source(damaged_data, "train"), batch_size=12)))
     assert counter.add(batch) == [2, 3, 11]
     assert counter.add(batch) == []
 

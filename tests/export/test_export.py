@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ from xception_jax.data.images import central_view
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.metrics import wilson_interval
 from xception_jax.export import command
+from xception_jax.export.card import as_markdown, make_card
 from xception_jax.export.formats import PLATFORMS, to_stablehlo
 from xception_jax.export.inference import fold_batch_norm, in_float32, make_inference, make_reference, scaling
 from xception_jax.models import create_model
@@ -246,6 +248,20 @@ def test_what_lies_beside_an_export(exports, weights):
         assert "1,000 images of flowers test" in markdown
         assert 0 <= card["check"]["largest"] <= 1e-5 * max(1, card["check"]["logits"])
         assert not list(exports.glob(".*"))
+
+
+def test_a_card_says_how_the_image_is_cut():
+    network = variant_network("figure 5")
+
+    def text(**fields):
+        preprocessing = dataclasses.replace(network.preprocessing, **fields)
+        given = dataclasses.replace(network, preprocessing=preprocessing)
+        return as_markdown(make_card(given, "x", "onnx", "0", uint8=False, evaluation=None, difference=None))
+
+    assert "The central 0.9 of each side, resized to 71 x 71 (bilinear)." in text()
+    assert "The shorter side resized to 79 (antialiased_bicubic), then the central 71 x 71. Then:" in text(
+        crop=0.8975, interpolation="antialiased_bicubic"
+    )
 
 
 def test_the_lines_of_a_card_run(exports):

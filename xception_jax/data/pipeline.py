@@ -121,21 +121,6 @@ def _or_padding(position: int, num_examples: int) -> Int64[np.ndarray, " 2"]:
     return np.array((0, position if position < num_examples else _PADDING), np.int64)
 
 
-def evaluation_batches(
-    data: ConfigDict,
-    source: Source,
-    *,
-    batch_size: int,
-    view: images.EvaluationView | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> EvaluationBatches:
-    """Returns the batches of an exact evaluation, see `EvaluationBatches`."""
-    return EvaluationBatches(
-        data, source, batch_size=batch_size, view=view, process_index=process_index, process_count=process_count
-    )
-
-
 class BatchIterator:
     """Loads batches ahead, in threads of this process or (`data.workers` > 0) in processes of its own.
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from xception_jax.config import default_config
 from xception_jax.data.images import EvaluationView
-from xception_jax.data.pipeline import Batch, DamagedImages, evaluation_batches
+from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation import compare, result
@@ -26,6 +26,7 @@ from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
 from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
+from xception_jax.logs.metrics import json_ready
 from xception_jax.models import create_model
 from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh, to_devices
 from xception_jax.weights import Network
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--compare takes two files, and no network", args.source, "leave the network out")
         comparison = compare.compare_files(*args.compare)
         text = compare.as_text(comparison, *args.compare)
-        print(json.dumps(compare.as_dict(comparison)) if args.json else text)
+        print(json.dumps(dataclasses.asdict(comparison)) if args.json else text)
         return 0
     if not args.source:
         raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "give a work directory or a weight file")
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.per_class:
         result.write_csv(args.per_class, rows)
     if args.json:
-        print(json.dumps(result.json_ready(metrics | {"per_class": rows})))
+        print(json.dumps(json_ready(metrics | {"per_class": rows})))
     else:
         print(result.as_text(metrics, list(subject.variables), subject.config.evaluation.map_at))
     return 0
@@ -180,7 +181,7 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
         raise UsageError(f"--batch_size is {batch_size}", "--batch_size", "set it to a whole number, at least 1")
     check_batch("evaluation.batch_size", batch_size, mesh.size)
     view = EvaluationView(**dataclasses.asdict(network.preprocessing))
-    batches = evaluation_batches(data, source, batch_size=batch_size, view=view)
+    batches = EvaluationBatches(data, source, batch_size=batch_size, view=view)
     damaged = DamagedImages(info, data.max_bad_fraction)
     with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
         metrics, predictions = evaluate(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -128,8 +127,3 @@ def as_text(comparison: Comparison, name_a: str, name_b: str) -> str:
             f"McNemar's exact test: p = {c.p_value:.3g}, {surprise}",
         ]
     )
-
-
-def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """Returns the comparison for JSON."""
-    return dataclasses.asdict(comparison)

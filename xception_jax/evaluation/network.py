@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from xception_jax.config import default_config, load_json
 from xception_jax.data.sources import find_class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.files import sha256
 from xception_jax.models import create_model
 from xception_jax.training import manifest
 from xception_jax.training.checkpoint import Checkpoints
@@ -115,7 +115,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
         config=config,
         step=step,
         variables={prefix: jax.tree.map(np.asarray, tree) for prefix, tree in state.all_variables().items()},
-        sha256=hashlib.sha256(seal.read_bytes()).hexdigest() if seal.exists() else "",
+        sha256=sha256(seal) if seal.exists() else "",
     )
 
 

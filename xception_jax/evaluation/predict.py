@@ -19,8 +19,8 @@ from xception_jax.data import images
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
-from xception_jax.evaluation.result import json_ready
 from xception_jax.files import write_atomically
+from xception_jax.logs.metrics import json_ready
 from xception_jax.models import create_model
 from xception_jax.weights import Network
 

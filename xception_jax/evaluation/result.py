@@ -127,12 +127,3 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
         write_atomically(path, text.getvalue())
     except OSError as error:
         raise StorageError(f"the table cannot be written: {error.strerror}", path, "write it elsewhere") from None
-
-
-def json_ready(value: Any) -> Any:
-    """Returns a value with None in the place of floats that JSON has no word for."""
-    if isinstance(value, dict):
-        return {name: json_ready(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

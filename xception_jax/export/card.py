@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib.metadata
 import json
 import math
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from xception_jax.environment import installed_versions
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.evaluation.metrics import wilson_interval
 from xception_jax.export.check import Difference
@@ -74,7 +74,7 @@ def make_card(
         "classes": None if network.classes is None else list(network.classes),
         "evaluation": None if evaluation is None else dict(evaluation),
         "check": None if difference is None else dataclasses.asdict(difference),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         "load": _code(file, format, images, size),
     }
 
@@ -82,16 +82,6 @@ def make_card(
 def _code(file: str, format: str, dtype: str, size: int) -> str:
     example = f'images = np.zeros((1, {size}, {size}, 3), "{dtype}")  # yours go here'
     return "import numpy as np\n" + loading_code(file, format, example)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # an extra, or this package in a checkout
-            continue
-    return versions
 
 
 def run_evaluation(workdir: Path, step: int, prefix: str) -> dict[str, Any] | None:
@@ -198,9 +188,12 @@ def _check_text(check: Mapping[str, Any] | None) -> str:
 
 
 def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
-    share, size = preprocessing["crop"], preprocessing["size"]
+    share, size, interpolation = (preprocessing[name] for name in ("crop", "size", "interpolation"))
     mean, std = (", ".join(f"{value:g}" for value in preprocessing[name]) for name in ("mean", "std"))
-    resized = f"The central {share:.4g} of each side, resized to {size} x {size} ({preprocessing['interpolation']})."
+    resized = f"The central {share:.4g} of each side, resized to {size} x {size} ({interpolation})."
+    if interpolation.startswith("antialiased_"):  # data/images.antialiased_view
+        shorter = math.floor(size / share)
+        resized = f"The shorter side resized to {shorter} ({interpolation}), then the central {size} x {size}."
     where = "In the file" if dtype == "uint8" else "Then"
     return f"{resized} {where}: (pixel / 255 - mean) / std, with mean {mean} and std {std} for red, green, blue."
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from xception_jax.data import images
 from xception_jax.errors import BadDataError
 from xception_jax.export.formats import loading_code
 from xception_jax.export.inference import Infer, scaling
+from xception_jax.files import sha256
 from xception_jax.weights.network import Network, Preprocessing
 
 TOLERANCE = 1e-5
@@ -124,12 +124,6 @@ def photographs(preprocessing: Preprocessing) -> np.ndarray:
         photograph[height // 2 :, width // 2 :],
     )
     return np.stack([images.central_view(view, preprocessing.size, preprocessing.crop) for view in views])
-
-
-def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path) -> str:

@@ -132,9 +132,8 @@ class _Graph:
         return [_TRANSLATIONS[name](self, inputs, params, equation)]
 
 
-_DEFAULT_PLATFORM = (
-    object()
-)  # what `lax.platform_dependent` finds here: none of those that have a lowering of their own
+# What `lax.platform_dependent` finds here: none of the platforms that have a lowering of their own.
+_DEFAULT_PLATFORM = object()
 
 
 def _channels_first(array: np.ndarray, rank: int) -> np.ndarray:

@@ -25,7 +25,15 @@ def _plain(value: Any) -> Any:
     """Returns a scalar of Python, NumPy or JAX as what JSON can hold."""
     if value is None or isinstance(value, str | bool | int):
         return value
-    value = np.asarray(value).item()  # ValueError for more than one element
+    return json_ready(np.asarray(value).item())  # ValueError for more than one element
+
+
+def json_ready(value: Any) -> Any:
+    """Returns plain data with None in the place of floats that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {str(name): json_ready(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,13 +11,13 @@ import importlib.util
 import inspect
 import json
 import re
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from xception_jax.command_line import failing_line
 from xception_jax.config import load_json, resolve, save_json, unknown_field
 from xception_jax.errors import ConfigError, InputMissingError, UserError
 from xception_jax.fields import FIELDS
@@ -176,8 +176,8 @@ def load_study(spec: str) -> Study:
     except UserError:
         raise
     except Exception as error:  # a study is Python and may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"{path}:{lines[-1]}" if lines else path
+        line = failing_line(Path(path), error)
+        where = f"{path}:{line}" if line else path
         raise ConfigError(
             f"the study does not run: {type(error).__name__}: {error}",
             where,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.logs.metrics import read_metrics
+from xception_jax.logs.metrics import json_ready, read_metrics
 from xception_jax.study import statistics
 from xception_jax.study.cells import Cell, read_outcome
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Comparison, Interaction
@@ -115,7 +115,7 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Returns the results as plain data; what is not known is null."""
         study = self.stored.study
-        return _plain(
+        return json_ready(
             {
                 "study": study.name,
                 "question": study.question,
@@ -130,16 +130,6 @@ class Results:
                 "cells": list(self.rows),
             }
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def collect(stored: StoredStudy) -> Results:

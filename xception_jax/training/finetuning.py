@@ -37,7 +37,7 @@ def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
 
     It leaves them as they are: a frozen layer computes what it does in inference.
     """
-    frozen, layers = frozen_names(params, pattern), set()
+    frozen = frozen_names(params, pattern)
     trained = {name.rpartition("/")[0] for name in flatten_dict(params, sep="/") if name not in frozen}
     layers = {name.rpartition("/")[0] for name in frozen} - trained
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from xception_jax.environment import installed_versions
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -67,10 +68,5 @@ def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that a checkpoint depends on."""
-    found = {}
-    for package in ("jax", "flax", "orbax-checkpoint", "xception_jax"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # this package, run from a checkout
-            found[package] = "not installed"
-    return found
+    packages = ("jax", "flax", "orbax-checkpoint", "xception_jax")
+    return dict.fromkeys(packages, "not installed") | installed_versions(packages)

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from xception_jax.config import resolve, save_json
-from xception_jax.data.pipeline import BatchIterator, DamagedImages, evaluation_batches, train_batches
+from xception_jax.data.pipeline import BatchIterator, DamagedImages, EvaluationBatches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions
@@ -274,7 +274,7 @@ class Loop:
 
     def _evaluate(self, split: str) -> tuple[dict[str, float], Predictions]:
         source = self.experiment.sources[split]
-        batches = evaluation_batches(
+        batches = EvaluationBatches(
             self.config.data,
             source,
             batch_size=self.config.evaluation.batch_size // jax.process_count(),

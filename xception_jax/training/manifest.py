@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from xception_jax.files import sync_directory, write_atomically
+from xception_jax.files import sha256, sync_directory, write_atomically
 
 NAME = "manifest.json"
 
@@ -29,7 +29,7 @@ def write(directory: Path, record: dict[str, Any]) -> None:
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(NAME))
     files = {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path, sync=True)}
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _synced_digest(path)}
         for path in paths
     }
     # Files, then the directories that name them, then the manifest: after a power failure it proves all of them.
@@ -60,7 +60,7 @@ def verify(directory: Path) -> None:
             size = path.stat().st_size
             if size != entry["size"]:
                 raise DamagedError(f"{name} has {size} bytes instead of {entry['size']}")
-            if _digest(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 raise DamagedError(f"the SHA-256 of {name} differs")
         except FileNotFoundError:
             raise DamagedError(f"{name} is missing") from None
@@ -87,8 +87,7 @@ def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path: Path, sync: bool = False) -> str:
+def _synced_digest(path: Path) -> str:
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return sha256(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import platform
 import shlex
 import subprocess
@@ -15,9 +14,9 @@ import jax
 
 from xception_jax.data import images
 from xception_jax.data.sources import Source
+from xception_jax.environment import installed_versions, peak_memory
 from xception_jax.evaluation.metrics import Predictions, wilson_interval
 from xception_jax.logs.report import RunInfo, choose_examples, write_report
-from xception_jax.memory import peak_memory
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 
@@ -82,7 +81,7 @@ def summarise_run(
             "peak_memory_bytes": peak_memory_bytes(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "commit": _commit(),
-            "versions": {"python": platform.python_version()} | _versions(),
+            "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         }
         if seconds_to_first_step is not None:
             info["seconds_to_first_step"] = seconds_to_first_step
@@ -128,16 +127,6 @@ def _device_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "CPU"
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _commit() -> str:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from xception_jax.config import load_json, resolve_model
 from xception_jax.data.prepare.imagenet import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.weights import guard, tree
+from xception_jax.files import sha256
+from xception_jax.weights import tree
 from xception_jax.weights.keras_write import save_keras
 from xception_jax.weights.load import load_network
 from xception_jax.weights.network import Network
@@ -123,7 +124,7 @@ def _report(args: argparse.Namespace, network: Network) -> None:
     sizes = [(name, leaf.size) for name, leaf in tree.flatten(network.variables).items()]
     report = {
         "path": args.out,
-        "sha256": guard.hashes(Path(args.out))[0],
+        "sha256": sha256(args.out),
         "source": args.source,
         "source_sha256": network.sha256,
         "model": tree.describe(network.model),

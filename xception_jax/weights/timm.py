@@ -69,12 +69,6 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return guard.read_safetensors(path)[0]
 
 
-def is_timm(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Says whether the names are those of one of the two networks."""
-    names = {name.removeprefix("module.") for name in tensors}
-    return "block1.rep.0.conv1.weight" in names or "Mixed_5b.branch1x1.conv.weight" in names
-
-
 def import_timm(tensors: Mapping[str, np.ndarray], path: Path, model: ConfigDict | None) -> Imported:
     """Does what `load_timm` does; without `model` it is inferred from the tensors.
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from xception_jax.config import resolve_model
@@ -23,20 +24,12 @@ _NAMED = 5  # tensors in an error, of those that are missing or left over
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the leaves by name: 'params/block5_sepconv1/spatial/kernel', 'batch_stats/block5_sepconv1_bn/mean'."""
-    leaves = jax.tree_util.tree_flatten_with_path(dict(variables))[0]
-    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+    return flatten_dict(variables, sep="/")
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Turns what `flatten` returns back into {'params', 'batch_stats'}."""
-    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = variables
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return variables
+    return unflatten_dict(leaves, sep="/")
 
 
 def shapes(model: ConfigDict) -> dict[str, tuple[int, ...]]:
