@@ -27,7 +27,8 @@ def get_config():
     config.data.augmentation = "shift"
     config.data.eval_crop = 1.0
     config.data.shift_pixels = 1
-    config.data.threads = 2
+    config.data.threads = 1  # for images this small, handing work over costs more than it
+    config.data.cache = True
     config.batch_size = 64
     config.duration = "15 epochs"
     config.schedule.name = "cosine"

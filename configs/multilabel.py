@@ -25,7 +25,8 @@ def get_config():
     config.data.image_size = 64
     config.data.augmentation = "shift"
     config.data.eval_crop = 1.0
-    config.data.threads = 2
+    config.data.threads = 1  # for images this small, handing work over costs more than it
+    config.data.cache = True
     config.batch_size = 64
     config.duration = "10 epochs"
     config.loss.name = "sigmoid"

@@ -223,6 +223,7 @@ FIELDS: dict[str, Field] = {
     "data.eval_crop": number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True),
     "data.threads": whole(16, 1, "local: decoding threads in each process"),
     "data.workers": whole(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads"),
+    "data.cache": flag(False, "local: keep decoded images in memory, which a small dataset fits into"),
     "data.max_bad_fraction": number(0.001, 0.0, 1.0, "local: share of damaged images above which the run stops"),
     "data.synthetic_examples": whole(10_000, 1, "local: size of the synthetic source"),
     # --- training ------------------------------------------------------------------------------------------------

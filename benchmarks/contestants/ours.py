@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -92,6 +93,9 @@ class _Files:
 
     def __getitem__(self, index: int) -> dict:
         return {"image": self._images[index % len(self._images)], "label": index % 10, "index": index}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        return [self[index] for index in indices]
 
 
 def _input(work: dict):

@@ -89,6 +89,25 @@ def test_batches_do_not_depend_on_workers(photographs_data):
     assert_batches_equal(train(photographs_data, 7), expected)
 
 
+def test_a_cache_changes_no_batch_and_decodes_each_image_once(damaged_data, monkeypatch):
+    expected = train(damaged_data, 9)
+    evaluated = list(EvaluationBatches(damaged_data, open_source(damaged_data, "train"), batch_size=5))
+    decoded: list[bytes] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data: decoded.append(data) or decode(data))
+
+    damaged_data.update(cache=True, threads=1)
+    assert_batches_equal(train(damaged_data, 9), expected)
+    whole = {data: decoded.count(data) for data in decoded if len(data) > 500 and data.startswith(b"\xff\xd8")}
+    assert list(whole.values()) == [1] * 9
+
+    passes = EvaluationBatches(damaged_data, open_source(damaged_data, "train"), batch_size=5)
+    decoded.clear()
+    for _ in range(2):
+        assert_batches_equal(list(passes), evaluated)
+    assert [decoded.count(data) for data in whole] == [1] * 9
+
+
 @pytest.mark.parametrize("step", [1, 2, 5, 30])
 def test_a_run_resumes_from_its_step_alone(photographs_data, step):
     expected = train(photographs_data, step + 3)[step:]

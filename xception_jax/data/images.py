@@ -210,10 +210,12 @@ def shifted_view(
     image: UInt8[np.ndarray, "s s 3"], pixels: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "s s 3"]:
     """Moves the image by up to `pixels` up, down, left or right (black comes in), and flips every second one."""
+    top, left = (int(offset) - pixels for offset in rng.integers(2 * pixels + 1, size=2))
     size = image.shape[0]
-    padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)))
-    top, left = rng.integers(2 * pixels + 1, size=2)
-    return _random_flip(padded[top : top + size, left : left + size], rng)
+    seen = image[max(top, 0) : size + min(top, 0), max(left, 0) : size + min(left, 0)]
+    shifted = np.zeros_like(image)
+    shifted[max(-top, 0) :, max(-left, 0) :][: seen.shape[0], : seen.shape[1]] = seen
+    return _random_flip(shifted, rng)
 
 
 def _random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

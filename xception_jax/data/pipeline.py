@@ -19,7 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from ml_collections import ConfigDict
 
 from xception_jax.data import images
@@ -32,6 +32,7 @@ MAX_DAMAGED_IN_A_ROW = 100
 
 _BATCHES_IN_THE_MAKING = 2  # so that the last images of a batch do not leave threads idle
 _BATCHES_READY = 2
+_PARTS_PER_THREAD = 4  # of a batch: few, since handing over costs more than a small image; several, since images differ
 _PADDING = -1  # the index of an example that fills up the last batch of an evaluation
 
 
@@ -102,8 +103,9 @@ class EvaluationBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._data, self._source, self._view = data, source, view
+        self._data, self._source = data, source
         self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
+        self._load = _LoadBatch(data, source, None, view)
 
     def __len__(self) -> int:
         """Number of batches, on every process."""
@@ -114,7 +116,7 @@ class EvaluationBatches:
         total = len(self) * self._batch_size * self._process_count
         examples = grain.MapDataset.range(total).map(functools.partial(_or_padding, num_examples=len(self._source)))
         batches = examples.batch(self._batch_size)[self._process_index :: self._process_count]
-        return BatchIterator(batches, _LoadBatch(self._data, self._source, None, self._view), self._data)
+        return BatchIterator(batches, self._load, self._data)
 
 
 def _or_padding(position: int, num_examples: int) -> Int64[np.ndarray, " 2"]:
@@ -132,8 +134,8 @@ class BatchIterator:
 
     def __init__(self, batches: grain.MapDataset, load: Callable[[np.ndarray], Batch], data: ConfigDict):
         # Each worker holds batches of its own: one in the making, and one that waits to be fetched.
-        in_the_making = 1 if data.workers else _BATCHES_IN_THE_MAKING
-        ahead = 1 if data.workers else _BATCHES_IN_THE_MAKING + _BATCHES_READY
+        in_the_making = 1 if data.workers else min(_BATCHES_IN_THE_MAKING, data.threads)
+        ahead = 1 if data.workers else in_the_making + _BATCHES_READY
         read_options = grain.ReadOptions(num_threads=in_the_making, prefetch_buffer_size=ahead)
         dataset = batches.map(load).to_iter_dataset(read_options)
         if data.workers:
@@ -206,6 +208,8 @@ class _LoadBatch:
         self._view = view or images.EvaluationView(data.image_size, data.eval_crop)
         self._size, self._augmentation, self._color = data.image_size, data.augmentation, data.color_distortion
         self._crop_area, self._shift = tuple(data.crop_area), data.shift_pixels
+        self._parts, self._cache = _PARTS_PER_THREAD * data.threads, data.cache
+        self._cached: dict[int, tuple[UInt8[np.ndarray, "h w 3"], Any]] = {}  # (image, label) by index
 
     def __reduce__(self):
         return _LoadBatch, (self._data, self._source, self._seed, self._view)
@@ -218,36 +222,48 @@ class _LoadBatch:
             (count, info.num_classes) if several else count, np.float32 if several else np.int32
         )
         damaged = np.zeros(count, np.bool_)
+        pairs = examples.tolist()
+        wanted = list({index: None for _, index in pairs if index != _PADDING and index not in self._cached})
+        records = dict(zip(wanted, self._source.__getitems__(wanted), strict=True))  # at once: a tenth of one by one
 
-        def load(row: int) -> None:
-            epoch, index = (int(value) for value in examples[row])
-            if index == _PADDING:
-                return
-            label, damaged[row] = self._load(index, epoch, pixels[row])
-            if several:
-                labels[row, list(label)] = 1
-            else:
-                labels[row] = label
+        def load(rows: range) -> None:
+            for row in rows:
+                epoch, index = pairs[row]
+                if index == _PADDING:
+                    continue
+                image, label, damaged[row] = self._whole_image(index, records.get(index))
+                self._write_view(image, epoch, index, pixels[row])
+                if several:
+                    labels[row, list(label)] = 1
+                else:
+                    labels[row] = label
 
-        list(self._pool.map(load, range(count)))  # list() re-raises what a thread raised
+        step = -(-count // self._parts)
+        # list() re-raises what a thread raised
+        list(self._pool.map(load, (range(start, min(start + step, count)) for start in range(0, count, step))))
         batch = {"image": pixels, "label": labels, "index": examples[:, 1].copy(), "damaged": damaged}
         if self._seed is None:
             batch["mask"] = examples[:, 1] != _PADDING
         return batch
 
-    def _load(self, index: int, epoch: int, out: np.ndarray) -> tuple[Any, bool]:
-        """Writes the view of an image, or of the next one that is whole, into `out`; returns (label, damaged)."""
+    def _whole_image(self, index: int, example: dict[str, Any] | None) -> tuple[np.ndarray, Any, bool]:
+        """Returns (image, label, damaged) of an example that has been read or is cached, or of the next whole one."""
         attempts = min(MAX_DAMAGED_IN_A_ROW, len(self._source))
         for attempt in range(attempts):
-            example = self._source[(index + attempt) % len(self._source)]
+            place = (index + attempt) % len(self._source)
+            if place in self._cached:
+                return *self._cached[place], attempt > 0
+            if attempt or example is None:
+                example = self._source[place]
             check_label(example, self._source.info)
             try:
                 image = images.decode(example["image"])
             except images.DamagedImageError as error:
                 reason = error
                 continue
-            self._write_view(image, epoch, index, out)
-            return example["label"], attempt > 0
+            if self._cache:
+                self._cached[place] = image, example["label"]
+            return image, example["label"], attempt > 0
         raise BadDataError(
             f"{attempts} images in a row cannot be decoded; the last: {reason}",
             f"dataset {self._source.info.name}, split {self._source.info.split}, from example {index} on",

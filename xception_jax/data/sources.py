@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one example."""
+        ...
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Reads some examples, which can be much cheaper than one by one."""
         ...
 
 
@@ -193,19 +197,29 @@ class TfdsSource:
         Raises:
           BadDataError: the record is damaged.
         """
-        image, label = self._read(index, "image", self._label_name)
+        return self._example(index, self._read(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Reads some examples at once; raises like `__getitem__`."""
+        try:
+            records = self._records.__getitems__(indices)
+        except Exception:
+            records = [self._read(index) for index in indices]  # says which of them is damaged
+        return [self._example(index, record) for index, record in zip(indices, records, strict=True)]
+
+    def _example(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        label = record[self._label_name]
         if self._label_name == OPEN_IMAGES_LABELS:
             # A confidence of zero says that a person has looked and has not found the class.
             present = zip(label["label"], label["confidence"], strict=True)
             label = sorted({int(value) for value, confidence in present if confidence > 0})
         label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
-        return {"image": image, "label": label, "index": index}
+        return {"image": record["image"], "label": label, "index": index}
 
-    def _read(self, index: int, *features: str) -> list[Any]:
-        """Returns features of one record, or raises BadDataError."""
+    def _read(self, index: int) -> dict[str, Any]:
+        """Returns one record, or raises BadDataError."""
         try:
-            record = self._records[index]
-            return [record[name] for name in features]
+            return self._records[index]
         except Exception as error:
             # array_record raises bare RuntimeErrors, protobuf DecodeErrors and TFDS whatever comes first.
             raise BadDataError(
@@ -221,7 +235,7 @@ class TfdsSource:
         """
         if not self._names_files:
             return None
-        return [self._read(index, "file_name")[0].decode() for index in range(len(self))]
+        return [self._read(index)["file_name"].decode() for index in range(len(self))]
 
     def _check_format(self, builder: tfds.core.DatasetBuilder) -> None:
         # as_data_source() names the format in a message of its own, which sends the reader to download_and_prepare().
@@ -337,6 +351,10 @@ class SyntheticSource:
         """Returns one of the images; the label follows from the index alone."""
         label = index * 2_654_435_761 % 2**32 * _SYNTHETIC_CLASSES >> 32
         return {"image": self._images[index % _SYNTHETIC_IMAGES], "label": label, "index": index}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns some of the images."""
+        return [self[index] for index in indices]
 
 
 @functools.cache

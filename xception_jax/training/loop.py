@@ -117,6 +117,17 @@ class Loop:
             name: DamagedImages(source.info, self.config.data.max_bad_fraction)
             for name, source in experiment.sources.items()
         }
+        self.evaluation_batches = {
+            name: EvaluationBatches(
+                self.config.data,
+                source,
+                batch_size=self.config.evaluation.batch_size // jax.process_count(),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            for name, source in experiment.sources.items()
+            if name != "train"
+        }
         self.dev_metrics: dict[str, float] = {}
         self.dispatched: _Dispatched | None = None
         self.went_back = False
@@ -274,13 +285,6 @@ class Loop:
 
     def _evaluate(self, split: str) -> tuple[dict[str, float], Predictions]:
         source = self.experiment.sources[split]
-        batches = EvaluationBatches(
-            self.config.data,
-            source,
-            batch_size=self.config.evaluation.batch_size // jax.process_count(),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
 
         def poll(batch):
             self._note_damaged(split, batch)
@@ -289,7 +293,7 @@ class Loop:
 
         variables = self.state.all_variables()
         start = time.monotonic()
-        with self.journal.pause(), contextlib.closing(iter(batches)) as iterator:
+        with self.journal.pause(), contextlib.closing(iter(self.evaluation_batches[split])) as iterator:
             metrics, predictions = evaluate(
                 self.evaluation_step,
                 variables,

@@ -31,7 +31,14 @@ CHECKPOINTS = "checkpoints"
 # way: a researcher extends `duration`, or lowers the learning rate.
 _IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.frozen|batch_size|seed")
 # Where the images are and how they are read. Raising `max_bad_fraction` is how a run goes on after exit code 65.
-_NOT_IDENTITY = ("data.data_dir", "data.threads", "data.workers", "data.max_bad_fraction", "data.test_split")
+_NOT_IDENTITY = (
+    "data.data_dir",
+    "data.threads",
+    "data.workers",
+    "data.cache",
+    "data.max_bad_fraction",
+    "data.test_split",
+)
 
 
 @contextlib.contextmanager
