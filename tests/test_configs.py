@@ -11,7 +11,7 @@ from xception_jax.config import resolve
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import make_state_init
+from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -50,8 +50,8 @@ def test_config(name, variant):
 
     schedule = make_schedule(config, num_examples=1_000_000)
     optimizer = make_optimizer(config.optimizer, schedule)
-    init = make_state_init(model, optimizer, image_size=config.data.image_size, seed=0, ema=config.ema.decay > 0)
-    state = jax.eval_shape(init)
+    init = make_state_init(model, optimizer, image_size=config.data.image_size, ema=config.ema.decay > 0)
+    state = jax.eval_shape(init, seed_bits(0))
     several = config.loss.name == "sigmoid"
     labels = (config.batch_size, config.model.num_classes) if several else (config.batch_size,)
     batch = {

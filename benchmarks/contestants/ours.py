@@ -16,7 +16,7 @@ from xception_jax.config import default_config, resolve
 from xception_jax.models import create_model
 from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import abstract_state, make_state_init
+from xception_jax.training.state import abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 
@@ -51,10 +51,10 @@ def _train(work: dict):
     model, schedule = create_model(config.model), make_schedule(config, 10_000)
     optimizer = make_optimizer(config.optimizer, schedule)
     mesh = make_mesh(config.mesh)
-    init = make_state_init(model, optimizer, image_size=work["size"], seed=0, ema=False)
+    init = make_state_init(model, optimizer, image_size=work["size"], ema=False)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, mesh))
     with jax.set_mesh(mesh):
-        state = jax.jit(init, out_shardings=shardings)()
+        state = jax.jit(init, out_shardings=shardings)(seed_bits(0))
         train_step = jax.jit(
             make_train_step(model, optimizer, schedule, config), donate_argnums=0, out_shardings=(shardings, None)
         )

@@ -1,4 +1,4 @@
-"""Takes three steps of a small Xception on some devices; prints the losses and what one of them holds as JSON.
+"""Takes three steps of a short network on some devices; prints the losses and what one of them holds as JSON.
 
 The arguments are pairs: a number of devices, and a JSON object of config fields. In float64, because a network of so
 few channels makes of a rounding error in float32 another loss in the second digit after two steps.
@@ -10,11 +10,10 @@ import sys
 import jax
 import numpy as np
 
-from tests.training.test_step import make_batch, tiny_config
-from xception_jax.models import create_model
+from tests.training.test_step import make_batch, short, tiny_config
 from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import abstract_state, make_state_init
+from xception_jax.training.state import abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 jax.config.update("jax_enable_x64", True)
@@ -22,13 +21,13 @@ for count, fields in zip(map(int, sys.argv[1::2]), map(json.loads, sys.argv[2::2
     config = tiny_config(batch_size=16, **{"model.dtype": "float64"} | fields)
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     with jax.set_mesh(mesh):
-        model = create_model(config.model)
+        model = short(config)
         schedule = make_schedule(config, 100)
         optimizer = make_optimizer(config.optimizer, schedule)
-        init = make_state_init(model, optimizer, image_size=16, seed=0, ema=True)
+        init = make_state_init(model, optimizer, image_size=16, ema=True)
         abstract = abstract_state(init, mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = jax.jit(init, out_shardings=shardings)()
+        state = jax.jit(init, out_shardings=shardings)(seed_bits(0))
         step = jax.jit(make_train_step(model, optimizer, schedule, config), out_shardings=(shardings, None))
         losses = []
         for number in range(3):

@@ -20,7 +20,7 @@ from xception_jax.models import create_model
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.initial_weights import _for_our_images
 from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import make_state_init
+from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 from xception_jax.training.workdir import open_workdir
 from xception_jax.weights import Network, Preprocessing, load_network, save_network
@@ -47,8 +47,8 @@ def after_steps(saved_config: str, steps: int = 2):
     model = create_model(config.model)
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)
-    init = make_state_init(model, optimizer, image_size=16, seed=0, ema=config.ema.decay > 0)
-    first = jax.jit(init, compiler_options=COMPILE_FAST)()
+    init = make_state_init(model, optimizer, image_size=16, ema=config.ema.decay > 0)
+    first = jax.jit(init, compiler_options=COMPILE_FAST)(seed_bits(0))
     # As trained weights have them: statistics that are not those of the batch.
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda leaf: leaf + rng.uniform(0, 0.1, leaf.shape).astype(np.float32), first.batch_stats)

@@ -1,6 +1,6 @@
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.models.quick import random_variables
 from xception_jax import ops
 from xception_jax.config import default_config, load_json, resolve, save_json
 from xception_jax.models import create_model
@@ -17,7 +16,7 @@ from xception_jax.models.layers import Conv, Head
 from xception_jax.models.modules import SeparableConv
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.optimizer import make_optimizer, make_schedule
-from xception_jax.training.state import make_state_init
+from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 # Most of the time here goes into compiling.
@@ -38,38 +37,47 @@ def tiny_config(**fields):
 
 
 class Short(nn.Module):
-    """One of each layer of Xception: a step takes any network, and this one is compiled in a second."""
+    """One of each layer of Xception: a step takes any network, and this one is compiled in a second.
+
+    With `aux_head` a second classifier, as Inception V3 has one.
+    """
 
     norm: Callable[..., nn.Module]
     num_classes: int
     dropout_rate: float
     dtype: jnp.dtype
+    aux_head: bool = False
 
     @nn.compact
     def __call__(self, images, train=False):
-        x = Conv(6, kernel_size=(3, 3), dtype=self.dtype, name="conv")(images)
+        x = Conv(8, kernel_size=(3, 3), dtype=self.dtype, name="conv")(images)
         residual = x = nn.relu(self.norm(name="conv_bn")(x, train))
-        x = SeparableConv(6, dtype=self.dtype, name="sepconv")(x)
+        x = SeparableConv(8, dtype=self.dtype, name="sepconv")(x)
         x = ops.max_pool(self.norm(name="sepconv_bn")(x, train) + residual, padding="SAME")
-        return Head(self.num_classes, dropout_rate=self.dropout_rate, dtype=self.dtype, name="head")(x, train)[0], {}
+        logits = Head(self.num_classes, dropout_rate=self.dropout_rate, dtype=self.dtype, name="head")(x, train)[0]
+        aux = Head(self.num_classes, dtype=self.dtype, name="aux") if self.aux_head else None
+        return logits, {} if aux is None else {"aux_logits": aux(residual, train)[0]}
 
 
 def make(config, state=None):
     """Returns the first state (or the given one) and the jitted step of a config; equal configs are compiled once."""
     init, step = _make(save_json(config))
-    return (init() if state is None else state), step
+    return (init(seed_bits(config.seed)) if state is None else state), step
+
+
+def short(config) -> Short:
+    """Returns the short network with the classes, normalisation and arithmetic of a config."""
+    network = create_model(config.model)
+    return Short(network.norm, network.num_classes, network.dropout_rate, network.dtype, config.model.aux_head)
 
 
 @cache
 def _make(saved_config):
     config = load_json(saved_config)
-    xception = create_model(config.model)
-    model = Short(xception.norm, xception.num_classes, xception.dropout_rate, xception.dtype)
+    model = short(config)
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)
-    init = make_state_init(
-        model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0
-    )
+    init = make_state_init(model, optimizer, image_size=config.data.image_size, ema=config.ema.decay > 0)
     step = make_train_step(model, optimizer, schedule, config)
     return jax.jit(init, compiler_options=COMPILE_FAST), jax.jit(step, compiler_options=COMPILE_FAST)
 
@@ -176,32 +184,12 @@ def test_bfloat16_keeps_the_state_in_float32():
 
 
 def test_auxiliary_loss_is_added():
-    fields = {
-        "model.name": "inception_v3",
-        "model.aux_head": True,
-        "model.dropout_rate": 0.0,
-        "ema.decay": 0.0,
-        "data.image_size": 107,
-    }
-    config = default_config()
-    config.update_from_flattened_dict(
-        fields | {"model.width_multiplier": 0.05, "model.num_classes": 5, "batch_size": 4}
-    )
-    config = resolve(config)
-    model, schedule = create_model(config.model), make_schedule(config, 100)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    state = jax.eval_shape(make_state_init(model, optimizer, image_size=107, seed=0, ema=False))
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-    state = state.replace(**random_variables(model, make_batch(config)["image"]))
-
-    @partial(jax.jit, compiler_options=COMPILE_FAST)
-    def loss(weight):
-        # Nothing but the loss is asked for, so the gradients are not compiled; and the weight does not compile anew.
-        config.loss.aux_weight = weight
-        step = make_train_step(model, optimizer, schedule, config)
-        return step(state, make_batch(config))[1]["loss"]
-
-    losses = {weight: float(loss(weight)) for weight in (0.0, 0.4, 1.0)}
+    fields = {"model.name": "inception_v3", "model.aux_head": True, "model.residual": True, "model.stem": "imagenet"}
+    losses = {}
+    for weight in (0.0, 0.4, 1.0):
+        config = tiny_config(**fields | {"model.middle_blocks": 8, "loss.aux_weight": weight})
+        state, step = make(config)
+        losses[weight] = float(step(state, make_batch(config))[1]["loss"])
     assert losses[0.4] - losses[0.0] == pytest.approx(0.4 * (losses[1.0] - losses[0.0]), rel=1e-3)
     assert losses[1.0] > losses[0.0] + 0.5
 
@@ -214,5 +202,5 @@ def test_the_mesh_changes_neither_losses_nor_what_is_learned(run_python):
     np.testing.assert_allclose(sharded["losses"], one["losses"], rtol=1e-9)
     # Parameters, optimiser state and averages are really divided wherever an axis can be.
     assert sharded["whole"] == []
-    assert sharded["divided"] > 50
+    assert sharded["divided"] > 20
     assert sharded["bytes"] < one["bytes"]

@@ -127,7 +127,6 @@ def _abstract_state(config: ConfigDict) -> TrainState:
         create_model(config.model),
         optimizer,
         image_size=config.data.image_size,
-        seed=config.seed,
         ema=config.ema.decay > 0,
     )
     return abstract_state(init, make_mesh(default_config().mesh, jax.local_devices()[:1]))

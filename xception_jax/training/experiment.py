@@ -129,9 +129,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
     model = create_model(config.model)
     schedule = make_schedule(config, len(sources["train"]))
     optimizer = make_optimizer(config.optimizer, schedule)
-    init = make_state_init(
-        model, optimizer, image_size=config.data.image_size, seed=config.seed, ema=config.ema.decay > 0
-    )
+    init = make_state_init(model, optimizer, image_size=config.data.image_size, ema=config.ema.decay > 0)
     abstract = abstract_state(init, mesh)
     check_patterns(config.optimizer, abstract.params)
     seeded = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))

@@ -40,16 +40,14 @@ class TrainState(struct.PyTreeNode):
         return {"": {"params": self.params, "batch_stats": self.batch_stats}} | averaged
 
 
-def make_state_init(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, seed: int, ema: bool
-):
+def make_state_init(model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, ema: bool):
     """Returns a function that makes the first state, to be jitted with `abstract_state`'s shardings.
 
-    It takes `seed_bits(seed)`, so that one program serves all seeds; without, the seed is a constant in it.
+    It takes `seed_bits(seed)`, so that one program serves all seeds.
     """
 
-    def init(bits: np.ndarray | jax.Array | None = None) -> TrainState:
-        key = jax.random.key(seed) if bits is None else jax.random.wrap_key_data(jnp.asarray(bits))
+    def init(bits: np.ndarray | jax.Array) -> TrainState:
+        key = jax.random.wrap_key_data(jnp.asarray(bits))
         images = jnp.zeros((1, image_size, image_size, 3))
         variables = model.init({"params": key}, images, train=False)
         params, batch_stats = variables["params"], variables["batch_stats"]
@@ -67,7 +65,7 @@ def seed_bits(seed: int) -> np.ndarray:
 
 def abstract_state(init, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state that `init` makes; nothing is computed."""
-    shapes = jax.eval_shape(init)
+    shapes = jax.eval_shape(init, seed_bits(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
