@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_sc
 
 from tests.models.quick import quick_jit
 from xception_jax.config import default_config
-from xception_jax.data.images import EvaluationView, decode
+from xception_jax.data.images import Preprocessing, decode
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation import command
@@ -73,7 +73,7 @@ def evaluated(weights, imagenet_dir, real_json, tmp_path_factory):
 def by_hand(network, imagenet_dir):
     """Labels and logits of the same images, without the pipeline."""
     _, found = examples(imagenet_dir)
-    view = EvaluationView(71, 0.9, "antialiased_bicubic", network.preprocessing.mean, network.preprocessing.std)
+    view = Preprocessing(71, 0.9, "antialiased_bicubic", network.preprocessing.mean, network.preprocessing.std)
     pixels = np.zeros((len(found), 71, 71, 3), np.float32)
     for out, example in zip(pixels, found, strict=True):
         view(decode(example["image"]), out)

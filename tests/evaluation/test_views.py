@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.data.small_imagenet import photographs
 from xception_jax.data import images
-from xception_jax.data.images import EvaluationView
+from xception_jax.data.images import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # timm evaluates the first as its Xception, the second as its Inception V3.
@@ -25,7 +25,7 @@ def cases():
 def ours(photograph, view):
     size, crop, interpolation = view.split(":")
     out = np.zeros((int(size), int(size), 3), np.float32)
-    EvaluationView(int(size), float(crop), f"antialiased_{interpolation}", MEAN, STD)(photograph, out)
+    Preprocessing(int(size), float(crop), f"antialiased_{interpolation}", MEAN, STD)(photograph, out)
     return out
 
 
@@ -48,14 +48,14 @@ def test_antialiased_views_are_timms():
 def test_the_default_view_is_that_of_training_to_the_bit():
     photograph = photographs()[1]
     out, expected = np.zeros((2, 71, 71, 3), np.float32)
-    EvaluationView(71, 0.875)(photograph, out)
+    Preprocessing(71, 0.875)(photograph, out)
     images.to_float(images.central_view(photograph, 71, 0.875), expected)
     np.testing.assert_array_equal(out, expected)
 
 
 def test_bicubic_differs_from_bilinear_but_shows_the_same():
     photograph = photographs()[1]
-    bilinear, bicubic = (EvaluationView(71, 0.875, name).pixels(photograph) for name in ("bilinear", "bicubic"))
+    bilinear, bicubic = (Preprocessing(71, 0.875, name).pixels(photograph) for name in ("bilinear", "bicubic"))
     difference = np.abs(bilinear.astype(int) - bicubic)
     assert 0 < difference.mean() < 4
 
@@ -63,6 +63,6 @@ def test_bicubic_differs_from_bilinear_but_shows_the_same():
 def test_a_strip_costs_no_more_than_a_photograph():
     strip = np.zeros((1, 1 << 20, 3), np.uint8)
     strip[:, 1 << 19 :] = 255
-    view = EvaluationView(96, 0.875, "antialiased_bicubic").pixels(strip)
+    view = Preprocessing(96, 0.875, "antialiased_bicubic").pixels(strip)
     assert view.shape == (96, 96, 3)
     assert view[:, 0].max() < 128 < view[:, -1].min()

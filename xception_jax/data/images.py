@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -20,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 1 << 26
 """The largest image that is decoded: 67 million pixels. The largest of ImageNet has 61 million."""
+
+Interpolation = Literal["bilinear", "bicubic", "antialiased_bilinear", "antialiased_bicubic"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_ASPECT = 16
@@ -128,23 +132,44 @@ def antialiased_view(
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationView:
-    """The view of an image that a network is evaluated on; called with an image, writes it into `out`.
+class Preprocessing:
+    """How an image becomes the input of a network in evaluation; called with an image, writes it into `out`.
 
     Attributes:
-      size: side of the square view, in pixels.
+      size: side of the square input, in pixels.
       crop: central share of the image's sides that is seen.
       interpolation: 'bilinear' and 'bicubic' resize the central crop, whatever its aspect ratio, without antialiasing;
         'antialiased_bilinear' and 'antialiased_bicubic' are `antialiased_view`.
-      mean: subtracted after scaling to [0, 1], one value a channel.
-      std: divides the result. The defaults scale to [-1, 1].
+      mean: subtracted from the pixels, one value a channel, after scaling to [0, 1].
+      std: the result is divided by it. The defaults scale to [-1, 1], as Keras and this code base do.
     """
 
-    size: int
-    crop: float
-    interpolation: str = "bilinear"
+    size: int = 299
+    crop: float = 0.875
+    interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Preprocessing:
+        """Returns what a file describes; fields that are not given have their defaults.
+
+        Raises:
+          ValueError, TypeError: a field is unknown, of the wrong type or out of range.
+        """
+        given: dict[str, Any] = {
+            name: tuple(map(float, value)) if isinstance(value, list | tuple) else value
+            for name, value in fields.items()
+        }
+        new = cls(**given)
+        numbers = (new.crop, *new.mean, *new.std)
+        if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
+            raise ValueError("crop, mean and std must be numbers")
+        if not isinstance(new.size, int) or new.size < 1 or not 0 < new.crop <= 1 or min(new.std) <= 0:
+            raise ValueError("size, crop and std must be above 0, and crop at most 1")
+        if (len(new.mean), len(new.std)) != (3, 3) or new.interpolation not in get_args(Interpolation):
+            raise ValueError("mean and std must have three values, and the interpolation be known")
+        return new
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"], out: Float32[np.ndarray, "s s 3"]) -> None:
         if set(self.mean) == set(self.std) == {0.5}:

@@ -99,7 +99,7 @@ class EvaluationBatches:
         source: Source,
         *,
         batch_size: int,
-        view: images.EvaluationView | None = None,
+        view: images.Preprocessing | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -199,13 +199,13 @@ class _LoadBatch:
       view: another one than that of `data`, for evaluation.
     """
 
-    def __init__(self, data: ConfigDict, source: Source, seed: int | None, view: images.EvaluationView | None = None):
+    def __init__(self, data: ConfigDict, source: Source, seed: int | None, view: images.Preprocessing | None = None):
         self._data, self._source, self._seed = data, source, seed
         self._pool = ThreadPoolExecutor(
             data.threads, thread_name_prefix="decode"
         )  # has no threads before its first use
         # A ConfigDict looks a field up in 10 microseconds, which counts when there are ten for each image.
-        self._view = view or images.EvaluationView(data.image_size, data.eval_crop)
+        self._view = view or images.Preprocessing(data.image_size, data.eval_crop)
         self._size, self._augmentation, self._color = data.image_size, data.augmentation, data.color_distortion
         self._crop_area, self._shift = tuple(data.crop_area), data.shift_pixels
         self._parts, self._cache = _PARTS_PER_THREAD * data.threads, data.cache

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from xception_jax.config import default_config
-from xception_jax.data.images import EvaluationView
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
@@ -180,7 +179,7 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     if batch_size < 1:
         raise UsageError(f"--batch_size is {batch_size}", "--batch_size", "set it to a whole number, at least 1")
     check_batch("evaluation.batch_size", batch_size, mesh.size)
-    view = EvaluationView(**dataclasses.asdict(network.preprocessing))
+    view = network.preprocessing
     batches = EvaluationBatches(data, source, batch_size=batch_size, view=view)
     damaged = DamagedImages(info, data.max_bad_fraction)
     with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:

@@ -185,7 +185,7 @@ def predict(
     model = create_model(network.model)
     top = min(top, network.model.num_classes)
     size = min(batch_size, len(paths))
-    view = images.EvaluationView(**dataclasses.asdict(network.preprocessing))
+    view = network.preprocessing
 
     @jax.jit
     def forward(variables, pixels):
@@ -215,7 +215,7 @@ def predict(
                     yield Prediction(path, *best, thumbnail=thumbnail)
 
 
-def _load(path: Path, view: images.EvaluationView, thumbnail: bool) -> tuple[np.ndarray, str, np.ndarray | None]:
+def _load(path: Path, view: images.Preprocessing, thumbnail: bool) -> tuple[np.ndarray, str, np.ndarray | None]:
     """Returns the view of an image, black if it cannot be read; why it cannot; and its thumbnail if it is wanted."""
     pixels = np.zeros((view.size, view.size, 3), np.float32)
     try:

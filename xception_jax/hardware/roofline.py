@@ -11,12 +11,11 @@ import dataclasses
 import math
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from xception_jax.hardware.hlo import Collective
 from xception_jax.hardware.topology import Topology
 from xception_jax.models.layers import BatchNorm, Conv
+from xception_jax.models.trace import trace_layers
 
 _HOP_SECONDS = 1e-6  # https://jax-ml.github.io/scaling-book/sharding: about a microsecond for each hop
 _SWITCH_SECONDS = 10e-6  # a small NCCL all-reduce within a node takes 10 to 20 microseconds
@@ -60,21 +59,14 @@ def count_traffic(model: nn.Module, image_size: int) -> Traffic:
     """Traces a forward pass on one image, without computing it."""
     read, written, normalised = [], [], []
 
-    def record(next_method, args, kwargs, context):
-        output = next_method(*args, **kwargs)
-        if context.method_name == "__call__":
-            if isinstance(context.module, Conv | nn.Dense):
-                read.append(args[0].size)
-                written.append(output.size)
-            elif isinstance(context.module, BatchNorm):
-                normalised.append(output.size)
-        return output
+    def visit(layer, inputs, output):
+        if isinstance(layer, Conv | nn.Dense):
+            read.append(inputs.size)
+            written.append(output.size)
+        elif isinstance(layer, BatchNorm):
+            normalised.append(output.size)
 
-    def init():
-        with nn.intercept_methods(record):
-            return model.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False)
-
-    jax.eval_shape(init)
+    trace_layers(model, image_size, visit)
     return Traffic(sum(read), sum(written), sum(normalised), len(normalised))
 
 

@@ -7,9 +7,9 @@ import math
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from xception_jax.models.layers import Conv
+from xception_jax.models.trace import trace_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +33,12 @@ def count_cost(model: nn.Module, image_size: int) -> Cost:
     """Traces the forward pass on one image of `image_size` x `image_size` pixels, without computing it."""
     by_layer: dict[str, int] = {}
 
-    def record(next_method, args, kwargs, context):
-        output = next_method(*args, **kwargs)
-        layer = context.module
-        if context.method_name == "__call__" and isinstance(layer, Conv | nn.Dense):
+    def visit(layer, images, output):
+        if isinstance(layer, Conv | nn.Dense):
             positions = math.prod(output.shape[1:-1])
             by_layer["/".join(layer.path)] = positions * layer.get_variable("params", "kernel").size
-        return output
 
-    def init():
-        with nn.intercept_methods(record):
-            return model.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False)
-
-    variables = jax.eval_shape(init)
+    variables = trace_layers(model, image_size, visit)
 
     def size(tree):
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from xception_jax.errors import ConfigError
@@ -22,6 +20,7 @@ from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.models.layers import Conv
 from xception_jax.models.modules import SeparableConv
+from xception_jax.models.trace import trace_layers
 from xception_jax.study.design import Arm, Study
 
 # Widths that are tried: this share apart, from an eighth of the reference's to eight times it.
@@ -136,19 +135,11 @@ def channels_per_segment(model: nn.Module, image_size: int) -> float:
     """Returns the geometric mean, over separable layers, of the channels that a spatial filter sees."""
     sizes: list[int] = []
 
-    def record(next_method, args, kwargs, context):
-        output = next_method(*args, **kwargs)
-        layer = context.module
-        is_layer = context.method_name == "__call__" and isinstance(layer, Conv)
-        if is_layer and layer.name == "spatial" and isinstance(layer.parent, SeparableConv):
+    def visit(layer, inputs, output):
+        if isinstance(layer, Conv) and layer.name == "spatial" and isinstance(layer.parent, SeparableConv):
             sizes.append(layer.get_variable("params", "kernel").shape[2])
-        return output
 
-    def init():
-        with nn.intercept_methods(record):
-            return model.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False)
-
-    jax.eval_shape(init)
+    trace_layers(model, image_size, visit)
     return math.exp(sum(map(math.log, sizes)) / len(sizes)) if sizes else math.nan
 
 

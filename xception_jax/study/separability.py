@@ -30,6 +30,7 @@ from xception_jax.errors import InputMissingError
 from xception_jax.evaluation.network import open_network
 from xception_jax.models import create_model
 from xception_jax.models.layers import Conv, glorot_uniform
+from xception_jax.models.trace import trace_layers
 from xception_jax.study.store import STUDY, read_study
 from xception_jax.training.workdir import CONFIG
 
@@ -86,18 +87,11 @@ def regular_kernels(model: nn.Module, params: Mapping[str, Any], image_size: int
     """Returns the kernels of all convolutions with one segment, several channels, and a side above one, by path."""
     found: list[tuple[str, ...]] = []
 
-    def record(next_method, args, kwargs, context):
-        layer = context.module
-        is_layer = context.method_name == "__call__" and isinstance(layer, Conv)
-        if is_layer and layer.segments == 1 and max(layer.kernel_size) > 1:
+    def visit(layer, inputs, output):
+        if isinstance(layer, Conv) and layer.segments == 1 and max(layer.kernel_size) > 1:
             found.append(layer.path)
-        return next_method(*args, **kwargs)
 
-    def init():
-        with nn.intercept_methods(record):
-            return model.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False)
-
-    jax.eval_shape(init)
+    trace_layers(model, image_size, visit)
     kernels = {}
     for path in found:
         node: Any = params
