@@ -58,7 +58,7 @@ def lowered_for(monkeypatch):
 
     def choose(branch):
         monkeypatch.setattr(
-            lax, "platform_dependent", lambda *args, cpu, default: (cpu, default)[branch != "cpu"](*args)
+            lax, "platform_dependent", lambda *args, default, **others: others.get(branch, default)(*args)
         )
 
     return choose
@@ -81,9 +81,15 @@ def assert_equals_xla(x, weights, **arguments):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12, err_msg=name)
 
 
-CASES = [(branch, *case) for branch in ("cpu", "default") for case in covering_cases()]
-# In between regular and depthwise both branches are the same.
-CASES = [case for case in CASES if case[0] == "cpu" or case[1] in (1, CHANNELS)]
+CASES = [(branch, *case) for branch in ("cpu", "default", "cuda") for case in covering_cases()]
+# In between regular and depthwise the first two branches are the same, elsewhere the last two, but for strides of 1 x 1.
+CASES = [
+    (branch, *case)
+    for branch, *case in CASES
+    if branch == "cpu"
+    or (branch == "default" and case[0] in (1, CHANNELS))
+    or (branch == "cuda" and (1 < case[0] < CHANNELS or case[2] == (1, 1)))
+]
 
 
 @pytest.mark.parametrize(("branch", "segments", "filters", "kernel", "stride", "padding", "size"), CASES)
@@ -123,11 +129,12 @@ def test_patches_end_where_the_kernel_has_many_channels():
 
 CONVOLUTION = "stablehlo.convolution"
 LOWERED = {
-    # kind: (segments, convolutions on a CPU, on a TPU or GPU) in a forward and backward pass over 8 channels.
-    "pointwise": ((1, 1), 1, 0, 0),
-    "stem": ((3, 3), 1, 0, 3),
-    "in between": ((3, 3), 4, 0, 0),
-    "depthwise": ((3, 3), 8, 0, 3),
+    # kind: (kernel, segments, stride, convolutions on a CPU, a TPU, a GPU), forward and backward, over 8 channels.
+    "pointwise": ((1, 1), 1, 1, 0, 0, 0),
+    "shortcut": ((1, 1), 1, 2, 0, 0, 3),
+    "stem": ((3, 3), 1, 2, 0, 3, 3),
+    "in between": ((3, 3), 4, 1, 0, 0, 3),
+    "depthwise": ((3, 3), 8, 1, 0, 3, 3),
 }
 
 
@@ -135,16 +142,17 @@ LOWERED = {
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_each_platform_gets_its_lowering(kind, platform):
     """Whatever this process runs on: `plan` and `export` lower for other platforms than their own."""
-    kernel, segments, on_cpu, elsewhere = LOWERED[kind]
+    kernel, segments, stride, *convolutions = LOWERED[kind]
 
     def step(x, kernel):
-        return value_and_gradients(partial(ops.conv, segments=segments), x, kernel)
+        return value_and_gradients(partial(ops.conv, segments=segments, stride=stride), x, kernel)
 
     arguments = jnp.ones((2, 6, 6, 8)), jnp.ones((*kernel, 8 // segments, 8))
     lowered = jax.jit(step).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-    assert lowered.count(CONVOLUTION) == (on_cpu if platform == "cpu" else elsewhere)
-    grouped = kind == "depthwise" and platform != "cpu"
-    assert ("feature_group_count = 8" in lowered) == grouped
+    expected = dict(zip(("cpu", "tpu", "cuda"), convolutions, strict=True))[platform]
+    assert lowered.count(CONVOLUTION) == expected
+    if segments > 1:
+        assert (f"feature_group_count = {segments}" in lowered) == (expected > 0)
 
 
 def test_depthwise_filter_gradient_in_bfloat16_is_summed_in_float32():

@@ -2,18 +2,21 @@
 
 `conv` is the one entry. Each kind of convolution has the lowering that its platform runs well:
 
-| kernel | TPU, GPU | CPU: `cpu_kernels`, or where they are not available |
-|---|---|---|
-| 1 x 1, one segment | matrix product | matrix product, activations kept from being transposed |
-| depthwise | `feature_group_count` | shifted multiply-adds, filter gradient row by row |
-| 1 < segments < channels | batched matrix products, one for each tap | the same |
-| few input channels (the stem) | native | patches x matrix |
-| otherwise | native | native |
+| kernel | TPU | GPU | CPU: `cpu_kernels`, or where they are not available |
+|---|---|---|---|
+| 1 x 1, one segment | matrix product | the same | matrix product, activations kept from being transposed |
+| 1 x 1 with a stride | of the pixels that it reads | native | of the pixels that it reads |
+| depthwise | `feature_group_count` | the same | shifted multiply-adds, filter gradient row by row |
+| 1 < segments < channels | batched matrix products, one for each tap | native on one GPU, else as on a TPU | as on a TPU |
+| few input channels (the stem) | native | native | patches x matrix |
+| otherwise | native | native | native |
 
 The choice is made when the program is lowered (`lax.platform_dependent`), not by the devices of this process, so
 that a program exported or planned for a TPU on a CPU host gets the TPU's. On a CPU, XLA runs the native depthwise
 convolution 10 to 30 times too slow and turns its filter gradient into a dense C x C convolution; and for a number
 of segments that is neither 1 nor C, XLA's partitioner gathers the whole batch on every device (openxla/xla#47945).
+On a GPU, a product of every second pixel ends the compiler (jaxlib 0.11.2: `triton_tiling_propagation.cc`, in
+inference only), and the native convolution with segments is 1.3 to 8 times as fast as one product for each tap.
 """
 
 from __future__ import annotations
@@ -56,13 +59,7 @@ def conv(
     channels, filters = x.shape[-1], kernel.shape[-1]
     if channels % segments or filters % segments or kernel.shape[2] * segments != channels:
         raise ValueError(f"{segments} segments of x {x.shape} do not fit a kernel of shape {kernel.shape}")
-    window = kernel.shape[:2]
-    pads = explicit_padding(padding, x.shape[1:3], window, stride)
-    if window == (1, 1) and stride > 1 and pads == ((0, 0), (0, 0)):
-        # The gradient then has a quarter of the products.
-        rows, columns = output_size(x.shape[1:3], window, stride, pads)
-        x, stride = strided(x, 0, 0, rows, columns, stride), 1
-    return _conv(x, kernel, segments, stride, pads)
+    return _conv(x, kernel, segments, stride, explicit_padding(padding, x.shape[1:3], kernel.shape[:2], stride))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -90,10 +87,11 @@ def _value(x, kernel, segments: int, stride: int, pads: Pads, kernels: bool):
             return _plain(x, kernel, segments, stride, pads)
         if _has_depthwise_kernel(x, kernel, segments, stride):
             return cpu_kernels.depthwise(x, kernel, pads)
-        return cpu_kernels.conv(x, kernel, segments, stride, pads)
+        read, step = _pixels_read(x, kernel, stride, pads)
+        return cpu_kernels.conv(read, kernel, segments, step, pads)
 
-    accelerated = partial(_accelerated, segments=segments, stride=stride, pads=pads)
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=accelerated)
+    gpu, tpu = (partial(lowering, segments=segments, stride=stride, pads=pads) for lowering in (_on_gpu, _on_tpu))
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, cuda=gpu, rocm=gpu, default=tpu)
 
 
 @_traced_once
@@ -104,15 +102,18 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
     def on_cpu(x, kernel, dy):
         if not kernels:
             return gradient_of(_plain, x, kernel, dy)
+        read, spread = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads)[0], x)
+        step = _pixels_read(x, kernel, stride, pads)[1]
         # The input gradient is a convolution of stride 1 too, of dy with the kernel turned round.
-        dilated, turned, outer = _transposed(x, kernel, dy, segments, stride, pads)
+        dilated, turned, outer = _transposed(read, kernel, dy, segments, step, pads)
         if _has_depthwise_kernel(x, kernel, segments, stride):
             dx = cpu_kernels.depthwise(dilated, turned, outer)
             return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape[0], pads)
         dx = cpu_kernels.conv(dilated, turned, segments, 1, outer)
-        return dx, cpu_kernels.conv_filter_gradient(x, dy, kernel.shape, segments, stride, pads)
+        return *spread(dx), cpu_kernels.conv_filter_gradient(read, dy, kernel.shape, segments, step, pads)
 
-    return lax.platform_dependent(x, kernel, dy, cpu=on_cpu, default=partial(gradient_of, _accelerated))
+    gpu, tpu = partial(gradient_of, _on_gpu), partial(gradient_of, _on_tpu)
+    return lax.platform_dependent(x, kernel, dy, cpu=on_cpu, cuda=gpu, rocm=gpu, default=tpu)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -139,9 +140,31 @@ def _transposed(x, kernel, dy, segments: int, stride: int, pads: Pads):
 # --- TPU and GPU -----------------------------------------------------------------------------------------------------
 
 
-def _accelerated(x, kernel, segments: int, stride: int, pads: Pads):
+def _on_tpu(x, kernel, segments: int, stride: int, pads: Pads):
+    x, stride = _pixels_read(x, kernel, stride, pads)
     if 1 < segments < x.shape[-1]:
         return _per_tap(x, kernel, segments, stride, pads)
+    return _product_or_native(x, kernel, segments, stride, pads)
+
+
+def _on_gpu(x, kernel, segments: int, stride: int, pads: Pads):
+    if 1 < segments < x.shape[-1] and jax.device_count() > 1:
+        return _per_tap(x, kernel, segments, stride, pads)
+    return _product_or_native(x, kernel, segments, stride, pads)
+
+
+def _pixels_read(x, kernel, stride: int, pads: Pads):
+    """Returns (x, stride), for a 1 x 1 kernel without the pixels that a stride passes over, and 1.
+
+    The gradients then have a quarter of the products.
+    """
+    if kernel.shape[:2] != (1, 1) or pads != ((0, 0), (0, 0)):
+        return x, stride
+    rows, columns = output_size(x.shape[1:3], (1, 1), stride, pads)
+    return strided(x, 0, 0, rows, columns, stride), 1
+
+
+def _product_or_native(x, kernel, segments: int, stride: int, pads: Pads):
     if _is_product(kernel, segments, stride, pads):
         return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     return _native(x, kernel, segments, stride, pads)
@@ -175,6 +198,7 @@ def _per_tap(x, kernel, segments: int, stride: int, pads: Pads):
 
 
 def _plain(x, kernel, segments: int, stride: int, pads: Pads):
+    x, stride = _pixels_read(x, kernel, stride, pads)
     if segments == x.shape[-1] > 1:
         return _depthwise(x, kernel, stride, pads)
     if segments > 1:
