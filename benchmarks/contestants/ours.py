@@ -1,4 +1,4 @@
-"""xception_jax itself: `model.apply` for inference, the step of `training/` for training, the batches of `data/`."""
+"""xception_jax itself: `compile_inference`, the step of `training/`, and the batches of `data/`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from ml_collections import ConfigDict
 
 from configs import fashion_mnist
 from xception_jax.config import default_config, resolve
+from xception_jax.data.images import Preprocessing
+from xception_jax.export.inference import compile_inference
 from xception_jax.models import create_model
 from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizer import make_optimizer, make_schedule
 from xception_jax.training.state import abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
+from xception_jax.weights.network import Network
 
 
 def prepare(work: dict, options: dict):
@@ -70,11 +73,13 @@ def _train(work: dict):
 
 
 def _infer(work: dict):
-    model = create_model(_config(work).model)
+    config = _config(work)
     images = jnp.asarray(_batch(work, 1)["image"])
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images[:1])
-    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=False)[0])
-    return lambda: apply(variables, images).block_until_ready(), _size(variables["params"])
+    init = functools.partial(create_model(config.model).init, train=False)
+    variables = jax.device_get(jax.jit(init)(jax.random.key(0), images[:1]))
+    network = Network(config.model, variables, Preprocessing(size=work["size"]), None, "random", "")
+    infer = compile_inference(network)
+    return lambda: infer(images).block_until_ready(), _size(variables["params"])
 
 
 class _Files:

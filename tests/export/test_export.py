@@ -29,7 +29,14 @@ from xception_jax.evaluation.metrics import wilson_interval
 from xception_jax.export import command
 from xception_jax.export.card import as_markdown, make_card
 from xception_jax.export.formats import PLATFORMS, to_stablehlo
-from xception_jax.export.inference import fold_batch_norm, in_float32, make_inference, make_reference, scaling
+from xception_jax.export.inference import (
+    compile_inference,
+    fold_batch_norm,
+    in_float32,
+    make_inference,
+    make_reference,
+    scaling,
+)
 from xception_jax.models import create_model
 from xception_jax.weights import Network, Preprocessing, load_network, save_network
 
@@ -103,6 +110,35 @@ def variant(request):
     network = variant_network(request.param)
     pixels, images = photographs(network)
     return network, pixels, images, expected_logits(network, images)
+
+
+def test_compiled_inference_computes_the_same(variant):
+    network, _, images, expected = variant
+    infer = compile_inference(network)
+    assert_close(infer(images), expected)
+    assert_close(infer(images[:1]), expected[:1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "folded", "depthwise"),
+    # Two convolutions of the stem, four shortcuts, ten separable ones; the ReLU between keeps those two apart.
+    [("figure 5", 2 + 4 + 10, 0), ("segments", 2 + 4 + 2 * 10, 0), ("relu between", 2 + 2 * 10, 0)],
+)
+def test_compiled_inference_has_few_passes(variant, folded, depthwise):
+    network = variant_network(variant)
+    size = network.preprocessing.size
+    images = jnp.zeros((2, size, size, 3))
+    text = jax.jit(compile_inference(network)).lower(images).as_text()
+    assert len(re.findall(r"custom_call @folded_conv", text)) == folded
+    assert len(re.findall(r"custom_call @depthwise", text)) == depthwise
+    assert ("stablehlo.maximum" in text) == (variant != "figure 5")
+
+
+def test_compiled_inference_lets_nan_through():
+    network = variant_network("figure 5")
+    images = np.zeros((1, 71, 71, 3), np.float32)
+    images[0, 40, 40] = np.nan
+    assert np.isnan(compile_inference(network)(images)).all()
 
 
 def run_onnx(content: bytes, images: np.ndarray) -> np.ndarray:

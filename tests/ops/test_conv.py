@@ -82,7 +82,7 @@ def assert_equals_xla(x, weights, **arguments):
 
 
 CASES = [(branch, *case) for branch in ("cpu", "default", "cuda") for case in covering_cases()]
-# In between regular and depthwise the first two branches are the same, elsewhere the last two, but for strides of 1 x 1.
+# In between regular and depthwise the first two branches are the same; elsewhere the last two, but for 1 x 1 kernels.
 CASES = [
     (branch, *case)
     for branch, *case in CASES

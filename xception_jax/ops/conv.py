@@ -7,7 +7,7 @@
 | 1 x 1, one segment | matrix product | the same | matrix product, activations kept from being transposed |
 | 1 x 1 with a stride | of the pixels that it reads | native | of the pixels that it reads |
 | depthwise | `feature_group_count` | the same | shifted multiply-adds, filter gradient row by row |
-| 1 < segments < channels | batched matrix products, one for each tap | native on one GPU, else as on a TPU | as on a TPU |
+| 1 < segments < channels | one batched product a tap | native on one GPU, else as on a TPU | as on a TPU |
 | few input channels (the stem) | native | native | patches x matrix |
 | otherwise | native | native | native |
 
@@ -85,7 +85,7 @@ def _value(x, kernel, segments: int, stride: int, pads: Pads, kernels: bool):
     def on_cpu(x, kernel):
         if not kernels:
             return _plain(x, kernel, segments, stride, pads)
-        if _has_depthwise_kernel(x, kernel, segments, stride):
+        if has_depthwise_kernel(x, kernel, segments, stride):
             return cpu_kernels.depthwise(x, kernel, pads)
         read, step = _pixels_read(x, kernel, stride, pads)
         return cpu_kernels.conv(read, kernel, segments, step, pads)
@@ -106,7 +106,7 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
         step = _pixels_read(x, kernel, stride, pads)[1]
         # The input gradient is a convolution of stride 1 too, of dy with the kernel turned round.
         dilated, turned, outer = _transposed(read, kernel, dy, segments, step, pads)
-        if _has_depthwise_kernel(x, kernel, segments, stride):
+        if has_depthwise_kernel(x, kernel, segments, stride):
             dx = cpu_kernels.depthwise(dilated, turned, outer)
             return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape[0], pads)
         dx = cpu_kernels.conv(dilated, turned, segments, 1, outer)
@@ -119,7 +119,8 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _has_depthwise_kernel(x, kernel, segments: int, stride: int) -> bool:
+def has_depthwise_kernel(x, kernel, segments: int, stride: int) -> bool:
+    """Whether `cpu_kernels.depthwise` computes this convolution."""
     kh, kw, _, filters = kernel.shape
     return segments == filters == x.shape[-1] and stride == 1 and kh == kw and kh in cpu_kernels.DEPTHWISE_SIDES
 

@@ -1,7 +1,7 @@
-"""The kernels of kernels.cc as JAX functions: float32, on a host whose only device is its CPU.
+"""The kernels of kernels.cc and folded.cc as JAX functions: float32, on a host whose only device is its CPU.
 
-They are compiled by the machine's C++ compiler ($CXX, g++ or clang++) when a program first needs them (10 s), and kept
-in $XDG_CACHE_HOME/xception_jax (by default ~/.cache/xception_jax). Where `available` says no, callers take their
+They are compiled by the machine's C++ compiler ($CXX, g++ or clang++) when a program first needs them (10 to 20 s), and
+kept in $XDG_CACHE_HOME/xception_jax (by default ~/.cache/xception_jax). Where `available` says no, callers take their
 lowering in plain JAX, which gives the same values, slower. XCEPTION_JAX_CPU_KERNELS=0 turns the kernels off.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,18 @@ from jaxtyping import Array, Float
 
 from xception_jax.ops.padding import Pads, output_size
 
-_SOURCE = Path(__file__).parent / "kernels.cc"
-_NAMES = ("conv", "conv_filter_gradient", "depthwise", "depthwise_filter_gradient", "max_pool", "max_pool_gradient")
+# Each source is a library of its own: who trains does not wait for what inference needs.
+_NAMES = {
+    "kernels": (
+        "conv",
+        "conv_filter_gradient",
+        "depthwise",
+        "depthwise_filter_gradient",
+        "max_pool",
+        "max_pool_gradient",
+    ),
+    "folded": ("pack_conv", "folded_conv"),
+}
 # Rows and columns of the kernels that `depthwise` takes: they are constants in its loops.
 DEPTHWISE_SIDES = (3, 5, 7)
 
@@ -42,7 +53,7 @@ def available(*arrays: Array) -> bool:
         and jax.default_backend() == "cpu"
         and jax.device_count() == 1
         and os.environ.get("XCEPTION_JAX_CPU_KERNELS", "1") != "0"
-        and _register() is not None
+        and _register("kernels") is not None
     )
 
 
@@ -84,27 +95,124 @@ def max_pool_gradient(x, y, dy, window: int, stride: int, pads: Pads) -> Float[A
     return _call("max_pool_gradient", x.shape, x, y, dy, pads=pads, window=window, stride=stride)
 
 
-def _call(name: str, shape: tuple[int, ...], *arrays, pads: Pads, **attributes: int):
+class PackedConv(NamedTuple):
+    """What a layer of a network without BatchNorm computes with, as `folded_conv` reads it.
+
+    Attributes:
+      kernel, bias: in panels as wide as a tile of the product.
+      depthwise: [k, k, 1, c], of the depthwise convolution before; empty for none.
+    """
+
+    kernel: Float[Array, " n"]
+    bias: Float[Array, " m"]
+    depthwise: Array
+
+
+def folded_available() -> bool:
+    """Whether `folded_conv` can be used, on float32."""
+    return available() and _register("folded") is not None
+
+
+def pack_conv(kernel, bias, depthwise, segments: int) -> PackedConv:
+    """Brings the parameters of a layer into the order in which `folded_conv` reads them, once for all its calls.
+
+    Args:
+      kernel: [kh, kw, c_per_segment, f].
+      bias: [f].
+      depthwise: [k, k, 1, c], or None.
+      segments: of the convolution.
+    """
+    kh, kw, channels, filters = kernel.shape
+    library = _library("folded")
+    assert library is not None  # `folded_available` said so
+    columns = ctypes.c_int64.in_dll(library, "tile_columns").value
+    padded = segments * -(-(filters // segments) // columns) * columns
+    shapes = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (kh * kw * channels * padded, padded)]
+    call = jax.ffi.ffi_call(f"pack_conv_{_register('folded')}", shapes)
+    packed, packed_bias = call(jnp.asarray(kernel), jnp.asarray(bias), segments=np.int64(segments))
+    return PackedConv(packed, packed_bias, jnp.zeros(0) if depthwise is None else jnp.asarray(depthwise))
+
+
+def folded_conv(
+    x: Float[Array, "b h w c"],
+    packed: PackedConv,
+    residual: Float[Array, "b oh ow f"] | None,
+    *,
+    window: tuple[int, int],
+    filters: int,
+    segments: int,
+    stride: int,
+    pads: Pads,
+    relu_first: bool,
+    relu_last: bool,
+) -> Float[Array, "b oh ow f"]:
+    """[ReLU] [depthwise convolution] convolution + bias [+ residual] [ReLU], in one pass.
+
+    Args:
+      x: activations.
+      packed: by `pack_conv`. With a depthwise convolution, `window` is (1, 1), `stride` 1, and `pads` are of that.
+      residual: added behind the bias.
+      window, filters, segments, stride, pads: of the convolution.
+      relu_first: takes the ReLU of x; only before a depthwise convolution.
+      relu_last: takes the ReLU of the sum.
+    """
+    side = packed.depthwise.shape[0] if packed.depthwise.ndim == 4 else 0
+    rows, columns = output_size(x.shape[1:3], (side, side) if side else window, stride, pads)
+    return _call(
+        "folded_conv",
+        (x.shape[0], rows, columns, filters),
+        x,
+        packed.kernel,
+        packed.bias,
+        packed.depthwise,
+        jnp.zeros(0) if residual is None else residual,
+        source="folded",
+        pads=pads,
+        side=side,
+        segments=segments,
+        stride=stride,
+        height=window[0],
+        width=window[1],
+        relu_first=relu_first,
+        relu_last=relu_last,
+    )
+
+
+def _call(name: str, shape: tuple[int, ...], *arrays, pads: Pads, source: str = "kernels", **attributes: int):
     attributes |= {"top": pads[0][0], "left": pads[1][0]}
-    call = jax.ffi.ffi_call(f"{name}_{_register()}", jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    target, result = f"{name}_{_register(source)}", jax.ShapeDtypeStruct(shape, jnp.float32)
+    call = jax.ffi.ffi_call(target, result, vmap_method="sequential")
     return call(*arrays, **{key: np.int64(value) for key, value in attributes.items()})
 
 
 @functools.cache
-def _register() -> str | None:
-    """Makes the kernels known to XLA; returns what their names there end with, or None where they cannot be built."""
+def _register(source: str) -> str | None:
+    """Makes the kernels of a source known to XLA; returns what their names there end with, or None without them."""
+    if (library := _library(source)) is None:
+        return None
+    version = Path(library._name).stem
+    for name in _NAMES[source]:
+        # The version in the name keeps a program in JAX's compilation cache from meeting kernels of another source.
+        jax.ffi.register_ffi_target(f"{name}_{version}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return version
+
+
+@functools.cache
+def _library(source: str) -> ctypes.CDLL | None:
+    """Opens the library of a source, which it builds if need be; None where that cannot be."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
     if compiler is None:
         logging.warning("No C++ compiler found: convolutions on this CPU take their slower lowering.")
         return None
+    path_of_source = Path(__file__).parent / f"{source}.cc"
     flags = ["-std=c++20", "-O3", "-march=native", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
-    command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(_SOURCE)]
+    command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(path_of_source)]
     # A directory for caches may be shared by machines of different make.
-    sources = (path.read_text() for path in sorted(_SOURCE.parent.glob("*.[ch]*")))
+    sources = (path.read_text() for path in [path_of_source, *sorted(path_of_source.parent.glob("*.h"))])
     parts = [*sources, compiler, *flags, jaxlib.__version__, platform.platform(), _processor()]
     version = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_jax"
-    path = cache / f"cpu_kernels_{version}.so"
+    path = cache / f"cpu_{source}_{version}.so"
     try:
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
@@ -112,7 +220,7 @@ def _register() -> str | None:
                 built = Path(scratch) / path.name
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
                 built.replace(path)
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         logging.warning(
@@ -121,10 +229,6 @@ def _register() -> str | None:
             str(reason).strip()[:500],
         )
         return None
-    for name in _NAMES:
-        # The version in the name keeps a program in JAX's compilation cache from meeting kernels of another source.
-        jax.ffi.register_ffi_target(f"{name}_{version}", jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return version
 
 
 def _processor() -> str:

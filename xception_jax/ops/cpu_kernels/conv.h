@@ -1,4 +1,5 @@
-// Convolution with any number of segments, and its filter gradient, as products of matrices.
+// Convolution with any number of segments, alone or with what stands around it in a network without BatchNorm, and its
+// filter gradient: products of matrices.
 
 #pragma once
 
@@ -11,8 +12,10 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kTileColumns = 2 * kLanes;
-constexpr Size kDepth = 256;           // of the products between two stores: a panel of weights stays in the L1 cache
-constexpr Size kPacked = 8 * kDepth;   // pixels of dy that are packed at once
+constexpr Size kDepth = 1536;          // of the products between two stores: a panel of weights stays in the L2 cache
+constexpr Size kPixels = 256;          // of the filter gradient between two stores
+constexpr Size kPacked = 8 * kPixels;  // pixels of dy that are packed at once
+constexpr Size kAhead = 8;             // rows of a panel that are fetched before they are needed
 constexpr Size kBlock = 16 * kTileRows;  // pixels (or rows of the filter gradient) that share what the L2 cache holds
 
 inline Size Ceil(Size a, Size b) { return (a + b - 1) / b; }
@@ -23,6 +26,8 @@ inline __attribute__((always_inline)) void Accumulate(const float* const* a, con
   const float* rows[R];
   UNROLL for (int r = 0; r < R; ++r) rows[r] = a[r];
   for (Size p = 0; p < depth; ++p) {
+    __builtin_prefetch(b + (p + kAhead) * kTileColumns);
+    __builtin_prefetch(b + (p + kAhead) * kTileColumns + kLanes);
     const Lanes b0 = Load<Lanes>(b + p * kTileColumns), b1 = Load<Lanes>(b + p * kTileColumns + kLanes);
     UNROLL for (int r = 0; r < R; ++r) {
       const float value = rows[r][p * kStep];
@@ -32,19 +37,34 @@ inline __attribute__((always_inline)) void Accumulate(const float* const* a, con
   }
 }
 
-// Writes, or adds, the first `columns` of a tile.
-template <int R>
-inline __attribute__((always_inline)) void StoreTile(const Lanes (*sums)[2], Size columns, bool add, float* to, Size to_step) {
+// What stands before or behind a product, in its place: nothing.
+struct Nothing {
+  static constexpr bool kComputes = false;
+  bool Computes() const { return false; }
+  void Compute(const Images&, const float*, Size, Size, float*) const {}
+  Nothing At(Size, Size, bool) const { return {}; }
+};
+
+// Writes, or adds, the first `columns` of a tile, and finishes it.
+template <int R, typename Finish = Nothing>
+inline __attribute__((always_inline)) void StoreTile(const Lanes (*sums)[2], Size columns, bool add, float* to, Size to_step,
+                                                     const Finish& finish = {}) {
   for (int r = 0; r < R; ++r, to += to_step) {
     if (columns == kTileColumns) {
       UNROLL for (int half = 0; half < 2; ++half) {
         float* at = to + half * kLanes;
-        Store(at, add ? Load<Lanes>(at) + sums[r][half] : sums[r][half]);
+        Lanes value = add ? Load<Lanes>(at) + sums[r][half] : sums[r][half];
+        if constexpr (Finish::kComputes) value = finish.Compute(value, r * to_step, half * kLanes);
+        Store(at, value);
       }
     } else {
       float row[kTileColumns];
       std::memcpy(row, sums[r], sizeof(row));
-      for (Size c = 0; c < columns; ++c) to[c] = add ? to[c] + row[c] : row[c];
+      for (Size c = 0; c < columns; ++c) {
+        float value = add ? to[c] + row[c] : row[c];
+        if constexpr (Finish::kComputes) value = finish.Compute(value, r * to_step, c);
+        to[c] = value;
+      }
     }
   }
 }
@@ -143,53 +163,71 @@ struct Convolution {
   }
 };
 
-// Rows of x are read where they lie (an indirect convolution: Dukhan 2019, arXiv:1907.02129); weights are packed.
-inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, int64_t segments, int64_t stride, int64_t top,
-                       int64_t left) {
-  const Convolution conv(x.dimensions(), kernel.dimensions(), y->dimensions(), segments, stride, top, left);
-  const Size depth = conv.taps * conv.channels, panels = conv.panels(), pixels = conv.pixels();
-  const Size parts = Ceil(depth, kDepth), part_depth = Ceil(depth, parts);
-  struct Part {
-    Size begin, depth;
-    std::vector<Chunk> chunks;
-  };
-  std::vector<Part> depth_parts;
-  for (Size begin = 0; begin < depth; begin += part_depth) {
-    const Size end = std::min(depth, begin + part_depth);
-    depth_parts.push_back({begin, end - begin, conv.Chunks(begin, end)});
+// The depth of a convolution, in parts.
+struct DepthPart {
+  Size begin, depth;
+  std::vector<Chunk> chunks;
+};
+
+inline std::vector<DepthPart> DepthParts(const Convolution& conv) {
+  const Size depth = conv.taps * conv.channels, step = Ceil(depth, Ceil(depth, kDepth));
+  std::vector<DepthPart> parts;
+  for (Size begin = 0, end; begin < depth; begin = end) {
+    end = std::min(depth, begin + step);
+    parts.push_back({begin, end - begin, conv.Chunks(begin, end)});
   }
-  // [segment][part][panel][depth of the part][kTileColumns]
-  std::unique_ptr<float[]> packed(new float[segments * panels * depth * kTileColumns]);
-  const auto panel_of = [&](Size segment, const Part& part, Size panel) {
-    return packed.get() + ((segment * depth + part.begin) * panels + panel * part.depth) * kTileColumns;
-  };
-  ParallelFor(pool, segments * panels, [&](Size task) {
-    const Size segment = task / panels, panel = task % panels, first = panel * kTileColumns;
-    for (const Part& part : depth_parts)
-      PackPanel(kernel.typed_data() + part.begin * conv.out.channels + segment * conv.filters + first, conv.out.channels,
-                part.depth, conv.filters - first, panel_of(segment, part, panel));
+  return parts;
+}
+
+// Weights as the products read them: [segment][part][panel][depth of the part][kTileColumns].
+inline Size PanelAt(const Convolution& conv, Size segment, const DepthPart& part, Size panel) {
+  return ((segment * conv.taps * conv.channels + part.begin) * conv.panels() + panel * part.depth) * kTileColumns;
+}
+
+inline void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* kernel, float* packed) {
+  const std::vector<DepthPart> parts = DepthParts(conv);
+  ParallelFor(pool, conv.segments * conv.panels(), [&](Size task) {
+    const Size segment = task / conv.panels(), panel = task % conv.panels(), first = panel * kTileColumns;
+    for (const DepthPart& part : parts)
+      PackPanel(kernel + part.begin * conv.out.channels + segment * conv.filters + first, conv.out.channels, part.depth,
+                conv.filters - first, packed + PanelAt(conv, segment, part, panel));
   });
-  // As many blocks for each thread.
-  const Size threads = std::max<Size>(pool.num_threads(), 1), blocks = Ceil(Ceil(pixels, kBlock), threads) * threads;
-  const Size tiles = Ceil(pixels, kTileRows);
+}
+
+// Rows of x are read where they lie (an indirect convolution: Dukhan 2019, arXiv:1907.02129). With something before the
+// product, a block of it is computed at a time, and is still in the cache when the product reads it.
+template <typename Before = Nothing, typename Finish = Nothing>
+void Multiply(ffi::ThreadPool& pool, const Convolution& conv, const float* x, const float* packed, float* y,
+              const Before& before = {}, const Finish& finish = {}) {
+  const Size panels = conv.panels(), pixels = conv.pixels(), tiles = Ceil(pixels, kTileRows);
+  const std::vector<DepthPart> parts = DepthParts(conv);
+  // As many blocks for each thread; two of few pixels rather than one, since cores are not always equally fast.
+  const Size threads = std::max<Size>(pool.num_threads(), 1);
+  const Size least = std::max(Ceil(pixels, kBlock), std::min(2 * threads, tiles / 4));
+  const Size blocks = Ceil(least, threads) * threads;
   ParallelFor(pool, blocks, [&](Size block) {
     const Size begin = tiles * block / blocks * kTileRows;
     const Size rows = std::min(tiles * (block + 1) / blocks * kTileRows, pixels) - begin;
+    if (rows <= 0) return;
     std::vector<const float*> at(conv.taps * kBlock);
+    std::unique_ptr<float[]> computed(before.Computes() ? new float[rows * conv.in.channels] : nullptr);
+    if (before.Computes()) before.Compute(conv.in, x, begin, rows, computed.get());
     auto pixel = conv.PixelAt(begin);
     for (Size row = 0; row < rows; ++row, pixel = conv.Next(pixel))
-      for (Size tap = 0; tap < conv.taps; ++tap) at[tap * kBlock + row] = conv.At(x.typed_data(), pixel, tap);
-    for (Size segment = 0; segment < segments; ++segment) {
-      for (const Part& part : depth_parts) {
+      for (Size tap = 0; tap < conv.taps; ++tap)
+        at[tap * kBlock + row] = before.Computes() ? computed.get() + row * conv.in.channels : conv.At(x, pixel, tap);
+    for (Size segment = 0; segment < conv.segments; ++segment) {
+      for (const DepthPart& part : parts) {
         for (Size panel = 0; panel < panels; ++panel) {
-          const Size first = panel * kTileColumns;
-          float* to = y->typed_data() + begin * conv.out.channels + segment * conv.filters + first;
+          const Size first = segment * conv.filters + panel * kTileColumns;
+          const float* weights = packed + PanelAt(conv, segment, part, panel);
           for (Size row = 0; row < rows; row += kTileRows) {
             WithRows(rows - row, [&](auto constant) {
               constexpr int R = constant;
-              PrefetchTile<R>(to + row * conv.out.channels, conv.out.channels);
+              const Size offset = (begin + row) * conv.out.channels + first;
+              PrefetchTile<R>(y + offset, conv.out.channels);
               Lanes sums[R][2] = {};
-              const float* b = panel_of(segment, part, panel);
+              const float* b = weights;
               for (const Chunk& chunk : part.chunks) {
                 const float* a[R];
                 UNROLL for (int r = 0; r < R; ++r)
@@ -197,14 +235,23 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
                 Accumulate<R, 1>(a, b, chunk.size, sums);
                 b += chunk.size * kTileColumns;
               }
-              StoreTile<R>(sums, std::min<Size>(kTileColumns, conv.filters - first), part.begin > 0,
-                           to + row * conv.out.channels, conv.out.channels);
+              StoreTile<R>(sums, std::min<Size>(kTileColumns, conv.filters - panel * kTileColumns), part.begin > 0,
+                           y + offset, conv.out.channels,
+                           finish.At(offset, (segment * panels + panel) * kTileColumns, &part == &parts.back()));
             });
           }
         }
       }
     }
   });
+}
+
+inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, int64_t segments, int64_t stride, int64_t top,
+                       int64_t left) {
+  const Convolution conv(x.dimensions(), kernel.dimensions(), y->dimensions(), segments, stride, top, left);
+  std::unique_ptr<float[]> packed(new float[segments * conv.panels() * conv.taps * conv.channels * kTileColumns]);
+  PackKernel(pool, conv, kernel.typed_data(), packed.get());
+  Multiply(pool, conv, x.typed_data(), packed.get(), y->typed_data());
   return ffi::Error::Success();
 }
 
@@ -225,11 +272,11 @@ inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Ou
     const Size part = task / (segments * groups), segment = task / groups % segments, group = task % groups;
     const Size begin = pixels * part / parts, end = pixels * (part + 1) / parts;
     // [panel of rows][pixel][kTileRows] and [depth part][panel][pixel][kTileColumns]
-    std::unique_ptr<float[]> a(new float[kBlock * kDepth]), b(new float[panels * kTileColumns * kPacked]);
+    std::unique_ptr<float[]> a(new float[kBlock * kPixels]), b(new float[panels * kTileColumns * kPacked]);
     for (Size start = begin; start < end; start += kPacked) {
       const Size stop = std::min(end, start + kPacked);
-      for (Size pixel = start; pixel < stop; pixel += kDepth) {
-        const Size count = std::min(kDepth, stop - pixel);
+      for (Size pixel = start; pixel < stop; pixel += kPixels) {
+        const Size count = std::min(kPixels, stop - pixel);
         for (Size panel = 0; panel < panels; ++panel) {
           const Size first = panel * kTileColumns;
           PackPanel(dy.typed_data() + pixel * conv.out.channels + segment * conv.filters + first, conv.out.channels,
@@ -239,8 +286,8 @@ inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Ou
       for (Size block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
         const Size first_row = block * kBlock, rows = std::min(kBlock, depth - first_row);
         float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
-        for (Size pixel = start; pixel < stop; pixel += kDepth) {
-          const Size count = std::min(kDepth, stop - pixel);
+        for (Size pixel = start; pixel < stop; pixel += kPixels) {
+          const Size count = std::min(kPixels, stop - pixel);
           conv.PackRows(x.typed_data(), segment, first_row, rows, pixel, count, a.get());
           for (Size panel = 0; panel < panels; ++panel) {
             const float* packed = b.get() + ((pixel - start) * panels + panel * count) * kTileColumns;

@@ -4,15 +4,24 @@
 
 #include "common.h"
 
-// y at Q neighbouring columns, which read Q + K - 1 columns of K rows; T is a float or several.
-template <int K, int Q, typename T>
-void ConvolveColumns(const float* const* rows, const float* kernel, Size channels, Size c, float* y) {
+// ReLU of what a kernel reads, if the network has one there.
+template <bool kRelu, typename T>
+T Read(const float* from) {
+  T value = Load<T>(from);
+  if constexpr (kRelu) value = value < 0.0f ? T() : value;
+  return value;
+}
+
+// y at Q neighbouring columns; at(i, column) is where row i and one of the Q + K - 1 columns that they read begins.
+template <int K, int Q, bool kRelu, typename T, typename At>
+inline __attribute__((always_inline)) void ConvolveColumns(const At& at, const float* kernel, Size channels, Size c,
+                                                           float* y) {
   T sum[Q] = {};
   UNROLL for (int i = 0; i < K; ++i) {
     T weights[K];
     UNROLL for (int j = 0; j < K; ++j) weights[j] = Load<T>(kernel + (i * K + j) * channels + c);
     UNROLL for (int column = 0; column < Q + K - 1; ++column) {
-      const T value = Load<T>(rows[i] + column * channels + c);
+      const T value = Read<kRelu, T>(at(i, column) + c);
       UNROLL for (int j = 0; j < K; ++j)
         if (0 <= column - j && column - j < Q) sum[column - j] += value * weights[j];
     }
@@ -20,44 +29,50 @@ void ConvolveColumns(const float* const* rows, const float* kernel, Size channel
   UNROLL for (int q = 0; q < Q; ++q) Store(y + q * channels + c, sum[q]);
 }
 
+// y at the columns from `begin` to `end` of one row of an image; `zeros` has a row of the image.
+template <int K, bool kRelu>
+void ConvolveRow(const Images& in, const float* x, const float* kernel, Size image, Size row, Size begin, Size end, Size top,
+                 Size left, const float* zeros, float* y) {
+  constexpr int Q = 4;
+  const Size channels = in.channels;
+  const float* rows[K];
+  for (int i = 0; i < K; ++i) {
+    const Size from = row - top + i;
+    rows[i] = 0 <= from && from < in.height ? x + (image * in.height + from) * in.width * channels : zeros;
+  }
+  for (Size column = begin, step; column < end; column += step, y += step * channels) {
+    const Size first = column - left;
+    if (first >= 0 && first + Q + K - 1 <= in.width && column + Q <= end) {
+      step = Q;
+      const float* window[K];
+      for (int i = 0; i < K; ++i) window[i] = rows[i] + first * channels;
+      const auto at = [&](int i, int j) { return window[i] + j * channels; };
+      ForEachLane(channels, [&](auto lanes, Size c) {
+        ConvolveColumns<K, Q, kRelu, decltype(lanes)>(at, kernel, channels, c, y);
+      });
+    } else {
+      step = 1;
+      const float* window[K][K];
+      for (int i = 0; i < K; ++i)
+        for (int j = 0; j < K; ++j)
+          window[i][j] = 0 <= first + j && first + j < in.width ? rows[i] + (first + j) * channels : zeros;
+      const auto at = [&](int i, int j) { return window[i][j]; };
+      ForEachLane(channels, [&](auto lanes, Size c) {
+        ConvolveColumns<K, 1, kRelu, decltype(lanes)>(at, kernel, channels, c, y);
+      });
+    }
+  }
+}
+
 template <int K>
 void Convolve(ffi::ThreadPool& pool, Input x, Input kernel, Output y, Size top, Size left) {
-  constexpr int Q = 4;
   const Images in(x.dimensions()), out(y->dimensions());
-  const Size channels = in.channels;
-  const std::vector<float> zeros(in.width * channels);
+  const std::vector<float> zeros(in.width * in.channels);
   const Parts parts(out.batch * out.height, 4);
   ParallelFor(pool, parts.count, [&](Size part) {
-    for (Size line = parts.begin(part); line < parts.begin(part + 1); ++line) {
-      const Size image = line / out.height, row = line % out.height - top;
-      const float* rows[K];
-      for (int i = 0; i < K; ++i) {
-        const bool inside = 0 <= row + i && row + i < in.height;
-        rows[i] = inside ? x.typed_data() + (image * in.height + row + i) * in.width * channels : zeros.data();
-      }
-      for (Size column = 0; column < out.width;) {
-        float* to = y->typed_data() + (line * out.width + column) * channels;
-        const Size first = column - left;
-        if (first >= 0 && first + Q + K - 1 <= in.width && column + Q <= out.width) {
-          const float* window[K];
-          for (int i = 0; i < K; ++i) window[i] = rows[i] + first * channels;
-          ForEachLane(channels, [&](auto lanes, Size c) {
-            ConvolveColumns<K, Q, decltype(lanes)>(window, kernel.typed_data(), channels, c, to);
-          });
-          column += Q;
-          continue;
-        }
-        std::fill_n(to, channels, 0.0f);
-        for (int i = 0; i < K; ++i) {
-          for (Size j = std::max<Size>(0, -first); j < std::min<Size>(K, in.width - first); ++j) {
-            const float* from = rows[i] + (first + j) * channels;
-            const float* weight = kernel.typed_data() + (i * K + j) * channels;
-            for (Size c = 0; c < channels; ++c) to[c] += from[c] * weight[c];
-          }
-        }
-        ++column;
-      }
-    }
+    for (Size line = parts.begin(part); line < parts.begin(part + 1); ++line)
+      ConvolveRow<K, false>(in, x.typed_data(), kernel.typed_data(), line / out.height, line % out.height, 0, out.width, top,
+                            left, zeros.data(), y->typed_data() + line * out.width * in.channels);
   });
 }
 
