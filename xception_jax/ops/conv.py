@@ -102,8 +102,7 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
     def on_cpu(x, kernel, dy):
         if not kernels:
             return gradient_of(_plain, x, kernel, dy)
-        read, spread = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads)[0], x)
-        step = _pixels_read(x, kernel, stride, pads)[1]
+        read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
         # The input gradient is a convolution of stride 1 too, of dy with the kernel turned round.
         dilated, turned, outer = _transposed(read, kernel, dy, segments, step, pads)
         if has_depthwise_kernel(x, kernel, segments, stride):
