@@ -38,6 +38,7 @@ from xception_jax.export.inference import (
     scaling,
 )
 from xception_jax.models import create_model
+from xception_jax.ops import cpu_kernels
 from xception_jax.weights import Network, Preprocessing, load_network, save_network
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -119,6 +120,7 @@ def test_compiled_inference_computes_the_same(variant):
     assert_close(infer(images[:1]), expected[:1])
 
 
+@pytest.mark.skipif(not cpu_kernels.folded_available(), reason="needs a C++ compiler and a CPU as the only device")
 @pytest.mark.parametrize(
     ("variant", "folded", "depthwise"),
     # Two convolutions of the stem, four shortcuts, ten separable ones; the ReLU between keeps those two apart.
