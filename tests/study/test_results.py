@@ -1,6 +1,8 @@
 import csv
 import json
 import math
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -75,6 +77,16 @@ def test_the_page_is_whole_and_escaped(written):
     )
     markdown = (root / "report.md").read_text()
     assert "| depthwise_relu \N{MINUS SIGN} depthwise_none | 5 |" in markdown
+
+
+def test_figures_stand_alone(written):
+    root, _ = written
+    linked = re.findall(r"!\[[^]]+\]\((figures/[^)]+)\)", (root / "report.md").read_text())
+    assert linked == ["figures/axis.svg", "figures/effects.svg", "figures/comparisons.svg"]
+    costs = {f"figures/{name}.svg" for name in ("parameters", "multiply_adds", "images_per_second")}
+    assert {str(path.relative_to(root)) for path in (root / "figures").iterdir()} == {*linked, *costs}
+    for name in (*linked, *costs):
+        assert ElementTree.parse(root / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_json_is_strict_and_has_what_the_page_has(written):

@@ -1,4 +1,4 @@
-"""The report of a study: report.html in one file, report.md, cells.csv, and the lines that a run ends with."""
+"""The report of a study: report.html in one file, report.md with figures/, cells.csv, the lines a run ends with."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
 
 _MAX_CURVES = 7  # in one figure
+_COSTS = {
+    "parameters": ("Against parameters", "parameters"),
+    "multiply_adds": ("Against multiply-adds", "multiply-adds for an image"),
+    "images_per_second": ("Against measured speed", "images/s while training"),
+}
 
 
 def write_study_report(root: Path) -> Results:
-    """Analyses a study directory and writes report.html, report.md and cells.csv into it.
+    """Analyses a study directory and writes report.html, report.md, figures/*.svg and cells.csv into it.
 
     Raises:
       InputMissingError, BadDataError: there is no study, or it is damaged.
       OSError: a file could not be written.
     """
     results = collect(read_study(root))
-    context = _context(results)
+    drawn = _figures(results)
+    context = _context(results, drawn)
     for name, escape in (("report.html", True), ("report.md", False)):
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -49,6 +55,10 @@ def write_study_report(root: Path) -> Results:
             "duration": format_duration,
         }
         write_atomically(root / name, environment.get_template(name).render(context))
+    (root / "figures").mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        standing_alone = str(figure["svg"]).replace("<svg ", '<svg style="background: white" ', 1)
+        write_atomically(root / "figures" / f"{name}.svg", standing_alone)
     write_atomically(root / "cells.csv", cells_csv(results))
     return results
 
@@ -88,7 +98,7 @@ def _unit(results: Results) -> str:
     return "a doubling" if results.logarithmic else f"a unit of {results.stored.study.axis}"
 
 
-def _context(results: Results) -> dict[str, Any]:
+def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
     study = results.stored.study
     codes = [row["exit_code"] for row in results.rows]
     return {
@@ -103,22 +113,23 @@ def _context(results: Results) -> dict[str, Any]:
         "unit": _unit(results),
         "seconds": sum(row["seconds"] for row in results.rows),
         "edges": [arm for arm in results.arms if arm.tuned_at_edge],
-        "main_figures": _marked(
-            [
-                ("Accuracy over the axis", figures.over_axis(results)),
-                ("Effects over the axis", figures.effects(results)),
-            ]
-        ),
-        "forest": _marked([("", figures.forest(results))]),
-        "cost_figures": _marked(
-            [
-                ("Against parameters", figures.over_cost(results, "parameters", "parameters")),
-                ("Against multiply-adds", figures.over_cost(results, "multiply_adds", "multiply-adds for an image")),
-                ("Against measured speed", figures.over_cost(results, "images_per_second", "images/s while training")),
-            ]
-        ),
-        "curves": _marked(_curves(results)),
+        "drawn": drawn,
+        "main_figures": [drawn[name] for name in ("axis", "effects") if name in drawn],
+        "cost_figures": [drawn[name] for name in _COSTS if name in drawn],
+        "curves": [_marked(title, svg) for title, svg in _curves(results) if svg],
     }
+
+
+def _figures(results: Results) -> dict[str, dict[str, Any]]:
+    """Returns the figures for which there are results, by the name of their file."""
+    drawn = {
+        "axis": ("Accuracy over the axis", figures.over_axis(results)),
+        "effects": ("Effects over the axis", figures.effects(results)),
+        "comparisons": ("Paired differences", figures.forest(results)),
+    }
+    for name, (title, label) in _COSTS.items():
+        drawn[name] = (title, figures.over_cost(results, name, label))
+    return {name: _marked(title, svg) for name, (title, svg) in drawn.items() if svg}
 
 
 def _curves(results: Results) -> list[tuple[str, str | None]]:
@@ -133,9 +144,9 @@ def _curves(results: Results) -> list[tuple[str, str | None]]:
     ]
 
 
-def _marked(pairs: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
+def _marked(title: str, svg: str) -> dict[str, Any]:
     # matplotlib escapes the names in an SVG's text; everything else in it is drawn from numbers.
-    return [{"title": title, "svg": Markup(svg)} for title, svg in pairs if svg]
+    return {"title": title, "svg": Markup(svg)}
 
 
 def _percent(share: float | None, digits: int = 2) -> str:

@@ -3,7 +3,7 @@
 study.json                   the study as data, the width and cost of each arm, what was added when
 cells/<arm>/seed<seed>/      a work directory each, with cell.json (how it ended) and log.txt
 search/<arm>/trial<number>/  the same for the trials of a search
-report.html, report.md, cells.csv
+report.html, report.md, figures/, cells.csv
 """
 
 from __future__ import annotations
