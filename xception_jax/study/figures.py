@@ -43,7 +43,9 @@ def forest(results: Results) -> str | None:
     if not shown:
         return None
     margin = 100 * results.stored.study.margin
-    height = 60 + 21 * len(shown)
+    names = [f"{entry.comparison.name}  (n={entry.difference.n})" for entry in shown]
+    left, height = 20 + 5.0 * max(map(len, names)), 60 + 21 * len(shown)
+    width = left + 440
 
     def draw(axes: Axes) -> None:
         axes.axvspan(-margin, margin, color="#eee", zorder=0, linewidth=0)
@@ -53,14 +55,14 @@ def forest(results: Results) -> str | None:
             color = {"better": BLUE, "worse": VERMILION, "equivalent": "#009e73"}.get(entry.verdict, _QUIET)
             half = 100 * _half(d.mean, d.low)
             axes.errorbar(100 * d.mean, y, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
-        axes.set_yticks(range(len(shown)), [f"{e.comparison.name}  (n={e.difference.n})" for e in shown])
+        axes.set_yticks(range(len(shown)), names)
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("difference in test accuracy, percentage points", color=_QUIET)
 
-    return _draw(700, height, draw, (0.36, 42 / height, 0.62, 1 - 54 / height))
+    return _draw(width, height, draw, (left / width, 42 / height, 425 / width, 1 - 54 / height))
 
 
 def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:
@@ -150,9 +152,11 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
                 **style,
             )
         if len(arms) <= 8:
+            middle = (min(map(cost, arms)) + max(map(cost, arms))) / 2
             for arm in arms:
                 at = (cost(arm), arm.accuracy.mean)
-                axes.annotate(arm.name, at, (5, 3), textcoords="offset points", fontsize=7, color=_QUIET)
+                side = {"xytext": (5, 3), "ha": "left"} if cost(arm) <= middle else {"xytext": (-5, 3), "ha": "right"}
+                axes.annotate(arm.name, at, textcoords="offset points", fontsize=7, color=_QUIET, **side)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
