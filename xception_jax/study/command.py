@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
     run.add_argument("--print", action="store_true", help="list the cells and what they cost; nothing is trained")
 
-    report = actions.add_parser("report", help="write report.html, report.md, figures and cells.csv of what is there so far")
+    report = actions.add_parser("report", help="write the report, figures and cells.csv of what is there so far")
     report.add_argument("workdir", help="the study directory")
     report.add_argument("--json", action="store_true", help="print the results as JSON")
 
