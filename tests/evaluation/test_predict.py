@@ -15,6 +15,7 @@ from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation import predict
 from xception_jax.evaluation.network import open_network
+from xception_jax.weights import save_network
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,13 @@ def test_a_run_with_many_labels_gives_each_class_by_itself(multilabel_run, folde
     (best,) = [json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines()]
     assert [p["probability"] for p in best] == [0.5] * 10
     assert {"Bag", "Ankle boot"} < {p["name"] for p in best}
+
+
+def test_a_weight_file_knows_too_that_it_has_many_labels(multilabel_run, folder, tmp_path, capsys):
+    save_network(tmp_path / "x.safetensors", open_network(str(multilabel_run)))
+    run("--weights", tmp_path / "x.safetensors", folder / "0.png", "--top", 10, "--json")
+    (best,) = [json.loads(line)["predictions"] for line in capsys.readouterr().out.splitlines()]
+    assert [p["probability"] for p in best] == [0.5] * 10
 
 
 def test_the_words_of_imagenet_are_of_its_classes_and_differ():

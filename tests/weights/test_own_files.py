@@ -39,6 +39,9 @@ def test_all_comes_back(path):
     assert loaded.preprocessing == PREPROCESSING
     assert loaded.classes == ("<cat>", "dög", "a\nb")
     assert loaded.source == str(path)
+    assert not loaded.multi_label
+    save_network(path, network(multi_label=True))
+    assert load_network(path).multi_label
 
 
 def test_the_same_network_gives_the_same_bytes(path, tmp_path):

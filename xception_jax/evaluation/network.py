@@ -84,6 +84,7 @@ def run_network(source: str, run: Run) -> Network:
         classes=find_class_names(data),
         source=source,
         sha256=run.sha256,
+        multi_label=run.config.loss.name == "sigmoid",
     )
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from xception_jax.data import images
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
-from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
+from xception_jax.evaluation.network import open_network, require_classifier
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics import json_ready
 from xception_jax.models import create_model
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument(
-        "--sigmoid", action="store_true", help="each class by itself, for several in an image; a run knows it"
+        "--sigmoid", action="store_true", help="each class by itself, for weights that do not tell; a run's do"
     )
     parser.add_argument("--contact_sheet", metavar="FILE.png", help="draw the images with their best class")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if args.contact_sheet and not Path(args.contact_sheet).absolute().parent.is_dir():
         raise InputMissingError("there is no such directory", args.contact_sheet, "make it first, or write elsewhere")
     paths = find_images(args.images)
-    network, sigmoid = _open(args)
+    network = open_network(args.weights, args.step)
+    require_classifier(network)
+    sigmoid = args.sigmoid or network.multi_label or network.model.num_classes == 1
     names = class_names(network)
     shown = min(len(paths), MAX_ON_SHEET) if args.contact_sheet else 0
     predictions = predict(network, paths, top=args.top, batch_size=args.batch_size, sigmoid=sigmoid, thumbnails=shown)
@@ -105,16 +107,6 @@ def run(args: argparse.Namespace) -> int:
             "they are damaged, or neither JPEG nor PNG nor WebP: replace them",
         )
     return 0
-
-
-def _open(args: argparse.Namespace) -> tuple[Network, bool]:
-    """Returns the network, and whether its classes do not exclude each other."""
-    if is_run(args.weights):
-        run = open_run(args.weights, args.step)
-        return run_network(args.weights, run), args.sigmoid or run.config.loss.name == "sigmoid"
-    network = open_network(args.weights, args.step)
-    require_classifier(network)
-    return network, args.sigmoid
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:

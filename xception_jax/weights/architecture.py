@@ -66,6 +66,13 @@ def head_problem(architecture: dict[str, Any]) -> str:
     return ""
 
 
+def ends_in_sigmoid(architecture: dict[str, Any]) -> bool:
+    """Says whether the last Dense layer gives each class a probability of its own."""
+    layers = list(_walk(architecture))
+    last = max((i for i, layer in enumerate(layers) if layer.get("class_name") == "Dense"), default=len(layers))
+    return any(_activation(layer) == "sigmoid" for layer in layers[last : last + 2])
+
+
 def _activation(layer: dict[str, Any]) -> str:
     activation = _config(layer).get("activation", "linear")
     return str(activation.get("config", activation) if isinstance(activation, dict) else activation)

@@ -35,6 +35,7 @@ class Imported:
       variables: {'params', 'batch_stats'}.
       preprocessing: as far as the file tells, else the default.
       notes: what a user should know: what was left out, what was assumed.
+      multi_label: the classifier ends in a sigmoid.
     """
 
     form: str
@@ -42,6 +43,7 @@ class Imported:
     variables: dict[str, Any]
     preprocessing: Preprocessing
     notes: tuple[str, ...]
+    multi_label: bool = False
 
     def print_notes(self) -> None:
         """Prints the notes to standard error, one a line."""
@@ -89,12 +91,13 @@ def import_keras(path: Path, model: ConfigDict | None, head: bool | None) -> Imp
         tensors, notes = _head(file, backbone, of_kind(wanted, "dense"), head, where)
         leaves = {leaf: read(tensor) for leaf, tensor in (backbone.tensors | tensors).items()}
         preprocessing, assumed = _preprocessing(file, backbone, model, has_head=bool(tensors))
+        sigmoid = bool(tensors) and file.architecture is not None and architecture.ends_in_sigmoid(file.architecture)
     shapes = tree.shapes(model)
     leaves = {leaf: value.reshape(shapes[leaf]) for leaf, value in leaves.items()}
     tree.check(leaves, model, where)
     if model.padding != "same":
         assumed = [*assumed, "Keras pads max pools as config.model.padding='same' does; the model says otherwise"]
-    return Imported(file.form, model, tree.unflatten(leaves), preprocessing, (*notes, *assumed))
+    return Imported(file.form, model, tree.unflatten(leaves), preprocessing, (*notes, *assumed), sigmoid)
 
 
 def _head(

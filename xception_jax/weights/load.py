@@ -49,4 +49,6 @@ def load_network(path: str | os.PathLike, model: ConfigDict | None = None, *, he
         print(f"warning: {warning}", file=sys.stderr)
     has_classes = md5 in known.KERAS_FILES and "head" in imported.variables["params"]
     classes = tuple(class_names()) if has_classes else None
-    return Network(imported.model, imported.variables, imported.preprocessing, classes, str(path), sha256)
+    return Network(
+        imported.model, imported.variables, imported.preprocessing, classes, str(path), sha256, imported.multi_label
+    )

@@ -21,6 +21,7 @@ class Network:
       classes: the names of the classes, or None where they are unknown.
       source: the file or work directory that it was read from.
       sha256: of the file; of a checkpoint, of its manifest.
+      multi_label: an image may be of several classes, so that each has a probability of its own: a sigmoid.
     """
 
     model: ConfigDict
@@ -29,3 +30,4 @@ class Network:
     classes: tuple[str, ...] | None
     source: str
     sha256: str
+    multi_label: bool = False

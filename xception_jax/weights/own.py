@@ -1,8 +1,8 @@
 """Our own weight files: safetensors that describe themselves.
 
 The tensors are named by their path, 'params/block5_sepconv1/spatial/kernel'. One entry of the metadata holds
-`config.model`, the preprocessing, the classes and a SHA-256 of the tensors as JSON; one, because safetensors writes
-several in random order, and the same network should give the same bytes.
+`config.model`, the preprocessing, the classes, whether they exclude each other, and a SHA-256 of the tensors as JSON;
+one, because safetensors writes several in random order, and the same network should give the same bytes.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
         "model": resolve_model(network.model).to_dict(),
         "preprocessing": dataclasses.asdict(network.preprocessing),
         "classes": network.classes,
+        "multi_label": network.multi_label,
         "source": network.source,
         "source_sha256": network.sha256,
         "tensors_sha256": _digest(leaves),
@@ -77,6 +78,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         model = resolve_model(ConfigDict(description["model"], type_safe=False))
         preprocessing = Preprocessing.from_fields(description["preprocessing"])
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
+        multi_label = bool(description.get("multi_label", False))  # files of before say nothing
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
@@ -86,7 +88,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     tree.check(tensors, model, path)
     if _digest(tensors) != digest:
         raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
-    return Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256)
+    return Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
 
 
 def _digest(leaves: Mapping[str, np.ndarray]) -> str:
