@@ -154,9 +154,16 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
         if len(arms) <= 8:
             middle = (min(map(cost, arms)) + max(map(cost, arms))) / 2
             for arm in arms:
-                at = (cost(arm), arm.accuracy.mean)
-                side = {"xytext": (5, 3), "ha": "left"} if cost(arm) <= middle else {"xytext": (-5, 3), "ha": "right"}
-                axes.annotate(arm.name, at, textcoords="offset points", fontsize=7, color=_QUIET, **side)
+                at, right = (cost(arm), arm.accuracy.mean), cost(arm) > middle
+                axes.annotate(
+                    arm.name,
+                    at,
+                    (-5 if right else 5, 3),
+                    textcoords="offset points",
+                    horizontalalignment="right" if right else "left",
+                    fontsize=7,
+                    color=_QUIET,
+                )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
