@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tests.study.simulated import small_study, write_simulated
+from tests.study.simulated import POINTS, small_study, write_simulated
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.logs.metrics import read_metrics
-from xception_jax.study.cells import choose_trials
+from xception_jax.study.cells import choose_trials, find_equal, read_outcome
 from xception_jax.study.design import Search
 from xception_jax.study.execute import run_study, slurm_script
 from xception_jax.study.report import write_study_report
@@ -182,6 +183,36 @@ def test_slots_share_cores_and_gpus():
     assert all(slot.environment == {} for slot in make_slots(3, [0], []))
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "2,3"}) == ["2", "3"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == visible_gpus({"JAX_PLATFORMS": "cpu"}) == []
+
+
+def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
+    """The points of the simulated axis have one config: it is the activation and the seed that count."""
+    failed = [(f"{point}_relu", 0) for point in POINTS]
+    other = write_simulated(tmp_path / "other", small_study(), fail=failed)
+    arms = tuple(dataclasses.replace(arm, name=arm.name.replace("none", "nothing")) for arm in other.study.arms)
+    study = small_study(name="again", arms=arms, reference="depthwise_nothing", comparisons=(), interactions=())
+    stored = write_simulated(tmp_path / "again", study)
+    shutil.rmtree(stored.root / "cells")
+
+    pairs = find_equal(stored.cells(), other.cells())
+    assert [cell.directory for cell, _ in pairs] == [
+        cell.directory for cell in stored.cells() if (cell.arm, cell.seed) not in failed
+    ]
+    for cell, source in pairs:
+        assert cell.seed == source.seed
+        assert cell.config.model == source.config.model
+    for cell in stored.cells():
+        if (cell.arm, cell.seed) in failed:
+            finish(cell, 0.5)
+
+    assert run_study(stored, {}, jobs=1, retry=False, reuse=[other]) == 0  # no process is started
+    assert f"54 cells are those of {other.root}" in capsys.readouterr().err
+    cell, source = pairs[0]
+    assert read_outcome(cell, "ema_top1") == read_outcome(source, "ema_top1") != read_outcome(pairs[-1][0], "ema_top1")
+    assert cell.record()["reused_from"] == source.config.name == "simulated, 1_none, seed 0"
+    assert {cell.record().get("reused_from") for cell in stored.cells() if (cell.arm, cell.seed) in failed} == {None}
+    assert "54 cells were trained by another study" in (stored.root / "report.md").read_text()
+    assert find_equal(stored.cells(), other.cells()) == []
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from xception_jax.files import write_atomically
 from xception_jax.logs.metrics import read_metrics
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study
-from xception_jax.training.workdir import CONFIG, LOCK
+from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK
 
 RECORD = "cell.json"
 LOG = "log.txt"
@@ -55,7 +56,7 @@ class Cell:
         return hashlib.sha256(save_json(self.config).encode()).hexdigest()[:16]
 
     def record(self) -> dict[str, Any]:
-        """Returns what the runner noted when the cell last ended: exit_code, attempts, seconds; {} before."""
+        """Returns what was noted when the cell last ended: exit_code, attempts, seconds, reused_from; {} before."""
         try:
             return json.loads((self.directory / RECORD).read_text())
         except (FileNotFoundError, ValueError):
@@ -82,6 +83,12 @@ class Cell:
                 "move its directory away, or choose another study directory",
             )
 
+    def take_over(self, other: Cell) -> None:
+        """Copies what another cell of the same config has measured, without its checkpoints, as this one's result."""
+        self.prepare()
+        shutil.copyfile(other.directory / "metrics.jsonl", self.directory / "metrics.jsonl")
+        self.write_record(**other.record() | {"config_hash": self.config_hash, "reused_from": other.config.name})
+
     def is_held(self) -> bool:
         """Whether a process trains in its directory: one that an earlier runner started, perhaps."""
         try:
@@ -95,6 +102,24 @@ class Cell:
         finally:
             os.close(lock)
         return False
+
+
+def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
+    """Returns the cells that have not begun, each with the first finished one among the others of the same config.
+
+    The name of the run does not count: equal configs have equal results.
+    """
+
+    def key(cell: Cell) -> str:
+        return json.dumps(json.loads(save_json(cell.config)) | {"name": ""})
+
+    finished: dict[str, Cell] = {}
+    for cell in others:
+        if cell.record().get("exit_code") == 0:
+            finished.setdefault(key(cell), cell)
+    begun = (CHECKPOINTS, RECORD)
+    new = [cell for cell in cells if not any((cell.directory / name).exists() for name in begun)]
+    return [(cell, finished[key(cell)]) for cell in new if key(cell) in finished]
 
 
 def study_cells(

@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--jobs", type=int, default=1, help="cells at a time; they share cores and GPUs evenly")
     run.add_argument("--data_dir", help="where the datasets are; by default TFDS_DATA_DIR, else ~/tensorflow_datasets")
     run.add_argument("--retry", action="store_true", help="run failed cells once more")
+    run.add_argument(
+        "--reuse",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another study directory: its finished cells of the same config are not trained again; may be repeated",
+    )
     run.add_argument("--cell", type=int, metavar="N", help="run only the N-th cell, as a job of an array does")
     run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
     run.add_argument("--print", action="store_true", help="list the cells and what they cost; nothing is trained")
@@ -73,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     from xception_jax.study.design import load_study
     from xception_jax.study.execute import list_cells, run_cell, run_study, slurm_script
-    from xception_jax.study.store import open_study
+    from xception_jax.study.store import open_study, read_study
 
     if args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to the number of cells that run at a time")
@@ -83,7 +90,7 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         raise UsageError("--workdir is missing", "the command line", "name the study directory")
     if args.cell is not None:
         return run_cell(Path(args.workdir), args.cell, environment)
-    study = load_study(args.study)
+    study, reuse = load_study(args.study), [read_study(Path(directory)) for directory in args.reuse]
     if args.print:
         print(list_cells(study))
         return 0
@@ -93,4 +100,4 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
             Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))
             print(f"written: {args.slurm}; submit it as its first lines say")
             return 0
-        return run_study(stored, environment, jobs=args.jobs, retry=args.retry)
+        return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)

@@ -12,7 +12,7 @@ from xception_jax.data.sources import open_source
 from xception_jax.errors import InputMissingError, StorageError, UsageError
 from xception_jax.fields import duration_in_steps
 from xception_jax.logs.progress import format_count
-from xception_jax.study.cells import Cell
+from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import solve_costs
 from xception_jax.study.design import Study
 from xception_jax.study.progress import StudyProgress
@@ -20,7 +20,9 @@ from xception_jax.study.runner import Runner, is_resumable, make_slots, visible_
 from xception_jax.study.store import StoredStudy, read_study
 
 
-def run_study(stored: StoredStudy, environment: Mapping[str, str], *, jobs: int, retry: bool) -> int:
+def run_study(
+    stored: StoredStudy, environment: Mapping[str, str], *, jobs: int, retry: bool, reuse: Sequence[StoredStudy] = ()
+) -> int:
     """Runs what is left of a study, the search first, and writes its report.
 
     Args:
@@ -28,6 +30,7 @@ def run_study(stored: StoredStudy, environment: Mapping[str, str], *, jobs: int,
       environment: of the cells.
       jobs: processes at a time.
       retry: whether cells that failed are run once more.
+      reuse: studies whose finished cells need not be trained again here, where their configs are the same.
 
     Returns:
       0 if every cell is done, else the exit code of the first that failed.
@@ -37,18 +40,28 @@ def run_study(stored: StoredStudy, environment: Mapping[str, str], *, jobs: int,
       InputMissingError: a dataset or a split of it is missing.
     """
     search, trained = stored.search(), stored.cells()
+    _reuse(search, reuse)
     failures = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
     if search:
         tuned = stored.tuned()
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
         for arm in (arm.name for arm in stored.study.arms if arm.name not in tuned):
             print(f"arm {arm}: no trial of the search has finished, so it is left out", file=sys.stderr)
+    _reuse(trained, reuse)
     failures += _run_phase(stored, trained, environment, jobs, retry, later=0)
 
     from xception_jax.study.report import format_results, write_study_report
 
     print(format_results(write_study_report(stored.root)))
     return failures[0] if failures else 0
+
+
+def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
+    for study in studies:
+        pairs = find_equal(cells, [*study.search(), *study.cells()])
+        for cell, other in pairs:
+            cell.take_over(other)
+        print(f"{len(pairs)} cells are those of {study.root}", file=sys.stderr)
 
 
 def _run_phase(

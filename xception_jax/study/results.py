@@ -19,6 +19,7 @@ from xception_jax.study.store import StoredStudy
 COLUMNS = (
     "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "width_multiplier", "parameters", "multiply_adds",
     "channels_per_segment", "images_per_second", "steps", "seconds", "learning_rate", "weight_decay", "config_hash",
+    "reused_from",
 )  # fmt: skip
 
 
@@ -221,6 +222,7 @@ def _row(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
             "learning_rate": config.schedule.learning_rate,
             "weight_decay": config.optimizer.weight_decay,
             "config_hash": cell.config_hash,
+            "reused_from": record.get("reused_from", ""),
         }
     )
     return {name: values[name] for name in COLUMNS}
