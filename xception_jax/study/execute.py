@@ -57,7 +57,7 @@ def run_study(
 
 
 def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
-    for study in studies:
+    for study in studies if cells else ():
         pairs = find_equal(cells, [*study.search(), *study.cells()])
         for cell, other in pairs:
             cell.take_over(other)
