@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-LONG_FILES = ("test_train.py", "test_step.py", "test_parity_with_keras.py", "test_compiled_step.py", "test_networks.py")
+LONG_FILES = (
+    "test_train.py",
+    "test_parity_with_keras.py",
+    "test_finetuning.py",
+    "test_export.py",
+    "test_networks.py",
+    "test_compiled_step.py",
+    "test_runner.py",
+    "test_step.py",
+    "test_parity_catches.py",
+)
 
 
 def pytest_collection_modifyitems(items):
