@@ -2,8 +2,8 @@
 
 A small Xception is trained on five classes of Fashion-MNIST. The other five are then learned from 20 images of each, in
 equal steps: from these weights (whole, with a frozen entry flow, with all but the classifier frozen) and from scratch.
-Three seeds each, at the learning rate of the config and at three others. Prints a Markdown table; the development split
-(1,000 other training images) is there to choose by, the test images of the five classes to report.
+Three seeds each, at the same three learning rates. Prints a Markdown table; the development split (1,000 other training
+images) is there to choose by, the test images of the five classes to report.
 """
 
 from __future__ import annotations
@@ -61,18 +61,17 @@ def main() -> None:
     run("-m", "xception_jax", "export", directory / "first", weights, "--format=safetensors", "--no_check")
 
     start = f"--config.init.weights={weights}"
-    arms = {
-        "fine-tuned, entry flow frozen (the config)": [start],
+    ways = {
+        "from scratch": FROM_NOTHING,
+        "fine-tuned, entry flow frozen": [start],
         "fine-tuned, nothing frozen": [start, "--config.optimizer.frozen="],
         "fine-tuned, the classifier alone": [start, "--config.optimizer.frozen=^(?!head/)"],
     }
-    for start_of, arguments in (
-        ("from scratch", FROM_NOTHING),
-        ("fine-tuned, entry flow frozen", [start]),
-        ("fine-tuned, nothing frozen", [start, "--config.optimizer.frozen="]),
-    ):
-        for rate in RATES:
-            arms[f"{start_of}, learning rate {rate}"] = [*arguments, f"--config.schedule.learning_rate={rate}"]
+    arms = {
+        f"{way}, learning rate {rate}": [*arguments, f"--config.schedule.learning_rate={rate}"]
+        for way, arguments in ways.items()
+        for rate in RATES
+    }
     print("| | development | test, mean of three seeds | smallest to largest |\n|---|---|---|---|")
     for number, (arm, arguments) in enumerate(arms.items()):
         dev, test = [], []
