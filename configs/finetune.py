@@ -6,10 +6,10 @@
     python train.py --config=configs/finetune.py:fashion_mnist --workdir=runs/small --config.init.weights=FILE
 
 The first convolutions up to block 4 stay as they are, the classifier is new and learns ten times as fast as the rest.
-The recipe for photographs was not tuned. The variant is for the small network of configs/fashion_mnist.py and the images
-shipped here; its learning rate is the best of three on a development split. Expected: unknown on photographs; with the
-variant, 100 images and 100 steps, 0.874, against 0.869 from scratch (docs/finetuning.md). Cost: at most that of training
-everything; the backward pass ends at block 5.
+The recipe for photographs was not tuned. The variant is for the small network of configs/fashion_mnist.py and the
+images shipped here; its learning rate is the best of three on a development split. Expected: unknown on photographs;
+with the variant, 100 images and 100 steps, 0.874, against 0.869 from scratch (docs/finetuning.md). Cost: at most that
+of training everything; the backward pass ends at block 5.
 """
 
 from xception_jax.config import default_config
