@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.study.simulated import POINTS, small_study, write_simulated
-from xception_jax.errors import ConfigError, WorkdirError
+from xception_jax.errors import ConfigError, UsageError, WorkdirError
 from xception_jax.logs.metrics import read_metrics
 from xception_jax.study.cells import choose_trials, find_equal, read_outcome
 from xception_jax.study.design import Search
@@ -213,6 +213,13 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
     assert {cell.record().get("reused_from") for cell in stored.cells() if (cell.arm, cell.seed) in failed} == {None}
     assert "54 cells were trained by another study" in (stored.root / "report.md").read_text()
     assert find_equal(stored.cells(), other.cells()) == []
+
+
+@pytest.mark.parametrize("option", ["--cell=0", "--slurm=x.sh"])
+def test_a_job_of_an_array_takes_over_nothing(start, option):
+    process = start[1]("--reuse", "elsewhere", option)
+    _, errors = process.communicate()
+    assert (process.returncode, "--reuse is not for cells" in errors) == (UsageError.exit_code, True), errors
 
 
 @pytest.fixture

@@ -241,12 +241,12 @@ def weights(tmp_path_factory):
 
 
 def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python, tmp_path):
-    """On two devices, with the parameters in two shares."""
+    """On four devices, with the parameters in two shares."""
     moved, workdir, exported = (tmp_path / name for name in ("weights.safetensors", "run", "tuned.safetensors"))
     moved.write_bytes(weights.read_bytes())
     arguments = [*ARGUMENTS, f"--config.init.weights={moved}", f"--workdir={workdir}", "--config.mesh.fsdp=2"]
     arguments += ["--config.duration=3 steps", "--config.checkpoint.every=2 steps"]
-    process = run_python(*arguments, devices=2)
+    process = run_python(*arguments, devices=4)
     assert process.returncode == 0, process.stderr
     assert load_network(weights).sha256 in process.stdout
     assert "new: params/head/predictions/bias, params/head/predictions/kernel" in process.stdout
@@ -264,7 +264,7 @@ def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python,
 
     moved.unlink()  # The start is past: only the checkpoint is read.
     shutil.rmtree(workdir / "checkpoints" / "3")
-    process = run_python(*arguments, devices=2)
+    process = run_python(*arguments, devices=4)
     assert process.returncode == 0, process.stderr
     assert "resumed at 2" in process.stderr
     assert "starts from" not in process.stdout

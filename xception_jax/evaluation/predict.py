@@ -83,10 +83,11 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     network = open_network(args.weights, args.step)
     require_classifier(network)
-    sigmoid = args.sigmoid or network.multi_label or network.model.num_classes == 1
+    if args.sigmoid:
+        network = dataclasses.replace(network, multi_label=True)
     names = class_names(network)
     shown = min(len(paths), MAX_ON_SHEET) if args.contact_sheet else 0
-    predictions = predict(network, paths, top=args.top, batch_size=args.batch_size, sigmoid=sigmoid, thumbnails=shown)
+    predictions = predict(network, paths, top=args.top, batch_size=args.batch_size, thumbnails=shown)
     damaged, tiles = [], []
     for prediction in tqdm(predictions, "predicting", len(paths), unit="img", disable=None):
         if prediction.error:
@@ -158,17 +159,15 @@ def predict(
     *,
     top: int = 5,
     batch_size: int = 32,
-    sigmoid: bool = False,
     thumbnails: int = 0,
 ) -> Iterator[Prediction]:
     """Predicts images in batches of equal size, so that one program is compiled, and loads the next one meanwhile.
 
     Args:
-      network: with a classifier.
+      network: with a classifier; it tells how logits become probabilities.
       paths: files of images.
       top: classes of each image.
       batch_size: images at a time.
-      sigmoid: each class has a probability by itself; otherwise they sum to 1.
       thumbnails: so many of the first images come with one.
 
     Yields:
@@ -178,11 +177,12 @@ def predict(
     top = min(top, network.model.num_classes)
     size = min(batch_size, len(paths))
     view = network.preprocessing
+    activation = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[network.probabilities]
 
     @jax.jit
     def forward(variables, pixels):
         logits, _ = model.apply(variables, pixels, train=False)
-        return jax.lax.top_k((jax.nn.sigmoid if sigmoid else jax.nn.softmax)(logits), top)
+        return jax.lax.top_k(activation(logits), top)
 
     def load(number: int) -> tuple[np.ndarray, str, np.ndarray | None]:
         return _load(paths[number], view, number < thumbnails)

@@ -69,7 +69,7 @@ def make_card(
         "multiply_adds": cost.multiply_adds,
         "input": {"name": "images", "dtype": images, "shape": ["b", size, size, 3]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["b", model.num_classes]},
-        "probabilities": "sigmoid" if network.multi_label else "softmax",
+        "probabilities": network.probabilities,
         "batch_norm": "as trained" if format == "safetensors" else "folded into the convolutions",
         "preprocessing": dataclasses.asdict(network.preprocessing),
         "classes": None if network.classes is None else list(network.classes),

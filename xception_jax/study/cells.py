@@ -118,8 +118,9 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
         if cell.record().get("exit_code") == 0:
             finished.setdefault(key(cell), cell)
     begun = (CHECKPOINTS, RECORD)
-    new = [cell for cell in cells if not any((cell.directory / name).exists() for name in begun)]
-    return [(cell, finished[key(cell)]) for cell in new if key(cell) in finished]
+    new = (cell for cell in cells if not any((cell.directory / name).exists() for name in begun))
+    pairs = ((cell, finished.get(key(cell))) for cell in new)
+    return [(cell, other) for cell, other in pairs if other is not None]
 
 
 def study_cells(

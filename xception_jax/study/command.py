@@ -88,6 +88,9 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         environment["TFDS_DATA_DIR"] = os.environ["TFDS_DATA_DIR"] = str(Path(args.data_dir).expanduser().absolute())
     if args.workdir is None and not args.print:
         raise UsageError("--workdir is missing", "the command line", "name the study directory")
+    if args.reuse and (args.cell is not None or args.slurm is not None):
+        fix = "take over the cells first, with `study run` in one process, or leave --reuse out"
+        raise UsageError("--reuse is not for cells that are jobs of an array", "--reuse", fix)
     if args.cell is not None:
         return run_cell(Path(args.workdir), args.cell, environment)
     study, reuse = load_study(args.study), [read_study(Path(directory)) for directory in args.reuse]

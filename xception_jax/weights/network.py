@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -31,3 +31,8 @@ class Network:
     source: str
     sha256: str
     multi_label: bool = False
+
+    @property
+    def probabilities(self) -> Literal["sigmoid", "softmax"]:
+        """What makes probabilities of the logits; of a single class softmax would always say 1."""
+        return "sigmoid" if self.multi_label or self.model.num_classes == 1 else "softmax"
