@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from xception_jax.command_line import field_help, parse_flags, run_main
+from xception_jax.config import resolve
 from xception_jax.errors import UsageError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--{missing} is missing", "the command line", str(__doc__).splitlines()[0])
 
     logging.set_verbosity(logging.WARNING)  # libraries tell much about themselves at INFO
-    from xception_jax.training.loop import train  # after the flags are checked: importing JAX takes seconds
+    resolve(config)  # a mistake in it shows before JAX is imported, which takes seconds
+    from xception_jax.training.loop import train
 
     print(train(config, workdir))
 

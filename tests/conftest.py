@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# Most programs of the tests run once: to optimise them would take longer than to run them as they are. Read when JAX
+# compiles for the first time, here and in the processes that tests start.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 LONG_FILES = (
     "test_train.py",
@@ -36,8 +39,6 @@ def shared_environment(tmp_path_factory) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        # Tests start many programs and take few steps in each: half of the time to compile counts for more than speed.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1",
         "TFDS_DATA_DIR": str(directory / "tensorflow_datasets"),
         "PYTHONPATH": str(ROOT),
     }
@@ -53,7 +54,7 @@ def run_python(shared_environment):
     def run(
         *arguments: object, devices: int = 1, environment: dict[str, str] | None = None, **kwargs
     ) -> subprocess.CompletedProcess:
-        flags = shared_environment["XLA_FLAGS"].replace("count=1", f"count={devices}")
+        flags = f"{shared_environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         environment = shared_environment | {"XLA_FLAGS": flags} | (environment or {})
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)

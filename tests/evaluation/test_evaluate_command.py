@@ -10,13 +10,13 @@ import io
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_score
 
-from tests.models.quick import quick_jit
 from xception_jax.config import default_config
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.data.sources import open_source
@@ -77,7 +77,7 @@ def by_hand(network, imagenet_dir):
     pixels = np.zeros((len(found), 71, 71, 3), np.float32)
     for out, example in zip(pixels, found, strict=True):
         view(decode(example["image"]), out)
-    forward = quick_jit(lambda variables, x: create_model(network.model).apply(variables, x, train=False)[0])
+    forward = jax.jit(lambda variables, x: create_model(network.model).apply(variables, x, train=False)[0])
     return np.array([example["label"] for example in found]), np.asarray(forward(network.variables, pixels))
 
 

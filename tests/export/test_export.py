@@ -20,7 +20,7 @@ import pytest
 import skimage.data
 import sklearn.datasets
 
-from tests.models.quick import QUICK, quick_jit, random_variables
+from tests.models.quick import random_variables
 from xception_jax.__main__ import COMMANDS
 from xception_jax.config import default_config, resolve_model
 from xception_jax.data.images import central_view
@@ -99,7 +99,7 @@ def expected_logits(network: Network, images: np.ndarray) -> np.ndarray:
     network, original = in_float32(network), network
     assert original.model.dtype == before
     model = create_model(network.model)
-    return np.asarray(quick_jit(model.apply)(network.variables, images)[0])
+    return np.asarray(jax.jit(model.apply)(network.variables, images)[0])
 
 
 def assert_close(found, expected):
@@ -194,7 +194,7 @@ def test_stablehlo_is_portable_and_computes_the_same():
     exported = jax.export.deserialize(bytearray(content))
     assert exported.platforms == PLATFORMS
     assert set(re.findall(r"custom_call @(\w+)", exported.mlir_module())) <= {"shape_assertion"}
-    assert_close(jax.jit(exported.call, compiler_options=QUICK)(pixels), expected_logits(network, images))
+    assert_close(jax.jit(exported.call)(pixels), expected_logits(network, images))
 
 
 def test_folding_extreme_statistics():
@@ -215,9 +215,9 @@ def test_folding_extreme_statistics():
     variables = jax.tree_util.tree_map_with_path(change, network.variables)
     network = Network(network.model, variables, network.preprocessing, None, "", "")
     _, images = photographs(network)
-    expected = np.asarray(quick_jit(make_reference(network))(images))
+    expected = np.asarray(jax.jit(make_reference(network))(images))
     assert np.isfinite(expected).all()
-    assert_close(quick_jit(make_inference(network))(images), expected)
+    assert_close(jax.jit(make_inference(network))(images), expected)
 
 
 def test_scaling_is_that_of_training():
@@ -226,14 +226,6 @@ def test_scaling_is_that_of_training():
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_processes():
-    """The processes that check an export compile for a single batch: as little as possible."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-        yield
 
 
 @pytest.fixture(scope="module")

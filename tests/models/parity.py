@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from keras_weights import Reference
-from quick import quick_jit
+
+# Gradients of convolutions in float64 are plain loops, which would run ten times as long if not optimised at all.
+FOR_STEPS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
 
 
 def side_by_side(*functions: Callable):
@@ -50,10 +53,10 @@ def random_images(size: int, batch: int, dtype: str, seed: int = 1) -> jax.Array
     return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (batch, size, size, 3)), dtype)
 
 
-def keras_outputs(reference: Reference, images: jax.Array) -> dict[str, jax.Array]:
+def keras_outputs(reference: Reference, images: jax.Array, compiler_options=None) -> dict[str, jax.Array]:
     keras_model = reference.keras_model
 
-    @quick_jit
+    @partial(jax.jit, compiler_options=compiler_options)
     def forward(trainable, non_trainable, images):
         return keras_model.stateless_call(trainable, non_trainable, images, training=False)[0]
 
@@ -92,7 +95,7 @@ def keras_step(reference: Reference, images, labels) -> TrainingStep:
         outputs, updated = keras_model.stateless_call(trainable, non_trainable, images, training=True)
         return _cross_entropy(outputs["logits"], labels), updated
 
-    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FOR_STEPS)
     (value, updated), gradients = step([v.value for v in trainable], [v.value for v in non_trainable], images)
     values = reference.to_tree(trainable, gradients) | reference.to_tree(non_trainable, updated)
     return TrainingStep(float(value), values)
@@ -104,7 +107,7 @@ def our_step(model: nn.Module, variables, images, labels) -> TrainingStep:
         (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return _cross_entropy(logits, labels), updated
 
-    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FOR_STEPS)
     (value, updated), gradients = step(variables["params"], variables["batch_stats"], images)
     leaves = jax.tree_util.tree_flatten_with_path({"params": gradients, **updated})[0]
     return TrainingStep(float(value), {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves})

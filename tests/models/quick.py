@@ -1,16 +1,10 @@
-"""What keeps tests short: programs that are not optimised, and weights that are not drawn by a compiled program."""
+"""Weights that are not drawn by a compiled program, which would take longer than what is done with them."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# These programs run once: to optimise them would take longer than to run them as they are.
-QUICK = {"xla_backend_optimization_level": 0}
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def random_variables(module, *arguments):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import quick_jit, random_variables
+from quick import random_variables
 
 from xception_jax.models.layers import BatchNorm, Conv
 
@@ -133,7 +133,7 @@ def apply(norm, x, train):
 def test_evaluation_uses_the_running_averages():
     inputs = make_inputs()
     x = jnp.asarray(inputs["x"], jnp.float32)
-    y, updated = quick_jit(lambda x: apply(BatchNorm(epsilon=EPSILON), x, False))(x)
+    y, updated = jax.jit(lambda x: apply(BatchNorm(epsilon=EPSILON), x, False))(x)
     expected = (inputs["x"] - inputs["mean"]) / np.sqrt(inputs["var"] + EPSILON) * inputs["scale"] + inputs["bias"]
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(updated["batch_stats"]["mean"], np.float32(inputs["mean"]))
@@ -149,7 +149,7 @@ def test_a_batch_that_does_not_fit_is_refused(batch, statistics):
 
 def test_without_scale_there_is_no_gamma():
     norm = BatchNorm(use_scale=False)
-    variables = quick_jit(lambda: norm.init(jax.random.key(0), jnp.ones((2, 2, 2, 3)), True))()
+    variables = jax.jit(lambda: norm.init(jax.random.key(0), jnp.ones((2, 2, 2, 3)), True))()
     assert sorted(variables["params"]) == ["bias"]
     # Initialising counts as no step.
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(3))
@@ -159,7 +159,7 @@ def test_without_scale_there_is_no_gamma():
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     inputs = make_inputs()
     x = jnp.asarray(inputs["x"] + 100, jnp.bfloat16)
-    y, updated = quick_jit(lambda x: apply(BatchNorm(momentum=0.0, dtype=jnp.bfloat16), x, True))(x)
+    y, updated = jax.jit(lambda x: apply(BatchNorm(momentum=0.0, dtype=jnp.bfloat16), x, True))(x)
     assert y.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     for name, value in (("mean", exact.mean((0, 1, 2))), ("var", exact.var((0, 1, 2)))):
@@ -178,7 +178,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
 def test_kept_share_of_the_running_averages():
     inputs = make_inputs()
     x = jnp.asarray(inputs["x"], jnp.float32)
-    _, updated = quick_jit(lambda x: apply(BatchNorm(momentum=0.75), x, True))(x)
+    _, updated = jax.jit(lambda x: apply(BatchNorm(momentum=0.75), x, True))(x)
     np.testing.assert_allclose(
         updated["batch_stats"]["mean"], 0.75 * inputs["mean"] + 0.25 * inputs["x"].mean((0, 1, 2)), rtol=0, atol=1e-5
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from quick import quick_jit, random_variables
+from quick import random_variables
 
 from xception_jax.models.layers import BatchNorm
 from xception_jax.models.modules import (
@@ -59,7 +59,7 @@ def test_figure_2_equals_figure_3(towers):
         y, vjp = jax.vjp(lambda params, x: module.apply({"params": params}, x), params, x)
         return y, *vjp(dy)
 
-    step = quick_jit(step, static_argnums=0)
+    step = jax.jit(step, static_argnums=0)
     y_2, dparams_2, dx_2 = step(figure_2, params, x, dy)
     y_3, dparams_3, dx_3 = step(figure_3, mapped, x, dy)
     assert_close(y_2, y_3)
@@ -74,7 +74,7 @@ def test_more_segments_are_another_function():
     params = figure_3_from_figure_2(random_variables(SimplifiedInceptionModule(24, 3, FLOAT64), x)["params"])
     shuffled = {**params, "spatial": {"kernel": params["spatial"]["kernel"][..., ::-1]}}
     module = SeparableConv(24, segments=3, order="pointwise_first", dtype=FLOAT64)
-    apply = quick_jit(module.apply)
+    apply = jax.jit(module.apply)
     difference = apply({"params": params}, x) - apply({"params": shuffled}, x)
     assert jnp.abs(difference).max() > 1e-3
 
@@ -107,7 +107,7 @@ def test_separable_convolution_step_by_step(order, activation):
         if order == "pointwise_first"
         else f(depthwise(np.asarray(x))) @ pointwise
     )
-    assert_close(quick_jit(module.apply)({"params": params}, x), expected)
+    assert_close(jax.jit(module.apply)({"params": params}, x), expected)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +129,11 @@ def test_options_of_the_separable_convolution(fields, segments, spatial_shape, p
     assert params["spatial"]["kernel"].shape == spatial_shape
     assert params["pointwise"]["kernel"].shape == pointwise_shape
 
-    @quick_jit
+    @jax.jit
     def expected(params, x):
         return native(native(x, params["spatial"]["kernel"], segments), params["pointwise"]["kernel"])
 
-    assert_close(quick_jit(module.apply)({"params": params}, x), expected(params, x))
+    assert_close(jax.jit(module.apply)({"params": params}, x), expected(params, x))
 
 
 def test_pointwise_first_with_a_depth_multiplier_keeps_the_output_channels():
@@ -162,7 +162,7 @@ def test_figure_1_step_by_step(features):
         "tower_pool": (1, 1, CHANNELS, rest),
     }
 
-    @quick_jit
+    @jax.jit
     def figure_1(variables, x):
         params, batch_stats = variables["params"], variables["batch_stats"]
 
@@ -184,7 +184,7 @@ def test_figure_1_step_by_step(features):
         ]
         return jnp.concatenate(towers, axis=-1)
 
-    y = quick_jit(module.apply, static_argnums=2)(variables, x, False)
+    y = jax.jit(module.apply, static_argnums=2)(variables, x, False)
     assert y.shape == (2, 6, 7, features)
     assert_close(y, figure_1(variables, x))
 

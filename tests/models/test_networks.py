@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import quick_jit, random_variables
+from quick import random_variables
 
 from xception_jax.config import default_config
 from xception_jax.models import create_model
@@ -88,7 +88,7 @@ def test_widths_are_rounded_to_what_the_segments_divide(fields):
 def test_dropout_is_active_only_while_training_and_depends_on_the_key():
     model, variables, images = build(75, dropout_rate=0.5)
 
-    @quick_jit
+    @jax.jit
     def train(key):
         return model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0]
 
@@ -99,7 +99,7 @@ def test_dropout_is_active_only_while_training_and_depends_on_the_key():
     head = variables["params"]["head"]["predictions"]
     kept = np.asarray(endpoints["pre_logits"]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     assert np.abs(kept - np.asarray(first)).max() > 1e-3
-    evaluate = quick_jit(lambda: model.apply(variables, images))
+    evaluate = jax.jit(lambda: model.apply(variables, images))
     logits, endpoints = evaluate()  # Needs no key.
     kept = np.asarray(endpoints["pre_logits"]) @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     np.testing.assert_allclose(logits, kept, rtol=0, atol=1e-5)
@@ -114,7 +114,7 @@ def test_fully_connected_layers():
     assert endpoints["pre_logits"].shape == (2, 4096)
     assert logits.shape == (2, 1000)
     model, variables, images = build(fc_layers=1, fc_width=32)
-    _, endpoints = quick_jit(model.apply)(variables, images)
+    _, endpoints = jax.jit(model.apply)(variables, images)
     pre_logits, fc1 = np.asarray(endpoints["pre_logits"]), variables["params"]["head"]["fc1"]
     pooled = np.asarray(endpoints["block7"]).mean((1, 2))
     expected = np.maximum(pooled @ np.asarray(fc1["kernel"]) + np.asarray(fc1["bias"]), 0)
@@ -138,7 +138,7 @@ def test_the_auxiliary_head_answers_only_while_training():
         name: {layer: value for layer, value in tree.items() if not layer.startswith("aux_")}
         for name, tree in variables.items()
     }
-    both = quick_jit(lambda v, w, x: (model.apply(v, x)[0], plain.apply(w, x)[0]))
+    both = jax.jit(lambda v, w, x: (model.apply(v, x)[0], plain.apply(w, x)[0]))
     np.testing.assert_allclose(*both(variables, without, images), rtol=0, atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_symmetric_padding_of_inception_v3_counts_the_zeros_in_average_pools():
         def mixed0(variables, images, model=model):
             return model.apply(variables, images)[1]["mixed0"]
 
-        outputs[padding] = np.asarray(quick_jit(mixed0)(variables, images))
+        outputs[padding] = np.asarray(jax.jit(mixed0)(variables, images))
     differs = np.abs(outputs["same"] - outputs["symmetric"]).max((0, 1, 2)) > 0
     pooled = variables["params"]["mixed0_pool_0"]["kernel"].shape[-1]
     assert differs[-pooled:].any()

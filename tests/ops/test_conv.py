@@ -69,8 +69,7 @@ def draw(shape, seed, dtype="float64"):
 
 
 def assert_equals_xla(x, weights, **arguments):
-    # These programs run once, on tiny arrays: optimising them would take most of the time.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def both(x, weights):
         ours = value_and_gradients(lambda x, k: ops.conv(x, k, **arguments), x, weights)
         return ours, value_and_gradients(lambda x, k: reference_conv(x, k, **arguments), x, weights)

@@ -26,7 +26,6 @@ from xception_jax.training.step import make_train_step
 from xception_jax.training.workdir import open_workdir
 from xception_jax.weights import Network, Preprocessing, load_network, save_network
 
-COMPILE_FAST = {"xla_backend_optimization_level": 0}
 FROZEN = "^block[1-4]_"
 
 
@@ -49,13 +48,13 @@ def after_steps(saved_config: str, steps: int = 2):
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)
     init = make_state_init(model, optimizer, image_size=16, ema=config.ema.decay > 0)
-    first = jax.jit(init, compiler_options=COMPILE_FAST)(seed_bits(0))
+    first = jax.jit(init)(seed_bits(0))
     # As trained weights have them: statistics that are not those of the batch.
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda leaf: leaf + rng.uniform(0, 0.1, leaf.shape).astype(np.float32), first.batch_stats)
     first = first.replace(batch_stats=moved)
     first = first.replace(ema={"params": first.params, "batch_stats": first.batch_stats})
-    step = jax.jit(make_train_step(model, optimizer, schedule, config), compiler_options=COMPILE_FAST)
+    step = jax.jit(make_train_step(model, optimizer, schedule, config))
     state = first
     for number in range(steps):
         rng = np.random.default_rng(number)
@@ -123,7 +122,7 @@ def test_frozen_layers_run_as_in_inference():
     images = jnp.asarray(rng.normal(size=(8, 16, 16, 3)), jnp.float32)
     labels = rng.integers(0, 5, 8)
     variables = {"params": first.params, "batch_stats": first.batch_stats}
-    logits, _ = create_model(config.model).apply(variables, images, train=False)
+    logits, _ = jax.jit(create_model(config.model).apply)(variables, images)
     expected = -jax.nn.log_softmax(logits)[np.arange(8), labels].mean()
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
 
@@ -199,7 +198,7 @@ def test_weights_for_other_images_are_adapted(name):
     pixels = np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
     theirs = (pixels - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
     early = "block1" if name == "xception" else "mixed0"
-    apply = jax.jit(lambda variables, images: model.apply(variables, images)[1][early], compiler_options=COMPILE_FAST)
+    apply = jax.jit(lambda variables, images: model.apply(variables, images)[1][early])
     expected = apply(variables, theirs)
     np.testing.assert_allclose(apply(_for_our_images(network), 2 * pixels - 1), expected, atol=2e-5)
     assert np.abs(apply(variables, 2 * pixels - 1) - expected).max() > 1e-2

@@ -20,7 +20,6 @@ from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 # Most of the time here goes into compiling.
-COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 
 def tiny_config(**fields):
@@ -79,7 +78,7 @@ def _make(saved_config):
     optimizer = make_optimizer(config.optimizer, schedule)
     init = make_state_init(model, optimizer, image_size=config.data.image_size, ema=config.ema.decay > 0)
     step = make_train_step(model, optimizer, schedule, config)
-    return jax.jit(init, compiler_options=COMPILE_FAST), jax.jit(step, compiler_options=COMPILE_FAST)
+    return jax.jit(init), jax.jit(step)
 
 
 def make_batch(config, seed=0):

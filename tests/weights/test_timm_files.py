@@ -11,7 +11,6 @@ import safetensors.numpy
 from released import assert_same, config
 from skimage import data
 
-from tests.models.quick import QUICK
 from tests.peers.timm_weights import part, sample, tensor
 from xception_jax.errors import BadDataError
 from xception_jax.models import create_model
@@ -60,7 +59,7 @@ def test_logits_and_feature_maps_of_a_photograph(files, capsys, name):
         assert network.preprocessing == Preprocessing(crop=0.8975, interpolation="antialiased_bicubic")
     network.model.dtype = "float64"
     with jax.enable_x64(True):
-        apply = jax.jit(create_model(network.model).apply, compiler_options=QUICK)
+        apply = jax.jit(create_model(network.model).apply)
         images = part(data.astronaut(), SIZES[name])
         logits, endpoints = apply(jax.tree.map(np.float64, network.variables), images)
     key = f"{name}:{SIZES[name]}"

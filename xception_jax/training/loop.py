@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from ml_collections import ConfigDict
@@ -26,8 +26,10 @@ from xception_jax.training.initial_weights import first_state
 from xception_jax.training.journal import Journal
 from xception_jax.training.mesh import batch_sharding, start_distributed, to_devices
 from xception_jax.training.preemption import Preemption
-from xception_jax.training.summary import Summary, summarise_run
 from xception_jax.training.workdir import open_workdir
+
+if TYPE_CHECKING:
+    from xception_jax.training.summary import Summary
 
 _POLL_SECONDS = 0.5
 
@@ -166,6 +168,8 @@ class Loop:
         self._save()
         self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
+        from xception_jax.training.summary import summarise_run  # matplotlib, which the first step need not wait for
+
         return summarise_run(
             self.experiment,
             self.workdir,
