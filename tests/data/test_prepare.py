@@ -1,4 +1,4 @@
-"""The writer, Fashion-MNIST, image folders, TFRECORD copies and the command itself; ImageNet has a file of its own."""
+"""The writer, Fashion-MNIST, TFRECORD copies and the command itself; ImageNet and folders have files of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from tests.data.conftest import write_images
-from tests.data.small_imagenet import encoded, jpeg, photograph
+from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.data import images
 from xception_jax.data.prepare import command, fashion_mnist, tfrecord, writer
 from xception_jax.data.sources import check_labels, open_source
@@ -216,87 +216,6 @@ def test_scenes_are_the_same_every_time_and_share_no_garment():
     )
     train, test = (fashion_mnist.read_split(fashion_mnist.SHIPPED, split)[0] for split in ("train", "test"))
     assert not {picture.tobytes() for picture in train} & {picture.tobytes() for picture in test}
-
-
-# --- image folders ------------------------------------------------------------------------------------------------
-
-
-def write_folder(directory: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(content)
-    return directory
-
-
-def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
-    files = {
-        "train/daisy/a.jpg": jpeg(photograph(0)),
-        "train/daisy/b.PNG": encoded(photograph(1), "PNG"),
-        "train/rose/a.jpg": jpeg(photograph(2)),
-        "val/rose/a.webp": encoded(photograph(3), "WEBP"),
-        "train/rose/notes.txt": b"not an image",
-        "train/stray.jpg": jpeg(photograph(4)),
-    }
-    folder = write_folder(tmp_path / "flowers", files)
-    prepare("image_folder", "--source", folder, "--name", "flowers", "--data_dir", tmp_path)
-    out = capsys.readouterr().out
-    assert "not an image by its name: 1 files" in out
-    assert "notes.txt" in out
-    assert "not in a folder of a class: 1 files" in out
-    source = opened(data, tmp_path, "flowers")
-    assert source.info.class_names == ("daisy", "rose")
-    assert {(source[i]["image"], source[i]["label"]) for i in range(3)} == {
-        (files["train/daisy/a.jpg"], 0),
-        (files["train/daisy/b.PNG"], 0),
-        (files["train/rose/a.jpg"], 1),
-    }
-    validation = opened(data, tmp_path, "flowers", "validation")
-    assert (validation[0]["image"], validation[0]["label"]) == (files["val/rose/a.webp"], 1)
-
-
-def test_a_folder_without_splits_is_divided_by_a_hash(tmp_path, data):
-    image = jpeg(photograph(0))
-    folder = write_folder(tmp_path / "many", {f"{'ab'[n % 2]}/{n}.jpg": image for n in range(100)})
-    prepare("image_folder", "--source", folder, "--name", "many", "--data_dir", tmp_path / "1")
-    sizes = [len(opened(data, tmp_path / "1", "many", split)) for split in ("train", "validation")]
-    assert sum(sizes) == 100
-    assert 3 <= sizes[1] <= 20
-    held_out = {path for path in folder.rglob("*.jpg") if path in set(_validation(folder))}
-    write_folder(folder, {f"a/new{n}.jpg": image for n in range(50)})
-    assert held_out <= set(_validation(folder))
-
-
-def _validation(folder: Path) -> list[Path]:
-    from xception_jax.data.prepare import image_folder
-
-    return image_folder._divide(folder, sorted(folder.rglob("*.jpg")))["validation"]
-
-
-def test_a_damaged_image_is_refused_or_skipped_by_name(tmp_path, data, capsys):
-    files = {"train/a/good.jpg": jpeg(photograph(0)), "train/a/bad.jpg": jpeg(photograph(1))[:900]}
-    folder = write_folder(tmp_path / "folder", files)
-    arguments = ["image_folder", "--source", folder, "--name", "folder", "--data_dir", tmp_path]
-    with pytest.raises(BadDataError) as error:
-        prepare(*arguments)
-    assert error.value.where.endswith("train/a/bad.jpg")
-    prepare(*arguments, "--skip-damaged", "--json")
-    report = json.loads(capsys.readouterr().out)
-    assert report["num_examples"] == {"train": 1}
-    assert report["skipped"] == {"damaged": [str(folder / "train/a/bad.jpg")]}
-    assert report["path"] == str(tmp_path / "folder" / "1.0.0")
-
-
-def test_a_class_without_training_images_is_refused(tmp_path):
-    image = jpeg(photograph(0))
-    folder = write_folder(tmp_path / "f", {"train/a/1.jpg": image, "test/b/1.jpg": image})
-    with pytest.raises(BadDataError, match="'b' of test has no images in train"):
-        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
-
-
-def test_an_empty_folder_is_missing_input(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputMissingError):
-        prepare("image_folder", "--source", tmp_path / "empty", "--name", "empty", "--data_dir", tmp_path)
 
 
 # --- TFRECORD copies ----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.data.prepare import fashion_mnist
@@ -32,7 +32,8 @@ examples:
     python -m xception_jax prepare imagenet_v2/matched-frequency --source ~/Downloads    (imagenet_v2 is the same)
     python -m xception_jax prepare imagenet_v2/threshold-0.7 --source ~/Downloads
     python -m xception_jax prepare imagenet_v2/topimages --source ~/Downloads
-  image_folder           DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg, divided 90 to 10
+  image_folder           DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg, divided 90 to 10;
+                         links are followed, names that begin with a dot and __MACOSX are left out
     python -m xception_jax prepare image_folder --source ~/flowers --name flowers
   tfrecord               an existing TFDS dataset in TFRECORD files, copied to ArrayRecord files
     python -m xception_jax prepare tfrecord --source ~/tensorflow_datasets/cifar10/3.0.2 --data_dir /data/array_record
@@ -40,6 +41,7 @@ examples:
 _IMAGENET_V2 = {NAME: "matched-frequency"} | {f"{NAME}/{variant}": variant for variant in VARIANTS}
 _NEED_SOURCE = ("fashion_mnist", "imagenet2012", *_IMAGENET_V2, "image_folder", "tfrecord")
 NAMES = ("fashion_mnist_subset", "fashion_mnist_scenes", *_NEED_SOURCE)
+NAMED_CLASSES = 10
 _DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command and prints a summary: where the dataset is, and the examples in each split.
+    """Runs the command and prints a summary: where the dataset is, the examples in each split, a folder's classes.
 
     Raises:
       UsageError: an argument is missing.
@@ -75,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
     skipped = Skipped()
     dataset = _dataset(args, source, skipped)
     summary = write_dataset(dataset, data_dir, overwrite=args.overwrite, progress=not args.json)
-    _report(args, summary, skipped, dataset.expected if args.dataset.startswith("imagenet") else {})
+    expected = dataset.expected if args.dataset.startswith("imagenet") else {}
+    # A dataset that was there already may be of another folder.
+    is_new_folder = args.dataset == "image_folder" and not summary.already_there
+    _report(args, summary, skipped, expected, dataset.features["label"].names if is_new_folder else ())
     return 0
 
 
@@ -111,7 +116,13 @@ def _dataset(args: argparse.Namespace, source: Path, skipped: Skipped) -> Datase
     return image_folder(source, args.name, skipped, skip_damaged=args.skip_damaged)
 
 
-def _report(args: argparse.Namespace, summary: Summary, skipped: Skipped, expected: Mapping[str, int]) -> None:
+def _report(
+    args: argparse.Namespace,
+    summary: Summary,
+    skipped: Skipped,
+    expected: Mapping[str, int],
+    classes: Sequence[str] = (),
+) -> None:
     if args.json:
         report = {
             "path": str(summary.path),
@@ -120,10 +131,14 @@ def _report(args: argparse.Namespace, summary: Summary, skipped: Skipped, expect
             "skipped": skipped.files,
             "expected": dict(expected),
         }
+        report |= {"classes": list(classes)} if classes else {}
         print(json.dumps(report))
         return
     for line in skipped.lines():
         print(line)
+    if classes:
+        more = ", ..." if len(classes) > NAMED_CLASSES else ""
+        print(f"classes ({len(classes):,}): {', '.join(classes[:NAMED_CLASSES])}{more}")
     for split, count in expected.items():
         found = summary.num_examples.get(split, 0)
         if found != count:

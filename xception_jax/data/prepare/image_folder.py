@@ -2,19 +2,19 @@
 
 Without split folders, DIR/CLASS/*.jpg is divided 90 to 10 into train and validation, by a hash of the file's path, so
 that a file stays on its side when others are added. Classes are the folders' names in alphabetical order, or in that
-of their numbers if all are numbers.
+of their numbers if all are numbers. Links are followed; hidden files and folders, and __MACOSX, are no part of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
-from xception_jax.data import images
+from xception_jax.data import folders, images
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
 
@@ -30,7 +30,7 @@ _SPLIT_NAMES = {
 
 
 class Skipped:
-    """Files that were left out, by their reason; filled while the examples of `image_folder` are read."""
+    """What was left out, by its reason; filled while the examples of `image_folder` are read."""
 
     NAMED = 10
 
@@ -38,13 +38,13 @@ class Skipped:
         self.files: dict[str, list[str]] = {}
 
     def add(self, reason: str, path: Path) -> None:
-        """Takes note of one file."""
+        """Takes note of one file or folder."""
         self.files.setdefault(reason, []).append(str(path))
 
     def lines(self) -> list[str]:
         """Returns one line for each reason: how many, and the first ten."""
         return [
-            f"left out, {reason}: {len(paths):,} files, {', '.join(paths[: self.NAMED])}"
+            f"left out, {reason} ({len(paths):,}): {', '.join(paths[: self.NAMED])}"
             for reason, paths in self.files.items()
         ]
 
@@ -55,18 +55,19 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
     Args:
       source: the folder.
       name: of the dataset.
-      skipped: takes note of every file that is left out.
+      skipped: takes note of everything that is left out.
       skip_damaged: leaves damaged images out; otherwise the first one ends it.
 
     Raises:
       InputMissingError: the folder is not there, or holds no images.
-      BadDataError: a class of another split is not among those of 'train'.
+      BadDataError: a class of another split is not among those of 'train', or, while the examples are read, an image
+        is damaged, or all of a class in 'train' are.
     """
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
-    files = {split: list(_files(folder, skipped)) for split, folder in _split_folders(source).items()}
+    files = {split: _files(folder, skipped) for split, folder in _split_folders(source).items()}
     if not files:
-        files = _divide(source, list(_files(source, skipped)))
+        files = _divide(source, _files(source, skipped))
     counts = {split: len(paths) for split, paths in files.items()}
     if not any(counts.values()):
         raise InputMissingError(
@@ -95,7 +96,9 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
             }
         ),
         splits={
-            split: _examples(paths, source, classes, skipped if skip_damaged else None)
+            split: _examples(
+                paths, source, classes, skipped if skip_damaged else None, needed=classes if split == "train" else ()
+            )
             for split, paths in files.items()
             if paths
         },
@@ -106,21 +109,29 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
 
 def _split_folders(source: Path) -> dict[str, Path]:
     """Returns the folders that are named after splits, if there is one for training."""
-    folders = {_SPLIT_NAMES[path.name]: path for path in sorted(source.iterdir()) if path.name in _SPLIT_NAMES}
-    return folders if "train" in folders else {}
+    found = {
+        _SPLIT_NAMES[path.name]: path for path in folders.entries(source) if path.name in _SPLIT_NAMES and path.is_dir()
+    }
+    return found if "train" in found else {}
 
 
-def _files(folder: Path, skipped: Skipped) -> Iterator[Path]:
-    """Yields CLASS/file of a folder in alphabetical order, and takes note of everything else in it."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
-        if path.suffix.lower() not in images.SUFFIXES:
+def _files(folder: Path, skipped: Skipped) -> list[Path]:
+    """Returns CLASS/file of a folder in alphabetical order, and takes note of everything else in it."""
+    found = []
+    for path in folders.files(folder):
+        if not path.is_file():
+            skipped.add("a link that leads nowhere, or no regular file", path)
+        elif path.suffix.lower() not in images.SUFFIXES:
             skipped.add("not an image by its name", path)
         elif path.parent.parent != folder:
             skipped.add("not in a folder of a class", path)
         else:
-            yield path
+            found.append(path)
+    classes = {path.parent for path in found}
+    for path in folders.entries(folder):
+        if path.is_dir() and path not in classes:
+            skipped.add("a class without images", path)
+    return found
 
 
 def _divide(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
@@ -133,8 +144,9 @@ def _divide(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
 
 
 def _examples(
-    paths: list[Path], source: Path, classes: list[str], skipped: Skipped | None
+    paths: list[Path], source: Path, classes: list[str], skipped: Skipped | None, needed: Iterable[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    missing = set(needed)
     for path in paths:
         data = path.read_bytes()
         try:
@@ -146,5 +158,13 @@ def _examples(
                 ) from error
             skipped.add("damaged", path)
             continue
+        missing.discard(path.parent.name)
         relative = str(path.relative_to(source))
         yield relative, {"image": data, "label": classes.index(path.parent.name), "file_name": relative}
+    if missing:
+        names = [name for name in classes if name in missing]
+        raise BadDataError(
+            f"all images in train are damaged of {len(names):,} of {len(classes):,} classes",
+            ", ".join(names[: Skipped.NAMED]),
+            "replace them, or remove the folders of these classes",
+        )

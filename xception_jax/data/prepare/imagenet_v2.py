@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from xception_jax.data import images
+from xception_jax.data import folders, images
 from xception_jax.data.prepare.imagenet import class_names, members, unexpected
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
@@ -76,9 +76,7 @@ def _from_archive(archive: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _from_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name.startswith("."):
-            continue
+    for path in folders.files(folder):
         if path.parent.parent != folder or not _LABEL.fullmatch(path.parent.name):
             fix = "its folders are named 0 to 999 and hold images: remove what else is there"
             raise BadDataError("the folder holds something else than ImageNet-V2", str(path), fix)
