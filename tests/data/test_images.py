@@ -91,15 +91,19 @@ def test_exif_orientation_is_applied(orientation):
         2: lambda x: x[:, ::-1],
         3: lambda x: x[::-1, ::-1],
         4: lambda x: x[::-1],
-        5: lambda x: x.transpose(1, 0, 2),
+        5: lambda x: x.swapaxes(0, 1),
         6: lambda x: np.rot90(x, -1),
-        7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
         8: lambda x: np.rot90(x, 1),
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = images.decode(encoded(PHOTOGRAPH, "JPEG", quality=95, exif=exif))
     np.testing.assert_array_equal(image, transform(images.decode(encoded(PHOTOGRAPH, "JPEG", quality=95))))
+    deep = PHOTOGRAPH[..., 0].astype(np.uint16) * 256 + 55  # 16 bits take a way of their own
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG", exif=exif)
+    np.testing.assert_array_equal(images.decode(buffer.getvalue())[..., 0], transform(PHOTOGRAPH[..., 0]))
 
 
 @pytest.mark.parametrize("image_format", ["WEBP", "PNG"])

@@ -79,10 +79,10 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
         _check_size(*image.size)
         image.load()
-        if image.mode.startswith("I"):
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
         upright = image if image.getexif().get(_ORIENTATION_TAG, 1) == 1 else ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            grey = (np.asarray(upright) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=2)
         return np.asarray(upright.convert("RGB"))
 
 
