@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.data.small_imagenet import jpeg, photograph, photographs
+from xception_jax.data import folders
 from xception_jax.data.prepare import imagenet
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import predict
 from xception_jax.evaluation.network import open_network
 from xception_jax.weights import save_network
@@ -67,12 +68,27 @@ def test_the_answer_does_not_depend_on_the_batch(weights, folder):
         np.testing.assert_allclose(a.probabilities, b.probabilities, rtol=1e-4)
 
 
+def test_folders_are_searched_as_their_owner_sees_them(tmp_path):
+    names = ["b/one.png", ".thumbnails/t.png", "__MACOSX/m.png", "b/._one.png", "b/notes.txt"]
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "two.JPG").touch()
+    (tmp_path / "photos" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "b" / "circle").symlink_to(tmp_path / "photos")
+    found = predict.find_images([str(tmp_path / "photos")])
+    assert [str(path.relative_to(tmp_path / "photos")) for path in found] == ["a/two.JPG", "b/one.png"]
+    with pytest.raises(StorageError, match="cannot be read"):
+        folders.entries(tmp_path / "elsewhere" / "two.JPG")
+
+
 def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_path, capsys):
     data = jpeg(photograph(1, 200))
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     (tmp_path / "whole.jpg").write_bytes(data)
     (tmp_path / "odd\nname.png").write_bytes(b"\x89PNG")
-    with pytest.raises(BadDataError, match="2 of 3") as raised:
+    with pytest.raises(BadDataError, match="2 of 3 images cannot be read, all others") as raised:
         run("--weights", weights, tmp_path, "--batch_size", 2)
     assert raised.value.exit_code == 65
     out, errors = capsys.readouterr()
@@ -82,6 +98,9 @@ def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_
         f"{tmp_path}/cut.jpg",
         f"{tmp_path}/odd\N{REPLACEMENT CHARACTER}name.png",
     ]
+    with pytest.raises(BadDataError, match="2 of 2 images cannot be read\n"):
+        run("--weights", weights, tmp_path / "cut.jpg", tmp_path / "odd\nname.png", "--batch_size", 2)
+    capsys.readouterr()
     with pytest.raises(BadDataError):
         run("--weights", weights, tmp_path, "--json", "--batch_size", 2)
     entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -89,7 +108,7 @@ def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_
 
 
 def test_what_is_not_there_is_said_before_the_network_is_opened(weights, folder, tmp_path):
-    for missing in (folder / "9.png", tmp_path):
+    for missing in (folder / "9.png", folder / ("long" * 2000), tmp_path):
         with pytest.raises(InputMissingError) as raised:
             run("--weights", tmp_path / "nothing.safetensors", folder / "0.png", missing)
         assert str(missing) in raised.value.where
@@ -97,6 +116,8 @@ def test_what_is_not_there_is_said_before_the_network_is_opened(weights, folder,
         run("--weights", tmp_path / "nothing.safetensors", folder)
     with pytest.raises(UsageError):
         run("--weights", weights, folder, "--top", 0)
+    with pytest.raises(UsageError, match="is a PNG"):
+        run("--weights", weights, folder, "--contact_sheet", tmp_path / "sheet.jpg")
 
 
 def test_a_contact_sheet_holds_every_image(weights, folder, tmp_path, capsys):

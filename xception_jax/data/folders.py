@@ -8,16 +8,19 @@ from pathlib import Path
 from xception_jax.errors import StorageError
 
 
-def entries(folder: Path) -> list[Path]:
-    """Returns what a folder holds in alphabetical order, without what systems put there by themselves.
+def entries(folder: Path) -> list[tuple[Path, bool]]:
+    """Returns what a folder holds, each with whether it is (a link to) a folder, in alphabetical order.
 
-    Such are hidden names ('.DS_Store', '.ipynb_checkpoints', '._photo.jpg') and the folder __MACOSX of archives.
+    What systems put there by themselves is left out: hidden names ('.DS_Store', '.ipynb_checkpoints', '._photo.jpg')
+    and the folder __MACOSX of archives.
 
     Raises:
       StorageError: the folder cannot be read.
     """
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
+        paths = sorted(folder.iterdir())
+        seen = [path for path in paths if not path.name.startswith(".") and path.name != "__MACOSX"]
+        return [(path, path.is_dir()) for path in seen]
     except OSError as error:
         raise StorageError(
             f"the folder cannot be read: {error.strerror}", str(folder), "allow reading it, or move it elsewhere"
@@ -37,8 +40,8 @@ def files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
       StorageError: a folder cannot be read.
     """
     above = (*above, folder.resolve())
-    for path in entries(folder):
-        if not path.is_dir():
+    for path, is_folder in entries(folder):
+        if not is_folder:
             yield path
         elif path.resolve() not in above:
             yield from files(path, above)

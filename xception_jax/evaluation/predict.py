@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from xception_jax.data import images
+from xception_jax.data import folders, images
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation.network import open_network, require_classifier
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigmoid", action="store_true", help="each class by itself, for weights that do not tell; a run's do"
     )
-    parser.add_argument("--contact_sheet", metavar="FILE.png", help="draw the images with their best class")
+    parser.add_argument("--contact_sheet", metavar="FILE.png", help="draw a PNG of the images with their best class")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
 
 
@@ -71,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
     """Predicts, prints, and draws the contact sheet.
 
     Raises:
-      UsageError: a number is not positive.
+      UsageError: a number is not positive, or the contact sheet is to be no PNG.
       InputMissingError: the network or an image is not there.
       BadDataError: the network is damaged, or, after all others were predicted, images are.
     """
     for name in ("top", "batch_size"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} is {getattr(args, name)}", f"--{name}", "set it to a whole number, at least 1")
-    if args.contact_sheet and not Path(args.contact_sheet).absolute().parent.is_dir():
-        raise InputMissingError("there is no such directory", args.contact_sheet, "make it first, or write elsewhere")
+    if args.contact_sheet:
+        _check_sheet(Path(args.contact_sheet))
     paths = find_images(args.images)
     network = open_network(args.weights, args.step)
     require_classifier(network)
@@ -102,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
     if args.contact_sheet and tiles:
         _write_sheet(args.contact_sheet, tiles, names, len(paths))
     if damaged:
+        others = ", all others were predicted" if len(damaged) < len(paths) else ""
         raise BadDataError(
-            f"{len(damaged):,} of {len(paths):,} images cannot be read, all others were predicted",
+            f"{len(damaged):,} of {len(paths):,} images cannot be read{others}",
             ", ".join(printable(path) for path in damaged[:10]),
             "they are damaged, or neither JPEG nor PNG nor WebP: replace them",
         )
@@ -113,23 +115,20 @@ def run(args: argparse.Namespace) -> int:
 def find_images(arguments: Sequence[str]) -> list[Path]:
     """Returns the files among the arguments, and the images in the folders among them, in alphabetical order.
 
-    Hidden files in folders are passed over. A file that is named itself is taken whatever its name ends in.
+    In folders links are followed, and hidden names passed over. What is named itself is taken whatever its name.
 
     Raises:
       InputMissingError: one of them is not there, or a folder holds no image.
+      StorageError: a folder cannot be read.
     """
     found: dict[Path, None] = {}  # each once, in their order
     for argument in map(Path, arguments):
-        if not argument.exists():
+        if not os.path.exists(argument):  # unlike Path.exists also of a name that is too long for any file
             raise InputMissingError("there is no such image or folder", printable(argument), "correct the path")
         if not argument.is_dir():
             found[argument] = None
             continue
-        files = [
-            path
-            for path in sorted(argument.rglob("*"))
-            if path.suffix.lower() in images.SUFFIXES and not path.name.startswith(".") and path.is_file()
-        ]
+        files = [path for path in folders.files(argument) if path.suffix.lower() in images.SUFFIXES and path.is_file()]
         if not files:
             suffixes = ", ".join(images.SUFFIXES)
             raise InputMissingError("there is no image in the folder", printable(argument), f"names end in {suffixes}")
@@ -240,6 +239,14 @@ def _as_dict(prediction: Prediction, names: Sequence[str]) -> dict[str, Any]:
         "file": str(prediction.path),
         "predictions": [{"class": label, "name": names[label], "probability": share} for label, share in best],
     }
+
+
+def _check_sheet(path: Path) -> None:
+    """Raises a UserError, now and not after all is predicted, if the contact sheet cannot be written there."""
+    if path.suffix.lower() != ".png":
+        raise UsageError("a contact sheet is a PNG", str(path), "let its name end in .png")
+    if not path.absolute().parent.is_dir():
+        raise InputMissingError("there is no such directory", str(path), "make it first, or write elsewhere")
 
 
 def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[str], total: int) -> None:

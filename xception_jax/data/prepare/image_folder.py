@@ -110,7 +110,9 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
 def _split_folders(source: Path) -> dict[str, Path]:
     """Returns the folders that are named after splits, if there is one for training."""
     found = {
-        _SPLIT_NAMES[path.name]: path for path in folders.entries(source) if path.name in _SPLIT_NAMES and path.is_dir()
+        _SPLIT_NAMES[path.name]: path
+        for path, is_folder in folders.entries(source)
+        if is_folder and path.name in _SPLIT_NAMES
     }
     return found if "train" in found else {}
 
@@ -128,8 +130,8 @@ def _files(folder: Path, skipped: Skipped) -> list[Path]:
         else:
             found.append(path)
     classes = {path.parent for path in found}
-    for path in folders.entries(folder):
-        if path.is_dir() and path not in classes:
+    for path, is_folder in folders.entries(folder):
+        if is_folder and path not in classes:
             skipped.add("a class without images", path)
     return found
 
