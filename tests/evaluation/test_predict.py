@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.data.small_imagenet import jpeg, photograph, photographs
 from xception_jax.data import folders
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
-from xception_jax.evaluation import predict
+from xception_jax.evaluation import contact_sheet, predict
 from xception_jax.evaluation.network import open_network
 from xception_jax.weights import save_network
 
@@ -130,6 +131,22 @@ def test_a_contact_sheet_holds_every_image(weights, folder, tmp_path, capsys):
     assert (beginnings == 1).sum() >= 3
     blue = (np.abs(pixels - (0, 0x72, 0xB2)) < 8).all(axis=2)
     assert blue.any(axis=1).sum() >= 2  # the bars of the probabilities
+
+
+def test_any_name_stands_below_its_image(monkeypatch, caplog):
+    image = photograph(0)
+
+    def sheet(name: str, *fonts: str) -> np.ndarray:
+        monkeypatch.setattr(contact_sheet, "_FONTS", ("DejaVu Sans", *fonts))
+        data = contact_sheet.draw([contact_sheet.Tile(image, name, name, 0), contact_sheet.Tile(image, "", "", 0)])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+
+    # No font here need have these: a warning would be an error. Long names do not reach below the second image.
+    drawn = np.flatnonzero((sheet("日本語" * 30) != sheet("")).any(axis=0))
+    assert 150 < drawn.max() < sheet("").shape[1] / 2
+    rare = "\ue000"  # of these fonts, one has it
+    assert (sheet(rare) != sheet(rare, "no such font", "STIXNonUnicode")).any()
+    assert not caplog.records
 
 
 def test_a_run_with_many_labels_gives_each_class_by_itself(multilabel_run, folder, capsys):

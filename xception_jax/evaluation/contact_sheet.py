@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,6 +25,12 @@ _GAP = 0.22
 _SMALL = 160  # pixels of a longer side below which each is shown
 _MAX_COLUMNS = 8
 _NAME_LENGTH, _FILE_LENGTH = 24, 34  # characters that fit below an image
+# Matplotlib's own font has no Chinese, Japanese and Korean. One of these has, on Linux, macOS or Windows.
+_FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "IPAGothic"),
+    *("Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic"),
+)
 _INK, _GREY, _TRACK, _BLUE = "#1a1a1a", "#767676", "#e8e8e8", "#0072b2"
 
 
@@ -65,7 +74,9 @@ def draw(tiles: Sequence[Tile]) -> bytes:
             _draw_caption(figure.add_axes(caption), tile)
         top -= row_height + _CAPTION + _GAP
     buffer = io.BytesIO()
-    canvas.print_png(buffer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of characters that no font here has: boxes stand for them
+        canvas.print_png(buffer)
     return buffer.getvalue()
 
 
@@ -85,7 +96,7 @@ def _draw_caption(axes: Axes, tile: Tile) -> None:
     axes.set_ylim(0, 1)
     axes.axis("off")
     # A dollar sign in a name is no formula.
-    style: dict[str, Any] = {"parse_math": False, "va": "baseline"}
+    style: dict[str, Any] = {"parse_math": False, "va": "baseline", "family": _installed_fonts()}
     axes.text(0, 0.62, _shorten(tile.label, _NAME_LENGTH), size=8.5, weight="bold", color=_INK, **style)
     axes.text(1, 0.62, f"{tile.probability:.0%}", size=8.5, color=_INK, ha="right", **style)
     axes.add_patch(Rectangle((0, 0.44), 1, 0.06, color=_TRACK, linewidth=0))
@@ -94,7 +105,15 @@ def _draw_caption(axes: Axes, tile: Tile) -> None:
     axes.text(0, 0.16, _shorten(tile.file, _FILE_LENGTH), size=6, color=_GREY, **style)
 
 
+def _installed_fonts() -> list[str]:
+    """Returns those of `_FONTS` that are here: of any other, matplotlib says on standard error that it is not."""
+    installed = font_manager.get_font_names()
+    return [name for name in _FONTS if name in installed]
+
+
 def _shorten(text: str, length: int) -> str:
-    """Keeps both ends: the numbers of photographs are at the end of their names."""
+    """Keeps both ends: the numbers of photographs are at the end of their names. Wide characters count as two."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    length = length * len(text) // (len(text) + wide) if wide else length
     kept = length - 1
     return text if len(text) <= length else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
