@@ -6,7 +6,7 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from xception_jax.evaluation import calibration
+from xception_jax.evaluation import calibration, result
 from xception_jax.evaluation.metrics import Predictions, expected_calibration_error
 
 
@@ -72,11 +72,26 @@ def test_the_halves_are_of_the_index_and_not_of_the_order():
     )
 
 
+@pytest.mark.parametrize(("sign", "limit"), [(1, calibration.LOWEST), (-1, calibration.HIGHEST)])
+def test_a_temperature_at_its_limit_is_said_to_be_there(sign, limit):
+    """Logits that are always right, or always wrong, have no best temperature."""
+    label = np.arange(40) % 4
+    found = calibration.calibrate(predictions((sign * 0.1 * np.eye(4)[label]).astype(np.float32), label))
+    assert (found.temperature, found.temperature_at_limit) == (limit, True)
+    metrics = {f"ema_{name}": value for name, value in dataclasses.asdict(found).items()}
+    metrics |= {"source": "x", "dataset": "y", "split": "z", "count": 40}
+    lines = result.as_text(metrics, ["ema_"], 1).splitlines()
+    assert [line for line in lines if "at its limit" in line] == [f"{'temperature':<28}{limit:.4f}  at its limit"]
+    assert not calibration.calibrate(predictions(*drawn(n=200))).temperature_at_limit
+
+
 def test_nothing_and_what_is_not_finite_have_no_temperature():
     logits, label = drawn(n=10)
     assert math.isnan(calibration.fit_temperature(logits[:0], label[:0]))
     logits[3, 2] = np.nan
     assert math.isnan(calibration.fit_temperature(logits, label))
-    assert math.isnan(calibration.calibrate(predictions(logits, label)).calibration_error_after)
+    found = calibration.calibrate(predictions(logits, label))
+    assert math.isnan(found.calibration_error_after)
+    assert not found.temperature_at_limit
     single = calibration.calibrate(predictions(*drawn(n=1)))  # no other image to fit on
     assert math.isnan(single.calibration_error_after)

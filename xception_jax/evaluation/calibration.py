@@ -25,11 +25,13 @@ class Calibration:
     Attributes:
       calibration_error: expected calibration error of the probabilities as they are, in 15 bins.
       temperature: fitted on all images: the one to use on others.
+      temperature_at_limit: it is `LOWEST` or `HIGHEST`, and the minimum there or beyond.
       calibration_error_after: with temperatures that were fitted on other images than those they are applied to.
     """
 
     calibration_error: float
     temperature: float
+    temperature_at_limit: bool
     calibration_error_after: float
 
 
@@ -49,9 +51,11 @@ def calibrate(predictions: Predictions) -> Calibration:
     for fitted, applied in ((even, ~even), (~even, even)):
         temperature = fit_temperature(predictions.logits[fitted], predictions.label[fitted])
         probabilities[applied] = _best_probability(predictions.logits[applied], temperature)[:, None]
+    temperature = fit_temperature(predictions.logits, predictions.label)
     return Calibration(
         calibration_error=expected_calibration_error(predictions),
-        temperature=fit_temperature(predictions.logits, predictions.label),
+        temperature=temperature,
+        temperature_at_limit=temperature in (LOWEST, HIGHEST),
         calibration_error_after=expected_calibration_error(
             dataclasses.replace(predictions, probabilities=probabilities)
         ),
@@ -73,7 +77,9 @@ def fit_temperature(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " 
         return float(np.mean(_log_sum_exp(shifted, scale) - true * scale))
 
     bounds = (math.log(LOWEST), math.log(HIGHEST))
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+    found = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+    # The search comes close to a bound, and never reaches it.
+    return next((limit for limit in (LOWEST, HIGHEST) if math.isclose(found, limit, rel_tol=1e-3)), found)
 
 
 def _best_probability(logits: np.ndarray, temperature: float) -> np.ndarray:

@@ -65,6 +65,8 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
     if f"{key}_interval" in metrics:
         low, high = metrics[f"{key}_interval"]
         text += f"  [{low:.4f}, {high:.4f}]"
+    if metrics.get(f"{key}_at_limit"):
+        text += "  at its limit"
     return text
 
 
