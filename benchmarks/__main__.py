@@ -20,12 +20,12 @@ from benchmarks.cases import CASES, CONTESTANTS, HUGE_PAGES
 from benchmarks.growth import measure_growth
 from benchmarks.photographs import write_photographs
 from benchmarks.rounds import ROOT, measure
-from xception_jax.command_line import run_main
+from xception_jax.command_line import Parser, run_main
 from xception_jax.errors import InputMissingError, UsageError
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--peers", default=".venv-peers/bin/python", help="interpreter that has requirements.txt here")
     parser.add_argument("--cases", metavar="NAME,...", help="measure these and keep the others' results; see --list")
     parser.add_argument("--repeats", type=int, default=7, help="rounds of each case (default: %(default)s)")

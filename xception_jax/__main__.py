@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 
-from xception_jax.command_line import run_main
+from xception_jax.command_line import Parser, run_main
 
 # Command: (module with add_arguments(parser) and run(args) -> exit code, what it does). Imported when it is asked for.
 COMMANDS = {
@@ -22,7 +21,7 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command that the arguments name."""
-    parser = argparse.ArgumentParser(prog="python -m xception_jax", description=__doc__)
+    parser = Parser(prog="python -m xception_jax", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -18,17 +21,34 @@ from xception_jax.fields import FIELDS
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
 
 
+class Parser(argparse.ArgumentParser):
+    """Parses arguments; what is wrong with them is a `UsageError`, and not argparse's usage and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, self.prog, f"see {self.prog} --help")
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Ends the process with what `main` returns, or with the exit code of the `UserError` that it raises."""
     try:
         sys.exit(main())
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(74)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        # Whatever argument is a path may be so, and it is found where the path is first used.
+        where = f"{str(error.filename)[:60]}..."
+        _end(InputMissingError("a path is longer than the system allows", where, "correct or shorten it"))
+
+
+def _end(error: UserError) -> NoReturn:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

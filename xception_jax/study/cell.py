@@ -7,7 +7,6 @@ It is the ordinary training program, and resumes like it. The runner starts it; 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
@@ -16,14 +15,14 @@ from pathlib import Path
 
 from absl import logging
 
-from xception_jax.command_line import run_main
+from xception_jax.command_line import Parser, run_main
 from xception_jax.config import load_json
 from xception_jax.errors import InputMissingError
 
 
 def main() -> None:
     """Trains, and prints what came out."""
-    parser = argparse.ArgumentParser(prog="python -m xception_jax.study.cell", description=__doc__)
+    parser = Parser(prog="python -m xception_jax.study.cell", description=__doc__)
     parser.add_argument("workdir", type=Path, help="a directory with config.json")
     parser.add_argument("--cores", help="the only CPU cores to run on, such as 0,1")
     parser.add_argument("--end-with-stdin", action="store_true", help="save and end when standard input is closed")
