@@ -6,15 +6,19 @@ import importlib.util
 import json
 import types
 
+import jax
 import pytest
 
-from xception_jax.config import default_config
+from xception_jax.config import default_config, resolve
+from xception_jax.data.sources import SyntheticSource
 from xception_jax.errors import DeviceMemoryError, UsageError
 from xception_jax.hardware.hlo import Collective
 from xception_jax.hardware.plan import _too_large, find_largest_batch
 from xception_jax.hardware.roofline import Traffic, count_traffic, step_time
 from xception_jax.hardware.topology import parse_topology
 from xception_jax.models import create_model
+from xception_jax.training.experiment import build_experiment
+from xception_jax.training.mesh import make_mesh
 
 
 def test_traffic_of_a_small_network():
@@ -152,3 +156,22 @@ def test_what_goes_wrong_costs_three_lines(plan, arguments, code, what):
     assert first.startswith(what)
     assert where.startswith("  where: ")
     assert fix.startswith("  fix:   ")
+
+
+def test_an_experiment_is_built_without_computing():
+    """The devices of a plan are not here: whatever runs while it is made would end it."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    config = default_config()
+    config.model.update(width_multiplier=0.05, middle_blocks=0)
+    config.batch_size = 8
+    config = resolve(config)
+    jax.clear_caches()
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        build_experiment(config, {"train": SyntheticSource(100, "train")}, mesh)
+    assert compiled == []
+    jax.jit(lambda: 0)()
+    assert compiled

@@ -142,7 +142,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
         schedule=schedule,
         cost=count_cost(model, config.data.image_size),
         abstract=abstract,
-        init=functools.partial(seeded, seed_bits(config.seed)),
+        init=lambda: seeded(seed_bits(config.seed)),  # the mesh may be of devices that cannot compute
     )
 
 

@@ -65,7 +65,7 @@ def seed_bits(seed: int) -> np.ndarray:
 
 def abstract_state(init, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state that `init` makes; nothing is computed."""
-    shapes = jax.eval_shape(init, seed_bits(0))
+    shapes = jax.eval_shape(lambda: init(jax.random.key_data(jax.random.key(0))))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
