@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv$(patsubst python3%,%,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/fashion_mnist
-# An interpreter that has benchmarks/requirements.txt; by default .venv-peers, set up by the first target that needs it
+# Interpreters that have benchmarks/requirements.txt and requirements-plan.txt; by default .venv-peers and .venv-plan, set up
+# by the first target that needs them
 PEERS ?=
+PLAN ?=
 
 # Large buffers in huge pages: a third of a training step on a CPU is otherwise spent on page faults.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test test-peers check bench format clean
+.PHONY: train test test-peers test-plan check bench format clean
 
 train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS='--config.seed=1' overrides fields
 	$(BIN)/python train.py --config=configs/fashion_mnist.py --workdir=$(WORKDIR) $(ARGS)
@@ -19,6 +21,9 @@ test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' sel
 
 test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/weights.md
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
+
+test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/pods.md
+	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/hardware/test_tpu.py $(ARGS)
 
 check: $(VENV)/.installed-dev ## Format, lint and types
 	$(BIN)/ruff format --check .
@@ -33,7 +38,7 @@ bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure 
 	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environments and caches; runs stay
-	rm -rf .venv .venv.* .venv-peers .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv.* .venv-peers .venv-plan .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +50,8 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 .venv-peers/.installed: benchmarks/requirements.txt
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --disable-pip-version-check --progress-bar off -r $<
+.venv-plan/.installed: requirements-plan.txt requirements.txt
+.venv-peers/.installed .venv-plan/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --disable-pip-version-check --progress-bar off -r $<
 	touch $@

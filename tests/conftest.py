@@ -48,15 +48,20 @@ def shared_environment(tmp_path_factory) -> dict[str, str]:
 def run_python(shared_environment):
     """Returns a function that runs `python ARGUMENTS` in the root of the repository, and returns its end.
 
-    `devices` are simulated; `environment` goes before what all such processes have in common.
+    `devices` are simulated; `environment` goes before what all such processes have in common. Another `interpreter`
+    is one with other packages.
     """
 
     def run(
-        *arguments: object, devices: int = 1, environment: dict[str, str] | None = None, **kwargs
+        *arguments: object,
+        devices: int = 1,
+        environment: dict[str, str] | None = None,
+        interpreter: str = sys.executable,
+        **kwargs,
     ) -> subprocess.CompletedProcess:
         flags = f"{shared_environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         environment = shared_environment | {"XLA_FLAGS": flags} | (environment or {})
-        command = [sys.executable, *map(str, arguments)]
+        command = [interpreter, *map(str, arguments)]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
 
     return run
