@@ -106,7 +106,8 @@ def import_timm(tensors: Mapping[str, np.ndarray], path: Path, model: ConfigDict
     leaves = {leaf: _in_our_layout(tensors[name]) for leaf, name in sources.items()}
     tree.check(leaves, model, where)
     preprocessing = _described(path) or PREPROCESSING.get(model.name, Preprocessing())
-    return Imported("timm safetensors", model, tree.unflatten(leaves), preprocessing, tuple(notes))
+    shape = (preprocessing.size, preprocessing.size)
+    return Imported("timm safetensors", model, tree.unflatten(leaves), preprocessing, shape, tuple(notes))
 
 
 def timm_name(leaf: str, name: str, last_block: int) -> str:
