@@ -26,7 +26,7 @@ def load_network(
     Args:
       path: our own safetensors, or a Keras or timm file.
       model: the `config.model` that a Keras or timm file belongs to; by default it is inferred from the tensors.
-      head: of a Keras file, as in `load_keras`.
+      head: of a Keras or timm file, as in `load_keras`.
       size: side of the images in pixels; by default what the file says, else 299.
 
     Raises:
@@ -45,7 +45,7 @@ def load_network(
                 what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
                 raise UsageError(what, str(path), "leave the model out: the file describes itself")
             return network if size is None else _resized(network, size)
-        imported = timm.import_timm(tensors, path, model)
+        imported = timm.import_timm(tensors, path, model, head)
     else:
         imported = import_keras(path, model, head)
     imported.print_notes()
