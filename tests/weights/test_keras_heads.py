@@ -12,7 +12,7 @@ from released import narrow, narrow_xception, no_initialisers
 
 from tests.models.keras_weights import keras_floatx
 from xception_jax.errors import BadDataError
-from xception_jax.weights import head, load_keras, load_network, tree
+from xception_jax.weights import Network, Preprocessing, head, load_keras, load_network, save_keras, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 layers = keras.layers
@@ -252,3 +252,18 @@ def test_images_that_ours_are_not(front, shape, size, interpolation, told, tmp_p
     if size == 299:
         assert load_network(tmp_path / "x.keras", narrow(), size=96).preprocessing.size == 96
         assert "size" not in capsys.readouterr().err
+
+
+def test_a_network_with_hidden_layers_goes_back_to_the_model_that_has_them(base, tmp_path, capsys):
+    model = narrow(num_classes=5, fc_layers=1, fc_width=8)
+    leaves = {name: np.full(shape, 1.5, np.float32) for name, shape in tree.shapes(model).items()}
+    path = tmp_path / "x.weights.h5"
+    save_keras(path, Network(model, tree.unflatten(leaves), Preprocessing(), None, "", ""))
+    assert "keras.applications has no hidden layers" in capsys.readouterr().err
+    x = dense(5)(dense(8, "relu")(layers.GlobalAveragePooling2D()(base.output)))
+    keras_model, before = keras.Model(base.input, x), base.get_weights()
+    try:
+        keras_model.load_weights(path)
+        assert all((weight == 1.5).all() for weight in keras_model.get_weights())
+    finally:
+        base.set_weights(before)
