@@ -12,7 +12,7 @@ from released import narrow, narrow_xception, no_initialisers
 
 from tests.models.keras_weights import keras_floatx
 from xception_jax.errors import BadDataError
-from xception_jax.weights import Network, Preprocessing, head, load_keras, load_network, save_keras, tree
+from xception_jax.weights import Network, Preprocessing, architecture, head, load_keras, load_network, save_keras, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 layers = keras.layers
@@ -114,6 +114,12 @@ def test_several_inputs_and_outputs_are_not_followed(base):
     assert "no single path" in head.judge(json.loads(keras_model.to_json()), 1)[0]
 
 
+def test_a_head_on_something_else_is_not_taken(base):
+    images = keras.Input((71, 71, 3))
+    keras_model = keras.Model(images, dense(5)(layers.GlobalAveragePooling2D()(images)))
+    assert "no single path leads from the network" in head.judge(json.loads(keras_model.to_json()), 1)[0]
+
+
 def test_a_graph_in_a_circle_is_not_followed(base):
     description = json.loads(on(base, *pooled(layers.Dropout(0.1), dense(5))).to_json())
     dropout = next(layer for layer in description["config"]["layers"] if layer["class_name"] == "Dropout")
@@ -137,7 +143,7 @@ def test_the_state_of_training_is_no_layer_at_any_depth(base, form, tmp_path, ca
     keras_model = keras.Sequential([keras.Input((71, 71, 3)), layers.Rescaling(1 / 127.5, -1), inner])
     path = tmp_path / f"x.{form}"
     for model in (inner, keras_model, base):
-        model.compile("adam", "mse")
+        model.compile("sgd", "mse")
         model.optimizer.build(model.trainable_variables)
     try:
         keras_model.save(path) if form == "keras" else keras_model.save_weights(path)
@@ -169,17 +175,22 @@ def test_a_layer_that_is_called_metrics_is_one(base, tmp_path, capsys):
 
 def test_the_epsilon_of_a_head_is_not_that_of_the_network(base, tmp_path):
     path = tmp_path / "x.keras"
-    above = pooled(layers.BatchNormalization(epsilon=1e-5), dense(5))
-    on(base, *above).save(path)
+    on(base, *pooled(layers.BatchNormalization(epsilon=1e-5), dense(5))).save(path)
     load_keras(path, narrow())
     with pytest.raises(BadDataError, match=r"has the epsilon 0\.001, the model 1e-05"):
         load_keras(path, narrow(batch_norm={"epsilon": 1e-5}))
     with pytest.raises(BadDataError) as caught:  # the network that is inferred is as wide as Keras'
         load_network(path)
     assert "batch_norm=" not in str(caught.value)
-    keras_model = keras.Model(base.input, layers.BatchNormalization(epsilon=1e-5)(base.output))
-    keras_model.save(path)
-    load_keras(path, narrow(), head=False)
+
+
+def test_the_epsilon_is_that_of_most_and_of_the_model_with_as_many(base):
+    beside = keras.Model(base.input, layers.BatchNormalization(epsilon=1e-5)(base.output))
+    assert architecture.epsilon(json.loads(beside.to_json()), 40) == 1e-3
+    images = x = keras.Input((71, 71, 3))
+    for _ in range(41):
+        x = layers.BatchNormalization(epsilon=1e-5)(x)
+    assert architecture.epsilon(json.loads(keras.Model(images, base(x)).to_json()), 40) == 1e-3
 
 
 class Subclassed(keras.Model):
@@ -215,7 +226,7 @@ def test_bfloat16(tmp_path):
     """HDF5 has no such type: it is bare bytes, which `.weights.h5` and `.keras` mark and the legacy form does not."""
     with keras_floatx("bfloat16"):
         keras_model = narrow_xception()
-        keras_model.set_weights([np.full(each.shape, 1.5) for each in keras_model.weights])
+        keras_model.set_weights([np.full(each.shape, 1.5, "bfloat16") for each in keras_model.weights])
         keras_model.save_weights(tmp_path / "x.weights.h5")
         keras_model.save(tmp_path / "x.keras")
         keras_model.save(tmp_path / "x.h5")

@@ -128,6 +128,8 @@ def test_other_arithmetic_is_told(file, capsys):
 def test_what_stands_before_all_names_is_left_out(small, prefix):
     write_tensors(small, {prefix + name: value for name, value in TENSORS.items()})
     assert_same(load_timm(small, SMALL), LEAVES)
+    with pytest.raises(BadDataError, match="num_classes=3"):  # the network that is inferred is as wide as timm's
+        load_network(small)
 
 
 def test_two_networks_are_not_chosen_between(small):

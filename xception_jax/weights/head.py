@@ -43,9 +43,10 @@ def judge(architecture: dict[str, Any], count: int) -> tuple[str, bool]:
         pass  # a layer has several inputs, a model several outputs, or the description is damaged
     # The network ends in ReLU: another one changes nothing, nor does one on averages of what is positive.
     ours = rf"(relu )*{_POOLING} (relu )*Dense( (relu )+Dense){{{count - 1}}}( softmax| sigmoid)?"
-    if reached and re.fullmatch(ours, " ".join(steps)):
+    matches = re.fullmatch(ours, " ".join(steps))
+    if reached and matches:
         return "", steps[-1] == "sigmoid"
-    if not steps:
+    if matches or not steps:
         return "no single path leads from the network to the output", False
     what = "average pooling, Dense layers with relu between them, softmax or sigmoid"
     return f"it ends in {', '.join(steps)}, which is not {what}", False

@@ -73,5 +73,7 @@ def _side(shape: tuple[int, int] | None) -> int:
         return Preprocessing.size
     if shape[0] != shape[1]:
         fix = f"ours are square, {max(shape)} is taken (convert --size)"
-        print(f"note: the images of the file are {shape[0]} x {shape[1]} pixels: {fix}", file=sys.stderr)
+        print(
+            f"note: the network in the file is given images of {shape[0]} x {shape[1]} pixels: {fix}", file=sys.stderr
+        )
     return max(shape)
