@@ -250,12 +250,12 @@ def test_bfloat16(tmp_path):
         ([layers.RandomCrop(71, 71)], (90, 90), 71, "bilinear", "what random_crop does to images is not known"),
     ],
 )
-def test_images_that_ours_are_not(front, shape, size, interpolation, told, tmp_path, capsys):
+def test_images_that_ours_are_not(base, front, shape, size, interpolation, told, tmp_path, capsys):
     images = x = keras.Input((*shape, 3))
     for layer in front:
         x = layer(x)
-    base = narrow_xception(*((71, 71) if front else shape))
-    keras.Model(images, base(x)).save(tmp_path / "x.keras")
+    network = base if front else narrow_xception(*shape)
+    keras.Model(images, network(x)).save(tmp_path / "x.keras")
     preprocessing = load_network(tmp_path / "x.keras", narrow()).preprocessing
     assert (preprocessing.size, preprocessing.interpolation) == (size, interpolation)
     err = capsys.readouterr().err
