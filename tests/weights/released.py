@@ -9,6 +9,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import keras
 import numpy as np
+from keras.src.applications import xception as keras_xception
 
 from tests.models.keras_weights import _zeros, build_keras, copy_weights, keras_floatx, randomise
 from xception_jax.config import default_config, resolve_model
@@ -52,6 +53,27 @@ class Released:
         backbone = build_keras(self.name, include_top=False)
         backbone.set_weights(self.keras_model.get_weights()[:-2])
         return backbone
+
+
+NARROW = 0.1
+
+
+def narrow_xception(height: int | None = 71, width: int | None = 71) -> keras.Model:
+    """Returns Keras' Xception without its classifier and with a tenth of its filters: 300,000 parameters."""
+
+    def scaled(layer):
+        return lambda filters, *args, **kwargs: layer(round(filters * NARROW), *args, **kwargs)
+
+    narrow = mock.patch.multiple(
+        keras.layers, Conv2D=scaled(keras.layers.Conv2D), SeparableConv2D=scaled(keras.layers.SeparableConv2D)
+    )
+    with narrow, mock.patch.object(keras_xception, "layers", keras.layers), no_initialisers():
+        return keras.applications.Xception(weights=None, include_top=False, input_shape=(height, width, 3))
+
+
+def narrow(**fields):
+    """Returns the `config.model` of `narrow_xception`."""
+    return config("xception", width_multiplier=NARROW, **fields)
 
 
 def assert_same(variables, expected: dict[str, np.ndarray]) -> None:

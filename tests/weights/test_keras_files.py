@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import h5py
 import keras
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from released import Released, assert_same, config, no_initialisers
 
 from xception_jax.errors import BadDataError
-from xception_jax.weights import Network, Preprocessing, load_keras, load_network, save_keras, tree
+from xception_jax.weights import Network, Preprocessing, head, load_keras, load_network, save_keras, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -43,6 +45,7 @@ def test_a_network_by_itself(released: Released, form, tmp_path):
     assert_same(network.variables, released.leaves)
     assert network.model == released.model
     assert network.preprocessing == Preprocessing()
+    assert head.judge(json.loads(released.keras_model.to_json()), 1) == ("", False)
 
 
 def keras_1_names(model: keras.Model, path) -> None:
@@ -203,7 +206,7 @@ def test_a_head_that_computes_something_else_is_not_taken(xception: Released, tm
     x = keras.layers.Dense(8, activation="tanh")(x)
     keras.Model(images, keras.layers.Dense(3)(x)).save(tmp_path / "x.keras")
     model = config("xception", num_classes=3, fc_layers=1, fc_width=8)
-    with pytest.raises(BadDataError, match="activation tanh, not relu"):
+    with pytest.raises(BadDataError, match="Dense, tanh, Dense, which is not"):
         load_keras(tmp_path / "x.keras", model, head=True)
     assert_same(load_keras(tmp_path / "x.keras", model), xception.backbone_leaves)
     assert "tanh" in capsys.readouterr().err

@@ -177,7 +177,13 @@ def test_arguments_that_make_no_sense(path, monkeypatch, arguments, code):
 
 
 @pytest.mark.parametrize(
-    "text", ["cat\ndog\n\nbird", '["cat", "dog", "bird"]', '{"2": "bird", "0": ["n1", "cat"], "1": ["n2", "dog"]}']
+    "text",
+    [
+        "cat\ndog\n\nbird",
+        '["cat", "dog", "bird"]',
+        '{"2": "bird", "0": ["n1", "cat"], "1": ["n2", "dog"]}',
+        '{"bird": 2, "cat": 0, "dog": 1}',
+    ],
 )
 def test_forms_of_class_names(path, text):
     names = path.with_name("names")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from released import assert_same, config
+from released import assert_same, config, narrow
 from skimage import data
 
 from tests.peers.timm_weights import part, sample, tensor
-from xception_jax.errors import BadDataError
+from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.evaluation.network import open_network
 from xception_jax.models import create_model
 from xception_jax.weights import Preprocessing, load_network, load_timm, tree
 from xception_jax.weights.timm import timm_name
@@ -20,6 +22,23 @@ from xception_jax.weights.timm import timm_name
 GOLDEN = np.load(Path(__file__).with_name("timm_golden.npz"))
 # timm counts padding in pools, so that sides should be even somewhere; these are small for the sake of time.
 SIZES = {"legacy_xception": 96, "inception_v3": 96}
+
+SMALL = narrow(num_classes=3, middle_blocks=2, padding="symmetric", batch_norm={"epsilon": 1e-5})
+LEAVES = {name: np.full(shape, 1.5, np.float32) for name, shape in tree.shapes(SMALL).items()}
+BACKBONE_LEAVES = {name: leaf for name, leaf in LEAVES.items() if not name.startswith(tree.HEAD)}
+TENSORS = {
+    timm_name(name, "xception", 8): leaf.transpose((3, 2, 0, 1) if leaf.ndim == 4 else None)
+    for name, leaf in LEAVES.items()
+}
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    return tmp_path / "model.safetensors"
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
 
 
 def write(path: Path, name: str) -> None:
@@ -104,23 +123,87 @@ def test_other_arithmetic_is_told(file, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_classifier_and_from_several_devices(file, tmp_path):
-    tensors = safetensors.numpy.load_file(file)
-    path = tmp_path / "x.safetensors"
-    cut = {f"module.{name}": value for name, value in tensors.items() if not name.startswith("fc.")}
-    safetensors.numpy.save_file(cut, path)
-    whole = tree.flatten(load_network(file).variables)
-    assert_same(
-        load_network(path).variables, {name: leaf for name, leaf in whole.items() if not name.startswith(tree.HEAD)}
-    )
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod.", "model.backbone."])
+def test_what_stands_before_all_names_is_left_out(small, prefix):
+    write_tensors(small, {prefix + name: value for name, value in TENSORS.items()})
+    assert_same(load_timm(small, SMALL), LEAVES)
+    with pytest.raises(BadDataError, match="num_classes=3"):  # the network that is inferred is as wide as timm's
+        load_network(small)
 
 
-def test_the_hubs_description_beside_the_file_is_read(file, tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(file.read_bytes())
-    described = '"input_size": [3, 331, 331], "crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.4, 0.5, 0.6]'
-    path.with_name("config.json").write_text(f'{{"pretrained_cfg": {{{described}, "std": [0.1, 0.2, 0.3]}}}}')
-    expected = Preprocessing(331, 0.9, "antialiased_bilinear", (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
-    assert load_network(path).preprocessing == expected
-    path.with_name("config.json").write_text('{"pretrained_cfg": 3}')
-    assert load_network(path).preprocessing.crop == 0.8975
+def test_two_networks_are_not_chosen_between(small):
+    write_tensors(small, TENSORS | {f"ema.{name}": value for name, value in TENSORS.items()})
+    with pytest.raises(BadDataError, match=r"more than once: \*, ema\.\*"):
+        load_timm(small, SMALL)
+
+
+HEADS = {
+    "none": {},
+    "of other classes": {"fc.weight": (5, 205), "fc.bias": (5,)},
+    "in a row": {"fc.0.weight": (8, 205), "fc.0.bias": (8,), "fc.2.weight": (3, 8), "fc.2.bias": (3,)},
+    "outside": {"classifier.weight": (3, 205), "classifier.bias": (3,)},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_is_not_one_layer_that_fits_is_left_out(small, capsys, head):
+    prefix = "backbone." if head == "outside" else ""
+    tensors = {prefix + name: value for name, value in TENSORS.items() if not name.startswith("fc.")}
+    write_tensors(small, tensors | {name: np.ones(shape, np.float32) for name, shape in HEADS[head].items()})
+    assert_same(load_timm(small, SMALL), BACKBONE_LEAVES)
+    told = capsys.readouterr().err
+    if head == "none":
+        assert not told
+    else:
+        assert f"left out: {min(HEADS[head])}, " in told
+        assert "the model's classifier is" in told
+    assert_same(load_timm(small, SMALL, head=False), BACKBONE_LEAVES)
+    with pytest.raises(BadDataError, match="the head does not fit"):
+        load_timm(small, SMALL, head=True)
+
+
+def test_a_head_that_fits_is_taken_or_left_out(small, capsys):
+    write_tensors(small, TENSORS)
+    assert_same(load_timm(small, SMALL, head=True), LEAVES)
+    assert_same(load_timm(small, SMALL, head=False), BACKBONE_LEAVES)
+    assert capsys.readouterr().err == "note: left out: fc.bias, fc.weight\n"
+    assert "head" not in load_network(small, SMALL, head=False).variables["params"]
+
+
+def test_the_hubs_description_beside_the_file_is_read(small, capsys):
+    write_tensors(small, TENSORS)
+    described = {"input_size": [3, 331, 331], "crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.4, 0.5, 0.6]}
+    config_json = small.with_name("config.json")
+    content = {"pretrained_cfg": described | {"std": [0.1, 0.2, 0.3]}, "label_names": ["cat", "dog", "bird"]}
+    config_json.write_text(json.dumps(content))
+    network = load_network(small, SMALL)
+    assert network.preprocessing == Preprocessing(331, 0.9, "antialiased_bilinear", (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))
+    assert network.classes == ("cat", "dog", "bird")
+    assert load_network(small, SMALL, head=False).classes is None
+    assert capsys.readouterr().err == "note: left out: fc.bias, fc.weight\n"
+    config_json.write_text('{"pretrained_cfg": 3}')
+    assert load_network(small, SMALL).preprocessing.crop == 0.8975
+    config_json.write_text(json.dumps(content))
+    with pytest.raises(InputMissingError) as caught:
+        open_network(str(small.parent))
+    assert str(small) in caught.value.fix
+
+
+def test_what_of_the_description_is_not_supported_is_told(small, capsys):
+    write_tensors(small, TENSORS)
+    described = {
+        "interpolation": "lanczos",
+        "crop_mode": "squash",
+        "crop_pct": 0.95,
+        "mean": 3,
+        "input_size": [3, 9, 8],
+    }
+    content = {"pretrained_cfg": described, "label_names": ["cat"]}
+    small.with_name("config.json").write_text(json.dumps(content))
+    network = load_network(small, SMALL)
+    assert network.preprocessing == Preprocessing(299, 0.95, "antialiased_bicubic")
+    assert network.classes is None
+    told = capsys.readouterr().err
+    for name in ("interpolation 'lanczos'", "crop_mode 'squash'", "mean 3", "input_size [3, 9, 8]"):
+        assert f"{name} in config.json is not supported" in told
+    assert "config.json names 1 classes, the classifier has 3" in told

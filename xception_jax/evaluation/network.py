@@ -22,7 +22,7 @@ from xception_jax.training.mesh import make_mesh
 from xception_jax.training.optimizer import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG
-from xception_jax.weights import Network, Preprocessing, load_network
+from xception_jax.weights import Network, Preprocessing, hub, load_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,9 @@ def open_run(workdir: str, step: int | None = None) -> Run:
       BadDataError: the checkpoint is damaged, or every one is.
     """
     path = Path(workdir)
+    if hub.read(path / CONFIG) is not None:
+        fix = f"give the file in it: {path / hub.WEIGHTS}"
+        raise InputMissingError("it is no run, but a folder of the Hugging Face hub", workdir, fix)
     try:
         config = load_json((path / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):

@@ -39,7 +39,7 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     path = experiment.config.init.weights
     if not path:
         return experiment.init()
-    network = load_network(path)
+    network = load_network(path, size=experiment.config.data.image_size)
     _check_model(experiment.config.model, network)
     variables = flatten_dict(_for_our_images(network), sep="/")
     start, new = _choose(experiment, network, variables)

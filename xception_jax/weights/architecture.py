@@ -1,14 +1,17 @@
-"""What the architecture in a Keras file says of the network: preprocessing, epsilon, and what the head computes.
+"""What the architecture in a Keras file says of the network: its epsilon, and what is done to images before it.
 
 It is read as data. Nothing of it is built or run.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from xception_jax.data.images import Interpolation
 
 # Layers in front of the network that leave an image at evaluation as it is, besides Random*.
 _NEUTRAL = ("InputLayer", "Dropout", "GaussianNoise", "Identity")
@@ -23,72 +26,82 @@ _OPERATIONS: dict[str, Callable] = {
 }
 
 
-def _layers(node: dict[str, Any]) -> list[dict[str, Any]]:
+def layers(node: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the layers directly in a model's description; none if it describes a layer."""
     config = node.get("config")
-    layers = config.get("layers") if isinstance(config, dict) else config  # a list in a Sequential of Keras 1
-    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    found = config.get("layers") if isinstance(config, dict) else config  # a list in a Sequential of Keras 1
+    return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
 
 
 def _walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the layers of a model and of the models in it, in order."""
-    for layer in _layers(node):
-        if _layers(layer):
+    for layer in layers(node):
+        if layers(layer):
             yield from _walk(layer)
         else:
             yield layer
 
 
-def _config(layer: dict[str, Any]) -> dict[str, Any]:
+def _models(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields a model and the models in it."""
+    yield node
+    for layer in layers(node):
+        if layers(layer):
+            yield from _models(layer)
+
+
+def fields(layer: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that a layer was made with."""
     config = layer.get("config")
     return config if isinstance(config, dict) else {}
 
 
-def epsilons(architecture: dict[str, Any]) -> set[float]:
-    """Returns the epsilon of every BatchNormalization."""
-    layers = (layer for layer in _walk(architecture) if layer.get("class_name") == "BatchNormalization")
-    return {float(value) for layer in layers if isinstance(value := _config(layer).get("epsilon"), int | float)}
+def epsilon(architecture: dict[str, Any], count: int) -> float | None:
+    """Returns the epsilon of the network's BatchNormalization; a head or a second network may have others.
+
+    Args:
+      architecture: of the whole model.
+      count: of BatchNorms in the network: looked at is the model that has so many, else the one that has most, and in
+        it the most frequent value.
+    """
+    found = []
+    for model in _models(architecture):
+        norms = (layer for layer in layers(model) if layer.get("class_name") == "BatchNormalization")
+        found.append([value for layer in norms if isinstance(value := fields(layer).get("epsilon"), int | float)])
+    values = max(found, key=lambda each: (len(each) == count, len(each)))
+    return float(collections.Counter(values).most_common(1)[0][0]) if values else None
 
 
-def head_problem(architecture: dict[str, Any]) -> str:
-    """Returns why the layers above the network are not ours (average pooling, Dense with ReLU, Dense), or ''."""
-    layers = list(_walk(architecture))
-    if any(layer.get("class_name") == "GlobalMaxPooling2D" for layer in layers):
-        return "it pools by the maximum, not by the average"
-    dense = [i for i, layer in enumerate(layers) if layer.get("class_name") == "Dense"]
-    for i in dense[:-1]:
-        activation = _activation(layers[i])
-        following = layers[i + 1]
-        if activation == "linear" and following.get("class_name") in ("Activation", "ReLU"):
-            activation = "relu" if following["class_name"] == "ReLU" else _activation(following)
-        if activation != "relu":
-            return f"the hidden layer {_config(layers[i]).get('name')} has the activation {activation}, not relu"
-    return ""
-
-
-def ends_in_sigmoid(architecture: dict[str, Any]) -> bool:
-    """Says whether the last Dense layer gives each class a probability of its own."""
-    layers = list(_walk(architecture))
-    last = max((i for i, layer in enumerate(layers) if layer.get("class_name") == "Dense"), default=len(layers))
-    return any(_activation(layer) == "sigmoid" for layer in layers[last : last + 2])
-
-
-def _activation(layer: dict[str, Any]) -> str:
-    activation = _config(layer).get("activation", "linear")
-    return str(activation.get("config", activation) if isinstance(activation, dict) else activation)
-
-
-def image_size(architecture: dict[str, Any]) -> int | None:
-    """Returns the side of the square input of the network, or None where it is open."""
-    size = None
+def image_shape(architecture: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns height and width of what the network is given, or None where they are open."""
+    found = None
     for layer in _in_front(architecture):
-        config = _config(layer)
+        config = fields(layer)
         shape = config.get("batch_shape") or config.get("batch_input_shape")
         if layer.get("class_name") == "Resizing":
             shape = [None, config.get("height"), config.get("width"), 3]
-        if isinstance(shape, list) and len(shape) == 4 and isinstance(shape[1], int) and shape[1] == shape[2]:
-            size = shape[1]
-    return size
+        if isinstance(shape, list) and len(shape) == 4 and shape[3] in (1, 3, 4):
+            height, width = shape[1:3]
+            if isinstance(height, int) and isinstance(width, int):
+                found = (height, width)
+    return found
+
+
+def resizing(architecture: dict[str, Any]) -> tuple[Interpolation, list[str]]:
+    """Returns the interpolation of a Resizing layer in front, the nearest of ours, and what of the layer is another."""
+    interpolation: Interpolation = "bilinear"
+    other = []
+    for layer in _in_front(architecture):
+        if layer.get("class_name") == "Resizing":
+            config = fields(layer)
+            own = config.get("interpolation", "bilinear")
+            if own == "bicubic":
+                interpolation = "bicubic"
+                other.append("bicubic with the coefficient -0.5 (OpenCV's is -0.75)")
+            elif own != "bilinear":
+                other.append(f"interpolation={own}")
+            other += [name for name in ("crop_to_aspect_ratio", "pad_to_aspect_ratio", "antialias") if config.get(name)]
+    return interpolation, other
 
 
 def scaling(architecture: dict[str, Any], adapted: Sequence[np.ndarray] | None) -> tuple[Any, Any, list[str]]:
@@ -106,14 +119,15 @@ def scaling(architecture: dict[str, Any], adapted: Sequence[np.ndarray] | None) 
     touched, unknown = False, []
     for layer in _in_front(architecture):
         name = str(layer.get("class_name"))
-        if name in (*_NEUTRAL, "Resizing") or name.startswith("Random"):
+        # RandomCrop cuts in evaluation, too.
+        if name in (*_NEUTRAL, "Resizing") or (name.startswith("Random") and name != "RandomCrop"):
             continue
         try:
             of_one, of_zero = (_apply(layer, np.full(3, value), adapted) for value in (1.0, 0.0))
             factor, offset = factor * (of_one - of_zero), offset * (of_one - of_zero) + of_zero
             touched = True
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            unknown.append(str(_config(layer).get("name", name)))
+            unknown.append(str(fields(layer).get("name", name)))
     if not touched or not (np.isfinite(factor) & (factor > 0)).all():
         return None, None, unknown
     std = 1 / (255 * factor)
@@ -129,14 +143,14 @@ def _in_front(architecture: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _apply(layer: dict[str, Any], x: np.ndarray, adapted: Sequence[np.ndarray] | None) -> np.ndarray:
     """Returns what a scaling layer makes of three channels; whatever it is not made for raises."""
-    config, name = _config(layer), str(layer["class_name"])
+    config, name = fields(layer), str(layer["class_name"])
     if name == "Rescaling":
-        return x * _numbers(config["scale"]) + _numbers(config.get("offset", 0.0))
+        return x * numbers(config["scale"]) + numbers(config.get("offset", 0.0))
     if name == "Normalization":
         if config.get("invert"):
             raise ValueError("the inverse")
         if config.get("mean") is not None:
-            mean, variance = _numbers(config["mean"]), _numbers(config["variance"])
+            mean, variance = numbers(config["mean"]), numbers(config["variance"])
         elif adapted is not None:
             mean, variance = adapted
         else:
@@ -144,7 +158,7 @@ def _apply(layer: dict[str, Any], x: np.ndarray, adapted: Sequence[np.ndarray] |
         return (x - np.broadcast_to(mean, 3)) / np.maximum(np.sqrt(np.broadcast_to(variance, 3)), 1e-7)
     # x / 127.5 - 1 in a model: an operation whose second argument is a constant.
     function = str(config["function"]).rpartition(".")[2] if name == "TFOpLambda" else name
-    return _OPERATIONS[function.lower()](x, _numbers(_constant(layer["inbound_nodes"][0])))
+    return _OPERATIONS[function.lower()](x, numbers(_constant(layer["inbound_nodes"][0])))
 
 
 def _constant(node: Any) -> Any:
@@ -154,7 +168,8 @@ def _constant(node: Any) -> Any:
     return arguments[0] if arguments else named["y"] if "y" in named else named["x2"]
 
 
-def _numbers(value: Any) -> np.ndarray:
+def numbers(value: Any) -> np.ndarray:
+    """Returns three numbers, of one or of three in whatever form Keras writes them."""
     if isinstance(value, dict):  # {'class_name': '__numpy__', 'config': {'value': [...]}}
         value = value["config"]["value"]
     return np.broadcast_to(np.squeeze(np.asarray(value, np.float64)), 3)

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head",
         action=argparse.BooleanOptionalAction,
-        help="demand the classifier of a Keras model, or leave it out; by default it is taken if it fits",
+        help="demand the classifier of a Keras or timm file, or leave it out; by default it is taken if it fits",
     )
     parser.add_argument(
         "--classes", metavar="FILE", help="names of the classes, one a line or a JSON list; or 'imagenet'"
@@ -71,12 +71,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out} has no known ending", "out", "write to OUT.safetensors or OUT.weights.h5")
     if args.size is not None and args.size < 1:
         raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
-    network = load_network(args.source, None if args.model is None else _model(args.model), head=args.head)
+    model = None if args.model is None else _model(args.model)
+    network = load_network(args.source, model, head=args.head, size=args.size)
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
-    if args.size is not None:
-        preprocessing = dataclasses.replace(network.preprocessing, size=args.size)
-        network = dataclasses.replace(network, preprocessing=preprocessing)
     (save_keras if to_keras else save_network)(args.out, network)
     _report(args, network)
     return 0
@@ -105,7 +103,11 @@ def _classes(source: str, network: Network) -> tuple[str, ...]:
 
 
 def _read_names(path: Path) -> list[str]:
-    """Returns the names in a text file, a JSON list, or a JSON object from label to name (or Keras' [id, name])."""
+    """Returns the names in a text file, a JSON list, or a JSON object.
+
+    The object goes from label to name (or Keras' [id, name]), or from name to label (Keras' `class_indices`,
+    torchvision's `class_to_idx`).
+    """
     if not path.is_file():
         raise InputMissingError(f"there is no file {path}", "--classes", "give a text file with one name a line")
     try:
@@ -113,6 +115,8 @@ def _read_names(path: Path) -> list[str]:
         if not text.lstrip().startswith(("[", "{")):
             return [line.strip() for line in text.splitlines() if line.strip()]
         names = json.loads(text)
+        if isinstance(names, dict) and all(isinstance(label, int) for label in names.values()):
+            names = {str(label): name for name, label in names.items()}
         if isinstance(names, dict):
             names = [names[str(label)] for label in range(len(names))]
         return [str(name[-1] if isinstance(name, list) else name) for name in names]

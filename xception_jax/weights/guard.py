@@ -33,6 +33,8 @@ MAX_TEXT_BYTES = 64 << 20  # of one attribute or JSON file; the config of Incept
 # Compressed data may grow by this factor, beyond a small size at which even zeros are harmless.
 MAX_COMPRESSION, SMALL = 200, 1 << 20
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+# How h5py stores bfloat16. No other number of two bytes that Keras computes with lacks a type of its own in HDF5.
+TWO_BYTES = np.dtype("V2")
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
@@ -201,7 +203,7 @@ class Hdf5Guard:
         return texts
 
     def _check(self, dataset: h5py.Dataset) -> None:
-        if dataset.dtype.kind not in "fiub" or dataset.dtype.hasobject:
+        if (dataset.dtype.kind not in "fiub" and dataset.dtype != TWO_BYTES) or dataset.dtype.hasobject:
             self._refuse(f"{dataset.name} holds no numbers but {dataset.dtype}")
         if dataset.is_virtual or dataset.external:
             self._refuse(f"the values of {dataset.name} are in another file")

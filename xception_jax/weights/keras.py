@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from xception_jax.config import resolve_model
 from xception_jax.errors import BadDataError
-from xception_jax.weights import architecture, guard, tree
+from xception_jax.weights import architecture, guard, head, tree
 from xception_jax.weights.keras_file import Container, KerasFile, Layer, open_keras, read
 from xception_jax.weights.keras_layers import Target, of_kind, targets
-from xception_jax.weights.keras_match import Backbone, find_backbone, find_head
+from xception_jax.weights.keras_match import Backbone, chained, find_backbone, find_head
 from xception_jax.weights.network import Preprocessing
 
 # Separable convolutions of Xception outside the middle flow, and convolutions of Inception V3.
@@ -33,17 +33,21 @@ class Imported:
       form: of the file, in words.
       model: `config.model`, as given or as inferred.
       variables: {'params', 'batch_stats'}.
-      preprocessing: as far as the file tells, else the default.
+      preprocessing: as far as the file tells, else the default; its size is not set.
+      image_shape: height and width of the images that the network is given, or None where the file does not tell.
       notes: what a user should know: what was left out, what was assumed.
       multi_label: the classifier ends in a sigmoid.
+      classes: their names, or None where the file does not tell.
     """
 
     form: str
     model: ConfigDict
     variables: dict[str, Any]
     preprocessing: Preprocessing
+    image_shape: tuple[int, int] | None
     notes: tuple[str, ...]
     multi_label: bool = False
+    classes: tuple[str, ...] | None = None
 
     def print_notes(self) -> None:
         """Prints the notes to standard error, one a line."""
@@ -76,7 +80,7 @@ def load_keras(path: str | os.PathLike, model: ConfigDict, *, head: bool | None 
     return imported.variables
 
 
-def import_keras(path: Path, model: ConfigDict | None, head: bool | None) -> Imported:
+def import_keras(path: Path, model: ConfigDict | None, demanded: bool | None) -> Imported:
     """Does what `load_keras` does; without `model` it is inferred from the tensors.
 
     Raises:
@@ -85,70 +89,72 @@ def import_keras(path: Path, model: ConfigDict | None, head: bool | None) -> Imp
     where = str(path)
     with open_keras(path) as file:
         model = _infer(file, where) if model is None else resolve_model(model)
-        _check_epsilon(file, model, where)
         wanted = targets(model)
+        _check_epsilon(file, model, len(of_kind(wanted, "norm")), where)
         backbone = find_backbone(file, wanted, tree.describe(model), where)
-        tensors, notes = _head(file, backbone, of_kind(wanted, "dense"), head, where)
+        tensors, sigmoid, notes = _head(file, backbone, of_kind(wanted, "dense"), demanded, where)
         leaves = {leaf: read(tensor) for leaf, tensor in (backbone.tensors | tensors).items()}
-        preprocessing, assumed = _preprocessing(file, backbone, model, has_head=bool(tensors))
-        sigmoid = bool(tensors) and file.architecture is not None and architecture.ends_in_sigmoid(file.architecture)
+        preprocessing, image_shape, assumed = _preprocessing(file, backbone, model, has_head=bool(tensors))
     shapes = tree.shapes(model)
     leaves = {leaf: value.reshape(shapes[leaf]) for leaf, value in leaves.items()}
     tree.check(leaves, model, where)
     if model.padding != "same":
         assumed = [*assumed, "Keras pads max pools as config.model.padding='same' does; the model says otherwise"]
-    return Imported(file.form, model, tree.unflatten(leaves), preprocessing, (*notes, *assumed), sigmoid)
+    variables = tree.unflatten(leaves)
+    return Imported(file.form, model, variables, preprocessing, image_shape, (*notes, *assumed), sigmoid)
 
 
 def _head(
-    file: KerasFile, backbone: Backbone, wanted: Sequence[Target], head: bool | None, where: str
-) -> tuple[dict[str, h5py.Dataset], list[str]]:
-    """Returns the tensors of the classifier, none if it is left out, and what to tell of that."""
+    file: KerasFile, backbone: Backbone, wanted: Sequence[Target], demanded: bool | None, where: str
+) -> tuple[dict[str, h5py.Dataset], bool, list[str]]:
+    """Returns the tensors of the classifier, none if it is left out; whether it is a sigmoid; and what to tell."""
     foreign = _foreign(backbone.beside)
-    if foreign and head is not False:
+    if foreign and demanded is not False:
         # Of a network that stands within another we know where it ends. Here it may be a part of another network.
         what = f"the file holds more than the network, left over: {tree.listed(foreign)}"
         raise BadDataError(what, where, "take the network without what is above it: --no-head (head=False)")
     layers = backbone.beside if _dense(backbone.beside) else backbone.outside
     tensors, problem = find_head(layers, wanted)
+    fix, sigmoid = "set config.model.num_classes, fc_layers and fc_width as in the file, or leave the head out", False
     if not problem and layers is backbone.outside and _foreign(layers):
         problem = f"not all of its layers are Dense: {tree.listed(_foreign(layers))}"
     if not problem and file.architecture is not None:
-        problem = architecture.head_problem(file.architecture)
-    if head and problem:
-        fix = "set config.model.num_classes, fc_layers and fc_width as in the file, or leave the head out"
+        problem, sigmoid = head.judge(file.architecture, len(wanted))
+        fix = "leave the head out: --no-head (head=False)"
+    if demanded and problem:
         raise BadDataError(f"the head does not fit: {problem}", where, fix)
     left_out = [*foreign, *_dense(backbone.beside), *_dense(backbone.outside), *_foreign(backbone.outside)]
-    if head is not False and not problem:
-        taken = _dense(layers)
-        left_out = [name for name in left_out if name not in taken]
-        if wanted[:-1] and file.architecture is None:
-            return tensors, [f"hidden Dense layers are taken to have the activation relu: {tree.listed(taken[:-1])}"]
-    else:
-        tensors = {}
-    reason = f" ({problem})" if problem and head is None else ""
-    return tensors, [f"left out: {tree.listed(left_out)}{reason}"] if left_out else []
+    if demanded is False or problem:
+        reason = f" ({problem})" if problem and demanded is None else ""
+        return {}, False, [f"left out: {tree.listed(left_out)}{reason}"] if left_out else []
+    taken = _dense(layers)
+    left_out = [name for name in left_out if name not in taken]
+    notes = [f"left out: {tree.listed(left_out)}"] if left_out else []
+    if wanted[:-1] and file.architecture is None:
+        names = tree.listed(taken[:-1])
+        notes.append(f"average pooling is assumed, and hidden Dense layers with the activation relu: {names}")
+    return tensors, sigmoid, notes
 
 
 def _dense(layers: Sequence[Layer]) -> list[str]:
-    return [layer.name for layer in layers if layer.kind == "dense"]
+    return [layer.name for layer in chained([layer for layer in layers if layer.kind == "dense"])]
 
 
 def _foreign(layers: Sequence[Layer]) -> list[str]:
     return [layer.name for layer in layers if layer.kind not in ("dense", "normalization")]
 
 
-def _check_epsilon(file: KerasFile, model: ConfigDict, where: str) -> None:
-    found = architecture.epsilons(file.architecture) if file.architecture is not None else set()
-    if found and model.batch_norm.epsilon not in found:
-        what = f"BatchNorm in the file has the epsilon {min(found)}, the model {model.batch_norm.epsilon}"
-        raise BadDataError(what, where, f"set config.model.batch_norm.epsilon={min(found)}")
+def _check_epsilon(file: KerasFile, model: ConfigDict, count: int, where: str) -> None:
+    found = architecture.epsilon(file.architecture, count) if file.architecture is not None else None
+    if found is not None and model.batch_norm.epsilon != found:
+        what = f"BatchNorm in the file has the epsilon {found}, the model {model.batch_norm.epsilon}"
+        raise BadDataError(what, where, f"set config.model.batch_norm.epsilon={found}")
 
 
 def _preprocessing(
     file: KerasFile, backbone: Backbone, model: ConfigDict, *, has_head: bool
-) -> tuple[Preprocessing, list[str]]:
-    """Returns what the file tells of preprocessing, and notes of what it does not tell."""
+) -> tuple[Preprocessing, tuple[int, int] | None, list[str]]:
+    """Returns what the file tells of preprocessing, the shape of images, and notes of what it does not tell."""
     preprocessing = Preprocessing()
     if has_head and model.num_classes != IMAGENET_CLASSES:
         # Whoever trained on own images had them resized whole: Keras' loaders know no central crop.
@@ -156,16 +162,17 @@ def _preprocessing(
     adapted = [layer for layer in (*backbone.beside, *backbone.outside) if layer.kind == "normalization"]
     if file.architecture is None:
         text = "the Normalization layer is left out: without the architecture it is not known what it follows"
-        return preprocessing, [text] if adapted else []
+        return preprocessing, None, [text] if adapted else []
     values = [read(tensor) for tensor in adapted[0].tensors[:2]] if adapted else None
     mean, std, unknown = architecture.scaling(file.architecture, values)
     if mean is not None:
         preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
-    size = architecture.image_size(file.architecture)
-    if size is not None:
-        preprocessing = dataclasses.replace(preprocessing, size=size)
     notes = [f"what {tree.listed(unknown)} does to images is not known: it is left out"] if unknown else []
-    return preprocessing, notes
+    interpolation, other = architecture.resizing(file.architecture)
+    if other:
+        notes.append(f"the Resizing layer is not reproduced in all: {', '.join(other)}; images are resized whole")
+    preprocessing = dataclasses.replace(preprocessing, interpolation=interpolation)
+    return preprocessing, architecture.image_shape(file.architecture), notes
 
 
 def _infer(file: KerasFile, where: str) -> ConfigDict:
@@ -189,12 +196,12 @@ def _infer(file: KerasFile, where: str) -> ConfigDict:
         what = f"with {separable} separable and {count(container, 'conv')} other convolutions the file is neither"
         raise BadDataError(f"{what} Xception nor Inception V3", where, fix)
     model["batch_norm"] = {"scale": len(norm.tensors) == 4}
-    found = file.architecture and architecture.epsilons(file.architecture)
-    if found:
-        model["batch_norm"]["epsilon"] = min(found)
+    epsilon = file.architecture and architecture.epsilon(file.architecture, count(container, "norm"))
+    if epsilon is not None:
+        model["batch_norm"]["epsilon"] = epsilon
     others = [layer for other in file.containers if other is not container for layer in other.layers]
     dense = [o for o in container.layers if o.kind == "dense"] or [o for o in others if o.kind == "dense"]
-    if dense:
+    if dense := chained(dense):
         model["num_classes"] = dense[-1].shapes[0][1]
         widths = {layer.shapes[0][1] for layer in dense[:-1]}
         if len(widths) == 1:

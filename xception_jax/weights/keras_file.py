@@ -22,14 +22,15 @@ import ml_dtypes
 import numpy as np
 
 from xception_jax.errors import BadDataError
-from xception_jax.weights import guard
+from xception_jax.weights import architecture, guard
 
 _LEAF = re.compile(
     r"(.+?)[/_](depthwise_kernel|pointwise_kernel|kernel|bias|gamma|beta|moving_mean|moving_variance|running_mean|"
     r"running_std|W|b|mean|variance|count)(?:_\d+)?(?::0)?"
 )
 _STATISTICS = ("moving_mean", "moving_variance", "running_mean", "running_std")
-_TRAINING_STATE = ("optimizer", "optimizer_weights")
+_TRAINING_STATE = ("optimizer", "optimizer_weights", "metrics")
+_LISTS = ("layers", "_layer_checkpoint_dependencies")  # of layers, which are called by their class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,8 @@ class KerasFile:
     Attributes:
       form: of the file, in words.
       containers: in the order of the file.
-      architecture: the model's own description (`model.get_config()` with its class), or None without.
+      architecture: the model's own description (`model.get_config()` with its class), or None without; that of a
+        subclassed model, which is its Python code, counts as none.
     """
 
     form: str
@@ -121,7 +123,7 @@ def open_keras(path: Path) -> Iterator[KerasFile]:
     """
     if guard.container_format(path) == "zip":
         with guard.open_archive(path) as archive:
-            config = _json(guard.read_member(archive, "config.json"), path)
+            config = _architecture(guard.read_member(archive, "config.json"), path)
             with guard.extracted(archive, "model.weights.h5") as inner, guard.open_hdf5(inner) as file:
                 yield KerasFile("Keras archive", _tree(file, guard.Hdf5Guard(inner, path)), config)
         return
@@ -133,16 +135,16 @@ def open_keras(path: Path) -> Iterator[KerasFile]:
             yield KerasFile("Keras 3 weights", _tree(file, reader), None)
         else:
             texts = reader.texts(file, "model_config")
-            architecture = _json(texts[0].encode(), path) if texts else None
-            yield KerasFile("legacy Keras weights", _legacy(root, names, reader), architecture)
+            config = _architecture(texts[0].encode(), path) if texts else None
+            yield KerasFile("legacy Keras weights", _legacy(root, names, reader), config)
 
 
 def read(tensor: h5py.Dataset) -> np.ndarray:
-    """Reads one tensor as it is; bfloat16, which HDF5 does not know, is marked by an attribute of Keras'."""
+    """Reads one tensor as it is; Keras writes bfloat16, which HDF5 does not know, as bare bytes or marks it."""
     value = tensor[()]
-    if tensor.attrs.get("dtype") == "bfloat16":
-        return value.view(ml_dtypes.bfloat16) if value.dtype.itemsize == 2 else value.astype(ml_dtypes.bfloat16)
-    return value
+    if value.dtype == guard.TWO_BYTES:
+        return value.view(ml_dtypes.bfloat16)
+    return value.astype(ml_dtypes.bfloat16) if tensor.attrs.get("dtype") == "bfloat16" else value
 
 
 def natural(name: str) -> list[Any]:
@@ -150,19 +152,27 @@ def natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _json(text: bytes, path: Path) -> dict[str, Any]:
+def _architecture(text: bytes, path: Path) -> dict[str, Any] | None:
     try:
-        architecture = json.loads(text)
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise guard.damaged(path, error) from None
-    if not isinstance(architecture, dict):
+    if not isinstance(config, dict):
         raise BadDataError("the architecture in the file is not a JSON object", str(path), guard.COPY_AGAIN)
-    return architecture
+    return config if architecture.layers(config) else None
 
 
 def _holds_numbers(layer: Layer) -> bool:
     """Whether it is more than the state of a random generator, as dropout has."""
     return any(tensor.dtype.kind not in "iu" for tensor in layer.tensors)
+
+
+def _is_training_state(path: str) -> bool:
+    """Whether a group belongs to a model that was compiled, at any depth; 'layers/metrics' is a layer of that class."""
+    parts = path.split("/")
+    return any(
+        part in _TRAINING_STATE and parent not in _LISTS for parent, part in zip(["", *parts], parts, strict=False)
+    )
 
 
 def _tree(file: h5py.File, reader: guard.Hdf5Guard) -> tuple[Container, ...]:
@@ -172,7 +182,7 @@ def _tree(file: h5py.File, reader: guard.Hdf5Guard) -> tuple[Container, ...]:
         for name, child in reader.children(group, depth).items():
             # TensorFlow on Windows wrote backslashes into the names.
             inner = f"{path}/{name}".replace("\\", "/").strip("/")
-            if isinstance(child, h5py.Dataset) or inner in _TRAINING_STATE:
+            if isinstance(child, h5py.Dataset) or _is_training_state(inner):
                 continue
             if name != "vars" and not name.endswith("\\vars"):
                 visit(child, inner, depth + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ def find_backbone(file: KerasFile, targets: Sequence[Target], network: str, wher
 
 def find_head(layers: Sequence[Layer], targets: Sequence[Target]) -> tuple[dict[str, h5py.Dataset], str]:
     """Returns the tensors of the classifier, or none and why the Dense layers are not the targets."""
-    dense = [layer for layer in layers if layer.kind == "dense"]
+    dense = chained([layer for layer in layers if layer.kind == "dense"])
     if [layer.shapes for layer in dense] == [target.shapes for target in targets]:
         pairs = (zip(target.leaves, layer.tensors, strict=True) for target, layer in zip(targets, dense, strict=True))
         return {leaf: tensor for pair in pairs for leaf, tensor in pair}, ""
@@ -71,6 +72,27 @@ def find_head(layers: Sequence[Layer], targets: Sequence[Target]) -> tuple[dict[
         {},
         f"the model's classifier is {', '.join(needed)}; the file's Dense layers are {', '.join(found) or 'none'}",
     )
+
+
+def chained(dense: Sequence[Layer]) -> list[Layer]:
+    """Returns Dense layers so that each takes what the one before gives; as they are where they form no chain.
+
+    In a subclassed model they are called by its attributes, whose order is not that of the computation.
+    """
+    widths = [layer.shapes[0] for layer in dense]
+    starts = collections.Counter(width for width, _ in widths) - collections.Counter(width for _, width in widths)
+    order, rest = [], list(dense)
+    width = next(iter(starts), None)
+    while rest:
+        fitting = [layer for layer in rest if layer.shapes[0][0] == width]
+        if not fitting:
+            return list(dense)
+        # One that keeps the width comes before the one that changes it.
+        following = min(fitting, key=lambda layer: layer.shapes[0][0] != layer.shapes[0][1])
+        order.append(following)
+        rest.remove(following)
+        width = following.shapes[0][1]
+    return order
 
 
 def _match(container: Container, targets: Sequence[Target]) -> tuple[Container, list] | None:

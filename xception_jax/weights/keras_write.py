@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import os
+import sys
 
 import h5py
 import numpy as np
@@ -29,7 +30,8 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
     """Writes the weights as Keras 3 does, bit by bit.
 
     `keras.applications.Xception(weights=None, classes=...).load_weights(path)` reads them, with `include_top=False` if
-    the network has no head. Hidden fully connected layers come before the classifier, as in a model that has them.
+    the network has no head. That network has no hidden fully connected layers: where ours has, a line on standard error
+    says what model loads the file, namely Dense layers on its output.
 
     Raises:
       ConfigError: Keras' network computes something else, whatever its weights.
@@ -61,3 +63,8 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
         what = f"Keras' network has no place for {tree.listed(left_over)}"
         raise ConfigError(what, "config.model", "save it as .safetensors")
     write(path, content.getvalue())
+    if model.fc_layers and "head" in network.variables["params"]:
+        text = (
+            "keras.applications has no hidden layers: put average pooling and these Dense layers on a base without top"
+        )
+        print(f"note: {text}; it then loads the file (docs/weights.md)", file=sys.stderr)

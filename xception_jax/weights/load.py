@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from xception_jax.data.prepare.imagenet import class_names
 from xception_jax.errors import UsageError
 from xception_jax.weights import guard, known, own, timm, tree
 from xception_jax.weights.keras import import_keras
-from xception_jax.weights.network import Network
+from xception_jax.weights.network import Network, Preprocessing
 
 
-def load_network(path: str | os.PathLike, model: ConfigDict | None = None, *, head: bool | None = None) -> Network:
+def load_network(
+    path: str | os.PathLike, model: ConfigDict | None = None, *, head: bool | None = None, size: int | None = None
+) -> Network:
     """Reads a weight file of any kind with all that travels with it. What a user should know goes to standard error.
 
     `variables['params']` has no 'head' if the file has none, or none that fits.
@@ -23,7 +26,8 @@ def load_network(path: str | os.PathLike, model: ConfigDict | None = None, *, he
     Args:
       path: our own safetensors, or a Keras or timm file.
       model: the `config.model` that a Keras or timm file belongs to; by default it is inferred from the tensors.
-      head: of a Keras file, as in `load_keras`.
+      head: of a Keras or timm file, as in `load_keras`.
+      size: side of the images in pixels; by default what the file says, else 299.
 
     Raises:
       InputMissingError: there is no such file.
@@ -40,15 +44,36 @@ def load_network(path: str | os.PathLike, model: ConfigDict | None = None, *, he
             if model is not None and tree.describe(model) != tree.describe(network.model):
                 what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
                 raise UsageError(what, str(path), "leave the model out: the file describes itself")
-            return network
-        imported = timm.import_timm(tensors, path, model)
+            return network if size is None else _resized(network, size)
+        imported = timm.import_timm(tensors, path, model, head)
     else:
         imported = import_keras(path, model, head)
     imported.print_notes()
     if warning := known.doubt(path.name, md5):
         print(f"warning: {warning}", file=sys.stderr)
-    has_classes = md5 in known.KERAS_FILES and "head" in imported.variables["params"]
-    classes = tuple(class_names()) if has_classes else None
-    return Network(
+    classes = imported.classes
+    if md5 in known.KERAS_FILES:
+        classes = tuple(class_names()) if "head" in imported.variables["params"] else None
+        size = size or Preprocessing.size
+    network = Network(
         imported.model, imported.variables, imported.preprocessing, classes, str(path), sha256, imported.multi_label
     )
+    return _resized(network, _side(imported.image_shape) if size is None else size)
+
+
+def _resized(network: Network, size: int) -> Network:
+    return dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))
+
+
+def _side(shape: tuple[int, int] | None) -> int:
+    """Returns the side of our images, which are square, and says on standard error where the file has none."""
+    if shape is None:
+        fix = f"{Preprocessing.size} is assumed (convert --size)"
+        print(f"note: the file does not tell the size of the images: {fix}", file=sys.stderr)
+        return Preprocessing.size
+    if shape[0] != shape[1]:
+        fix = f"ours are square, {max(shape)} is taken (convert --size)"
+        print(
+            f"note: the network in the file is given images of {shape[0]} x {shape[1]} pixels: {fix}", file=sys.stderr
+        )
+    return max(shape)

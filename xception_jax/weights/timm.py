@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 
 from xception_jax.config import resolve_model
 from xception_jax.errors import BadDataError
-from xception_jax.weights import guard, tree
+from xception_jax.weights import guard, hub, tree
 from xception_jax.weights.keras import Imported
 from xception_jax.weights.network import Preprocessing
 
@@ -24,7 +23,9 @@ PREPROCESSING = {
     "xception": Preprocessing(crop=0.8975, interpolation="antialiased_bicubic"),
     "inception_v3": Preprocessing(crop=0.875, interpolation="antialiased_bicubic"),
 }
-_INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
+# One tensor of each network.
+_KNOWN = {"xception": "conv3.conv1.weight", "inception_v3": "Mixed_5b.branch1x1.conv.weight"}
+_ABOVE = ("fc", "classifier.", "head.", "last_linear.")  # what the layers on top of the network are called
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _MODULES = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 _ONE_CONVOLUTION = ("1x1_0", "pool_0")
@@ -32,7 +33,7 @@ _SPLIT = {"3x3_1x3": "3x3_2a", "3x3_3x1": "3x3_2b", "3x3dbl_1x3": "3x3dbl_3a", "
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def load_timm(path: str | os.PathLike, model: ConfigDict) -> dict[str, Any]:
+def load_timm(path: str | os.PathLike, model: ConfigDict, *, head: bool | None = None) -> dict[str, Any]:
     """Reads the weights of timm's `legacy_xception` or `inception_v3`.
 
     timm pads max pools and counts padding in average pools: `model.padding='symmetric'`; the epsilon of BatchNorm is
@@ -42,6 +43,8 @@ def load_timm(path: str | os.PathLike, model: ConfigDict) -> dict[str, Any]:
     Args:
       path: safetensors with timm's names, as `model.safetensors` of the Hugging Face hub.
       model: `config.model` of the network. With `aux_head` the auxiliary classifier is read too, otherwise left out.
+      head: True asks for the classifier, one Linear layer that fits `num_classes`; False leaves out what stands above
+        the network; None takes the classifier if it is there and fits, and says so if it does not.
 
     Returns:
       {'params', 'batch_stats'}, NumPy arrays; without `params['head']` if the file has no classifier.
@@ -53,7 +56,7 @@ def load_timm(path: str | os.PathLike, model: ConfigDict) -> dict[str, Any]:
     path = Path(path)
     guard.require_file(path)
     tensors = read_tensors(path)
-    imported = import_timm(tensors, path, model)
+    imported = import_timm(tensors, path, model, head)
     imported.print_notes()
     return imported.variables
 
@@ -69,19 +72,20 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return guard.read_safetensors(path)[0]
 
 
-def import_timm(tensors: Mapping[str, np.ndarray], path: Path, model: ConfigDict | None) -> Imported:
+def import_timm(
+    tensors: Mapping[str, np.ndarray], path: Path, model: ConfigDict | None, demanded: bool | None
+) -> Imported:
     """Does what `load_timm` does; without `model` it is inferred from the tensors.
 
     Raises:
       BadDataError: as `load_timm`.
     """
     where = str(path)
-    tensors = {
-        name.removeprefix("module."): tensor  # of DataParallel
-        for name, tensor in tensors.items()
-        if not name.endswith(".num_batches_tracked")
-    }
-    model = _infer(tensors, where) if model is None else resolve_model(model)
+    prefix = _prefix(tensors, where)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
+    above = {name: tensor for name, tensor in tensors.items() if not _is_below(name, prefix)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name not in above}
+    model = _infer(own, above.get(f"{prefix}fc.weight")) if model is None else resolve_model(model)
     notes = []
     for field, found, theirs in (
         ("padding", model.padding, "symmetric"),
@@ -89,24 +93,72 @@ def import_timm(tensors: Mapping[str, np.ndarray], path: Path, model: ConfigDict
     ):
         if theirs is not None and found != theirs:
             notes.append(f"timm computes with config.model.{field}={theirs!r}, the model has {found!r}")
-    if not model.aux_head and any(name.startswith("AuxLogits.") for name in tensors):
+    if not model.aux_head and any(name.startswith("AuxLogits.") for name in own):
         notes.append("left out: AuxLogits.*, the auxiliary classifier (config.model.aux_head=True reads it)")
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("AuxLogits.")}
+        own = {name: tensor for name, tensor in own.items() if not name.startswith("AuxLogits.")}
     shapes = tree.shapes(model)
-    if "fc.weight" not in tensors:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(tree.HEAD)}
-    last_block = 6 + model.middle_blocks
-    sources = {leaf: timm_name(leaf, model.name, last_block) for leaf in shapes}
-    missing = sorted(name for name in sources.values() if name not in tensors)
-    left_over = sorted(tensors.keys() - set(sources.values()))
+    sources = {leaf: timm_name(leaf, model.name, 6 + model.middle_blocks) for leaf in shapes}
+    head = {prefix + name: shapes[leaf][::-1] for leaf, name in sources.items() if leaf.startswith(tree.HEAD)}
+    problem = _head_problem(head, above)
+    if demanded and problem:
+        fix = "set config.model.num_classes as in the file, or leave the head out: --no-head (head=False)"
+        raise BadDataError(f"the head does not fit: {problem}", where, fix)
+    if demanded is False or problem:
+        sources = {leaf: name for leaf, name in sources.items() if not leaf.startswith(tree.HEAD)}
+        reason = f" ({problem})" if problem and demanded is None else ""
+        notes += [f"left out: {tree.listed(sorted(above))}{reason}"] if above else []
+    else:
+        own |= {name.removeprefix(prefix): tensor for name, tensor in above.items()}
+    missing = sorted(name for name in sources.values() if name not in own)
+    left_over = sorted(own.keys() - set(sources.values()))
     if missing or left_over:
         parts = [f"missing: {tree.listed(missing)}"] if missing else []
         parts += [f"left over: {tree.listed(left_over)}"] if left_over else []
         raise BadDataError(f"the file does not fit {tree.describe(model)}: {'; '.join(parts)}", where, _fix(left_over))
-    leaves = {leaf: _in_our_layout(tensors[name]) for leaf, name in sources.items()}
+    leaves = {leaf: _in_our_layout(own[name]) for leaf, name in sources.items()}
     tree.check(leaves, model, where)
-    preprocessing = _described(path) or PREPROCESSING.get(model.name, Preprocessing())
-    return Imported("timm safetensors", model, tree.unflatten(leaves), preprocessing, tuple(notes))
+    default = PREPROCESSING.get(model.name, Preprocessing())
+    num_classes = 0 if problem or demanded is False else model.num_classes
+    preprocessing, classes, told = hub.describe(path.with_name("config.json"), default, num_classes)
+    shape = (preprocessing.size, preprocessing.size)
+    notes += told
+    variables = tree.unflatten(leaves)
+    return Imported("timm safetensors", model, variables, preprocessing, shape, tuple(notes), classes=classes)
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    """Says whether a tensor is of the network, not of what is put on it."""
+    return name.startswith(prefix) and not name.removeprefix(prefix).startswith(_ABOVE)
+
+
+def _head_problem(needed: Mapping[str, tuple[int, ...]], above: Mapping[str, np.ndarray]) -> str:
+    """Returns why what is put on the network is not the classifier of the model, or ''."""
+    found = {name: tensor.shape for name, tensor in above.items()}
+    if found == needed:
+        return ""
+    texts = (tree.listed([f"{name} {shape}" for name, shape in sorted(each.items())]) for each in (needed, found))
+    return "the model's classifier is {}; the file has {}".format(*(text or "none" for text in texts))
+
+
+def _prefix(tensors: Mapping[str, np.ndarray], where: str) -> str:
+    """Returns what stands before all names of the network: of DataParallel, torch.compile, or a module around it.
+
+    Raises:
+      BadDataError: there is no network that is known, or there are two.
+    """
+    prefixes = {
+        name.removesuffix(known)
+        for name in tensors
+        for known in _KNOWN.values()
+        if name == known or name.endswith(f".{known}")
+    }
+    if not prefixes:
+        what = "the names of the tensors are neither timm's legacy_xception nor inception_v3"
+        raise BadDataError(what, where, "other networks of the Xception family (xception41, 65, 71) are not built here")
+    if len(prefixes) > 1:
+        what = f"the file holds the network more than once: {tree.listed(sorted(f'{each}*' for each in prefixes))}"
+        raise BadDataError(what, where, "save the one that you mean on its own")
+    return prefixes.pop()
 
 
 def timm_name(leaf: str, name: str, last_block: int) -> str:
@@ -168,18 +220,15 @@ def _in_our_layout(tensor: np.ndarray) -> np.ndarray:
     return tensor.transpose((2, 3, 1, 0)) if tensor.ndim == 4 else tensor.T
 
 
-def _infer(tensors: Mapping[str, np.ndarray], where: str) -> ConfigDict:
-    if "conv3.conv1.weight" in tensors:
+def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> ConfigDict:
+    if _KNOWN["xception"] in tensors:
         blocks = {name.split(".")[0] for name in tensors if re.match(r"block\d+\.", name)}
         model: dict[str, Any] = {"name": "xception", "middle_blocks": max(0, len(blocks) - 4)}
-    elif "Mixed_5b.branch1x1.conv.weight" in tensors:
-        model = {"name": "inception_v3"}
     else:
-        what = "the names of the tensors are neither timm's legacy_xception nor inception_v3"
-        raise BadDataError(what, where, "other networks of the Xception family (xception41, 65, 71) are not built here")
+        model = {"name": "inception_v3"}
     model |= {"padding": "symmetric", "batch_norm": {"epsilon": EPSILONS[model["name"]], "scale": True}}
-    if "fc.weight" in tensors:
-        model["num_classes"] = tensors["fc.weight"].shape[0]
+    if classifier is not None and classifier.ndim == 2:
+        model["num_classes"] = classifier.shape[0]
     return resolve_model(ConfigDict(model, type_safe=False))
 
 
@@ -187,23 +236,3 @@ def _fix(left_over: list[str]) -> str:
     if left_over and all(name.endswith(".bn.weight") for name in left_over):
         return "set config.model.batch_norm.scale=True: timm's BatchNorm has one"
     return "give the model that the file belongs to"
-
-
-def _described(path: Path) -> Preprocessing | None:
-    """Returns the preprocessing in the config.json that the Hugging Face hub has beside a file, if it is there."""
-    beside = path.with_name("config.json")
-    try:
-        if beside.stat().st_size > guard.SMALL:
-            return None
-        fields = json.loads(beside.read_text())["pretrained_cfg"]
-        return Preprocessing.from_fields(
-            {
-                "size": fields["input_size"][1],
-                "crop": fields["crop_pct"],
-                "interpolation": _INTERPOLATIONS[fields["interpolation"]],
-                "mean": fields["mean"],
-                "std": fields["std"],
-            }
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return None
