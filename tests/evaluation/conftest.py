@@ -13,7 +13,7 @@ import pytest
 
 from configs import multilabel
 from tests.data.small_imagenet import write_small_imagenet
-from tests.models.quick import random_variables
+from tests.models.random_weights import random_variables
 from xception_jax.config import default_config, resolve, resolve_model, save_json
 from xception_jax.data.prepare import fashion_mnist, imagenet
 from xception_jax.data.prepare.writer import write_dataset

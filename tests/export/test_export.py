@@ -20,7 +20,7 @@ import pytest
 import skimage.data
 import sklearn.datasets
 
-from tests.models.quick import random_variables
+from tests.models.random_weights import random_variables
 from xception_jax.__main__ import COMMANDS
 from xception_jax.config import default_config, resolve_model
 from xception_jax.data.images import central_view

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import random_variables
+from random_weights import random_variables
 
 from xception_jax.models.layers import BatchNorm, Conv
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from quick import random_variables
+from random_weights import random_variables
 
 from xception_jax.models.layers import BatchNorm
 from xception_jax.models.modules import (

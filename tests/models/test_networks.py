@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import random_variables
+from random_weights import random_variables
 
 from xception_jax.config import default_config
 from xception_jax.models import create_model

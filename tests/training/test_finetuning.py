@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.models.quick import random_variables
+from tests.models.random_weights import random_variables
 from xception_jax.config import default_config, load_json, resolve, save_json
 from xception_jax.data.prepare.fashion_mnist import fashion_mnist_subset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
