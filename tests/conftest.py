@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# With all of JAX and Keras in memory, looking for garbage as often as by default takes a tenth of the time.
+gc.set_threshold(50_000)
+
 # Most programs of the tests run once: to optimise them would take longer than to run them as they are. Read when JAX
 # compiles for the first time, here and in the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
@@ -16,14 +20,24 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 LONG_FILES = (
     "test_train.py",
     "test_parity_with_keras.py",
+    "test_train_kinds.py",
     "test_finetuning.py",
     "test_export.py",
-    "test_networks.py",
-    "test_compiled_step.py",
     "test_runner.py",
+    "test_cpu_kernels.py",
+    "test_keras_files.py",
+    "test_checkpoint.py",
+    "test_configs.py",
+    "test_compiled_step.py",
     "test_step.py",
+    "test_networks.py",
     "test_parity_catches.py",
 )
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than cores, since a test that has started a process often waits for it."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):

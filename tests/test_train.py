@@ -15,37 +15,15 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.data.small_imagenet import write_small_imagenet
+from tests.tiny_run import TINY, three_lines
 from xception_jax.evaluation.metrics import load_predictions
 from xception_jax.logs.metrics import read_metrics
 
-TINY = [
-    "--config=configs/fashion_mnist.py",
-    "--config.model.width_multiplier=0.05",
-    "--config.model.middle_blocks=0",
-    "--config.model.dropout_rate=0.2",
-    "--config.data.train_split=train[:640]",
-    "--config.data.eval_split=train[640:900]",
-    "--config.data.test_split=test[:333]",
-    "--config.batch_size=32",
-    "--config.evaluation.batch_size=100",
-    "--config.duration=3 epochs",
-    "--config.evaluation.every=15 steps",
-    "--config.checkpoint.every=10 steps",
-    "--config.log_every=5 steps",
-]
 STEPS = 60
 
 
 def sha256(output: str) -> str:
     return re.search("state sha256: ([0-9a-f]{64})", output)[1]
-
-
-def three_lines(process: subprocess.CompletedProcess) -> list[str]:
-    lines = [line for line in process.stderr.splitlines() if line.startswith(("error: ", "  where: ", "  fix: "))]
-    assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], process.stderr
-    assert "Traceback" not in process.stderr
-    return lines
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +50,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     steps = {
         split: [entry["step"] for entry in entries if entry["split"] == split] for split in ("train", "dev", "test")
     }
-    assert steps == {"train": list(range(5, 61, 5)), "dev": [15, 30, 45, 60], "test": [60]}
+    assert steps == {"train": list(range(5, 61, 5)), "dev": [30, 60], "test": [60]}
     test = entries[-1]
     assert test["count"] == 333
     assert 0 <= test["top1"] <= test["top5"] <= 1
@@ -203,139 +181,3 @@ def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tm
 
     assert first(tmp_path)["step"] == 5
     assert first(tmp_path)["loss"] == pytest.approx(first(uninterrupted[0])["loss"], rel=1e-3)
-
-
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path):
-    process = run_python(
-        "train.py",
-        *TINY,
-        f"--workdir={tmp_path}",
-        "--config.schedule.learning_rate=1e9",
-        "--config.schedule.warmup=15 steps",
-        "--config.checkpoint.every=1 step",
-        "--config.max_bad_steps=3",
-        "--config.optimizer.weight_decay=0",
-    )
-    assert process.returncode == 70, process.stderr
-    assert "going back to the checkpoint of step" in process.stderr
-    three_lines(process)
-    assert list((tmp_path / "checkpoints").glob("*/manifest.json"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--config.batchsize=3"], 78, "did you mean config.batch_size"),
-        (["--config.batch_size=0"], 78, "at least 1"),
-        (["--config.batch_size=abc"], 78, "whole number"),
-        (["--config.schedule.learning_rate=-1"], 78, "above 0"),
-        (["--config.model.name=resnet"], 78, "'inception_v3'"),
-        (["--config.mesh.fsdp=3"], 78, "does not fit 1 devices"),
-        (["--config.model.num_classes=11"], 78, "set it to 10"),
-        (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
-        (["--config.data.name=imagenet2012"], 66, "python -m xception_jax prepare imagenet2012"),
-        (["--config.data.eval_split=nothing"], 66, "no split 'nothing'"),
-        (["--config=configs/nothing.py"], 66, "configs/imagenet.py"),
-        (["--nothing=1"], 64, "--help"),
-        (["nothing"], 64, "unexpected argument 'nothing'"),
-    ],
-)
-def test_bad_input_costs_three_lines(run_python, tmp_path, arguments, code, words):
-    process = run_python("train.py", *TINY, f"--workdir={tmp_path / 'run'}", *arguments)
-    assert process.returncode == code, process.stderr
-    assert words in " ".join(three_lines(process))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("def get_config(:\n", "broken.py:1"),
-        ("x = 1\n", "get_config"),
-        ("def get_config():\n    import os\n    return os.nothing\n", "broken.py:3"),
-    ],
-)
-def test_a_config_that_does_not_run_is_named_with_its_line(run_python, tmp_path, text, words):
-    path = tmp_path / "broken.py"
-    path.write_text(text)
-    process = run_python("train.py", f"--config={path}", f"--workdir={tmp_path / 'run'}")
-    assert process.returncode == 78, process.stderr
-    assert words in " ".join(three_lines(process))
-
-
-def test_without_a_config_or_with_a_file_as_work_directory(run_python, tmp_path):
-    process = run_python("train.py")
-    assert process.returncode == 64
-    assert "--config=configs/fashion_mnist.py" in three_lines(process)[2]
-    file = tmp_path / "file"
-    file.touch()
-    process = run_python("train.py", *TINY, f"--workdir={file}")
-    assert process.returncode == 73
-    three_lines(process)
-
-
-def test_help_names_the_fields_and_where_defaults_come_from(run_python):
-    process = run_python("train.py", "--help")
-    assert "config.schedule.learning_rate=0.045" in process.stdout
-    assert "paper: section 4.2" in process.stdout
-
-
-def test_many_labels_an_image(run_python, tmp_path):
-    process = run_python(
-        "train.py",
-        "--config=configs/multilabel.py",
-        f"--workdir={tmp_path}",
-        "--config.model.width_multiplier=0.05",
-        "--config.model.middle_blocks=0",
-        "--config.data.train_split=train[:128]",
-        "--config.data.eval_split=train[128:200]",
-        "--config.data.test_split=test[:77]",
-        "--config.batch_size=32",
-        "--config.duration=4 steps",
-    )
-    assert process.returncode == 0, process.stderr
-    test = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert test["count"] == 77
-    assert 0 < test["map_at_k"] <= 1
-    assert test["map_at_k_all"] == pytest.approx(test["map_at_k"])  # with 10 classes no ranking is too short
-    assert re.search(r"test\[:77\] MAP|test MAP", process.stdout)
-    assert (tmp_path / "report.html").exists()
-
-
-def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
-    """Two archives of real photographs, in the layout of ILSVRC 2012, through every stage to an evaluation."""
-    write_small_imagenet(tmp_path / "archives", classes=5, train_per_class=4, validation=7)
-    data_dir = tmp_path / "tfds"
-    arguments = [
-        "train.py",
-        "--config=configs/imagenet.py",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data.data_dir={data_dir}",
-        "--config.model.dtype=float32",
-        "--config.data.train_split=train",
-        "--config.data.eval_split=",
-        "--config.batch_size=2",
-        "--config.evaluation.batch_size=4",
-        "--config.data.threads=2",
-    ]
-    missing = run_python(*arguments)
-    assert missing.returncode == 66
-    assert "python -m xception_jax prepare imagenet2012" in three_lines(missing)[2]
-
-    prepared = run_python(
-        "-m", "xception_jax", "prepare", "imagenet2012", "--source", tmp_path / "archives", "--data_dir", data_dir
-    )
-    assert prepared.returncode == 0, prepared.stderr
-    first = run_python(*arguments, "--config.duration=1 step")
-    assert first.returncode == 0, first.stderr
-    assert "22,855,952 parameters" in first.stderr
-    assert "8.36 G multiply-adds an image at 299" in first.stderr
-    second = run_python(*arguments, "--config.duration=2 steps")
-    assert second.returncode == 0, second.stderr
-    assert "resumed at 1" in second.stderr
-    entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [(entry["step"], entry["split"]) for entry in entries if entry["split"] == "train"] == [
-        (1, "train"),
-        (2, "train"),
-    ]
-    assert entries[-1]["count"] == 7
-    assert np.isfinite(entries[-1]["loss"])

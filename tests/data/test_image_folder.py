@@ -28,12 +28,14 @@ def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
         "val/rose/a.webp": encoded(photograph(3), "WEBP"),
         "train/rose/notes.txt": b"not an image",
         "train/stray.jpg": jpeg(photograph(4)),
+        "extra/rose/a.jpg": jpeg(photograph(5)),
     }
     folder = write_folder(tmp_path / "flowers", files)
     prepare("image_folder", "--source", folder, "--name", "flowers", "--data_dir", tmp_path)
     out = capsys.readouterr().out
     assert f"not an image by its name (1): {folder / 'train/rose/notes.txt'}" in out
     assert f"not in a folder of a class (1): {folder / 'train/stray.jpg'}" in out
+    assert f"neither a split nor in one (1): {folder / 'extra'}" in out
     assert "classes (2): daisy, rose\n" in out
     source = opened(data, tmp_path, "flowers")
     assert source.info.class_names == ("daisy", "rose")
@@ -44,6 +46,21 @@ def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
     }
     validation = opened(data, tmp_path, "flowers", "validation")
     assert (validation[0]["image"], validation[0]["label"]) == (files["val/rose/a.webp"], 1)
+
+
+def test_two_folders_of_one_split_are_not_chosen_between(tmp_path):
+    image = jpeg(photograph(0))
+    folder = write_folder(tmp_path / "two", {f"{split}/a/1.jpg": image for split in ("train", "val", "validation")})
+    with pytest.raises(BadDataError, match="val and validation both mean the split validation"):
+        prepare("image_folder", "--source", folder, "--name", "two", "--data_dir", tmp_path)
+
+
+def test_a_class_is_not_held_out_as_a_whole(tmp_path, data):
+    image = jpeg(photograph(0))
+    folder = write_folder(tmp_path / "few", {f"class{n:02}/1.jpg": image for n in range(50)})
+    prepare("image_folder", "--source", folder, "--name", "few", "--data_dir", tmp_path)
+    source = opened(data, tmp_path, "few")
+    assert sorted({source[i]["label"] for i in range(len(source))}) == list(range(50))
 
 
 def test_a_folder_without_splits_is_divided_by_a_hash(tmp_path, data):

@@ -60,12 +60,12 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
 
     Raises:
       InputMissingError: the folder is not there, or holds no images.
-      BadDataError: a class of another split is not among those of 'train', or, while the examples are read, an image
-        is damaged, or all of a class in 'train' are.
+      BadDataError: two folders mean one split, a class of another split is not among those of 'train', or, while the
+        examples are read, an image is damaged, or all of a class in 'train' are.
     """
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
-    files = {split: _files(folder, skipped) for split, folder in _split_folders(source).items()}
+    files = {split: _files(folder, skipped) for split, folder in _split_folders(source, skipped).items()}
     if not files:
         files = _divide(source, _files(source, skipped))
     counts = {split: len(paths) for split, paths in files.items()}
@@ -107,14 +107,24 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
     )
 
 
-def _split_folders(source: Path) -> dict[str, Path]:
-    """Returns the folders that are named after splits, if there is one for training."""
-    found = {
-        _SPLIT_NAMES[path.name]: path
-        for path, is_folder in folders.entries(source)
-        if is_folder and path.name in _SPLIT_NAMES
-    }
-    return found if "train" in found else {}
+def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
+    """Returns the folders that are named after splits, if there is one for training; nothing else is read then."""
+    found: dict[str, Path] = {}
+    others = []
+    for path, is_folder in folders.entries(source):
+        split = _SPLIT_NAMES.get(path.name) if is_folder else None
+        if split is None:
+            others.append(path)
+        elif split in found:
+            what = f"{found[split].name} and {path.name} both mean the split {split}"
+            raise BadDataError(what, str(source), "merge the two folders, or move one elsewhere")
+        else:
+            found[split] = path
+    if "train" not in found:
+        return {}
+    for path in others:
+        skipped.add("neither a split nor in one", path)
+    return found
 
 
 def _files(folder: Path, skipped: Skipped) -> list[Path]:
@@ -142,6 +152,10 @@ def _divide(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
         digest = hashlib.md5(str(path.relative_to(source)).encode()).digest()
         held_out = int.from_bytes(digest[:4]) % 100 < VALIDATION_PERCENT
         files["validation" if held_out else "train"].append(path)
+    # A class of few images may be held out as a whole.
+    known = {path.parent for path in files["train"]}
+    files["train"] = sorted(files["train"] + [path for path in files["validation"] if path.parent not in known])
+    files["validation"] = [path for path in files["validation"] if path.parent in known]
     return files
 
 

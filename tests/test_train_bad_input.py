@@ -1,0 +1,64 @@
+"""What a user mistypes: the whole program says in three lines what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tiny_run import TINY, three_lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--config.batchsize=3"], 78, "did you mean config.batch_size"),
+        (["--config.batch_size=0"], 78, "at least 1"),
+        (["--config.batch_size=abc"], 78, "whole number"),
+        (["--config.schedule.learning_rate=-1"], 78, "above 0"),
+        (["--config.model.name=resnet"], 78, "'inception_v3'"),
+        (["--config.mesh.fsdp=3"], 78, "does not fit 1 devices"),
+        (["--config.model.num_classes=11"], 78, "set it to 10"),
+        (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
+        (["--config.data.name=imagenet2012"], 66, "python -m xception_jax prepare imagenet2012"),
+        (["--config.data.eval_split=nothing"], 66, "no split 'nothing'"),
+        (["--config=configs/nothing.py"], 66, "configs/imagenet.py"),
+        (["--nothing=1"], 64, "--help"),
+        (["nothing"], 64, "unexpected argument 'nothing'"),
+    ],
+)
+def test_bad_input_costs_three_lines(run_python, tmp_path, arguments, code, words):
+    process = run_python("train.py", *TINY, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert process.returncode == code, process.stderr
+    assert words in " ".join(three_lines(process))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(:\n", "broken.py:1"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    import os\n    return os.nothing\n", "broken.py:3"),
+    ],
+)
+def test_a_config_that_does_not_run_is_named_with_its_line(run_python, tmp_path, text, words):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    process = run_python("train.py", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert process.returncode == 78, process.stderr
+    assert words in " ".join(three_lines(process))
+
+
+def test_without_a_config_or_with_a_file_as_work_directory(run_python, tmp_path):
+    process = run_python("train.py")
+    assert process.returncode == 64
+    assert "--config=configs/fashion_mnist.py" in three_lines(process)[2]
+    file = tmp_path / "file"
+    file.touch()
+    process = run_python("train.py", *TINY, f"--workdir={file}")
+    assert process.returncode == 73
+    three_lines(process)
+
+
+def test_help_names_the_fields_and_where_defaults_come_from(run_python):
+    process = run_python("train.py", "--help")
+    assert "config.schedule.learning_rate=0.045" in process.stdout
+    assert "paper: section 4.2" in process.stdout

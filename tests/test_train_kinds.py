@@ -1,0 +1,91 @@
+"""Runs of other kinds than the one that test_train.py interrupts: one that diverges, many labels, ImageNet."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.data.small_imagenet import write_small_imagenet
+from tests.tiny_run import TINY, three_lines
+from xception_jax.logs.metrics import read_metrics
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path):
+    process = run_python(
+        "train.py",
+        *TINY,
+        f"--workdir={tmp_path}",
+        "--config.schedule.learning_rate=1e9",
+        "--config.schedule.warmup=15 steps",
+        "--config.checkpoint.every=1 step",
+        "--config.max_bad_steps=3",
+        "--config.optimizer.weight_decay=0",
+    )
+    assert process.returncode == 70, process.stderr
+    assert "going back to the checkpoint of step" in process.stderr
+    three_lines(process)
+    assert list((tmp_path / "checkpoints").glob("*/manifest.json"))
+
+
+def test_many_labels_an_image(run_python, tmp_path):
+    process = run_python(
+        "train.py",
+        "--config=configs/multilabel.py",
+        f"--workdir={tmp_path}",
+        "--config.model.width_multiplier=0.05",
+        "--config.model.middle_blocks=0",
+        "--config.data.train_split=train[:128]",
+        "--config.data.eval_split=train[128:200]",
+        "--config.data.test_split=test[:77]",
+        "--config.batch_size=32",
+        "--config.duration=4 steps",
+    )
+    assert process.returncode == 0, process.stderr
+    test = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert test["count"] == 77
+    assert 0 < test["map_at_k"] <= 1
+    assert test["map_at_k_all"] == pytest.approx(test["map_at_k"])  # with 10 classes no ranking is too short
+    assert re.search(r"test\[:77\] MAP|test MAP", process.stdout)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
+    """Two archives of real photographs, in the layout of ILSVRC 2012, through every stage to an evaluation."""
+    write_small_imagenet(tmp_path / "archives", classes=5, train_per_class=4, validation=7)
+    data_dir = tmp_path / "tfds"
+    arguments = [
+        "train.py",
+        "--config=configs/imagenet.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={data_dir}",
+        "--config.model.dtype=float32",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=",
+        "--config.batch_size=2",
+        "--config.evaluation.batch_size=4",
+        "--config.data.threads=2",
+    ]
+    missing = run_python(*arguments)
+    assert missing.returncode == 66
+    assert "python -m xception_jax prepare imagenet2012" in three_lines(missing)[2]
+
+    prepared = run_python(
+        "-m", "xception_jax", "prepare", "imagenet2012", "--source", tmp_path / "archives", "--data_dir", data_dir
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    first = run_python(*arguments, "--config.duration=1 step")
+    assert first.returncode == 0, first.stderr
+    assert "22,855,952 parameters" in first.stderr
+    assert "8.36 G multiply-adds an image at 299" in first.stderr
+    second = run_python(*arguments, "--config.duration=2 steps")
+    assert second.returncode == 0, second.stderr
+    assert "resumed at 1" in second.stderr
+    entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(entry["step"], entry["split"]) for entry in entries if entry["split"] == "train"] == [
+        (1, "train"),
+        (2, "train"),
+    ]
+    assert entries[-1]["count"] == 7
+    assert np.isfinite(entries[-1]["loss"])
