@@ -63,6 +63,13 @@ def test_fsdp_shards_parameters_and_optimiser_state(steps):
     assert steps["segments"]["state_bytes_a_device"] == steps["segments"]["state_bytes"]
 
 
+def test_fsdp_moves_parameters_and_no_activations(steps):
+    step = steps["fsdp"]
+    assert {one["kind"] for one in step["collectives"]} == {"all-gather", "all-reduce"}
+    gathered = sum(one["bytes"] * one["count"] for one in step["collectives"] if one["kind"] == "all-gather")
+    assert gathered == pytest.approx(step["parameter_bytes"], rel=0.02)  # and the running averages
+
+
 def test_convolutions_of_a_bfloat16_step_are_in_bfloat16():
     """For a TPU. That no float32 copy is written to memory either is for the compiler; `plan` reports it."""
     config = default_config()

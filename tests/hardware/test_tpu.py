@@ -60,7 +60,12 @@ def test_no_activation_is_written_in_float32(compiled, case):
     assert compiled(case)["float32_activation_bytes"] == 0
 
 
+def test_fsdp_moves_parameters_and_no_activations(compiled):
+    found = count(compiled("fsdp"))
+    assert found["all-gather"] > 0
+    assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
 def test_fsdp_shards_the_state(compiled):
     whole, share = (compiled(case)["memory"]["output"] for case in ("depthwise", "fsdp"))
     assert share < 0.5 * whole  # small arrays are whole on each chip, and padded
-    assert count(compiled("fsdp"))["all-gather"] > 0  # of parameters

@@ -95,6 +95,16 @@ def state_sharding(mesh: Mesh, tree):
     return jax.tree.map(leaf_sharding, tree)
 
 
+def whole(tree):
+    """Returns the same values, whole on each device of the ambient mesh, to compute with.
+
+    With a kernel that is shared out along its channels, XLA's partitioner would rather send activations around.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
+
+
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Returns the global batch, of which each process holds the part in `batch`."""
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
+from xception_jax.training.mesh import whole
 from xception_jax.training.state import TrainState
 
 
@@ -27,6 +28,7 @@ def make_train_step(
     frozen = config.optimizer.frozen
 
     def loss_and_aux(params, batch_stats, images, labels, dropout_key):
+        params, batch_stats = whole((params, batch_stats))
         with norms_at_rest(params, frozen):
             (logits, endpoints), updates = model.apply(
                 {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},
