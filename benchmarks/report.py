@@ -231,14 +231,16 @@ def plot_growth(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(points), 2, figsize=(8, 2.2 * len(points)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(points), 2, figsize=(9, 2.2 * len(points)), layout="constrained", squeeze=False)
     for row, (axis, measured) in zip(axes, points.items(), strict=True):
-        labels = [str(point["value"]) for point in measured]
+        values = [point["value"] for point in measured]
+        if not all(isinstance(value, int) for value in values):
+            values = [str(value) for value in values]  # "depthwise" among them: one beside the other
         for plot_axis, quantity, unit in zip(
             row, ("seconds", "memory"), ("seconds a step", "peak memory, GB"), strict=True
         ):
-            plot_axis.plot(labels, [point[quantity] for point in measured], "o-")
-            plot_axis.set_ylim(bottom=0)
+            plot_axis.plot(values, [point[quantity] for point in measured], "o-")
+            plot_axis.set_ylim(0, 1.1 * max(point[quantity] for point in measured))
             plot_axis.set_ylabel(unit, fontsize=8)
             plot_axis.set_xlabel(GROWTH_TITLES[axis], fontsize=7)
             plot_axis.tick_params(labelsize=7)
