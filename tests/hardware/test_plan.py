@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import types
@@ -13,7 +14,7 @@ from xception_jax.config import default_config, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.errors import DeviceMemoryError, UsageError
 from xception_jax.hardware.hlo import Collective
-from xception_jax.hardware.plan import _too_large, find_largest_batch
+from xception_jax.hardware.plan import Memory, _batch_that_fits, _too_large, find_largest_batch
 from xception_jax.hardware.roofline import Traffic, count_traffic, step_time
 from xception_jax.hardware.topology import parse_topology
 from xception_jax.models import create_model
@@ -156,6 +157,12 @@ def test_what_goes_wrong_costs_three_lines(plan, arguments, code, what):
     assert first.startswith(what)
     assert where.startswith("  where: ")
     assert fix.startswith("  fix:   ")
+
+
+def test_the_batch_that_fills_the_memory():
+    activations = Memory(arguments=100, temporaries=400, output=50, alias=50, program=0)
+    assert _batch_that_fits(8, activations, 1300) == 8 + 16
+    assert _batch_that_fits(8, dataclasses.replace(activations, temporaries=0), 1300) == 8 + 96
 
 
 def test_an_experiment_is_built_without_computing():

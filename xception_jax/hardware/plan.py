@@ -157,7 +157,9 @@ def _by_bytes(found: Counter[Collective]) -> list[tuple[Collective, int]]:
 
 def _batch_that_fits(batch_per_chip: int, memory: Memory, hbm_bytes: int) -> int:
     """Returns the images a chip that fill the memory, if temporaries grow in proportion."""
-    return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // memory.temporaries
+    # Activations so small that they stay on the chip are no temporaries; the batch is among the arguments.
+    growing = memory.temporaries or memory.arguments
+    return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // growing
 
 
 def make_plan(config: ConfigDict, topology: Topology, *, examples: int | None = None) -> Plan:
