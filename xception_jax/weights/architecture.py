@@ -13,8 +13,8 @@ import numpy as np
 
 from xception_jax.data.images import Interpolation
 
-# Layers in front of the network that leave an image at evaluation as it is, besides Random*.
-_NEUTRAL = ("InputLayer", "Dropout", "GaussianNoise", "Identity")
+# Layers that give in evaluation what they are given; in front of the network Random* do, too.
+NEUTRAL = ("InputLayer", "Dropout", "GaussianNoise", "Identity")
 _NETWORK_BEGINS = ("Conv2D", "SeparableConv2D")
 _OPERATIONS: dict[str, Callable] = {
     "truedivide": np.divide,
@@ -120,7 +120,7 @@ def scaling(architecture: dict[str, Any], adapted: Sequence[np.ndarray] | None) 
     for layer in _in_front(architecture):
         name = str(layer.get("class_name"))
         # RandomCrop cuts in evaluation, too.
-        if name in (*_NEUTRAL, "Resizing") or (name.startswith("Random") and name != "RandomCrop"):
+        if name in (*NEUTRAL, "Resizing") or (name.startswith("Random") and name != "RandomCrop"):
             continue
         try:
             of_one, of_zero = (_apply(layer, np.full(3, value), adapted) for value in (1.0, 0.0))

@@ -10,13 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from xception_jax.weights.architecture import fields, layers, numbers
+from xception_jax.weights.architecture import NEUTRAL, fields, layers, numbers
 
-# Layers that give in evaluation what they are given.
-_NEUTRAL = (
-    *("InputLayer", "Identity", "ActivityRegularization"),
-    *("Dropout", "SpatialDropout2D", "GaussianDropout", "AlphaDropout", "GaussianNoise"),
-)
+_NEUTRAL = (*NEUTRAL, "ActivityRegularization", "SpatialDropout2D", "GaussianDropout", "AlphaDropout")
 _POOLING = "GlobalAveragePooling2D"
 _RELU = ("negative_slope", "threshold")  # 0 in what is called relu
 # The last layers of Xception and Inception V3, but for a ReLU.
