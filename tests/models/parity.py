@@ -14,9 +14,6 @@ import numpy as np
 import optax
 from keras_weights import Reference
 
-# Gradients of convolutions in float64 are plain loops, which would run ten times as long if not optimised at all.
-FOR_STEPS = {"xla_backend_optimization_level": 1, "xla_llvm_disable_expensive_passes": True}
-
 
 def side_by_side(*functions: Callable):
     """Calls two functions at a time, since most of each is compiling on one core; returns the results of all."""
@@ -95,7 +92,7 @@ def keras_step(reference: Reference, images, labels) -> TrainingStep:
         outputs, updated = keras_model.stateless_call(trainable, non_trainable, images, training=True)
         return _cross_entropy(outputs["logits"], labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FOR_STEPS)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, updated), gradients = step([v.value for v in trainable], [v.value for v in non_trainable], images)
     values = reference.to_tree(trainable, gradients) | reference.to_tree(non_trainable, updated)
     return TrainingStep(float(value), values)
@@ -107,7 +104,7 @@ def our_step(model: nn.Module, variables, images, labels) -> TrainingStep:
         (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return _cross_entropy(logits, labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FOR_STEPS)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, updated), gradients = step(variables["params"], variables["batch_stats"], images)
     leaves = jax.tree_util.tree_flatten_with_path({"params": gradients, **updated})[0]
     return TrainingStep(float(value), {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves})

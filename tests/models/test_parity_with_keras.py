@@ -88,8 +88,8 @@ def test_every_block_in_float64(built, outputs, size):
 def test_one_training_step_in_float64(float64_reference):
     """Gradients of every parameter of a cross entropy, through batch statistics, and the updated running averages."""
     name, reference = float64_reference
-    images = random_images(SIZES[name][-1], 4, "float64", seed=3)
-    labels = jnp.array([3, 141, 592, 653])
+    images = random_images(SIZES[name][-1], 2, "float64", seed=3)
+    labels = jnp.array([3, 141])
     ours, theirs = side_by_side(
         lambda: our_step(reference.model, reference.variables, images, labels),
         lambda: keras_step(reference, images, labels),
