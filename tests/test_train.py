@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -97,11 +98,11 @@ def test_a_finished_run_says_the_same_again(uninterrupted, run_python):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def start(shared_environment, workdir, *arguments):
+def start(environment, workdir, *arguments):
     return subprocess.Popen(
         [sys.executable, "train.py", *TINY, f"--workdir={workdir}", *arguments],
         cwd=ROOT,
-        env=shared_environment,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,16 +120,34 @@ def wait_for_step(process, step):
     raise AssertionError("".join(lines))
 
 
-def test_kill_minus_9_and_the_same_command_end_with_the_same_bits(
+def test_kill_minus_9_and_sigterm_and_the_same_command_end_with_the_same_bits(
     uninterrupted, run_python, shared_environment, tmp_path
 ):
     rng = random.Random(0)
-    for step in sorted(rng.sample(range(5, STEPS - 5), 2)):
+
+    def kill_near(step):
         process = start(shared_environment, tmp_path)
         wait_for_step(process, step)
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.communicate()
+
+    kill_near(rng.randrange(5, 20))
+
+    process = start(shared_environment, tmp_path)
+    wait_for_step(process, 25)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end before the second is refused
+    second = run_python("train.py", *TINY, f"--workdir={tmp_path}")
+    process.send_signal(signal.SIGCONT)
+    assert second.returncode == 73
+    assert str(process.pid) in " ".join(three_lines(second))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    step = int(re.search(r"after step (\d+), which is saved", errors)[1])
+    assert (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
+
+    kill_near(rng.randrange(step, STEPS))
     process = run_python("train.py", *TINY, f"--workdir={tmp_path}")
     assert process.returncode == 0, process.stderr
     assert sha256(process.stdout) == sha256(uninterrupted[1].stdout)
@@ -140,30 +159,14 @@ def test_kill_minus_9_and_the_same_command_end_with_the_same_bits(
     assert journal(tmp_path) == journal(uninterrupted[0])  # each entry once, none lost
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted, run_python, shared_environment, tmp_path):
-    process = start(shared_environment, tmp_path)
-    wait_for_step(process, 20)
-    process.send_signal(signal.SIGSTOP)  # so that it does not end before the second is refused
-    second = run_python("train.py", *TINY, f"--workdir={tmp_path}")
-    process.send_signal(signal.SIGCONT)
-    assert second.returncode == 73
-    assert str(process.pid) in " ".join(three_lines(second))
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    step = int(re.search(r"after step (\d+), which is saved", errors)[1])
-    assert (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
-    resumed = run_python("train.py", *TINY, f"--workdir={tmp_path}")
-    assert sha256(resumed.stdout) == sha256(uninterrupted[1].stdout)
-
-
 def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"--config.distributed.coordinator=localhost:{free.getsockname()[1]}"
+    environment = shared_environment | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}  # without OLDER_CODE
     pair = [
         start(
-            shared_environment,
+            environment,
             tmp_path,
             coordinator,
             "--config.distributed.num_processes=2",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import jax
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import OLDER_CODE, ROOT
 from xception_jax.config import default_config, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.training.experiment import build_experiment
@@ -25,11 +26,8 @@ CASES = {
 @pytest.fixture(scope="module")
 def steps(run_python):
     program = ROOT / "tests/hardware/step_program.py"
-    # What the program communicates is decided before code is made for the processor, and nothing is run here. XLA's
-    # older way to make it takes a third of the time (its results are wrong in places, and jax 0.12 has no such flag).
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    if jax.__version_info__ < (0, 11):
-        flags += " --xla_cpu_use_fusion_emitters=false"
+    # What the program communicates is decided before code is made for the processor, and nothing is run here.
+    flags = f"{os.environ['XLA_FLAGS']} {OLDER_CODE} --xla_force_host_platform_device_count=8"
     process = run_python(program, *map(json.dumps, CASES.values()), environment={"XLA_FLAGS": flags})
     assert process.returncode == 0, process.stderr
     return dict(zip(CASES, map(json.loads, process.stdout.splitlines()), strict=True))

@@ -84,7 +84,7 @@ def _cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def keras_step(reference: Reference, images, labels) -> TrainingStep:
+def keras_step(reference: Reference, images, labels, compiler_options=None) -> TrainingStep:
     keras_model = reference.keras_model
     trainable, non_trainable = keras_model.trainable_variables, keras_model.non_trainable_variables
 
@@ -92,19 +92,19 @@ def keras_step(reference: Reference, images, labels) -> TrainingStep:
         outputs, updated = keras_model.stateless_call(trainable, non_trainable, images, training=True)
         return _cross_entropy(outputs["logits"], labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compiler_options)
     (value, updated), gradients = step([v.value for v in trainable], [v.value for v in non_trainable], images)
     values = reference.to_tree(trainable, gradients) | reference.to_tree(non_trainable, updated)
     return TrainingStep(float(value), values)
 
 
-def our_step(model: nn.Module, variables, images, labels) -> TrainingStep:
+def our_step(model: nn.Module, variables, images, labels, compiler_options=None) -> TrainingStep:
     def loss(params, batch_stats, images):
         variables = {"params": params, "batch_stats": batch_stats}
         (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return _cross_entropy(logits, labels), updated
 
-    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=compiler_options)
     (value, updated), gradients = step(variables["params"], variables["batch_stats"], images)
     leaves = jax.tree_util.tree_flatten_with_path({"params": gradients, **updated})[0]
     return TrainingStep(float(value), {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in leaves})
