@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -50,7 +51,7 @@ struct Images {
 };
 
 // Adds the parts of a sum of `size` values in their order.
-inline void AddParts(ffi::ThreadPool& pool, const std::vector<float>& parts, Size size, float* sum) {
+inline void AddParts(ffi::ThreadPool& pool, std::span<const float> parts, Size size, float* sum) {
   const Parts ranges(size, 4096);
   ParallelFor(pool, ranges.count, [&](Size range) {
     const Size begin = ranges.begin(range), end = ranges.begin(range + 1);

@@ -12,11 +12,11 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kTileColumns = 2 * kLanes;
-constexpr Size kDepth = 1536;          // of the products between two stores: a panel of weights stays in the L2 cache
-constexpr Size kPixels = 256;          // of the filter gradient between two stores
-constexpr Size kPacked = 8 * kPixels;  // pixels of dy that are packed at once
-constexpr Size kAhead = 8;             // rows of a panel that are fetched before they are needed
-constexpr Size kBlock = 16 * kTileRows;  // pixels (or rows of the filter gradient) that share what the L2 cache holds
+constexpr Size kDepth = 1536;            // of the products between two stores: a panel of weights stays in the L2 cache
+constexpr Size kAhead = 8;               // rows of a panel that are fetched before they are needed
+constexpr Size kBlock = 16 * kTileRows;  // pixels that share what the L2 cache holds
+constexpr Size kPixels = 256;            // of the filter gradient between two stores: a panel of dy stays in the L1 cache
+constexpr Size kRows = 32 * kTileRows;   // of the filter gradient that use such a panel
 
 inline Size Ceil(Size a, Size b) { return (a + b - 1) / b; }
 
@@ -148,17 +148,20 @@ struct Convolution {
     return chunks;
   }
 
-  // Copies some rows of the transposed x, for some pixels, into panels of kTileRows.
+  // Copies some rows of the transposed x, for some pixels, into panels of kTileRows. A last panel of fewer has gaps.
   void PackRows(const float* x, Size segment, Size first_row, Size rows, Size pixel, Size count, float* packed) const {
     const std::vector<Chunk> chunks = Chunks(first_row, first_row + rows);
-    float line[kBlock] = {};
+    float line[kRows];
     Pixel at = PixelAt(pixel);
-    for (Size p = 0; p < count; ++p, at = Next(at)) {
-      float* to = line;
-      for (const Chunk& chunk : chunks)
-        to = std::copy_n(At(x, at, chunk.tap) + segment * channels + chunk.first, chunk.size, to);
-      for (Size row = 0; row < rows; row += kTileRows)
-        std::memcpy(packed + row * count + p * kTileRows, line + row, kTileRows * sizeof(float));
+    for (Size p = 0; p < count; ++p, at = Next(at), packed += kTileRows) {
+      auto read = [&](const Chunk& chunk) { return At(x, at, chunk.tap) + segment * channels + chunk.first; };
+      const float* from = chunks.size() == 1 ? read(chunks[0]) : line;
+      if (float* to = line; from == line)
+        for (const Chunk& chunk : chunks) to = std::copy_n(read(chunk), chunk.size, to);
+      Size row = 0;
+      for (; row + kTileRows <= rows; row += kTileRows)
+        std::memcpy(packed + row * count, from + row, kTileRows * sizeof(float));
+      std::copy(from + row, from + rows, packed + row * count);
     }
   }
 };
@@ -260,55 +263,44 @@ inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Ou
                                      int64_t top, int64_t left) {
   const Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
   const Size depth = conv.taps * conv.channels, panels = conv.panels(), pixels = conv.pixels();
-  const Size size = kernel->element_count(), blocks = Ceil(depth, kBlock);
-  // Pixels are cut into parts as long as that needs little memory: their sums are added at the end. Blocks of rows are
-  // cut into groups, as many as keep the threads busy; each group packs dy for itself.
-  const Size parts = std::clamp<Size>(std::min<Size>(pixels / 768, (2 << 20) / size), 1, 64);
-  const Size groups = std::clamp<Size>(Ceil(4 * pool.num_threads(), parts * segments), 1, blocks);
-  std::vector<float> sums(parts > 1 ? parts * size : 0);
+  const Size size = kernel->element_count(), tiles = Ceil(depth, kTileRows), blocks = Ceil(depth, kRows);
+  // A task is a block of rows and a part of the pixels: all of them where there are blocks enough for the threads, or
+  // sums of parts, which are added at the end, would need much memory.
+  const Size most = std::max<Size>(std::min(pixels / 768, (2 << 20) / size), 1);
+  const Size parts = std::clamp<Size>(Ceil(4 * pool.num_threads(), blocks * segments), 1, most);
+  std::unique_ptr<float[]> sums(parts > 1 ? new float[parts * size] : nullptr);
   if (pixels == 0) std::fill_n(kernel->typed_data(), size, 0.0f);
-  float* result = parts > 1 ? sums.data() : kernel->typed_data();
-  ParallelFor(pool, parts * segments * groups, [&](Size task) {
-    const Size part = task / (segments * groups), segment = task / groups % segments, group = task % groups;
+  float* result = parts > 1 ? sums.get() : kernel->typed_data();
+  ParallelFor(pool, parts * segments * blocks, [&](Size task) {
+    const Size part = task / (segments * blocks), segment = task / blocks % segments, block = task % blocks;
     const Size begin = pixels * part / parts, end = pixels * (part + 1) / parts;
-    // [panel of rows][pixel][kTileRows] and [depth part][panel][pixel][kTileColumns]
-    std::unique_ptr<float[]> a(new float[kBlock * kPixels]), b(new float[panels * kTileColumns * kPacked]);
-    for (Size start = begin; start < end; start += kPacked) {
-      const Size stop = std::min(end, start + kPacked);
-      for (Size pixel = start; pixel < stop; pixel += kPixels) {
-        const Size count = std::min(kPixels, stop - pixel);
-        for (Size panel = 0; panel < panels; ++panel) {
-          const Size first = panel * kTileColumns;
-          PackPanel(dy.typed_data() + pixel * conv.out.channels + segment * conv.filters + first, conv.out.channels,
-                    count, conv.filters - first, b.get() + ((pixel - start) * panels + panel * count) * kTileColumns);
-        }
-      }
-      for (Size block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
-        const Size first_row = block * kBlock, rows = std::min(kBlock, depth - first_row);
-        float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
-        for (Size pixel = start; pixel < stop; pixel += kPixels) {
-          const Size count = std::min(kPixels, stop - pixel);
-          conv.PackRows(x.typed_data(), segment, first_row, rows, pixel, count, a.get());
-          for (Size panel = 0; panel < panels; ++panel) {
-            const float* packed = b.get() + ((pixel - start) * panels + panel * count) * kTileColumns;
-            const Size columns = std::min<Size>(kTileColumns, conv.filters - panel * kTileColumns);
-            for (Size row = 0; row < rows; row += kTileRows) {
-              WithRows(rows - row, [&](auto constant) {
-                constexpr int R = constant;
-                float* to = corner + row * conv.out.channels + panel * kTileColumns;
-                PrefetchTile<R>(to, conv.out.channels);
-                Lanes tile[R][2] = {};
-                const float* at[R];
-                UNROLL for (int r = 0; r < R; ++r) at[r] = a.get() + row * count + r;
-                Accumulate<R, kTileRows>(at, packed, count, tile);
-                StoreTile<R>(tile, columns, pixel > begin, to, conv.out.channels);
-              });
-            }
-          }
+    const Size first_row = tiles * block / blocks * kTileRows;
+    const Size rows = std::min(tiles * (block + 1) / blocks * kTileRows, depth) - first_row;
+    // [panel of rows][pixel][kTileRows] and [panel][pixel][kTileColumns]
+    std::unique_ptr<float[]> a(new float[kRows * kPixels]), b(new float[kTileColumns * kPixels]);
+    float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
+    for (Size pixel = begin; pixel < end; pixel += kPixels) {
+      const Size count = std::min(kPixels, end - pixel);
+      conv.PackRows(x.typed_data(), segment, first_row, rows, pixel, count, a.get());
+      for (Size panel = 0; panel < panels; ++panel) {
+        const Size first = panel * kTileColumns, columns = std::min<Size>(kTileColumns, conv.filters - first);
+        PackPanel(dy.typed_data() + pixel * conv.out.channels + segment * conv.filters + first, conv.out.channels, count,
+                  columns, b.get());
+        for (Size row = 0; row < rows; row += kTileRows) {
+          WithRows(rows - row, [&](auto constant) {
+            constexpr int R = constant;
+            float* to = corner + row * conv.out.channels + first;
+            PrefetchTile<R>(to, conv.out.channels);
+            Lanes tile[R][2] = {};
+            const float* at[R];
+            UNROLL for (int r = 0; r < R; ++r) at[r] = a.get() + row * count + r;
+            Accumulate<R, kTileRows>(at, b.get(), count, tile);
+            StoreTile<R>(tile, columns, pixel > begin, to, conv.out.channels);
+          });
         }
       }
     }
   });
-  if (parts > 1) AddParts(pool, sums, size, kernel->typed_data());
+  if (parts > 1) AddParts(pool, {sums.get(), size_t(parts * size)}, size, kernel->typed_data());
   return ffi::Error::Success();
 }
