@@ -103,12 +103,11 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
         if not kernels:
             return gradient_of(_plain, x, kernel, dy)
         read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
-        # The input gradient is a convolution of stride 1 too, of dy with the kernel turned round.
-        dilated, turned, outer = _transposed(read, kernel, dy, segments, step, pads)
+        dilated, outer = _dilated(read, kernel, dy, step, pads)
         if has_depthwise_kernel(x, kernel, segments, stride):
-            dx = cpu_kernels.depthwise(dilated, turned, outer)
+            dx = cpu_kernels.depthwise(dilated, kernel[::-1, ::-1], outer)
             return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape[0], pads)
-        dx = cpu_kernels.conv(dilated, turned, segments, 1, outer)
+        dx = cpu_kernels.conv_input_gradient(dilated, kernel, segments, outer)
         return *spread(dx), cpu_kernels.conv_filter_gradient(read, dy, kernel.shape, segments, step, pads)
 
     gpu, tpu = partial(gradient_of, _on_gpu), partial(gradient_of, _on_tpu)
@@ -124,17 +123,15 @@ def has_depthwise_kernel(x, kernel, segments: int, stride: int) -> bool:
     return segments == filters == x.shape[-1] and stride == 1 and kh == kw and kh in cpu_kernels.DEPTHWISE_SIDES
 
 
-def _transposed(x, kernel, dy, segments: int, stride: int, pads: Pads):
-    """Returns (dy with zeros in between, kernel, padding), whose convolution of stride 1 is the gradient for x."""
-    kh, kw, channels, filters = kernel.shape
-    turned = kernel[::-1, ::-1].reshape(kh, kw, channels, segments, filters // segments)
-    turned = turned.transpose(0, 1, 4, 3, 2).reshape(kh, kw, filters // segments, segments * channels)
+def _dilated(x, kernel, dy, stride: int, pads: Pads):
+    """Returns (dy with zeros in between, padding): convolved with the kernel turned round, the gradient for x."""
+    kh, kw = kernel.shape[:2]
     between = (0, 0, stride - 1)
     dilated = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
     low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
     sizes = zip(x.shape[1:3], (kh, kw), dilated.shape[1:3], low, strict=True)
     high = [n + k - 1 - m - before for n, k, m, before in sizes]
-    return dilated, turned, ((low[0], high[0]), (low[1], high[1]))
+    return dilated, ((low[0], high[0]), (low[1], high[1]))
 
 
 # --- TPU and GPU -----------------------------------------------------------------------------------------------------
@@ -256,7 +253,7 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 def _depthwise_input_gradient(x, kernel, dy, stride: int, pads: Pads):
     kh, kw, _, filters = kernel.shape
-    dilated, _, outer = _transposed(x, kernel, dy, x.shape[-1], stride, pads)
+    dilated, outer = _dilated(x, kernel, dy, stride, pads)
     padded = pad(dilated, outer)
     _, rows, columns, channels = x.shape
     taps = ((i, j) for i in range(kh) for j in range(kw))

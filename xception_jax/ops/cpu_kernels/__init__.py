@@ -63,8 +63,24 @@ def conv(
     """Convolves each of `segments` equal channel segments with its own share of the filters."""
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], stride, pads)
     return _call(
-        "conv", (x.shape[0], rows, columns, kernel.shape[3]), x, kernel, pads=pads, segments=segments, stride=stride
+        "conv",
+        (x.shape[0], rows, columns, kernel.shape[3]),
+        x,
+        kernel,
+        pads=pads,
+        segments=segments,
+        stride=stride,
+        turned=False,
     )
+
+
+def conv_input_gradient(
+    dy: Float[Array, "b oh ow f"], kernel: Float[Array, "kh kw c_per_segment f"], segments: int, pads: Pads
+) -> Float[Array, "b h w c"]:
+    """The gradient of `conv` for x, at stride 1: convolves dy, padded by `pads`, with the kernel turned round."""
+    rows, columns = output_size(dy.shape[1:3], kernel.shape[:2], 1, pads)
+    shape = (dy.shape[0], rows, columns, segments * kernel.shape[2])
+    return _call("conv", shape, dy, kernel, pads=pads, segments=segments, stride=1, turned=True)
 
 
 def conv_filter_gradient(x, dy, kernel_shape: tuple[int, ...], segments: int, stride: int, pads: Pads):

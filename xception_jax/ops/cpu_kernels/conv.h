@@ -197,6 +197,29 @@ inline void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const flo
   });
 }
 
+// The same for the input gradient of a convolution, of its kernel [taps][filters][segment][channels]: turned round.
+inline void PackTurnedKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* kernel, float* packed) {
+  constexpr Size kTogether = 64;  // channels whose lines stay in the L1 cache until they are full
+  const std::vector<DepthPart> parts = DepthParts(conv);
+  ParallelFor(pool, conv.segments * conv.panels(), [&](Size task) {
+    const Size segment = task / conv.panels(), panel = task % conv.panels(), first = panel * kTileColumns;
+    const Size columns = std::min<Size>(kTileColumns, conv.filters - first);
+    for (const DepthPart& part : parts) {
+      float* to = packed + PanelAt(conv, segment, part, panel);
+      std::fill_n(to, columns < kTileColumns ? part.depth * kTileColumns : 0, 0.0f);
+      for (const Chunk& chunk : part.chunks) {
+        const Size row = (conv.taps - 1 - chunk.tap) * conv.filters + first;
+        const float* from = kernel + row * conv.in.channels + segment * conv.channels + chunk.first;
+        for (Size channel = 0; channel < chunk.size; channel += kTogether)
+          for (Size column = 0; column < columns; ++column)
+            for (Size c = channel; c < std::min(chunk.size, channel + kTogether); ++c)
+              to[c * kTileColumns + column] = from[column * conv.in.channels + c];
+        to += chunk.size * kTileColumns;
+      }
+    }
+  });
+}
+
 // Rows of x are read where they lie (an indirect convolution: Dukhan 2019, arXiv:1907.02129). With something before the
 // product, a block of it is computed at a time, and is still in the cache when the product reads it.
 template <typename Before = Nothing, typename Finish = Nothing>
@@ -249,11 +272,15 @@ void Multiply(ffi::ThreadPool& pool, const Convolution& conv, const float* x, co
   });
 }
 
+// With `turned`, the kernel is that of a convolution of which this one is the input gradient.
 inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, int64_t segments, int64_t stride, int64_t top,
-                       int64_t left) {
-  const Convolution conv(x.dimensions(), kernel.dimensions(), y->dimensions(), segments, stride, top, left);
+                       int64_t left, int64_t turned) {
+  const auto k = kernel.dimensions();
+  const Size turned_shape[] = {k[0], k[1], k[3] / segments, k[2] * segments};
+  const Convolution conv(x.dimensions(), turned ? ffi::Span<const Size>(turned_shape, 4) : k, y->dimensions(), segments,
+                         stride, top, left);
   std::unique_ptr<float[]> packed(new float[segments * conv.panels() * conv.taps * conv.channels * kTileColumns]);
-  PackKernel(pool, conv, kernel.typed_data(), packed.get());
+  (turned ? PackTurnedKernel : PackKernel)(pool, conv, kernel.typed_data(), packed.get());
   Multiply(pool, conv, x.typed_data(), packed.get(), y->typed_data());
   return ffi::Error::Success();
 }
@@ -264,10 +291,10 @@ inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Ou
   const Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
   const Size depth = conv.taps * conv.channels, panels = conv.panels(), pixels = conv.pixels();
   const Size size = kernel->element_count(), tiles = Ceil(depth, kTileRows), blocks = Ceil(depth, kRows);
-  // A task is a block of rows and a part of the pixels: all of them where there are blocks enough for the threads, or
-  // sums of parts, which are added at the end, would need much memory.
+  // A task is a block of rows and a part of the pixels. The parts are added at the end, so that their sums should need
+  // little memory; and they must not depend on the number of threads.
   const Size most = std::max<Size>(std::min(pixels / 768, (2 << 20) / size), 1);
-  const Size parts = std::clamp<Size>(Ceil(4 * pool.num_threads(), blocks * segments), 1, most);
+  const Size parts = std::clamp<Size>(Ceil(32, blocks * segments), 1, most);
   std::unique_ptr<float[]> sums(parts > 1 ? new float[parts * size] : nullptr);
   if (pixels == 0) std::fill_n(kernel->typed_data(), size, 0.0f);
   float* result = parts > 1 ? sums.get() : kernel->typed_data();

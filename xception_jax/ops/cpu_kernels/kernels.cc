@@ -17,7 +17,7 @@ auto Binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(conv, Conv,
                               Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Size>("segments").Attr<Size>("stride")
-                                  .Attr<Size>("top").Attr<Size>("left"));
+                                  .Attr<Size>("top").Attr<Size>("left").Attr<Size>("turned"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(conv_filter_gradient, ConvFilterGradient,
                               Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Size>("segments").Attr<Size>("stride")
                                   .Attr<Size>("top").Attr<Size>("left"));
