@@ -50,6 +50,7 @@ def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
         ((1, 10, 10, 800), (1, 1, 800, 40), 1),  # deeper than what is summed between two stores
         ((1, 5, 5, 150), (3, 3, 150, 17), 1),  # the same with taps cut in the middle
         ((3, 7, 9, 60), (3, 3, 20, 57), 3),  # several panels and a part of one in each segment
+        ((2, 30, 29, 70), (3, 3, 70, 40), 1),  # a filter gradient in several blocks, parts and rounds
         ((1, 1, 1, 5), (1, 1, 5, 1), 1),
     ],
 )
@@ -95,6 +96,24 @@ def test_the_same_bits_every_time():
         first = np.asarray(gradient(x, dy))
         for _ in range(20):
             np.testing.assert_array_equal(gradient(x, dy), first)
+
+
+GRADIENT = """
+import os
+{before}
+import hashlib, jax, numpy as np
+from xception_jax.ops import cpu_kernels
+x, dy = np.random.default_rng(0).normal(size=(2, 4, 50, 50, 24)).astype("float32")
+f = jax.jit(lambda x, dy: cpu_kernels.conv_filter_gradient(x, dy, (3, 3, 24, 24), 1, 1, ((1, 1), (1, 1))))
+print(hashlib.sha256(np.asarray(f(x, dy))).hexdigest())
+"""
+
+
+def test_the_same_bits_with_any_number_of_threads(run_python):
+    one_core = "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])"
+    digests = [run_python("-c", GRADIENT.format(before=before)).stdout for before in ("", one_core)]
+    assert len(digests[0].strip()) == 64
+    assert digests[0] == digests[1]
 
 
 def test_other_types_platforms_and_kernels_keep_their_lowering():

@@ -94,15 +94,24 @@ class BatchNorm(nn.Module):
             factor = jax.lax.rsqrt(running_var.value + self.epsilon) * gamma
             return (x * factor + (beta - running_mean.value * factor)).astype(self.dtype)
 
-        grouped = x.reshape(self._num_groups(x.shape[0]), -1, *x.shape[1:]).astype(dtype)
-        mean = grouped.mean((1, 2, 3), keepdims=True)
+        # Sums over each image first: an activation that is reshaped into groups is copied on a TPU.
+        groups = self._num_groups(x.shape[0])
+        values = x.astype(dtype)
+
+        def over_group(values):
+            return values.mean((1, 2)).reshape(groups, -1, *channels).mean(1)
+
+        mean = over_group(values)
         # One pass over x for both sums, and one all-reduce where the group spans devices.
-        var = jnp.maximum(jnp.square(grouped).mean((1, 2, 3), keepdims=True) - jnp.square(mean), 0.0)
+        var = jnp.maximum(over_group(jnp.square(values)) - jnp.square(mean), 0.0)
         if not self.is_initializing():
             for running, batch in ((running_mean, mean), (running_var, var)):
-                running.value += (1 - self.momentum) * (batch.mean((0, 1, 2, 3)) - running.value)
+                running.value += (1 - self.momentum) * (batch.mean(0) - running.value)
         factor = jax.lax.rsqrt(var + self.epsilon) * gamma
-        return (grouped * factor + (beta - mean * factor)).astype(self.dtype).reshape(x.shape)
+        factor, constant = (
+            jnp.repeat(each, x.shape[0] // groups, axis=0)[:, None, None] for each in (factor, beta - mean * factor)
+        )
+        return (values * factor + constant).astype(self.dtype)
 
     def _num_groups(self, batch: int) -> int:
         if self.statistics == "global":
