@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import NEWER_CODE, ROOT
 from tests.tiny_run import TINY, three_lines
 from xception_jax.evaluation.metrics import load_predictions
 from xception_jax.logs.metrics import read_metrics
@@ -163,7 +163,7 @@ def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tm
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"--config.distributed.coordinator=localhost:{free.getsockname()[1]}"
-    environment = shared_environment | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}  # without OLDER_CODE
+    environment = shared_environment | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"}
     pair = [
         start(
             environment,

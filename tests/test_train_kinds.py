@@ -61,6 +61,7 @@ def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.data_dir={data_dir}",
         "--config.model.dtype=float32",
+        "--config.ema.decay=0",
         "--config.data.train_split=train",
         "--config.data.eval_split=",
         "--config.batch_size=2",

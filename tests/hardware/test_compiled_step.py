@@ -9,7 +9,7 @@ import re
 import jax
 import pytest
 
-from tests.conftest import OLDER_CODE, ROOT
+from tests.conftest import ROOT
 from xception_jax.config import default_config, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.training.experiment import build_experiment
@@ -27,7 +27,7 @@ CASES = {
 def steps(run_python):
     program = ROOT / "tests/hardware/step_program.py"
     # What the program communicates is decided before code is made for the processor, and nothing is run here.
-    flags = f"{os.environ['XLA_FLAGS']} {OLDER_CODE} --xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     process = run_python(program, *map(json.dumps, CASES.values()), environment={"XLA_FLAGS": flags})
     assert process.returncode == 0, process.stderr
     return dict(zip(CASES, map(json.loads, process.stdout.splitlines()), strict=True))

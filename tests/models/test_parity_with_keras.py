@@ -24,6 +24,7 @@ from parity import (
     side_by_side,
 )
 
+from tests.conftest import NEWER_CODE
 from xception_jax.config import default_config
 from xception_jax.models import create_model
 from xception_jax.weights import load_keras
@@ -120,7 +121,9 @@ def test_one_training_step_in_float64(float64_reference):
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_at_299(name):
     """The arithmetic that a user runs, in programs compiled as for a user: within 1e-4, and the same class."""
-    optimised = {"xla_backend_optimization_level": 3}
+    optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    if NEWER_CODE:
+        optimised["xla_cpu_use_fusion_emitters"] = True
     with keras_floatx("float32"):
         reference = build_reference(name, "float32")
         images = random_images(299, 2, "float32")
