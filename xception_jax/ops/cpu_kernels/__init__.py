@@ -141,9 +141,11 @@ def pack_conv(kernel, bias, depthwise, segments: int) -> PackedConv:
     kh, kw, channels, filters = kernel.shape
     library = _library("folded")
     assert library is not None  # `folded_available` said so
-    columns = ctypes.c_int64.in_dll(library, "tile_columns").value
-    padded = segments * -(-(filters // segments) // columns) * columns
-    shapes = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (kh * kw * channels * padded, padded)]
+    of_segment = (
+        library.packed_size(ctypes.c_int64(kh * kw * channels), ctypes.c_int64(filters // segments)),
+        library.packed_bias_size(ctypes.c_int64(filters // segments)),
+    )
+    shapes = [jax.ShapeDtypeStruct((segments * size,), jnp.float32) for size in of_segment]
     call = jax.ffi.ffi_call(f"pack_conv_{_register('folded')}", shapes)
     packed, packed_bias = call(jnp.asarray(kernel), jnp.asarray(bias), segments=np.int64(segments))
     return PackedConv(packed, packed_bias, jnp.zeros(0) if depthwise is None else jnp.asarray(depthwise))
@@ -222,6 +224,8 @@ def _library(source: str) -> ctypes.CDLL | None:
         return None
     path_of_source = Path(__file__).parent / f"{source}.cc"
     flags = ["-std=c++20", "-O3", "-march=native", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
+    if not _amx_allowed():
+        flags.append("-DNO_AMX")
     command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(path_of_source)]
     # A directory for caches may be shared by machines of different make.
     sources = (path.read_text() for path in [path_of_source, *sorted(path_of_source.parent.glob("*.h"))])
@@ -245,6 +249,16 @@ def _library(source: str) -> ctypes.CDLL | None:
             str(reason).strip()[:500],
         )
         return None
+
+
+def _amx_allowed() -> bool:
+    """Asks Linux for the tile registers of AMX, as each process has to before it may use them."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, asm/fpu/types.h
+    if os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "fma":
+        return False
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def _processor() -> str:

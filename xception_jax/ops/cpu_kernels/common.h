@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <span>
@@ -59,6 +60,18 @@ inline void AddParts(ffi::ThreadPool& pool, std::span<const float> parts, Size s
     for (const float* part = parts.data(); part < parts.data() + parts.size(); part += size)
       for (Size k = begin; k < end; ++k) sum[k] += part[k];
   });
+}
+
+inline Size Ceil(Size a, Size b) { return (a + b - 1) / b; }
+
+// Floats that begin where a line of the cache does, not initialised.
+struct Free {
+  void operator()(float* floats) const { std::free(floats); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+inline Buffer NewBuffer(Size size) {
+  return Buffer(static_cast<float*>(std::aligned_alloc(64, Ceil(size, 16) * 64)));
 }
 
 // Several floats, as many as the widest register holds.

@@ -57,8 +57,10 @@ ffi::Error PackConv(ffi::ThreadPool pool, Input kernel, Input bias, Output packe
   const auto k = kernel.dimensions();
   const Size x[] = {1, 1, 1, k[2] * segments}, y[] = {1, 1, 1, k[3]};
   const Convolution conv({x, 4}, k, {y, 4}, segments, 1, 0, 0);
-  PackKernel(pool, conv, kernel.typed_data(), packed->typed_data());
-  const Size padded = conv.panels() * kTileColumns;
+  WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
+    PackKernel<Product>(pool, conv, kernel.typed_data(), false, packed->typed_data());
+  });
+  const Size padded = Panels(conv.filters) * kTileColumns;
   for (Size segment = 0; segment < segments; ++segment) {
     float* to = packed_bias->typed_data() + segment * padded;
     std::fill_n(std::copy_n(bias.typed_data() + segment * conv.filters, conv.filters, to), padded - conv.filters, 0.0f);
@@ -77,7 +79,9 @@ ffi::Error FoldedConv(ffi::ThreadPool pool, Input x, Input packed, Input bias, I
   const BiasBehind behind{bias.typed_data(), residual.element_count() ? residual.typed_data() : nullptr, relu_last != 0};
   const DepthwiseBefore before{depthwise.typed_data(), side, top, left, relu_first != 0,
                                std::vector<float>(side ? conv.in.width * channels : 0)};
-  Multiply(pool, conv, x.typed_data(), packed.typed_data(), y->typed_data(), before, behind);
+  WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
+    Multiply<Product>(pool, conv, x.typed_data(), packed.typed_data(), y->typed_data(), before, behind);
+  });
   return ffi::Error::Success();
 }
 
@@ -92,4 +96,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(folded_conv, FoldedConv,
                                   .Attr<Size>("top").Attr<Size>("left").Attr<Size>("height").Attr<Size>("width")
                                   .Attr<Size>("relu_first").Attr<Size>("relu_last"));
 
-extern "C" const int64_t tile_columns = kTileColumns;
+// How many floats `pack_conv` returns for a segment of `depth` values and each of `filters`: of the kernel, of the bias.
+extern "C" int64_t packed_size(int64_t depth, int64_t filters) {
+  return Panels(filters) * WithProduct(depth, filters, [&]<typename Product>(Product) { return Product::PanelSize(depth); });
+}
+extern "C" int64_t packed_bias_size(int64_t filters) { return Panels(filters) * kTileColumns; }

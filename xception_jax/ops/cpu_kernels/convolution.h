@@ -1,0 +1,91 @@
+// The geometry of a convolution as a product of matrices.
+
+#pragma once
+
+#include "common.h"
+
+// Some channels at one tap of the kernel.
+struct Chunk {
+  Size tap, first, size;
+};
+
+// The convolution's geometry. Its matrix product has the taps' channels as depth: x [pixels, depth] kernel [depth, filters].
+struct Convolution {
+  Images in, out;
+  Size kernel_height, kernel_width, segments, stride, top, left;
+  Size taps, channels, filters;  // of a segment
+  std::vector<float> zeros;
+
+  Convolution(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y, Size segments,
+              Size stride, Size top, Size left)
+      : in(x), out(y), kernel_height(kernel[0]), kernel_width(kernel[1]), segments(segments), stride(stride), top(top),
+        left(left), taps(kernel[0] * kernel[1]), channels(in.channels / segments), filters(out.channels / segments),
+        zeros(in.channels) {}
+
+  Size pixels() const { return out.batch * out.height * out.width; }
+  Size depth() const { return taps * channels; }
+
+  struct Pixel {
+    Size image, row, column;
+  };
+
+  Pixel PixelAt(Size index) const {
+    return {index / out.width / out.height, index / out.width % out.height, index % out.width};
+  }
+
+  Pixel Next(Pixel pixel) const {
+    if (++pixel.column == out.width) {
+      pixel.column = 0;
+      if (++pixel.row == out.height) pixel.row = 0, ++pixel.image;
+    }
+    return pixel;
+  }
+
+  // Where the channels are that an output pixel reads at a tap; zeros outside the image.
+  const float* At(const float* x, const Pixel& pixel, Size tap) const {
+    const Size row = pixel.row * stride - top + tap / kernel_width;
+    const Size column = pixel.column * stride - left + tap % kernel_width;
+    if (row < 0 || row >= in.height || column < 0 || column >= in.width) return zeros.data();
+    return x + ((pixel.image * in.height + row) * in.width + column) * in.channels;
+  }
+
+  // The depth from `begin` to `end`, tap by tap.
+  std::vector<Chunk> Chunks(Size begin, Size end) const {
+    std::vector<Chunk> chunks;
+    for (Size at = begin, size; at < end; at += size) {
+      size = std::min(end - at, channels - at % channels);
+      chunks.push_back({at / channels, at % channels, size});
+    }
+    return chunks;
+  }
+
+  // What an output pixel reads at some chunks, in one piece: in place where there is one chunk, else copied to `line`.
+  const float* Gather(const float* x, const Pixel& pixel, Size segment, const std::vector<Chunk>& chunks, float* line) const {
+    auto read = [&](const Chunk& chunk) { return At(x, pixel, chunk.tap) + segment * channels + chunk.first; };
+    if (chunks.size() == 1) return read(chunks[0]);
+    float* to = line;
+    for (const Chunk& chunk : chunks) to = std::copy_n(read(chunk), chunk.size, to);
+    return line;
+  }
+};
+
+// The depth of a convolution, in parts.
+struct DepthPart {
+  Size begin, depth;
+  std::vector<Chunk> chunks;
+};
+
+// In parts of about the same size, at most `most`, a multiple of 32.
+inline std::vector<DepthPart> DepthParts(const Convolution& conv, Size most) {
+  const Size depth = conv.depth(), step = Ceil(Ceil(depth, Ceil(depth, most)), 32) * 32;
+  std::vector<DepthPart> parts;
+  for (Size begin = 0, end; begin < depth; begin = end) {
+    end = std::min(depth, begin + step);
+    parts.push_back({begin, end - begin, conv.Chunks(begin, end)});
+  }
+  return parts;
+}
+
+// A tile of a product is kTileColumns wide; a row of it, in registers:
+constexpr int kTileColumns = 2 * kLanes;
+using Sums = Lanes[2];
