@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
 
 import jax
@@ -43,6 +44,18 @@ def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
     )
 
 
+@pytest.fixture(params=["fma", "amx"])
+def product(request):
+    """Which kind of products the kernels take; AMX's only for matrices that are large enough."""
+    switch = ctypes.c_int64.in_dll(cpu_kernels._library("kernels"), "may_use_amx")
+    allowed = switch.value
+    if request.param == "amx" and not (allowed and "amx_bf16" in cpu_kernels._processor()):
+        pytest.skip("needs a processor with AMX")
+    switch.value = request.param == "amx"
+    yield request.param
+    switch.value = allowed
+
+
 @pytest.mark.parametrize(
     ("x", "kernel", "segments"),
     [
@@ -52,10 +65,49 @@ def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
         ((3, 7, 9, 60), (3, 3, 20, 57), 3),  # several panels and a part of one in each segment
         ((2, 30, 29, 70), (3, 3, 70, 40), 1),  # a filter gradient in several blocks, parts and rounds
         ((1, 1, 1, 5), (1, 1, 5, 1), 1),
+        # From 64 channels on, AMX has products of its own:
+        ((2, 13, 11, 64), (1, 1, 64, 64), 1),  # whole registers; several blocks of pixels
+        ((1, 10, 10, 1601), (1, 1, 1601, 75), 1),  # three stores, depths that are no multiple of a step, a part of a half panel
+        ((1, 5, 5, 150), (3, 3, 150, 81), 1),  # taps cut in the middle, one pixel more than whole registers have rows
+        ((2, 7, 9, 140), (3, 3, 70, 194), 2),  # segments
+        ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks, parts and rounds
+        ((1, 1, 1, 65), (1, 1, 65, 64), 1),
     ],
 )
-def test_conv_of_odd_sizes_equals_xla(x, kernel, segments):
+def test_conv_of_odd_sizes_equals_xla(product, x, kernel, segments):
     assert_equals_xla(x, kernel, segments=segments, stride=1, padding="SAME")
+
+
+@pytest.mark.parametrize("draw", ["normal", "positive", "wide"])
+def test_products_are_as_exact_as_xla_s(product, draw):
+    """Against float64: three parts and six products lose nothing that products of float32 keep."""
+    rng = np.random.default_rng(0)
+    values = {
+        "normal": lambda shape: rng.normal(size=shape),
+        "positive": lambda shape: rng.uniform(size=shape),
+        "wide": lambda shape: rng.normal(size=shape) * np.exp(3 * rng.normal(size=shape)),
+    }[draw]
+    x, kernel = values((300, 728)).astype(np.float32), values((728, 160)).astype(np.float32)
+    exact = x.astype(np.float64) @ kernel.astype(np.float64)
+
+    def error(y) -> float:
+        return np.sqrt(np.mean((np.asarray(y, np.float64).reshape(exact.shape) - exact) ** 2))
+
+    ours = jax.jit(ops.conv)(x[None, None], kernel[None, None])
+    theirs = jax.jit(jnp.matmul)(x, kernel)
+    assert 0 < error(ours) < 2.5 * error(theirs)
+    _, gradient = jax.vjp(lambda kernel: ops.conv(x.T[None, None], kernel), jnp.zeros((1, 1, 300, 160)))
+    assert 0 < error(gradient(jnp.asarray(kernel)[None, None])[0]) < 2.5 * error(theirs)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_nan_stays_nan_in_products(product, bits):
+    nan = np.array([bits], np.uint32).view(np.float32)[0]
+    x, kernel = np.ones((1, 2, 2, 64), np.float32), np.ones((1, 1, 64, 64), np.float32)
+    x[0, 0, 1, 5] = nan
+    np.testing.assert_array_equal(np.isnan(ops.conv(x, kernel)[0, :, :, 3]), [[False, True], [False, False]])
+    kernel[0, 0, 40, 7] = nan
+    assert np.isnan(ops.conv(jnp.ones_like(x), kernel)).sum() == 4
 
 
 # Channels below, at and past whole registers; widths below and past whole tiles; more rows than are summed together.
@@ -103,16 +155,18 @@ import os
 {before}
 import hashlib, jax, numpy as np
 from xception_jax.ops import cpu_kernels
-x, dy = np.random.default_rng(0).normal(size=(2, 4, 50, 50, 24)).astype("float32")
-f = jax.jit(lambda x, dy: cpu_kernels.conv_filter_gradient(x, dy, (3, 3, 24, 24), 1, 1, ((1, 1), (1, 1))))
-print(hashlib.sha256(np.asarray(f(x, dy))).hexdigest())
+for channels in (24, 64):
+    x, dy = np.random.default_rng(0).normal(size=(2, 4, 50, 50, channels)).astype("float32")
+    kernel = (3, 3, channels, channels)
+    f = jax.jit(lambda x, dy: cpu_kernels.conv_filter_gradient(x, dy, kernel, 1, 1, ((1, 1), (1, 1))))
+    print(hashlib.sha256(np.asarray(f(x, dy))).hexdigest())
 """
 
 
 def test_the_same_bits_with_any_number_of_threads(run_python):
     one_core = "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])"
     digests = [run_python("-c", GRADIENT.format(before=before)).stdout for before in ("", one_core)]
-    assert len(digests[0].strip()) == 64
+    assert [len(digest) for digest in digests[0].split()] == [64, 64]
     assert digests[0] == digests[1]
 
 

@@ -2,7 +2,8 @@
 
 They are compiled by the machine's C++ compiler ($CXX, g++ or clang++) when a program first needs them (10 to 20 s), and
 kept in $XDG_CACHE_HOME/xception_jax (by default ~/.cache/xception_jax). Where `available` says no, callers take their
-lowering in plain JAX, which gives the same values, slower. XCEPTION_JAX_CPU_KERNELS=0 turns the kernels off.
+lowering in plain JAX, which gives the same values, slower. XCEPTION_JAX_CPU_KERNELS=0 turns the kernels off, and =fma
+those products that use the tile registers of newer Intel processors (amx.h).
 """
 
 from __future__ import annotations
@@ -224,8 +225,6 @@ def _library(source: str) -> ctypes.CDLL | None:
         return None
     path_of_source = Path(__file__).parent / f"{source}.cc"
     flags = ["-std=c++20", "-O3", "-march=native", "-fno-trapping-math", "-shared", "-fPIC", "-w"]
-    if not _amx_allowed():
-        flags.append("-DNO_AMX")
     command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(path_of_source)]
     # A directory for caches may be shared by machines of different make.
     sources = (path.read_text() for path in [path_of_source, *sorted(path_of_source.parent.glob("*.h"))])
@@ -240,7 +239,9 @@ def _library(source: str) -> ctypes.CDLL | None:
                 built = Path(scratch) / path.name
                 subprocess.run([*command, "-o", str(built)], check=True, capture_output=True, text=True)
                 built.replace(path)
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+        ctypes.c_int64.in_dll(library, "may_use_amx").value = _amx_allowed()
+        return library
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         logging.warning(
@@ -253,11 +254,9 @@ def _library(source: str) -> ctypes.CDLL | None:
 
 def _amx_allowed() -> bool:
     """Asks Linux for the tile registers of AMX, as each process has to before it may use them."""
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
+    if os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "fma" or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return False
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h, asm/fpu/types.h
-    if os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "fma":
-        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # <asm/unistd_64.h>, <asm/prctl.h>, Intel's XCR0
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 

@@ -4,17 +4,21 @@
 #pragma once
 
 #include "fma.h"
-#if defined(__AMX_BF16__) && !defined(NO_AMX)
-#define WITH_AMX
+#ifdef __AMX_BF16__
 #include "amx.h"
 #endif
 
-// Calls f(Product()) with the faster of the ways to multiply matrices of this depth with as many filters.
+// Whether the process has leave to use AMX; __init__.py asks for it.
+extern "C" {
+int64_t may_use_amx = 0;
+}
+
+// Calls f(Product()) with the faster of the ways to multiply matrices of this depth with so many filters.
 template <typename F>
 auto WithProduct(Size depth, Size filters, const F& f) {
-#ifdef WITH_AMX
+#ifdef __AMX_BF16__
   // With less, it costs more to bring the matrices into the order of the registers than their products take.
-  if (std::min(depth, filters) >= 64) return f(Amx());
+  if (may_use_amx && std::min(depth, filters) >= 64) return f(Amx());
 #endif
   return f(Fma());
 }
