@@ -67,7 +67,11 @@ def product(request):
         ((1, 1, 1, 5), (1, 1, 5, 1), 1),
         # From 64 channels on, AMX has products of its own:
         ((2, 13, 11, 64), (1, 1, 64, 64), 1),  # whole registers; several blocks of pixels
-        ((1, 10, 10, 1601), (1, 1, 1601, 75), 1),  # three stores, depths that are no multiple of a step, a part of a half panel
+        (
+            (1, 10, 10, 1601),
+            (1, 1, 1601, 75),
+            1,
+        ),  # three stores, depths that are no multiple of a step, a part of a half panel
         ((1, 5, 5, 150), (3, 3, 150, 81), 1),  # taps cut in the middle, one pixel more than whole registers have rows
         ((2, 7, 9, 140), (3, 3, 70, 194), 2),  # segments
         ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks, parts and rounds

@@ -254,7 +254,8 @@ def _library(source: str) -> ctypes.CDLL | None:
 
 def _amx_allowed() -> bool:
     """Asks Linux for the tile registers of AMX, as each process has to before it may use them."""
-    if os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "fma" or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    linux = platform.system() == "Linux" and platform.machine() == "x86_64"
+    if not linux or os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "fma":
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # <asm/unistd_64.h>, <asm/prctl.h>, Intel's XCR0
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
