@@ -83,8 +83,11 @@ def test_conv_of_odd_sizes_equals_xla(product, x, kernel, segments):
 
 
 @pytest.mark.parametrize("draw", ["normal", "positive", "wide"])
-def test_products_are_as_exact_as_xla_s(product, draw):
-    """Against float64: three parts and six products lose nothing that products of float32 keep."""
+def test_products_are_as_exact_as_float32(product, draw):
+    """Against float64: three parts and six products lose nothing that products of float32 keep.
+
+    XLA's product is off by 2e-7 to 4e-7 of the values here, by its version; without one of the six products, 3e-6.
+    """
     rng = np.random.default_rng(0)
     values = {
         "normal": lambda shape: rng.normal(size=shape),
@@ -95,13 +98,11 @@ def test_products_are_as_exact_as_xla_s(product, draw):
     exact = x.astype(np.float64) @ kernel.astype(np.float64)
 
     def error(y) -> float:
-        return np.sqrt(np.mean((np.asarray(y, np.float64).reshape(exact.shape) - exact) ** 2))
+        return np.linalg.norm(np.asarray(y, np.float64).reshape(exact.shape) - exact) / np.linalg.norm(exact)
 
-    ours = jax.jit(ops.conv)(x[None, None], kernel[None, None])
-    theirs = jax.jit(jnp.matmul)(x, kernel)
-    assert 0 < error(ours) < 2.5 * error(theirs)
+    assert 0 < error(jax.jit(ops.conv)(x[None, None], kernel[None, None])) < 6e-7
     _, gradient = jax.vjp(lambda kernel: ops.conv(x.T[None, None], kernel), jnp.zeros((1, 1, 300, 160)))
-    assert 0 < error(gradient(jnp.asarray(kernel)[None, None])[0]) < 2.5 * error(theirs)
+    assert 0 < error(gradient(jnp.asarray(kernel)[None, None])[0]) < 6e-7
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
