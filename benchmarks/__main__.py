@@ -66,7 +66,7 @@ def _hardware() -> str:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     widest = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
-    vectors = ", ".join([widest, *(name for name in ("amx_bf16",) if name in flags)])
+    vectors = ", ".join(name for name in (widest, "amx_bf16") if name in flags)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{len(os.sched_getaffinity(0))} cores of {model} ({vectors}), {memory:.0f} GiB, {platform.system()}"
 

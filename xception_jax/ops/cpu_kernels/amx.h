@@ -3,7 +3,7 @@
 // The registers hold bfloat16 and sum in float32. A float32 is the sum of three bfloat16, exactly: each the rest that the
 // ones before leave, rounded. Of the nine products of two such sums, the six largest are taken. The other three together are
 // at most 2^-24 of the product, as much as one rounding of a float32; and since the registers sum 16 products before they
-// round to what is there, fewer roundings than of fused multiply-adds add up. Infinities become NaN; products below
+// round to what is there, fewer roundings than of fused multiply-adds add up. Infinities become NaN; values below
 // 2^-110 lose digits.
 
 #pragma once
@@ -151,10 +151,9 @@ struct Amx {
       Resize(rows, part.depth);
       float line[kDepth];
       for (Size row = 0; row < rows; ++row) {
-        const auto read = [&](const Chunk& chunk) { return at[chunk.tap * kBlock + row] + segment_offset + chunk.first; };
-        const float* from = part.chunks.size() == 1 ? read(part.chunks[0]) : line;
-        if (float* to = line; from == line)
-          for (const Chunk& chunk : part.chunks) to = std::copy_n(read(chunk), chunk.size, to);
+        const float* from = InOnePiece(part.chunks, line, [&](const Chunk& chunk) {
+          return at[chunk.tap * kBlock + row] + segment_offset + chunk.first;
+        });
         for (Size first = 0; first < part.depth; first += kStep)
           Put(row, first / kStep, LoadUpTo(part.depth - first, from + first),
               LoadUpTo(part.depth - first - 16, from + first + 16));

@@ -9,6 +9,15 @@ struct Chunk {
   Size tap, first, size;
 };
 
+// Some chunks in one piece, each from where read(chunk) points: in place if there is one, else copied to `line`.
+template <typename Read>
+const float* InOnePiece(const std::vector<Chunk>& chunks, float* line, const Read& read) {
+  if (chunks.size() == 1) return read(chunks[0]);
+  float* to = line;
+  for (const Chunk& chunk : chunks) to = std::copy_n(read(chunk), chunk.size, to);
+  return line;
+}
+
 // The convolution's geometry. Its matrix product has the taps' channels as depth: x [pixels, depth] kernel [depth, filters].
 struct Convolution {
   Images in, out;
@@ -59,13 +68,11 @@ struct Convolution {
     return chunks;
   }
 
-  // What an output pixel reads at some chunks, in one piece: in place where there is one chunk, else copied to `line`.
+  // What an output pixel reads at some chunks, in one piece.
   const float* Gather(const float* x, const Pixel& pixel, Size segment, const std::vector<Chunk>& chunks, float* line) const {
-    auto read = [&](const Chunk& chunk) { return At(x, pixel, chunk.tap) + segment * channels + chunk.first; };
-    if (chunks.size() == 1) return read(chunks[0]);
-    float* to = line;
-    for (const Chunk& chunk : chunks) to = std::copy_n(read(chunk), chunk.size, to);
-    return line;
+    return InOnePiece(chunks, line, [&](const Chunk& chunk) {
+      return At(x, pixel, chunk.tap) + segment * channels + chunk.first;
+    });
   }
 };
 
