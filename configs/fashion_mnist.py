@@ -30,11 +30,11 @@ def get_config():
     config.data.threads = 1  # for images this small, handing work over costs more than it
     config.data.cache = True
     config.batch_size = 64
-    config.duration = "15 epochs"
+    config.duration = "25 epochs"
     config.schedule.name = "cosine"
-    config.schedule.learning_rate = 0.1
+    config.schedule.learning_rate = 0.05
     config.schedule.warmup = "1 epoch"
-    config.optimizer.weight_decay = 1e-4
+    config.optimizer.weight_decay = 1e-3
     config.ema.decay = 0.995
     config.log_every = "20 steps"
     config.evaluation.batch_size = 500
