@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
-from xception_jax.logs.profile import Operation, StepTrace, format_operations, layer_of, read_trace
+from xception_jax.logs.profile import Operation, StepTrace, _own_time, format_operations, layer_of, read_trace
 
 STEPS = 3
 
@@ -100,6 +101,20 @@ def test_without_a_trace(tmp_path):
 )  # fmt: skip
 def test_layers(op_name, layer, direction):
     assert layer_of(op_name) == (layer, direction)
+
+
+class Event(NamedTuple):
+    """What is read of an event of a trace."""
+
+    start_ns: float
+    duration_ns: float
+
+
+def test_time_counts_once_whether_events_lie_inside_each_other_or_overlap():
+    """Loops hold their bodies; kernels of one stream of a GPU overlap."""
+    events = {"loop": Event(0, 10), "body": Event(2, 3), "kernel": Event(20, 10), "next": Event(28, 10)}
+    own = dict(_own_time((event, name) for name, event in events.items()))
+    assert own == {"loop": 7, "body": 3, "kernel": 8, "next": 10}
 
 
 def test_the_table():

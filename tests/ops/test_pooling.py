@@ -33,12 +33,12 @@ def reference_max_pool(x, window, stride, padding):
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
 
 
-@pytest.mark.parametrize("branch", ["cpu", "default"])
+@pytest.mark.parametrize("branch", ["cpu", "cuda", "default"])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("window", "stride", "padding", "size"), CASES)
 def test_max_pool_equals_xla(monkeypatch, branch, ties, window, stride, padding, size):
     """With ties, which ReLU makes everywhere, all the gradient goes to the first of the largest values."""
-    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: (cpu, default)[branch != "cpu"](*args))
+    monkeypatch.setattr(lax, "platform_dependent", lambda *x, default, **others: others.get(branch, default)(*x))
     rng = np.random.default_rng(0)
     values = rng.integers(-1, 2, (2, *size, 3)) if ties else rng.normal(size=(2, *size, 3))
     with jax.enable_x64(True):
@@ -60,7 +60,7 @@ def test_max_pool_equals_xla(monkeypatch, branch, ties, window, stride, padding,
 def test_gradient_of_max_pool_on_each_platform(platform):
     gradient = jax.jit(jax.grad(lambda x: ops.max_pool(x).sum()))
     lowered = gradient.trace(jnp.ones((1, 8, 8, 2))).lower(lowering_platforms=(platform,)).as_text()
-    assert ("select_and_scatter" in lowered) == (platform != "cpu")
+    assert ("select_and_scatter" in lowered) == (platform == "tpu")
 
 
 def test_symmetric_padding_differs_from_same_at_even_sides_only():

@@ -50,9 +50,9 @@ def read_trace(directory: Path, hlo: str) -> Counter[Operation]:
     """Returns the nanoseconds that each operation of one compiled program took in the newest trace of `directory`.
 
     An operation inside another, such as the body of a loop, counts once. Several threads or devices at work at the same
-    time count each. Read on a CPU, where XLA's threads name the operation. On a TPU the line 'XLA Ops' of each device
-    does, on a GPU its streams (kernels inside a CUDA graph carry no name and are left out); both are handled after
-    XLA's documentation and have not been run on such a device.
+    time count each. On a CPU XLA's threads name the operation, and on a GPU its streams do (except of kernels inside a
+    CUDA graph, which have no layer). On a TPU the line 'XLA Ops' of each device does, after XLA's documentation: that
+    has not been run on one.
 
     Args:
       directory: as given to `jax.profiler.trace`.
@@ -91,13 +91,13 @@ def _instruction(event: Any, on_device: bool, module: str | None) -> str:
 
 
 def _own_time(events: Iterable[tuple[Any, str]]) -> Iterable[tuple[str, float]]:
-    """Yields the nanoseconds of each event without those of the events inside it."""
+    """Yields the nanoseconds of each event without those in which a later one runs, inside it or on beyond its end."""
     open_events: list[list[Any]] = []  # [end, name, own nanoseconds], the innermost last
     for event, name in sorted(events, key=lambda pair: (pair[0].start_ns, -pair[0].duration_ns)):
         while open_events and open_events[-1][0] <= event.start_ns:
             yield tuple(open_events.pop()[1:])
         if open_events:
-            open_events[-1][2] -= event.duration_ns
+            open_events[-1][2] -= min(event.duration_ns, open_events[-1][0] - event.start_ns)
         open_events.append([event.start_ns + event.duration_ns, name, event.duration_ns])
     for _, name, own in open_events:
         yield name, own

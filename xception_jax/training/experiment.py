@@ -73,8 +73,11 @@ class Experiment:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        options = {}
+        if self.config.profile and self.mesh.devices.flat[0].platform == "gpu":
+            options = {"xla_gpu_enable_command_buffer": ""}  # in a CUDA graph a kernel does not say whose it is
         try:
-            return jitted.lower(self.abstract, self.abstract_batch()).compile()
+            return jitted.lower(self.abstract, self.abstract_batch()).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, self.config) from error
 
