@@ -49,8 +49,8 @@ def _max_pool_backward(window: int, stride: int, pads: Pads, residuals, dy):
 
     first_hit = partial(_first_hit_gradient, window=window, stride=stride, pads=pads)
 
-    # XLA's CPU backend runs select-and-scatter one element at a time; on a GPU it adds in no fixed order, and takes 4 to 5
-    # times as long (H200, bfloat16).
+    # XLA's CPU backend runs select-and-scatter one element at a time; on a GPU it adds in no fixed order and takes four
+    # times as long.
     def on_cpu(x, y, dy):
         if cpu_kernels.available(x, dy):
             return cpu_kernels.max_pool_gradient(x, y, dy, window, stride, pads)
