@@ -73,7 +73,7 @@ class Experiment:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-        options = {}
+        options: dict[str, str | bool] = {}
         if self.config.profile and self.mesh.devices.flat[0].platform == "gpu":
             options = {"xla_gpu_enable_command_buffer": ""}  # in a CUDA graph a kernel does not say whose it is
         try:
