@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -72,10 +73,11 @@ def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
     batch, rows, columns, channels = y.shape
     padded = pad(x, pads, -jnp.inf)
     taps = [(i, j) for i in range(window) for j in range(window)]
-    first = jnp.full(y.shape, len(taps), jnp.uint8)
+    number = np.min_scalar_type(len(taps))
+    first = jnp.full(y.shape, len(taps), number)
     for i, j in reversed(taps):
         hit = strided(padded, i, j, rows, columns, stride) == y
-        first = jnp.where(hit, jnp.uint8(i * window + j), first)
+        first = jnp.where(hit, jnp.asarray(i * window + j, number), first)
     first = lax.optimization_barrier(first)  # found once, not again for each tap
 
     zero = jnp.zeros((), dy.dtype)
