@@ -3,9 +3,9 @@
     make train
     python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-Expected: test accuracy 0.894 (mean of twelve runs, standard deviation 0.005). Cost: 3 minutes on two cores.
+Expected: test accuracy 0.905 (mean of three seeds, standard deviation 0.006). Cost: 4 minutes on two cores.
 The network is figure 5 at a quarter of its width, with two middle modules; the
-recipe is a modern short one, and every choice in it was made on the development split.
+recipe is a modern short one, and every choice in it was made on folds of the training images.
 """
 
 from xception_jax.config import default_config
