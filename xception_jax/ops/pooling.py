@@ -88,8 +88,8 @@ def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
         for i in range(top, window, stride):
             for j in range(left, window, stride):
                 above, before = i // stride, j // stride
-                shifted = ((0, 0), (above, down - rows - above), (before, across - columns - before), (0, 0))
-                dx += jnp.pad(jnp.where(first == i * window + j, dy, zero), shifted)
+                places = ((above, down - rows - above), (before, across - columns - before))
+                dx += pad(jnp.where(first == i * window + j, dy, zero), places)
         return dx
 
     dx = jnp.stack([jnp.stack([phase(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
