@@ -254,8 +254,9 @@ class Given:
 @pytest.mark.parametrize("saturation", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("brightness_is_first", [0, 1])
 def test_color_is_distorted_as_in_hsv(brightness, saturation, brightness_is_first):
-    image = np.concatenate([photograph(2)[:60, :60], rng().integers(0, 256, (60, 60, 3), np.uint8)])[::2]
-    out = np.empty(image.shape, np.float32)
+    noise = rng().integers(0, 256, (200, 200, 3), np.uint8)  # with the photograph more than is distorted at once
+    image = np.concatenate([cv2.resize(photograph(2), (200, 200)), noise])[::2]
+    out = np.full(image.shape, np.nan, np.float32)
     images.to_float_with_distorted_color(image[:, ::-1], out, Given(brightness, saturation, brightness_is_first))
 
     def scale_saturation(rgb):
