@@ -123,6 +123,18 @@ def test_depthwise_equals_xla(shape, padding, side):
     assert_equals_xla(shape, (side, side, 1, shape[-1]), segments=shape[-1], stride=1, padding=padding)
 
 
+# As wide as one vector and three; widths below, at and past what is computed together; more rows than a part has.
+@pytest.mark.parametrize("per_segment", [2, 4, 8])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
+@pytest.mark.parametrize("shape", [(2, 9, 10, 16), (1, 3, 3, 48), (3, 13, 8, 48), (2, 70, 11, 16), (1, 7, 7, 80)])
+def test_small_segments_equal_xla(shape, padding, per_segment):
+    kernel, segments = (3, 3, per_segment, shape[-1]), shape[-1] // per_segment
+    assert_equals_xla(shape, kernel, segments=segments, stride=1, padding=padding)
+    conv = partial(ops.conv, segments=segments, padding=padding)
+    calls = jax.jit(partial(value_and_gradients, conv)).lower(draw(shape, 0, "float32"), draw(kernel, 1, "float32"))
+    assert calls.as_text().count("custom_call @depthwise") == 3
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("window", "stride", "padding", "size"), POOLS)
 def test_max_pool_equals_xla(window, stride, padding, size, ties):
@@ -145,11 +157,9 @@ def test_nan_stays_nan():
 def test_the_same_bits_every_time():
     x, dy = draw((8, 40, 40, 24), 0, "float32"), draw((8, 40, 40, 24), 1, "float32")
     pads = ((1, 1), (1, 1))
-    depthwise = jax.jit(partial(cpu_kernels.depthwise_filter_gradient, side=3, pads=pads))
-    regular = jax.jit(
-        partial(cpu_kernels.conv_filter_gradient, kernel_shape=(3, 3, 24, 24), segments=1, stride=1, pads=pads)
-    )
-    for gradient in (depthwise, regular):
+    depthwise = partial(cpu_kernels.depthwise_filter_gradient, kernel_shape=(3, 3, 1, 24))
+    regular = partial(cpu_kernels.conv_filter_gradient, kernel_shape=(3, 3, 24, 24), segments=1, stride=1)
+    for gradient in (jax.jit(partial(f, pads=pads)) for f in (depthwise, regular)):
         first = np.asarray(gradient(x, dy))
         for _ in range(20):
             np.testing.assert_array_equal(gradient(x, dy), first)

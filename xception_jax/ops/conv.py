@@ -85,7 +85,7 @@ def _value(x, kernel, segments: int, stride: int, pads: Pads, kernels: bool):
     def on_cpu(x, kernel):
         if not kernels:
             return _plain(x, kernel, segments, stride, pads)
-        if has_depthwise_kernel(x, kernel, segments, stride):
+        if _has_small_segments(x, kernel, segments, stride):
             return cpu_kernels.depthwise(x, kernel, pads)
         read, step = _pixels_read(x, kernel, stride, pads)
         return cpu_kernels.conv(read, kernel, segments, step, pads)
@@ -104,9 +104,9 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
             return gradient_of(_plain, x, kernel, dy)
         read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
         dilated, outer = _dilated(read, kernel, dy, step, pads)
-        if has_depthwise_kernel(x, kernel, segments, stride):
-            dx = cpu_kernels.depthwise(dilated, kernel[::-1, ::-1], outer)
-            return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape[0], pads)
+        if _has_small_segments(x, kernel, segments, stride):
+            dx = cpu_kernels.depthwise(dilated, _turned(kernel, segments), outer)
+            return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape, pads)
         dx = cpu_kernels.conv_input_gradient(dilated, kernel, segments, outer)
         return *spread(dx), cpu_kernels.conv_filter_gradient(read, dy, kernel.shape, segments, step, pads)
 
@@ -118,9 +118,25 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def has_depthwise_kernel(x, kernel, segments: int, stride: int) -> bool:
+    """Whether this convolution is a depthwise one, and `cpu_kernels.depthwise` computes it."""
+    return segments == x.shape[-1] and _has_small_segments(x, kernel, segments, stride)
+
+
+def _has_small_segments(x, kernel, segments: int, stride: int) -> bool:
     """Whether `cpu_kernels.depthwise` computes this convolution."""
-    kh, kw, _, filters = kernel.shape
-    return segments == filters == x.shape[-1] and stride == 1 and kh == kw and kh in cpu_kernels.DEPTHWISE_SIDES
+    kh, kw, channels, filters = kernel.shape
+    if filters != x.shape[-1] or stride != 1 or kh != kw:
+        return False
+    if segments == filters:
+        return kh in cpu_kernels.DEPTHWISE_SIDES
+    return channels in (2, 4, 8) and kh == 3 and filters % 16 == 0
+
+
+def _turned(kernel, segments: int):
+    """Returns the kernel of the input gradient: turned round, with the channels of a segment as its filters."""
+    kh, kw, channels, filters = kernel.shape
+    of_segments = kernel[::-1, ::-1].reshape(kh, kw, channels, segments, filters // segments)
+    return of_segments.swapaxes(2, 4).reshape(kh, kw, filters // segments, segments * channels)
 
 
 def _dilated(x, kernel, dy, stride: int, pads: Pads):

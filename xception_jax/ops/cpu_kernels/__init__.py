@@ -89,16 +89,17 @@ def conv_filter_gradient(x, dy, kernel_shape: tuple[int, ...], segments: int, st
     return _call("conv_filter_gradient", kernel_shape, x, dy, pads=pads, segments=segments, stride=stride)
 
 
-def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], pads: Pads) -> Float[Array, "b oh ow c"]:
-    """Convolves each channel with its own filter, stride 1."""
+def depthwise(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c_per_segment c"], pads: Pads
+) -> Float[Array, "b oh ow c"]:
+    """Convolves each channel with its own filter, stride 1; or each segment with as many as it has channels."""
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], 1, pads)
     return _call("depthwise", (x.shape[0], rows, columns, x.shape[3]), x, kernel, pads=pads)
 
 
-def depthwise_filter_gradient(x, dy, side: int, pads: Pads) -> Float[Array, "k k 1 c"]:
-    """The gradient of `depthwise` for its kernel of `side` rows and columns."""
-    shape = (side, side, 1, x.shape[3])
-    return _call("depthwise_filter_gradient", shape, x, dy, pads=pads)
+def depthwise_filter_gradient(x, dy, kernel_shape: tuple[int, ...], pads: Pads) -> Float[Array, "k k c_per_segment c"]:
+    """The gradient of `depthwise` for its kernel."""
+    return _call("depthwise_filter_gradient", kernel_shape, x, dy, pads=pads)
 
 
 def max_pool(x: Float[Array, "b h w c"], window: int, stride: int, pads: Pads) -> Float[Array, "b oh ow c"]:

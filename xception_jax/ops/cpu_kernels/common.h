@@ -12,6 +12,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -92,6 +96,31 @@ T Load(const float* from) {
 template <typename T>
 void Store(float* to, const T& value) {
   std::memcpy(to, &value, sizeof(T));
+}
+
+// Lane i of the result is lane from[i] of the value.
+typedef int32_t Indices __attribute__((vector_size(kLanes * sizeof(int32_t))));
+inline Lanes Permute(Lanes value, Indices from) {
+#if defined(__AVX512F__)
+  return Lanes(_mm512_permutexvar_ps(__m512i(from), __m512(value)));
+#elif defined(__AVX2__)
+  return Lanes(_mm256_permutevar8x32_ps(__m256(value), __m256i(from)));
+#else
+  Lanes result;
+  for (int i = 0; i < kLanes; ++i) result[i] = value[from[i]];
+  return result;
+#endif
+}
+
+// Copies some floats, too few to call a function for. The last ones go together with some before them.
+template <int kTogether = kLanes>
+inline void CopyFew(const float* from, Size count, float* to) {
+  if (count >= kTogether) {
+    for (Size c = 0; c + kTogether < count; c += kTogether) std::memcpy(to + c, from + c, kTogether * sizeof(float));
+    std::memcpy(to + count - kTogether, from + count - kTogether, kTogether * sizeof(float));
+  } else if constexpr (kTogether > 1) {
+    CopyFew<kTogether / 2>(from, count, to);
+  }
 }
 
 // Calls f(Lanes(), c) or f(float(), c) until all channels are done.

@@ -14,7 +14,10 @@ template <typename Read>
 const float* InOnePiece(const std::vector<Chunk>& chunks, float* line, const Read& read) {
   if (chunks.size() == 1) return read(chunks[0]);
   float* to = line;
-  for (const Chunk& chunk : chunks) to = std::copy_n(read(chunk), chunk.size, to);
+  for (const Chunk& chunk : chunks) {
+    CopyFew(read(chunk), chunk.size, to);
+    to += chunk.size;
+  }
   return line;
 }
 
@@ -24,12 +27,15 @@ struct Convolution {
   Size kernel_height, kernel_width, segments, stride, top, left;
   Size taps, channels, filters;  // of a segment
   std::vector<float> zeros;
+  std::vector<std::pair<Size, Size>> places;  // row and column of each tap: to divide for each pixel would cost a tenth
 
   Convolution(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y, Size segments,
               Size stride, Size top, Size left)
       : in(x), out(y), kernel_height(kernel[0]), kernel_width(kernel[1]), segments(segments), stride(stride), top(top),
         left(left), taps(kernel[0] * kernel[1]), channels(in.channels / segments), filters(out.channels / segments),
-        zeros(in.channels) {}
+        zeros(in.channels) {
+    for (Size tap = 0; tap < taps; ++tap) places.emplace_back(tap / kernel_width, tap % kernel_width);
+  }
 
   Size pixels() const { return out.batch * out.height * out.width; }
   Size depth() const { return taps * channels; }
@@ -52,8 +58,8 @@ struct Convolution {
 
   // Where the channels are that an output pixel reads at a tap; zeros outside the image.
   const float* At(const float* x, const Pixel& pixel, Size tap) const {
-    const Size row = pixel.row * stride - top + tap / kernel_width;
-    const Size column = pixel.column * stride - left + tap % kernel_width;
+    const Size row = pixel.row * stride - top + places[tap].first;
+    const Size column = pixel.column * stride - left + places[tap].second;
     if (row < 0 || row >= in.height || column < 0 || column >= in.width) return zeros.data();
     return x + ((pixel.image * in.height + row) * in.width + column) * in.channels;
   }

@@ -23,8 +23,8 @@ struct DepthwiseBefore {
       for (Size end = pixel + count, step; pixel < end; pixel += step, y += step * in.channels) {
         const Size line = pixel / in.width, column = pixel % in.width;
         step = std::min(end - pixel, in.width - column);
-        const auto convolve = relu ? ConvolveRow<k, true> : ConvolveRow<k, false>;
-        convolve(in, x, kernel, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), y);
+        const auto convolve = relu ? ConvolveRow<k, true, OneChannel> : ConvolveRow<k, false, OneChannel>;
+        convolve(in, x, kernel, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), {}, y);
       }
     });
   }
