@@ -47,6 +47,7 @@ SMALL = {"num_classes": 5, "width_multiplier": 0.1, "middle_blocks": 0}
 VARIANTS = {
     "figure 5": {},
     "segments": {"segments": 2, "batch_norm.scale": False, "padding": "symmetric"},
+    "small segments": {"segments": 8, "width_multiplier": 0.25},
     "pointwise first": {
         "order": "pointwise_first",
         "intermediate_activation": "elu",
@@ -123,8 +124,14 @@ def test_compiled_inference_computes_the_same(variant):
 @pytest.mark.skipif(not cpu_kernels.folded_available(), reason="needs a C++ compiler and a CPU as the only device")
 @pytest.mark.parametrize(
     ("variant", "folded", "depthwise"),
-    # Two convolutions of the stem, four shortcuts, ten separable ones; the ReLU between keeps those two apart.
-    [("figure 5", 2 + 4 + 10, 0), ("segments", 2 + 4 + 2 * 10, 0), ("relu between", 2 + 2 * 10, 0)],
+    # Two convolutions of the stem, four shortcuts, ten separable ones; the ReLU between keeps those two apart, and half
+    # of the small segments have more than 8 channels.
+    [
+        ("figure 5", 2 + 4 + 10, 0),
+        ("segments", 2 + 4 + 2 * 10, 0),
+        ("small segments", 2 + 4 + 5 + 2 * 5, 0),
+        ("relu between", 2 + 2 * 10, 0),
+    ],
 )
 def test_compiled_inference_has_few_passes(variant, folded, depthwise):
     network = variant_network(variant)

@@ -24,7 +24,7 @@ import numpy as np
 
 from xception_jax.models.layers import BatchNorm, Conv
 from xception_jax.ops import cpu_kernels
-from xception_jax.ops.conv import has_depthwise_kernel
+from xception_jax.ops.conv import has_small_segments
 from xception_jax.ops.padding import Pads, explicit_padding, output_size
 
 # Marks in a traced program. They are never lowered: `Program` puts something in the place of each.
@@ -71,7 +71,7 @@ class _Layer:
     Attributes:
       conv: its equation.
       x, y: variables, before and behind it all.
-      depthwise: the equation of a depthwise convolution before it.
+      depthwise: the equation of a convolution before it, depthwise or with few channels a segment.
       shifts: names of the BatchNorms whose constants are added.
       residual: a variable that is added.
       relu_first, relu_last: whether there is one.
@@ -128,7 +128,7 @@ class Program:
         self._gone: set[int] = set()
         self._layers: dict[int, _Layer] = {}
         for i, equation in enumerate(self._equations):
-            if equation.primitive is _CONV and not _is_depthwise(equation):
+            if equation.primitive is _CONV and not _has_small_segments(equation):
                 self._take_in(i)
 
     def layers(self) -> Iterator[tuple[str, _Layer]]:
@@ -165,7 +165,7 @@ class Program:
         if i is None or not pointwise or self._only_reader(layer.x) is None:
             return
         depthwise = self._equations[i]
-        if depthwise.primitive is not _CONV or not _is_depthwise(depthwise) or not _same_shape(depthwise):
+        if depthwise.primitive is not _CONV or not _has_small_segments(depthwise) or not _same_shape(depthwise):
             return
         layer.depthwise, layer.x = depthwise, depthwise.invars[0]
         self._gone.add(i)
@@ -196,7 +196,7 @@ class Program:
 
     def _outputs(self, equation, inputs: list, params: dict, affine) -> list:
         primitive, name = equation.primitive, equation.params.get("layer")
-        if primitive is _CONV:  # a depthwise one whose output does not go straight into a pointwise one
+        if primitive is _CONV:  # with small segments, and an output that does not go straight into a pointwise one
             assert f"{name}/bias" not in params
             return [cpu_kernels.depthwise(inputs[0], jnp.asarray(params[f"{name}/kernel"]), equation.params["pads"])]
         if primitive is _SHIFT:
@@ -207,10 +207,10 @@ class Program:
         return outputs if primitive.multiple_results else [outputs]
 
 
-def _is_depthwise(equation) -> bool:
+def _has_small_segments(equation) -> bool:
     x, params = equation.invars[0].aval, equation.params
     kernel = jax.ShapeDtypeStruct(params["kernel"], x.dtype)
-    return has_depthwise_kernel(x, kernel, params["segments"], params["stride"])
+    return has_small_segments(x, kernel, params["segments"], params["stride"])
 
 
 def _same_shape(equation) -> bool:

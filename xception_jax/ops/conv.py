@@ -85,7 +85,7 @@ def _value(x, kernel, segments: int, stride: int, pads: Pads, kernels: bool):
     def on_cpu(x, kernel):
         if not kernels:
             return _plain(x, kernel, segments, stride, pads)
-        if _has_small_segments(x, kernel, segments, stride):
+        if has_small_segments(x, kernel, segments, stride):
             return cpu_kernels.depthwise(x, kernel, pads)
         read, step = _pixels_read(x, kernel, stride, pads)
         return cpu_kernels.conv(read, kernel, segments, step, pads)
@@ -104,7 +104,7 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
             return gradient_of(_plain, x, kernel, dy)
         read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
         dilated, outer = _dilated(read, kernel, dy, step, pads)
-        if _has_small_segments(x, kernel, segments, stride):
+        if has_small_segments(x, kernel, segments, stride):
             dx = cpu_kernels.depthwise(dilated, _turned(kernel, segments), outer)
             return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape, pads)
         dx = cpu_kernels.conv_input_gradient(dilated, kernel, segments, outer)
@@ -117,13 +117,8 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def has_depthwise_kernel(x, kernel, segments: int, stride: int) -> bool:
-    """Whether this convolution is a depthwise one, and `cpu_kernels.depthwise` computes it."""
-    return segments == x.shape[-1] and _has_small_segments(x, kernel, segments, stride)
-
-
-def _has_small_segments(x, kernel, segments: int, stride: int) -> bool:
-    """Whether `cpu_kernels.depthwise` computes this convolution."""
+def has_small_segments(x, kernel, segments: int, stride: int) -> bool:
+    """Whether `cpu_kernels.depthwise` computes this convolution: a depthwise one, or with a few channels a segment."""
     kh, kw, channels, filters = kernel.shape
     if filters != x.shape[-1] or stride != 1 or kh != kw:
         return False

@@ -118,7 +118,7 @@ class PackedConv(NamedTuple):
 
     Attributes:
       kernel, bias: in panels as wide as a tile of the product.
-      depthwise: [k, k, 1, c], of the depthwise convolution before; empty for none.
+      depthwise: [k, k, c_per_segment, c], of the convolution before that `depthwise` computes; empty for none.
     """
 
     kernel: Float[Array, " n"]
@@ -137,7 +137,7 @@ def pack_conv(kernel, bias, depthwise, segments: int) -> PackedConv:
     Args:
       kernel: [kh, kw, c_per_segment, f].
       bias: [f].
-      depthwise: [k, k, 1, c], or None.
+      depthwise: [k, k, c_per_segment, c], or None.
       segments: of the convolution.
     """
     kh, kw, channels, filters = kernel.shape

@@ -8,23 +8,24 @@ namespace {
 
 using F32 = ffi::Buffer<ffi::F32>;
 
-// A depthwise convolution of stride 1 before a product, and perhaps a ReLU before that; without a side, nothing.
+// What depthwise.h computes before a product, and perhaps a ReLU before that; without a kernel, nothing.
 struct DepthwiseBefore {
   const float* kernel;
-  Size side, top, left;
+  ffi::Span<const int64_t> shape;  // of the kernel
+  Size top, left;
   bool relu;
   std::vector<float> zeros;  // as many as a row of x has
 
-  bool Computes() const { return side > 0; }
+  bool Computes() const { return !zeros.empty(); }
 
-  // The depthwise convolution at `count` pixels, in the order in which they lie in memory.
+  // The convolution at `count` pixels, in the order in which they lie in memory.
   void Compute(const Images& in, const float* x, Size pixel, Size count, float* y) const {
-    WithKernelSize(side, [&](auto k) {
+    WithKernel(shape, [&]<typename Segment>(auto k, const Segment& segment) {
       for (Size end = pixel + count, step; pixel < end; pixel += step, y += step * in.channels) {
         const Size line = pixel / in.width, column = pixel % in.width;
         step = std::min(end - pixel, in.width - column);
-        const auto convolve = relu ? ConvolveRow<k, true, OneChannel> : ConvolveRow<k, false, OneChannel>;
-        convolve(in, x, kernel, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), {}, y);
+        const auto convolve = relu ? ConvolveRow<k, true, Segment> : ConvolveRow<k, false, Segment>;
+        convolve(in, x, kernel, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), segment, y);
       }
     });
   }
@@ -68,8 +69,8 @@ ffi::Error PackConv(ffi::ThreadPool pool, Input kernel, Input bias, Output packe
   return ffi::Error::Success();
 }
 
-// [ReLU] [depthwise convolution] convolution, bias, [residual] [ReLU]. An empty `depthwise` (of no side) or `residual` stands
-// for none; before a depthwise one may be a ReLU, and the convolution after it is 1 x 1 of stride 1.
+// [ReLU] [convolution of depthwise.h] convolution, bias, [residual] [ReLU]. An empty `depthwise` (of no side) or `residual`
+// stands for none; before a convolution of depthwise.h may be a ReLU, and the one after it is 1 x 1 of stride 1.
 ffi::Error FoldedConv(ffi::ThreadPool pool, Input x, Input packed, Input bias, Input depthwise, Input residual, Output y,
                       int64_t side, int64_t segments, int64_t stride, int64_t top, int64_t left, int64_t height,
                       int64_t width, int64_t relu_first, int64_t relu_last) {
@@ -77,7 +78,7 @@ ffi::Error FoldedConv(ffi::ThreadPool pool, Input x, Input packed, Input bias, I
   const Size kernel[] = {height, width, channels / segments, y->dimensions()[3]};
   const Convolution conv(x.dimensions(), {kernel, 4}, y->dimensions(), segments, stride, side ? 0 : top, side ? 0 : left);
   const BiasBehind behind{bias.typed_data(), residual.element_count() ? residual.typed_data() : nullptr, relu_last != 0};
-  const DepthwiseBefore before{depthwise.typed_data(), side, top, left, relu_first != 0,
+  const DepthwiseBefore before{depthwise.typed_data(), depthwise.dimensions(), top, left, relu_first != 0,
                                std::vector<float>(side ? conv.in.width * channels : 0)};
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
     Multiply<Product>(pool, conv, x.typed_data(), packed.typed_data(), y->typed_data(), before, behind);
