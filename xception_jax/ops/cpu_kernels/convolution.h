@@ -24,17 +24,16 @@ const float* InOnePiece(const std::vector<Chunk>& chunks, float* line, const Rea
 // The convolution's geometry. Its matrix product has the taps' channels as depth: x [pixels, depth] kernel [depth, filters].
 struct Convolution {
   Images in, out;
-  Size kernel_height, kernel_width, segments, stride, top, left;
+  Size segments, stride, top, left;
   Size taps, channels, filters;  // of a segment
   std::vector<float> zeros;
-  std::vector<std::pair<Size, Size>> places;  // row and column of each tap: to divide for each pixel would cost a tenth
+  std::vector<std::pair<Size, Size>> places;  // row and column of each tap, so that no pixel costs a division
 
   Convolution(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y, Size segments,
               Size stride, Size top, Size left)
-      : in(x), out(y), kernel_height(kernel[0]), kernel_width(kernel[1]), segments(segments), stride(stride), top(top),
-        left(left), taps(kernel[0] * kernel[1]), channels(in.channels / segments), filters(out.channels / segments),
-        zeros(in.channels) {
-    for (Size tap = 0; tap < taps; ++tap) places.emplace_back(tap / kernel_width, tap % kernel_width);
+      : in(x), out(y), segments(segments), stride(stride), top(top), left(left), taps(kernel[0] * kernel[1]),
+        channels(in.channels / segments), filters(out.channels / segments), zeros(in.channels) {
+    for (Size tap = 0; tap < taps; ++tap) places.emplace_back(tap / kernel[1], tap % kernel[1]);
   }
 
   Size pixels() const { return out.batch * out.height * out.width; }
