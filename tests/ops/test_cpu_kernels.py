@@ -123,12 +123,15 @@ def test_depthwise_equals_xla(shape, padding, side):
     assert_equals_xla(shape, (side, side, 1, shape[-1]), segments=shape[-1], stride=1, padding=padding)
 
 
-# As wide as one vector and three; widths below, at and past what is computed together; more rows than a part has.
-@pytest.mark.parametrize("per_segment", [2, 4, 8])
+# Whole vectors, and vectors that whole segments do not fill; widths below, at and past what is computed together; more
+# rows than a part has.
+@pytest.mark.parametrize(
+    ("per_segment", "channels"), [(2, 16), (4, 48), (8, 80), (8, 8), (2, 38), (3, 9), (6, 54), (7, 21)]
+)
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
-@pytest.mark.parametrize("shape", [(2, 9, 10, 16), (1, 3, 3, 48), (3, 13, 8, 48), (2, 70, 11, 16), (1, 7, 7, 80)])
-def test_small_segments_equal_xla(shape, padding, per_segment):
-    kernel, segments = (3, 3, per_segment, shape[-1]), shape[-1] // per_segment
+@pytest.mark.parametrize("size", [(2, 9, 10), (1, 3, 3), (2, 70, 13)])
+def test_small_segments_equal_xla(size, padding, per_segment, channels):
+    shape, kernel, segments = (*size, channels), (3, 3, per_segment, channels), channels // per_segment
     assert_equals_xla(shape, kernel, segments=segments, stride=1, padding=padding)
     conv = partial(ops.conv, segments=segments, padding=padding)
     calls = jax.jit(partial(value_and_gradients, conv)).lower(draw(shape, 0, "float32"), draw(kernel, 1, "float32"))

@@ -31,6 +31,8 @@ from jaxtyping import Array, Float
 from xception_jax.ops import cpu_kernels
 from xception_jax.ops.padding import Padding, Pads, explicit_padding, output_size, pad, strided
 
+# On a CPU, segments of up to so many channels are not products of matrices: those leave most lanes of a vector idle.
+_FEW_CHANNELS = 8
 # On a CPU, a convolution whose patches have no more values than this is a product of patches and a matrix.
 _MAX_PATCH = 300
 
@@ -124,7 +126,7 @@ def has_small_segments(x, kernel, segments: int, stride: int) -> bool:
         return False
     if segments == filters:
         return kh in cpu_kernels.DEPTHWISE_SIDES
-    return channels in (2, 4, 8) and kh == 3 and filters % 16 == 0
+    return channels <= _FEW_CHANNELS and kh == 3
 
 
 def _turned(kernel, segments: int):

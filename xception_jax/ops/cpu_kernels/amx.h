@@ -46,12 +46,6 @@ struct Amx {
     }
   }
 
-  // Up to 16 floats, zeros behind them.
-  static __m512 LoadUpTo(Size count, const float* from) {
-    if (count >= 16) return _mm512_loadu_ps(from);
-    return _mm512_maskz_loadu_ps((1u << std::max<Size>(count, 0)) - 1, from);
-  }
-
   // Splits up to kTileColumns columns of `depth` rows of b: [step][part][half of the columns][16 words][16 columns].
   static void PackPanel(const float* b, Size step, Size depth, Size columns, float* to) {
     for (Size first = 0; first < depth; first += kStep, to += 3 * 2 * kRegister)

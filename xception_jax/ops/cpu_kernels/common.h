@@ -98,7 +98,27 @@ void Store(float* to, const T& value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
-// Lane i of the result is lane from[i] of the value.
+// Up to kLanes floats, zeros behind them.
+inline Lanes LoadUpTo(Size count, const float* from) {
+  if (count >= kLanes) return Load<Lanes>(from);
+#ifdef __AVX512F__
+  return Lanes(_mm512_maskz_loadu_ps((1u << std::max<Size>(count, 0)) - 1, from));
+#else
+  Lanes value = {};
+  for (Size i = 0; i < count; ++i) value[i] = from[i];
+  return value;
+#endif
+}
+
+inline void StoreUpTo(Size count, float* to, Lanes value) {
+#ifdef __AVX512F__
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, __m512(value));
+#else
+  for (Size i = 0; i < count; ++i) to[i] = value[i];
+#endif
+}
+
+// Lane i of the result is lane from[i] of the value, counted round and round.
 typedef int32_t Indices __attribute__((vector_size(kLanes * sizeof(int32_t))));
 inline Lanes Permute(Lanes value, Indices from) {
 #if defined(__AVX512F__)
@@ -107,7 +127,7 @@ inline Lanes Permute(Lanes value, Indices from) {
   return Lanes(_mm256_permutevar8x32_ps(__m256(value), __m256i(from)));
 #else
   Lanes result;
-  for (int i = 0; i < kLanes; ++i) result[i] = value[from[i]];
+  for (int i = 0; i < kLanes; ++i) result[i] = value[from[i] % kLanes];
   return result;
 #endif
 }
@@ -121,14 +141,6 @@ inline void CopyFew(const float* from, Size count, float* to) {
   } else if constexpr (kTogether > 1) {
     CopyFew<kTogether / 2>(from, count, to);
   }
-}
-
-// Calls f(Lanes(), c) or f(float(), c) until all channels are done.
-template <typename F>
-void ForEachLane(Size channels, const F& f) {
-  Size c = 0;
-  for (; c + kLanes <= channels; c += kLanes) f(Lanes(), c);
-  for (; c < channels; ++c) f(0.0f, c);
 }
 
 #define UNROLL _Pragma("GCC unroll 16")

@@ -6,49 +6,64 @@
 
 #include "common.h"
 
-// Reads, for the output channels from c on, a channel of their segment: the only one,
+// Neighbouring output channels: as many as a vector has lanes, or fewer.
+struct WholeVector {
+  Lanes Load(const float* from) const { return ::Load<Lanes>(from); }
+  void Store(float* to, Lanes values) const { ::Store(to, values); }
+};
+struct PartOfVector {
+  Size count;
+  Lanes Load(const float* from) const { return LoadUpTo(count, from); }
+  void Store(float* to, Lanes values) const { StoreUpTo(count, to, values); }
+};
+
+// Segments as the lanes of a vector see them, when each reads one channel of its own: the only one,
 struct OneChannel {
   static constexpr int kColumns = 8;  // of dy that contribute to the filter gradient together
-  static constexpr Size size = 1;
-  template <typename T>
-  T Read(const float* from, Size c, Size) const { return Load<T>(from + c); }
+  static constexpr Size size = 1, lanes = kLanes;
+  Lanes Select(Lanes values, Size) const { return values; }
 };
 
-// or one of some, where vectors hold whole segments.
+// or one of a few; as many lanes as whole segments fill.
 struct FewChannels {
   static constexpr int kColumns = 4;
-  Size size;
+  Size size, lanes;
   Indices first{};  // lane of the segment of each
 
-  explicit FewChannels(Size size) : size(size) {
+  explicit FewChannels(Size size) : size(size), lanes(kLanes / size * size) {
     for (int lane = 0; lane < kLanes; ++lane) first[lane] = lane / size * size;
   }
-  template <typename T>
-  T Read(const float* from, Size c, Size channel) const {
-    if constexpr (std::is_same_v<T, Lanes>) return Permute(Load<Lanes>(from + c), first + int32_t(channel));
-    else return from[c / size * size + channel];
-  }
+  Lanes Select(Lanes values, Size channel) const { return Permute(values, first + int32_t(channel)); }
 };
+
+// Calls f(vector, c) for vectors of the output channels from c on, until all channels are done.
+template <typename Segment, typename F>
+void ForEachVector(Size channels, const Segment& segment, const F& f) {
+  Size c = 0;
+  if (segment.lanes == kLanes)
+    for (; c + kLanes <= channels; c += kLanes) f(WholeVector(), c);
+  for (; c < channels; c += segment.lanes) f(PartOfVector{std::min<Size>(segment.lanes, channels - c)}, c);
+}
 
 // y at Q neighbouring columns; at(i, column) is where row i and one of the Q + K - 1 columns that they read begins.
 // The ReLU of what is read, if the network has one there.
-template <int K, int Q, bool kRelu, typename T, typename At, typename Segment>
+template <int K, int Q, bool kRelu, typename At, typename Vector, typename Segment>
 inline __attribute__((always_inline)) void ConvolveColumns(const At& at, const float* kernel, Size channels, Size c,
-                                                           const Segment& segment, float* y) {
-  T sum[Q] = {};
+                                                           const Vector& vector, const Segment& segment, float* y) {
+  Lanes sum[Q] = {};
   UNROLL for (int i = 0; i < K; ++i) {
     for (Size channel = 0; channel < segment.size; ++channel) {
-      T weights[K];
-      UNROLL for (int j = 0; j < K; ++j) weights[j] = Load<T>(kernel + ((i * K + j) * segment.size + channel) * channels + c);
+      Lanes weights[K];
+      UNROLL for (int j = 0; j < K; ++j) weights[j] = vector.Load(kernel + ((i * K + j) * segment.size + channel) * channels + c);
       UNROLL for (int column = 0; column < Q + K - 1; ++column) {
-        T value = segment.template Read<T>(at(i, column), c, channel);
-        if constexpr (kRelu) value = value < 0.0f ? T() : value;
+        Lanes value = segment.Select(vector.Load(at(i, column) + c), channel);
+        if constexpr (kRelu) value = value < 0.0f ? Lanes() : value;
         UNROLL for (int j = 0; j < K; ++j)
           if (0 <= column - j && column - j < Q) sum[column - j] += value * weights[j];
       }
     }
   }
-  UNROLL for (int q = 0; q < Q; ++q) Store(y + q * channels + c, sum[q]);
+  UNROLL for (int q = 0; q < Q; ++q) vector.Store(y + q * channels + c, sum[q]);
 }
 
 // y at the columns from `begin` to `end` of one row of an image; `zeros` has a row of the image.
@@ -69,8 +84,8 @@ void ConvolveRow(const Images& in, const float* x, const float* kernel, Size ima
       const float* window[K];
       for (int i = 0; i < K; ++i) window[i] = rows[i] + first * channels;
       const auto at = [&](int i, int j) { return window[i] + j * channels; };
-      ForEachLane(channels, [&](auto lanes, Size c) {
-        ConvolveColumns<K, Q, kRelu, decltype(lanes)>(at, kernel, channels, c, segment, y);
+      ForEachVector(channels, segment, [&](const auto& vector, Size c) {
+        ConvolveColumns<K, Q, kRelu>(at, kernel, channels, c, vector, segment, y);
       });
     } else {
       step = 1;
@@ -79,8 +94,8 @@ void ConvolveRow(const Images& in, const float* x, const float* kernel, Size ima
         for (int j = 0; j < K; ++j)
           window[i][j] = 0 <= first + j && first + j < in.width ? rows[i] + (first + j) * channels : zeros;
       const auto at = [&](int i, int j) { return window[i][j]; };
-      ForEachLane(channels, [&](auto lanes, Size c) {
-        ConvolveColumns<K, 1, kRelu, decltype(lanes)>(at, kernel, channels, c, segment, y);
+      ForEachVector(channels, segment, [&](const auto& vector, Size c) {
+        ConvolveColumns<K, 1, kRelu>(at, kernel, channels, c, vector, segment, y);
       });
     }
   }
@@ -99,19 +114,20 @@ void Convolve(ffi::ThreadPool& pool, Input x, Input kernel, Output y, Size top, 
 }
 
 // Adds to each of K taps of one row of the kernel what Q neighbouring columns of dy contribute.
-template <int K, int Q, typename T, typename Segment>
-void CorrelateColumns(const float* x, const float* dy, Size channels, Size c, const Segment& segment, float* taps) {
-  T gradient[Q];
-  UNROLL for (int q = 0; q < Q; ++q) gradient[q] = Load<T>(dy + q * channels + c);
+template <int K, int Q, typename Vector, typename Segment>
+void CorrelateColumns(const float* x, const float* dy, Size channels, Size c, const Vector& vector, const Segment& segment,
+                      float* taps) {
+  Lanes gradient[Q];
+  UNROLL for (int q = 0; q < Q; ++q) gradient[q] = vector.Load(dy + q * channels + c);
   for (Size channel = 0; channel < segment.size; ++channel) {
-    T sum[K];
-    UNROLL for (int j = 0; j < K; ++j) sum[j] = Load<T>(taps + (j * segment.size + channel) * channels + c);
+    Lanes sum[K];
+    UNROLL for (int j = 0; j < K; ++j) sum[j] = vector.Load(taps + (j * segment.size + channel) * channels + c);
     UNROLL for (int column = 0; column < Q + K - 1; ++column) {
-      const T value = segment.template Read<T>(x + column * channels, c, channel);
+      const Lanes value = segment.Select(vector.Load(x + column * channels + c), channel);
       UNROLL for (int j = 0; j < K; ++j)
         if (0 <= column - j && column - j < Q) sum[j] += value * gradient[column - j];
     }
-    UNROLL for (int j = 0; j < K; ++j) Store(taps + (j * segment.size + channel) * channels + c, sum[j]);
+    UNROLL for (int j = 0; j < K; ++j) vector.Store(taps + (j * segment.size + channel) * channels + c, sum[j]);
   }
 }
 
@@ -134,15 +150,15 @@ void Correlate(ffi::ThreadPool& pool, Input x, Input dy, Output kernel, Size top
           const float* from = x.typed_data() + ((image * in.height + row + i) * in.width + first) * channels;
           float* taps = sums.data() + part * size + i * row_size;
           if (whole) {
-            ForEachLane(channels, [&](auto lanes, Size c) {
-              CorrelateColumns<K, Q, decltype(lanes)>(from, gradient, channels, c, segment, taps);
+            ForEachVector(channels, segment, [&](const auto& vector, Size c) {
+              CorrelateColumns<K, Q>(from, gradient, channels, c, vector, segment, taps);
             });
             continue;
           }
           for (Size j = std::max<Size>(0, -first); j < std::min<Size>(K, in.width - first); ++j)
-            ForEachLane(channels, [&](auto lanes, Size c) {
-              CorrelateColumns<1, 1, decltype(lanes)>(from + j * channels, gradient, channels, c, segment,
-                                                      taps + j * segment.size * channels);
+            ForEachVector(channels, segment, [&](const auto& vector, Size c) {
+              CorrelateColumns<1, 1>(from + j * channels, gradient, channels, c, vector, segment,
+                                     taps + j * segment.size * channels);
             });
         }
       }
@@ -151,25 +167,15 @@ void Correlate(ffi::ThreadPool& pool, Input x, Input dy, Output kernel, Size top
   AddParts(pool, sums, size, kernel->typed_data());
 }
 
-// Calls f with the side of the kernel as a constant.
-template <typename F>
-ffi::Error WithKernelSize(Size side, const F& f) {
-  switch (side) {
-    case 3: f(std::integral_constant<int, 3>()); break;
-    case 5: f(std::integral_constant<int, 5>()); break;
-    case 7: f(std::integral_constant<int, 7>()); break;
-    default: return ffi::Error::InvalidArgument("a kernel of 3, 5 or 7 rows is needed");
-  }
-  return ffi::Error::Success();
-}
-
-// Calls f(K, segment) for a kernel [K, K, channels of a segment, channels].
+// Calls f(K, segment) for a kernel [K, K, channels of a segment, channels], with K as a constant.
 template <typename F>
 ffi::Error WithKernel(ffi::Span<const int64_t> kernel, const F& f) {
-  if (kernel[2] == 1) return WithKernelSize(kernel[0], [&](auto k) { f(k, OneChannel()); });
-  if (kernel[0] != 3 || kLanes % kernel[2] || kernel[3] % kLanes)
-    return ffi::Error::InvalidArgument("segments of several channels need a kernel of 3 rows, and to fill vectors");
-  f(std::integral_constant<int, 3>(), FewChannels(kernel[2]));
+  const Size side = kernel[0], size = kernel[2];
+  if (side == 3 && size == 1) f(std::integral_constant<int, 3>(), OneChannel());
+  else if (side == 5 && size == 1) f(std::integral_constant<int, 5>(), OneChannel());
+  else if (side == 7 && size == 1) f(std::integral_constant<int, 7>(), OneChannel());
+  else if (side == 3 && size <= kLanes) f(std::integral_constant<int, 3>(), FewChannels(size));
+  else return ffi::Error::InvalidArgument("there is no kernel of this shape");
   return ffi::Error::Success();
 }
 
