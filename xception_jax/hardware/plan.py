@@ -312,7 +312,8 @@ def find_largest_batch(
             assert plan.compiled is not None
             best, memory = plan, plan.compiled.memory
             report(f"{batch} images a chip fit: {memory.total / 2**30:.2f} GiB")
-            following = _batch_that_fits(batch, memory, topology.chip.hbm_bytes)
+            # A quarter more at least: short of memory, the compiler computes activations anew instead of keeping them.
+            following = max(_batch_that_fits(batch, memory, topology.chip.hbm_bytes), batch * 5 // 4)
         except DeviceMemoryError as error:
             failure, limit = error, batch
             report(f"{batch} images a chip do not fit")
@@ -320,6 +321,8 @@ def find_largest_batch(
         batch = int(min(following, limit - unit)) // unit * unit
         if batch <= (best.batch_per_chip if best else 0):
             break
+    else:
+        report(f"more may fit: {batch} images a chip were not tried, after {_TRIES} compilations")
     if best is None:
         assert failure is not None
         raise failure
