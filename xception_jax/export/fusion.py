@@ -210,7 +210,7 @@ class Program:
 def _has_small_segments(equation) -> bool:
     x, params = equation.invars[0].aval, equation.params
     kernel = jax.ShapeDtypeStruct(params["kernel"], x.dtype)
-    return has_small_segments(x, kernel, params["segments"], params["stride"])
+    return params["segments"] > 1 and has_small_segments(x, kernel, params["segments"], params["stride"])
 
 
 def _same_shape(equation) -> bool:
