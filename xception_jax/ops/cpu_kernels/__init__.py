@@ -92,7 +92,10 @@ def conv_filter_gradient(x, dy, kernel_shape: tuple[int, ...], segments: int, st
 def depthwise(
     x: Float[Array, "b h w c"], kernel: Float[Array, "k k c_per_segment c"], pads: Pads
 ) -> Float[Array, "b oh ow c"]:
-    """Convolves each channel with its own filter, stride 1; or each segment with as many as it has channels."""
+    """Convolves each channel with its own filter, stride 1; or each segment with as many as it has channels.
+
+    Segments of several channels need a 3 x 3 kernel, and may have 8 channels: the lanes of the narrowest vector.
+    """
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], 1, pads)
     return _call("depthwise", (x.shape[0], rows, columns, x.shape[3]), x, kernel, pads=pads)
 
