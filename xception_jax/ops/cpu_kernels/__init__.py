@@ -146,10 +146,8 @@ def pack_conv(kernel, bias, depthwise, segments: int) -> PackedConv:
     kh, kw, channels, filters = kernel.shape
     library = _library("folded")
     assert library is not None  # `folded_available` said so
-    of_segment = (
-        library.packed_size(ctypes.c_int64(kh * kw * channels), ctypes.c_int64(filters // segments)),
-        library.packed_bias_size(ctypes.c_int64(filters // segments)),
-    )
+    sides = ctypes.c_int64(kh * kw * channels), ctypes.c_int64(filters // segments)
+    of_segment = library.packed_size(*sides), library.packed_bias_size(*sides)
     shapes = [jax.ShapeDtypeStruct((segments * size,), jnp.float32) for size in of_segment]
     call = jax.ffi.ffi_call(f"pack_conv_{_register('folded')}", shapes)
     packed, packed_bias = call(jnp.asarray(kernel), jnp.asarray(bias), segments=np.int64(segments))

@@ -25,8 +25,13 @@ struct Amx {
 
   static Size Steps(Size depth) { return Ceil(depth, kStep); }
 
-  // What a panel takes, in floats.
-  static Size PanelSize(Size depth) { return Steps(depth) * 3 * 2 * kRegister; }
+  // Columns in panels of 32: where panel number `panel` begins, and behind the last one, how many there are with zeros that
+  // fill it.
+  static Size Panels(Size columns) { return Ceil(columns, 32); }
+  static Size PanelBegin(Size, Size panel) { return panel * 32; }
+
+  // What whole panels of columns take, in floats.
+  static Size PackedSize(Size depth, Size columns) { return Steps(depth) * 3 * kRegister * columns / 16; }
 
   // The three parts of two vectors: those of x in the low halves of the words, those of y in the high ones. As the order of the
   // depth does not matter to a product, x and y may be any two of its stretches, the same ones on both sides.
@@ -46,7 +51,7 @@ struct Amx {
     }
   }
 
-  // Splits up to kTileColumns columns of `depth` rows of b: [step][part][half of the columns][16 words][16 columns].
+  // Splits the columns of a panel, in of `depth` rows of b: [step][part][half of the columns][16 words][16 columns].
   static void PackPanel(const float* b, Size step, Size depth, Size columns, float* to) {
     for (Size first = 0; first < depth; first += kStep, to += 3 * 2 * kRegister)
       for (Size half = 0; half < 2; ++half)
@@ -75,19 +80,18 @@ struct Amx {
     ~SplitRows() { _tile_release(); }
     SplitRows(const SplitRows&) = delete;
 
-    // Calls use(row, sums, rows) with all tiles of the product with a panel, from their first row on.
-    template <typename Use>
-    void Multiply(const float* panel, Size columns, const Use& use) const {
-      alignas(64) Sums sums[kBlock];
+    // Stores the product with a panel.
+    template <typename To>
+    void Multiply(const float* panel, const To& to) const {
+      alignas(64) Lanes sums[kBlock][2];
       for (Size first = 0; first < rows_; first += kBlock) {
         const Size rows = std::min(rows_ - first, kBlock);
         for (Size step = 0; step < steps_; step += kChunk)
           for (Size row = 0; row < rows; row += 16)
-            for (int half = 0; half < (columns > 16 ? 2 : 1); ++half)
+            for (int half = 0; half < (to.columns > 16 ? 2 : 1); ++half)
               MultiplyTile(packed_.get() + At(first + row, step), panel + (step * 6 + half) * kRegister,
                            std::min(steps_ - step, kChunk), step > 0, &sums[row][half]);
-        for (Size row = 0; row < rows; row += kTileRows)
-          use(first + row, sums + row, std::min<Size>(rows - row, kTileRows));
+        to.Store(first, sums, rows);
       }
     }
 
@@ -114,7 +118,7 @@ struct Amx {
     static void MultiplyTile(const float* a, const float* b, Size steps, bool add, Lanes* sums) {
       asm volatile("" : : : "memory");  // what the registers load has been written
       if (add) {
-        _tile_loadd(0, sums, sizeof(Sums));
+        _tile_loadd(0, sums, 2 * sizeof(Lanes));
       } else {
         _tile_zero(0);
       }
@@ -129,7 +133,7 @@ struct Amx {
         column_part(0), add();
         column_part(2), add();
       }
-      _tile_stored(0, sums, sizeof(Sums));
+      _tile_stored(0, sums, 2 * sizeof(Lanes));
       asm volatile("" : : : "memory");
     }
 

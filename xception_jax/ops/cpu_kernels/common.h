@@ -35,6 +35,7 @@ void ParallelFor(ffi::ThreadPool& pool, Size count, const Work& work) {
   auto take = [progress, count, &work] {
     for (Size i; (i = progress->next.fetch_add(1)) < count;) {
       work(i);
+      // Counting also waits for what was written past the caches: x86 does before every locked instruction.
       if (progress->done.fetch_add(1) + 1 == count) progress->done.notify_all();
     }
   };
@@ -118,6 +119,15 @@ inline void StoreUpTo(Size count, float* to, Lanes value) {
 #endif
 }
 
+// All lanes with the same value, in a register: a compiler may else load it anew for each use.
+inline Lanes Broadcast(float value) {
+  Lanes lanes = value - Lanes();
+#ifdef __AVX512F__
+  asm("" : "+v"(lanes));
+#endif
+  return lanes;
+}
+
 // Lane i of the result is lane from[i] of the value, counted round and round.
 typedef int32_t Indices __attribute__((vector_size(kLanes * sizeof(int32_t))));
 inline Lanes Permute(Lanes value, Indices from) {
@@ -142,5 +152,28 @@ inline void CopyFew(const float* from, Size count, float* to) {
     CopyFew<kTogether / 2>(from, count, to);
   }
 }
+
+// Whether rows of `channels` of an array of `size` floats are better written past the caches, which are too small to keep
+// them until they are read: nobody then fetches the lines that are to be overwritten. Lines have to be written whole.
+inline bool Streams(const float* array, Size size, Size channels) {
+  return kLanes * sizeof(float) == 64 && size >= (4 << 20) && channels % kLanes == 0 && reinterpret_cast<uintptr_t>(array) % 64 == 0;
+}
+
+// Neighbouring channels: as many as a vector has lanes, or fewer.
+struct WholeVector {
+  bool streams = false;
+  Lanes Load(const float* from) const { return ::Load<Lanes>(from); }
+  void Store(float* to, Lanes values) const {
+#ifdef __AVX512F__
+    if (streams) return _mm512_stream_ps(to, __m512(values));
+#endif
+    ::Store(to, values);
+  }
+};
+struct PartOfVector {
+  Size count;
+  Lanes Load(const float* from) const { return LoadUpTo(count, from); }
+  void Store(float* to, Lanes values) const { StoreUpTo(count, to, values); }
+};
 
 #define UNROLL _Pragma("GCC unroll 16")

@@ -31,37 +31,60 @@ struct Nothing {
   Nothing At(Size, Size, bool) const { return {}; }
 };
 
-// Writes, or adds, the first `columns` of a tile, and finishes it.
-template <typename Rows, typename Finish = Nothing>
-inline __attribute__((always_inline)) void StoreTile(const Sums* sums, Rows rows, Size columns, bool add, float* to,
-                                                     Size to_step, const Finish& finish = {}) {
-  for (int r = 0; r < rows; ++r, to += to_step) {
-    if (columns == kTileColumns) {
-      UNROLL for (int half = 0; half < 2; ++half) {
-        float* at = to + half * kLanes;
-        Lanes value = add ? Load<Lanes>(at) + sums[r][half] : sums[r][half];
-        if constexpr (Finish::kComputes) value = finish.Compute(value, r * to_step, half * kLanes);
-        Store(at, value);
-      }
-    } else {
-      float row[kTileColumns];
-      std::memcpy(row, sums[r], sizeof(row));
-      for (Size c = 0; c < columns; ++c) {
-        float value = add ? to[c] + row[c] : row[c];
-        if constexpr (Finish::kComputes) value = finish.Compute(value, r * to_step, c);
-        to[c] = value;
-      }
+// Where a product with a panel goes: `columns` columns from `corner` on, whose rows are `step` apart.
+template <typename Finish = Nothing>
+struct Target {
+  float* corner;
+  Size step, columns;
+  bool add;      // to what is there
+  bool streams;  // past the caches
+  Finish finish{};
+
+  // Fetches what `Store` will write, so that it comes while the sums are computed.
+  void Expect(Size row, Size rows) const {
+    if (streams) return;
+    constexpr Size kLine = 64 / sizeof(float);
+    for (const float* at = corner + row * step; rows > 0; --rows, at += step)
+      for (Size c = 0; c < columns + kLine - 1; c += kLine) __builtin_prefetch(at + std::min(c, columns - 1), 1);
+  }
+
+  // Some rows of the product, each V vectors wide.
+  template <int V, typename Rows>
+  inline __attribute__((always_inline)) void Store(Size row, const Lanes (*sums)[V], Rows rows) const {
+    UNROLL for (int v = 0; v < V; ++v) {
+      const auto store = [&](const auto& vector) {
+        UNROLL for (Size r = 0; r < rows; ++r) {
+          const Size offset = (row + r) * step + v * kLanes;
+          Lanes value = add ? vector.Load(corner + offset) + sums[r][v] : sums[r][v];
+          if constexpr (Finish::kComputes) value = finish.Compute(value, vector, offset, v * kLanes);
+          vector.Store(corner + offset, value);
+        }
+      };
+      if (const Size count = columns - v * kLanes; count >= kLanes) store(WholeVector{streams});
+      else if (count > 0) store(PartOfVector{count});
     }
   }
-}
+};
 
-// Weights as the products read them: [segment][part][panel], a panel of kTileColumns filters.
-inline Size Panels(Size filters) { return Ceil(filters, kTileColumns); }
+// The columns of a product's panel.
+template <typename Product>
+struct Panel {
+  Size begin, columns;
+  Panel(Size columns, Size panel)
+      : begin(Product::PanelBegin(columns, panel)),
+        columns(std::min(Product::PanelBegin(columns, panel + 1), columns) - begin) {}
+};
 
+// How many columns a product packs for so many filters.
+template <typename Product>
+Size PackedColumns(Size filters) { return Product::PanelBegin(filters, Product::Panels(filters)); }
+
+// Weights as the products read them: [segment][part][panel].
 template <typename Product>
 Size PanelAt(const Convolution& conv, Size segment, const DepthPart& part, Size panel) {
-  return (segment * Product::PanelSize(conv.depth()) + Product::PanelSize(part.begin)) * Panels(conv.filters) +
-         panel * Product::PanelSize(part.depth);
+  const Size columns = PackedColumns<Product>(conv.filters);
+  return segment * Product::PackedSize(conv.depth(), columns) + Product::PackedSize(part.begin, columns) +
+         Product::PackedSize(part.depth, Product::PanelBegin(conv.filters, panel));
 }
 
 // With `turned`, the kernel [taps][filters][segment][channels] is that of a convolution of which this one is the input
@@ -70,10 +93,11 @@ template <typename Product>
 void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* kernel, bool turned, float* packed) {
   constexpr Size kTogether = 64;  // channels whose lines stay in the L1 cache until they are full
   const std::vector<DepthPart> parts = DepthParts(conv, Product::kDepth);
-  ParallelFor(pool, conv.segments * Panels(conv.filters), [&](Size task) {
-    const Size segment = task / Panels(conv.filters), panel = task % Panels(conv.filters), first = panel * kTileColumns;
-    const Size columns = std::min<Size>(kTileColumns, conv.filters - first);
-    const Buffer turned_panel = turned ? NewBuffer(Product::kDepth * kTileColumns) : nullptr;
+  const Size panels = Product::Panels(conv.filters);
+  ParallelFor(pool, conv.segments * panels, [&](Size task) {
+    const Size segment = task / panels, panel = task % panels;
+    const auto [first, columns] = Panel<Product>(conv.filters, panel);
+    const Buffer turned_panel = turned ? NewBuffer(Product::kDepth * columns) : nullptr;
     for (const DepthPart& part : parts) {
       float* to = packed + PanelAt<Product>(conv, segment, part, panel);
       if (!turned) {
@@ -88,10 +112,10 @@ void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* ker
         for (Size channel = 0; channel < chunk.size; channel += kTogether)
           for (Size column = 0; column < columns; ++column)
             for (Size c = channel; c < std::min(chunk.size, channel + kTogether); ++c)
-              at[c * kTileColumns + column] = from[column * conv.in.channels + c];
-        at += chunk.size * kTileColumns;
+              at[c * columns + column] = from[column * conv.in.channels + c];
+        at += chunk.size * columns;
       }
-      Product::PackPanel(turned_panel.get(), kTileColumns, part.depth, columns, to);
+      Product::PackPanel(turned_panel.get(), columns, part.depth, columns, to);
     }
   });
 }
@@ -100,8 +124,9 @@ void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* ker
 template <typename Product, typename Before = Nothing, typename Finish = Nothing>
 void Multiply(ffi::ThreadPool& pool, const Convolution& conv, const float* x, const float* packed, float* y,
               const Before& before = {}, const Finish& finish = {}) {
-  const Size panels = Panels(conv.filters), pixels = conv.pixels(), tiles = Ceil(pixels, Product::kTileRows);
+  const Size panels = Product::Panels(conv.filters), pixels = conv.pixels(), tiles = Ceil(pixels, Product::kTileRows);
   const std::vector<DepthPart> parts = DepthParts(conv, Product::kDepth);
+  const bool streams = parts.size() == 1 && conv.filters % kLanes == 0 && Streams(y, pixels * conv.out.channels, conv.out.channels);
   // As many blocks for each thread; two of few pixels rather than one, since cores are not always equally fast.
   const Size threads = std::max<Size>(pool.num_threads(), 1);
   const Size least = std::max(Ceil(pixels, Product::kBlock), std::min(2 * threads, tiles / 4));
@@ -122,13 +147,11 @@ void Multiply(ffi::ThreadPool& pool, const Convolution& conv, const float* x, co
       for (const DepthPart& part : parts) {
         a.Read(at.data(), segment * conv.channels, part, rows);
         for (Size panel = 0; panel < panels; ++panel) {
-          const Size first = segment * conv.filters + panel * kTileColumns;
-          const Size columns = std::min<Size>(kTileColumns, conv.filters - panel * kTileColumns);
-          a.Multiply(packed + PanelAt<Product>(conv, segment, part, panel), columns, [&](Size row, const Sums* sums, auto tile_rows) {
-            const Size offset = (begin + row) * conv.out.channels + first;
-            StoreTile(sums, tile_rows, columns, part.begin > 0, y + offset, conv.out.channels,
-                      finish.At(offset, (segment * panels + panel) * kTileColumns, &part == &parts.back()));
-          });
+          const auto [first, columns] = Panel<Product>(conv.filters, panel);
+          const Size corner = begin * conv.out.channels + segment * conv.filters + first;
+          const Target to{y + corner, conv.out.channels, columns, part.begin > 0, streams,
+                          finish.At(corner, segment * PackedColumns<Product>(conv.filters) + first, &part == &parts.back())};
+          a.Multiply(packed + PanelAt<Product>(conv, segment, part, panel), to);
         }
       }
     }
@@ -143,7 +166,7 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
   const Convolution conv(x.dimensions(), turned ? ffi::Span<const Size>(turned_shape, 4) : k, y->dimensions(), segments,
                          stride, top, left);
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
-    const Buffer packed = NewBuffer(segments * Panels(conv.filters) * Product::PanelSize(conv.depth()));
+    const Buffer packed = NewBuffer(segments * Product::PackedSize(conv.depth(), PackedColumns<Product>(conv.filters)));
     PackKernel<Product>(pool, conv, kernel.typed_data(), turned, packed.get());
     Multiply<Product>(pool, conv, x.typed_data(), packed.get(), y->typed_data());
   });
@@ -153,13 +176,16 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
 // kernel [depth, filters] = x^T [depth, pixels] dy [pixels, filters], one segment after the other.
 template <typename Product>
 void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const float* x, const float* dy, float* kernel) {
-  const Size depth = conv.depth(), panels = Panels(conv.filters), pixels = conv.pixels();
+  const Size depth = conv.depth(), panels = Product::Panels(conv.filters), pixels = conv.pixels();
   const Size size = depth * conv.out.channels, tiles = Ceil(depth, Product::kTileRows);
-  const Size segments = conv.segments, blocks = Ceil(depth, Product::kRows);
+  const Size segments = conv.segments, threads = std::max<Size>(pool.num_threads(), 1);
   // A task is a block of rows and a part of the pixels. The parts are added at the end, so that their sums should need
   // little memory; and they must not depend on the number of threads.
+  Size blocks = Ceil(depth, Product::kRows);
   const Size most = std::max<Size>(std::min(pixels / 768, (2 << 20) / size), 1);
   const Size parts = std::clamp<Size>(Ceil(32, blocks * segments), 1, most);
+  // A few tasks, as many for each thread.
+  if (parts * segments * blocks < 4 * threads) blocks = std::min(Ceil(blocks, threads) * threads, tiles);
   std::unique_ptr<float[]> sums(parts > 1 ? new float[parts * size] : nullptr);
   if (pixels == 0) std::fill_n(kernel, size, 0.0f);
   float* result = parts > 1 ? sums.get() : kernel;
@@ -169,18 +195,16 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
     const Size first_row = tiles * block / blocks * Product::kTileRows;
     const Size rows = std::min(tiles * (block + 1) / blocks * Product::kTileRows, depth) - first_row;
     typename Product::ChannelRows a;
-    const Buffer b = NewBuffer(Product::PanelSize(Product::kPixels));
+    const Buffer b = NewBuffer(Product::PackedSize(Product::kPixels, Product::PanelBegin(conv.filters, 1)));
     float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
     for (Size pixel = begin; pixel < end; pixel += Product::kPixels) {
       const Size count = std::min(Product::kPixels, end - pixel);
       a.Read(conv, x, segment, first_row, rows, pixel, count);
       for (Size panel = 0; panel < panels; ++panel) {
-        const Size first = panel * kTileColumns, columns = std::min<Size>(kTileColumns, conv.filters - first);
+        const auto [first, columns] = Panel<Product>(conv.filters, panel);
         Product::PackPanel(dy + pixel * conv.out.channels + segment * conv.filters + first, conv.out.channels, count,
-                  columns, b.get());
-        a.Multiply(b.get(), columns, [&](Size row, const Sums* sums, auto tile_rows) {
-          StoreTile(sums, tile_rows, columns, pixel > begin, corner + row * conv.out.channels + first, conv.out.channels);
-        });
+                           columns, b.get());
+        a.Multiply(b.get(), Target<>{corner + first, conv.out.channels, columns, pixel > begin, false});
       }
     }
   });

@@ -97,7 +97,3 @@ inline std::vector<DepthPart> DepthParts(const Convolution& conv, Size most) {
   }
   return parts;
 }
-
-// A tile of a product is kTileColumns wide; a row of it, in registers:
-constexpr int kTileColumns = 2 * kLanes;
-using Sums = Lanes[2];

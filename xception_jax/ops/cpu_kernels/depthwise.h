@@ -6,17 +6,6 @@
 
 #include "common.h"
 
-// Neighbouring output channels: as many as a vector has lanes, or fewer.
-struct WholeVector {
-  Lanes Load(const float* from) const { return ::Load<Lanes>(from); }
-  void Store(float* to, Lanes values) const { ::Store(to, values); }
-};
-struct PartOfVector {
-  Size count;
-  Lanes Load(const float* from) const { return LoadUpTo(count, from); }
-  void Store(float* to, Lanes values) const { StoreUpTo(count, to, values); }
-};
-
 // Segments as the lanes of a vector see them, when each reads one channel of its own: the only one,
 struct OneChannel {
   static constexpr int kColumns = 8;  // of dy that contribute to the filter gradient together
@@ -38,10 +27,10 @@ struct FewChannels {
 
 // Calls f(vector, c) for vectors of the output channels from c on, until all channels are done.
 template <typename Segment, typename F>
-void ForEachVector(Size channels, const Segment& segment, const F& f) {
+void ForEachVector(Size channels, const Segment& segment, const F& f, WholeVector whole = {}) {
   Size c = 0;
   if (segment.lanes == kLanes)
-    for (; c + kLanes <= channels; c += kLanes) f(WholeVector(), c);
+    for (; c + kLanes <= channels; c += kLanes) f(whole, c);
   for (; c < channels; c += segment.lanes) f(PartOfVector{std::min<Size>(segment.lanes, channels - c)}, c);
 }
 
@@ -69,7 +58,7 @@ inline __attribute__((always_inline)) void ConvolveColumns(const At& at, const f
 // y at the columns from `begin` to `end` of one row of an image; `zeros` has a row of the image.
 template <int K, bool kRelu, typename Segment>
 void ConvolveRow(const Images& in, const float* x, const float* kernel, Size image, Size row, Size begin, Size end, Size top,
-                 Size left, const float* zeros, const Segment& segment, float* y) {
+                 Size left, const float* zeros, const Segment& segment, float* y, WholeVector whole = {}) {
   constexpr int Q = 4;
   const Size channels = in.channels;
   const float* rows[K];
@@ -86,7 +75,7 @@ void ConvolveRow(const Images& in, const float* x, const float* kernel, Size ima
       const auto at = [&](int i, int j) { return window[i] + j * channels; };
       ForEachVector(channels, segment, [&](const auto& vector, Size c) {
         ConvolveColumns<K, Q, kRelu>(at, kernel, channels, c, vector, segment, y);
-      });
+      }, whole);
     } else {
       step = 1;
       const float* window[K][K];
@@ -96,7 +85,7 @@ void ConvolveRow(const Images& in, const float* x, const float* kernel, Size ima
       const auto at = [&](int i, int j) { return window[i][j]; };
       ForEachVector(channels, segment, [&](const auto& vector, Size c) {
         ConvolveColumns<K, 1, kRelu>(at, kernel, channels, c, vector, segment, y);
-      });
+      }, whole);
     }
   }
 }
@@ -106,10 +95,11 @@ void Convolve(ffi::ThreadPool& pool, Input x, Input kernel, Output y, Size top, 
   const Images in(x.dimensions()), out(y->dimensions());
   const std::vector<float> zeros(in.width * in.channels);
   const Parts parts(out.batch * out.height, 4);
+  const WholeVector whole{Streams(y->typed_data(), y->element_count(), in.channels)};
   ParallelFor(pool, parts.count, [&](Size part) {
     for (Size line = parts.begin(part); line < parts.begin(part + 1); ++line)
       ConvolveRow<K, false>(in, x.typed_data(), kernel.typed_data(), line / out.height, line % out.height, 0, out.width, top,
-                            left, zeros.data(), segment, y->typed_data() + line * out.width * in.channels);
+                            left, zeros.data(), segment, y->typed_data() + line * out.width * in.channels, whole);
   });
 }
 

@@ -5,54 +5,64 @@
 #include "convolution.h"
 
 struct Fma {
-  // The sums of a tile stay in registers.
+  // The sums of a tile stay in registers: kTileRows rows of kVectors vectors.
 #ifdef __AVX512F__
-  static constexpr int kTileRows = 12;
+  static constexpr int kTileRows = 8;
 #else
-  static constexpr int kTileRows = 6;
+  static constexpr int kTileRows = 4;
 #endif
+  static constexpr int kVectors = 3;
   static constexpr Size kDepth = 1536;            // of the products between two stores: a panel of weights stays in the L2 cache
   static constexpr Size kAhead = 8;               // rows of a panel that are fetched before they are needed
-  static constexpr Size kBlock = 16 * kTileRows;  // pixels that share what the L2 cache holds
-  static constexpr Size kPixels = 256;            // of the filter gradient between two stores: a panel of dy stays in the L1 cache
-  static constexpr Size kRows = 32 * kTileRows;   // of the filter gradient that use such a panel
+  static constexpr Size kBlock = 192;             // pixels that share what the L2 cache holds
+  static constexpr Size kPixels = 128;            // of the filter gradient between two stores: a panel of dy stays in the L1 cache
+  static constexpr Size kRows = 384;              // of the filter gradient that use such a panel
 
-  // What a panel takes, in floats.
-  static Size PanelSize(Size depth) { return depth * kTileColumns; }
+  // Columns in panels of up to kVectors vectors, the first as wide as any and none much narrower: where panel number `panel`
+  // begins, and behind the last one, how many columns there are with those that fill its last vector.
+  static Size Panels(Size columns) { return Ceil(columns, kVectors * kLanes); }
+  static Size PanelBegin(Size columns, Size panel) { return Ceil(Ceil(columns, kLanes) * panel, Panels(columns)) * kLanes; }
 
-  // Copies up to kTileColumns columns of `depth` rows of b next to one another, zeros behind the last column.
+  // What whole vectors of columns take, in floats.
+  static Size PackedSize(Size depth, Size columns) { return depth * columns; }
+
+  // Copies the columns of a panel of b next to one another, row by row, zeros behind the last column.
   static void PackPanel(const float* b, Size step, Size depth, Size columns, float* to) {
-    for (Size p = 0; p < depth; ++p, b += step, to += kTileColumns) {
-      if (columns >= kTileColumns) {
-        std::memcpy(to, b, kTileColumns * sizeof(float));
-      } else {
-        for (Size c = 0; c < kTileColumns; ++c) to[c] = c < columns ? b[c] : 0.0f;
-      }
-    }
+    for (Size p = 0; p < depth; ++p, b += step)
+      for (Size c = 0; c < columns; c += kLanes, to += kLanes) Store(to, LoadUpTo(columns - c, b + c));
   }
 
-  // sums[r] += a[r][p * kStep] * b[p] over p, where b[p] is kTileColumns wide.
-  template <int R, int kStep>
-  static inline __attribute__((always_inline)) void Accumulate(const float* const* a, const float* b, Size depth, Sums* sums) {
-    const float* rows[R];
-    UNROLL for (int r = 0; r < R; ++r) rows[r] = a[r];
-    for (Size p = 0; p < depth; ++p) {
-      __builtin_prefetch(b + (p + kAhead) * kTileColumns);
-      __builtin_prefetch(b + (p + kAhead) * kTileColumns + kLanes);
-      const Lanes b0 = Load<Lanes>(b + p * kTileColumns), b1 = Load<Lanes>(b + p * kTileColumns + kLanes);
+  // sums[r] += *at(p, r) * b[p] over p, where b[p] is V vectors wide.
+  template <int R, int V, typename At>
+  static inline __attribute__((always_inline)) void Accumulate(const At& at, const float* b, Size depth, Lanes (&sums)[R][V]) {
+    Lanes sum[R][V];  // of its own, so that it is kept in registers whatever becomes of `sums`
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sum[r][v] = sums[r][v];
+    for (Size p = 0; p < depth; ++p, b += V * kLanes) {
+      Lanes row[V];
+      UNROLL for (int v = 0; v < V; ++v) {
+        __builtin_prefetch(b + (kAhead * V + v) * kLanes);
+        row[v] = Load<Lanes>(b + v * kLanes);
+      }
       UNROLL for (int r = 0; r < R; ++r) {
-        const float value = rows[r][p * kStep];
-        sums[r][0] += value * b0;
-        sums[r][1] += value * b1;
+        const Lanes value = Broadcast(*at(p, r));
+        UNROLL for (int v = 0; v < V; ++v) sum[r][v] += value * row[v];
       }
     }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sums[r][v] = sum[r][v];
   }
 
-  // Calls f(row, R) for the rows of each tile, R of them as a constant.
-  template <int R = kTileRows, typename F>
-  static void ForEachTile(Size rows, const F& f, Size row = 0) {
-    for (; rows - row >= R; row += R) f(row, std::integral_constant<int, R>());
-    if constexpr (R > 1) ForEachTile<R - 1>(rows, f, row);
+  // Calls f(row, R, V) for the rows of each tile, R of them, and the vectors of `columns`, V: as constants.
+  template <int V = kVectors, typename F>
+  static void ForEachTile(Size rows, Size columns, const F& f) {
+    if constexpr (V > 1) {
+      if (columns <= (V - 1) * kLanes) return ForEachTile<V - 1>(rows, columns, f);
+    }
+    ForEachTileOf<kTileRows, V>(rows, f);
+  }
+  template <int R, int V, typename F>
+  static void ForEachTileOf(Size rows, const F& f, Size row = 0) {
+    for (; rows - row >= R; row += R) f(row, std::integral_constant<int, R>(), std::integral_constant<int, V>());
+    if constexpr (R > 1) ForEachTileOf<R / 2, V>(rows, f, row);
   }
 
   // The pixels of a block, as the rows of a matrix, read where they lie (an indirect convolution: Dukhan 2019,
@@ -64,20 +74,21 @@ struct Fma {
       at_ = at, offset_ = segment_offset, part_ = &part, rows_ = rows;
     }
 
-    // Calls use(row, sums, rows) with all tiles of the product with a panel, from their first row on.
-    template <typename Use>
-    void Multiply(const float* panel, Size, const Use& use) const {
-      ForEachTile(rows_, [&](Size row, auto rows) {
-        constexpr int R = rows;
-        Sums sums[R] = {};
+    // Stores the product with a panel.
+    template <typename To>
+    void Multiply(const float* panel, const To& to) const {
+      ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
+        constexpr int R = rows, V = vectors;
+        to.Expect(row, R);
+        Lanes sums[R][V] = {};
         const float* b = panel;
         for (const Chunk& chunk : part_->chunks) {
           const float* a[R];
           UNROLL for (int r = 0; r < R; ++r) a[r] = at_[chunk.tap * kBlock + row + r] + offset_ + chunk.first;
-          Accumulate<R, 1>(a, b, chunk.size, sums);
-          b += chunk.size * kTileColumns;
+          Accumulate([&](Size p, int r) { return a[r] + p; }, b, chunk.size, sums);
+          b += chunk.size * V * kLanes;
         }
-        use(row, sums, rows);
+        to.Store(row, sums, rows);
       });
     }
 
@@ -105,15 +116,15 @@ struct Fma {
       }
     }
 
-    template <typename Use>
-    void Multiply(const float* panel, Size, const Use& use) const {
-      ForEachTile(rows_, [&](Size row, auto rows) {
-        constexpr int R = rows;
-        Sums sums[R] = {};
-        const float* at[R];
-        UNROLL for (int r = 0; r < R; ++r) at[r] = packed_.get() + row * count_ + r;
-        Accumulate<R, kTileRows>(at, panel, count_, sums);
-        use(row, sums, rows);
+    template <typename To>
+    void Multiply(const float* panel, const To& to) const {
+      ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
+        constexpr int R = rows, V = vectors;
+        to.Expect(row, R);
+        Lanes sums[R][V] = {};
+        const float* a = packed_.get() + row / kTileRows * kTileRows * count_ + row % kTileRows;
+        Accumulate([&](Size p, int r) { return a + p * kTileRows + r; }, panel, count_, sums);
+        to.Store(row, sums, rows);
       });
     }
 

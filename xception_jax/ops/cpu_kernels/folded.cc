@@ -34,21 +34,21 @@ struct DepthwiseBefore {
 // [ReLU] (product + bias [+ residual]), once all of the product's depth is summed.
 struct BiasBehind {
   static constexpr bool kComputes = true;
-  const float* bias;  // as many as all panels have columns
+  const float* bias;  // of the packed columns
   const float* residual;  // like y, or none
   bool relu;
 
-  // For the tile whose corner is `offset` values into y, and `column` panel columns into the bias.
+  // For the panel whose corner is `offset` values into y, and whose columns begin at `column` of the packed ones.
   BiasBehind At(Size offset, Size column, bool complete) const {
     if (!complete) return {nullptr, nullptr, false};
     return {bias + column, residual ? residual + offset : nullptr, relu};
   }
 
-  template <typename T>
-  T Compute(T value, Size row, Size column) const {
-    if (bias) value += Load<T>(bias + column);
-    if (residual) value += Load<T>(residual + row + column);
-    if (relu) value = value < 0.0f ? T() : value;
+  template <typename Vector>
+  Lanes Compute(Lanes value, const Vector& vector, Size offset, Size column) const {
+    if (bias) value += Load<Lanes>(bias + column);
+    if (residual) value += vector.Load(residual + offset);
+    if (relu) value = value < 0.0f ? Lanes() : value;
     return value;
   }
 };
@@ -60,12 +60,12 @@ ffi::Error PackConv(ffi::ThreadPool pool, Input kernel, Input bias, Output packe
   const Convolution conv({x, 4}, k, {y, 4}, segments, 1, 0, 0);
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
     PackKernel<Product>(pool, conv, kernel.typed_data(), false, packed->typed_data());
+    const Size columns = PackedColumns<Product>(conv.filters);
+    for (Size segment = 0; segment < segments; ++segment) {
+      float* to = packed_bias->typed_data() + segment * columns;
+      std::fill_n(std::copy_n(bias.typed_data() + segment * conv.filters, conv.filters, to), columns - conv.filters, 0.0f);
+    }
   });
-  const Size padded = Panels(conv.filters) * kTileColumns;
-  for (Size segment = 0; segment < segments; ++segment) {
-    float* to = packed_bias->typed_data() + segment * padded;
-    std::fill_n(std::copy_n(bias.typed_data() + segment * conv.filters, conv.filters, to), padded - conv.filters, 0.0f);
-  }
   return ffi::Error::Success();
 }
 
@@ -99,6 +99,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(folded_conv, FoldedConv,
 
 // How many floats `pack_conv` returns for a segment of `depth` values and each of `filters`: of the kernel, of the bias.
 extern "C" int64_t packed_size(int64_t depth, int64_t filters) {
-  return Panels(filters) * WithProduct(depth, filters, [&]<typename Product>(Product) { return Product::PanelSize(depth); });
+  return WithProduct(depth, filters, [&]<typename Product>(Product) {
+    return Product::PackedSize(depth, PackedColumns<Product>(filters));
+  });
 }
-extern "C" int64_t packed_bias_size(int64_t filters) { return Panels(filters) * kTileColumns; }
+extern "C" int64_t packed_bias_size(int64_t depth, int64_t filters) {
+  return WithProduct(depth, filters, [&]<typename Product>(Product) { return PackedColumns<Product>(filters); });
+}
