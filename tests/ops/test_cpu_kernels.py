@@ -21,6 +21,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def test_the_kernels_can_be_built():
+    assert all(cpu_kernels._library(source) for source in cpu_kernels._NAMES)
+
+
 def custom_calls(f, *args) -> int:
     return jax.jit(f).lower(*args).as_text().count("stablehlo.custom_call @")
 
@@ -76,6 +80,13 @@ def product(request):
         ((2, 7, 9, 140), (3, 3, 70, 194), 2),  # segments
         ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks, parts and rounds
         ((1, 1, 1, 65), (1, 1, 65, 64), 1),
+        # Many small images, most of whose taps lie outside, gone through together:
+        ((70, 4, 3, 24), (3, 3, 12, 42), 2),  # in two groups, whose last tiles are cut
+        ((33, 1, 2, 96), (3, 3, 48, 100), 2),
+        ((67, 5, 4, 100), (5, 5, 100, 66), 1),
+        ((16, 1, 1, 91), (3, 3, 91, 17), 1),
+        # A result that is written past the caches:
+        ((1, 300, 232, 3), (3, 3, 3, 64), 1),
     ],
 )
 def test_conv_of_odd_sizes_equals_xla(product, x, kernel, segments):
@@ -121,6 +132,10 @@ def test_nan_stays_nan_in_products(product, bits):
 @pytest.mark.parametrize("shape", [(2, 9, 10, 3), (1, 7, 24, 16), (3, 13, 8, 37), (2, 70, 11, 8), (1, 7, 7, 64)])
 def test_depthwise_equals_xla(shape, padding, side):
     assert_equals_xla(shape, (side, side, 1, shape[-1]), segments=shape[-1], stride=1, padding=padding)
+
+
+def test_a_large_depthwise_result_equals_xla():
+    assert_equals_xla((1, 300, 232, 64), (3, 3, 1, 64), segments=64, stride=1, padding="SAME")
 
 
 # Whole vectors, and vectors that whole segments do not fill; widths below, at and past what is computed together; more

@@ -145,7 +145,7 @@ struct Amx {
   class PixelRows : public SplitRows {
    public:
     // at[tap * kBlock + row] is where the channels of a tap begin.
-    void Read(const float* const* at, Size segment_offset, const DepthPart& part, Size rows) {
+    void Read(const float* const* at, const float*, Size segment_offset, const DepthPart& part, Size rows) {
       Resize(rows, part.depth);
       float line[kDepth];
       for (Size row = 0; row < rows; ++row) {

@@ -31,11 +31,23 @@ struct Nothing {
   Nothing At(Size, Size, bool) const { return {}; }
 };
 
-// Where a product with a panel goes: `columns` columns from `corner` on, whose rows are `step` apart.
-template <typename Finish = Nothing>
+// Rows of a matrix: so many floats apart,
+struct EvenRows {
+  Size step;
+  Size operator()(Size row) const { return row * step; }
+};
+// or each somewhere.
+struct PlacedRows {
+  const Size* offsets;
+  Size operator()(Size row) const { return offsets[row]; }
+};
+
+// Where a product with a panel goes: `columns` columns of rows that are counted from `corner` on.
+template <typename Rows, typename Finish = Nothing>
 struct Target {
   float* corner;
-  Size step, columns;
+  Rows place;
+  Size columns;
   bool add;      // to what is there
   bool streams;  // past the caches
   Finish finish{};
@@ -44,17 +56,18 @@ struct Target {
   void Expect(Size row, Size rows) const {
     if (streams) return;
     constexpr Size kLine = 64 / sizeof(float);
-    for (const float* at = corner + row * step; rows > 0; --rows, at += step)
-      for (Size c = 0; c < columns + kLine - 1; c += kLine) __builtin_prefetch(at + std::min(c, columns - 1), 1);
+    for (const Size end = row + rows; row < end; ++row)
+      for (Size c = 0; c < columns + kLine - 1; c += kLine)
+        __builtin_prefetch(corner + place(row) + std::min(c, columns - 1), 1);
   }
 
   // Some rows of the product, each V vectors wide.
-  template <int V, typename Rows>
-  inline __attribute__((always_inline)) void Store(Size row, const Lanes (*sums)[V], Rows rows) const {
+  template <int V, typename Count>
+  inline __attribute__((always_inline)) void Store(Size row, const Lanes (*sums)[V], Count rows) const {
     UNROLL for (int v = 0; v < V; ++v) {
       const auto store = [&](const auto& vector) {
         UNROLL for (Size r = 0; r < rows; ++r) {
-          const Size offset = (row + r) * step + v * kLanes;
+          const Size offset = place(row + r) + v * kLanes;
           Lanes value = add ? vector.Load(corner + offset) + sums[r][v] : sums[r][v];
           if constexpr (Finish::kComputes) value = finish.Compute(value, vector, offset, v * kLanes);
           vector.Store(corner + offset, value);
@@ -139,17 +152,20 @@ void Multiply(ffi::ThreadPool& pool, const Convolution& conv, const float* x, co
     std::unique_ptr<float[]> computed(before.Computes() ? new float[rows * conv.in.channels] : nullptr);
     if (before.Computes()) before.Compute(conv.in, x, begin, rows, computed.get());
     auto pixel = conv.PixelAt(begin);
-    for (Size row = 0; row < rows; ++row, pixel = conv.Next(pixel))
+    Size offsets[Product::kBlock];
+    for (Size row = 0; row < rows; ++row, pixel = conv.Next(pixel)) {
+      offsets[row] = conv.OutOffset(pixel);
       for (Size tap = 0; tap < conv.taps; ++tap)
         at[tap * Product::kBlock + row] = before.Computes() ? computed.get() + row * conv.in.channels : conv.At(x, pixel, tap);
+    }
     typename Product::PixelRows a;
     for (Size segment = 0; segment < conv.segments; ++segment) {
       for (const DepthPart& part : parts) {
-        a.Read(at.data(), segment * conv.channels, part, rows);
+        a.Read(at.data(), conv.zeros.data(), segment * conv.channels, part, rows);
         for (Size panel = 0; panel < panels; ++panel) {
           const auto [first, columns] = Panel<Product>(conv.filters, panel);
-          const Size corner = begin * conv.out.channels + segment * conv.filters + first;
-          const Target to{y + corner, conv.out.channels, columns, part.begin > 0, streams,
+          const Size corner = segment * conv.filters + first;
+          const Target to{y + corner, PlacedRows{offsets}, columns, part.begin > 0, streams,
                           finish.At(corner, segment * PackedColumns<Product>(conv.filters) + first, &part == &parts.back())};
           a.Multiply(packed + PanelAt<Product>(conv, segment, part, panel), to);
         }
@@ -197,14 +213,14 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
     typename Product::ChannelRows a;
     const Buffer b = NewBuffer(Product::PackedSize(Product::kPixels, Product::PanelBegin(conv.filters, 1)));
     float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
-    for (Size pixel = begin; pixel < end; pixel += Product::kPixels) {
-      const Size count = std::min(Product::kPixels, end - pixel);
+    for (Size pixel = begin, count; pixel < end; pixel += count) {
+      count = std::min({Product::kPixels, end - pixel, conv.Run(pixel)});
       a.Read(conv, x, segment, first_row, rows, pixel, count);
       for (Size panel = 0; panel < panels; ++panel) {
         const auto [first, columns] = Panel<Product>(conv.filters, panel);
-        Product::PackPanel(dy + pixel * conv.out.channels + segment * conv.filters + first, conv.out.channels, count,
+        Product::PackPanel(dy + conv.OutOffset(conv.PixelAt(pixel)) + segment * conv.filters + first, conv.OutStep(), count,
                            columns, b.get());
-        a.Multiply(b.get(), Target<>{corner + first, conv.out.channels, columns, pixel > begin, false});
+        a.Multiply(b.get(), Target{corner + first, EvenRows{conv.out.channels}, columns, pixel > begin, false, Nothing()});
       }
     }
   });

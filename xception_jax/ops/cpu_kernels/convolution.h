@@ -28,12 +28,14 @@ struct Convolution {
   Size taps, channels, filters;  // of a segment
   std::vector<float> zeros;
   std::vector<std::pair<Size, Size>> places;  // row and column of each tap, so that no pixel costs a division
+  Size together;                              // images that are gone through pixel by pixel, all of them at one before the next
 
   Convolution(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y, Size segments,
               Size stride, Size top, Size left)
       : in(x), out(y), segments(segments), stride(stride), top(top), left(left), taps(kernel[0] * kernel[1]),
         channels(in.channels / segments), filters(out.channels / segments), zeros(in.channels) {
     for (Size tap = 0; tap < taps; ++tap) places.emplace_back(tap / kernel[1], tap % kernel[1]);
+    together = Together(kernel[0], kernel[1]);
   }
 
   Size pixels() const { return out.batch * out.height * out.width; }
@@ -43,16 +45,32 @@ struct Convolution {
     Size image, row, column;
   };
 
+  // The pixels in the order in which they are gone through.
   Pixel PixelAt(Size index) const {
-    return {index / out.width / out.height, index / out.width % out.height, index % out.width};
+    const Size first = index / (together * out.height * out.width) * together;
+    const Size within = index - first * out.height * out.width, images = std::min(together, out.batch - first);
+    return {first + within % images, within / images / out.width, within / images % out.width};
   }
 
   Pixel Next(Pixel pixel) const {
+    if (++pixel.image % together != 0 && pixel.image < out.batch) return pixel;
+    const Size first = (pixel.image - 1) / together * together;
     if (++pixel.column == out.width) {
       pixel.column = 0;
-      if (++pixel.row == out.height) pixel.row = 0, ++pixel.image;
+      if (++pixel.row == out.height) return {pixel.image, 0, 0};
     }
-    return pixel;
+    return {first, pixel.row, pixel.column};
+  }
+
+  // How many pixels from the one at `index` on lie in steps of `OutStep` in the output.
+  Size Run(Size index) const {
+    if (together == 1) return pixels() - index;
+    const Pixel pixel = PixelAt(index);
+    return std::min(pixel.image / together * together + together, out.batch) - pixel.image;
+  }
+  Size OutStep() const { return (together == 1 ? 1 : out.height * out.width) * out.channels; }
+  Size OutOffset(const Pixel& pixel) const {
+    return ((pixel.image * out.height + pixel.row) * out.width + pixel.column) * out.channels;
   }
 
   // Where the channels are that an output pixel reads at a tap; zeros outside the image.
@@ -61,6 +79,20 @@ struct Convolution {
     const Size column = pixel.column * stride - left + places[tap].second;
     if (row < 0 || row >= in.height || column < 0 || column >= in.width) return zeros.data();
     return x + ((pixel.image * in.height + row) * in.width + column) * in.channels;
+  }
+
+  // Where many of the taps lie outside of the images, as many images as a cache can hold: what all pixels of a tile read
+  // outside need not be multiplied. Else one.
+  Size Together(Size rows, Size columns) const {
+    const auto inside = [&](Size taps, Size first, Size in, Size out) {
+      Size count = 0;
+      for (Size at = 0; at < out; ++at)
+        for (Size tap = 0; tap < taps; ++tap) count += 0 <= at * stride - first + tap && at * stride - first + tap < in;
+      return count;
+    };
+    const Size read = inside(rows, top, in.height, out.height) * inside(columns, left, in.width, out.width);
+    const Size images = std::min<Size>(64, (1 << 18) / std::max<Size>(in.height * in.width * in.channels, 1)) / 8 * 8;
+    return read < 0.85 * taps * out.height * out.width && std::min(images, out.batch) >= 16 ? images : 1;
   }
 
   // The depth from `begin` to `end`, tap by tap.

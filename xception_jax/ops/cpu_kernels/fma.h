@@ -69,9 +69,9 @@ struct Fma {
   // arXiv:1907.02129).
   class PixelRows {
    public:
-    // at[tap * kBlock + row] is where the channels of a tap begin.
-    void Read(const float* const* at, Size segment_offset, const DepthPart& part, Size rows) {
-      at_ = at, offset_ = segment_offset, part_ = &part, rows_ = rows;
+    // at[tap * kBlock + row] is where the channels of a tap begin; those outside of the image, at `zeros`.
+    void Read(const float* const* at, const float* zeros, Size segment_offset, const DepthPart& part, Size rows) {
+      at_ = at, zeros_ = zeros, offset_ = segment_offset, part_ = &part, rows_ = rows;
     }
 
     // Stores the product with a panel.
@@ -83,9 +83,14 @@ struct Fma {
         Lanes sums[R][V] = {};
         const float* b = panel;
         for (const Chunk& chunk : part_->chunks) {
-          const float* a[R];
-          UNROLL for (int r = 0; r < R; ++r) a[r] = at_[chunk.tap * kBlock + row + r] + offset_ + chunk.first;
-          Accumulate([&](Size p, int r) { return a[r] + p; }, b, chunk.size, sums);
+          const float* const* at = at_ + chunk.tap * kBlock + row;
+          bool inside = false;
+          UNROLL for (int r = 0; r < R; ++r) inside |= at[r] != zeros_;
+          if (inside) {
+            const float* a[R];
+            UNROLL for (int r = 0; r < R; ++r) a[r] = at[r] + offset_ + chunk.first;
+            Accumulate([&](Size p, int r) { return a[r] + p; }, b, chunk.size, sums);
+          }
           b += chunk.size * V * kLanes;
         }
         to.Store(row, sums, rows);
@@ -94,6 +99,7 @@ struct Fma {
 
    private:
     const float* const* at_;
+    const float* zeros_;
     Size offset_, rows_;
     const DepthPart* part_;
   };
@@ -107,6 +113,16 @@ struct Fma {
       float line[kRows];
       float* packed = packed_.get();
       auto at = conv.PixelAt(pixel);
+      inside_.assign(Ceil(rows, kTileRows), conv.together == 1);
+      if (conv.together > 1) {  // of images whose same pixels are all inside at a tap, or all outside
+        Size row = 0;
+        for (const Chunk& chunk : chunks) {
+          const Size end = row + chunk.size;
+          if (conv.At(x, at, chunk.tap) != conv.zeros.data())
+            std::fill(inside_.begin() + row / kTileRows, inside_.begin() + Ceil(end, kTileRows), true);
+          row = end;
+        }
+      }
       for (Size p = 0; p < count; ++p, at = conv.Next(at), packed += kTileRows) {
         const float* from = conv.Gather(x, at, segment, chunks, line);
         Size row = 0;
@@ -120,16 +136,19 @@ struct Fma {
     void Multiply(const float* panel, const To& to) const {
       ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
         constexpr int R = rows, V = vectors;
+        const bool inside = inside_[row / kTileRows];
+        if (!inside && to.add) return;
         to.Expect(row, R);
         Lanes sums[R][V] = {};
         const float* a = packed_.get() + row / kTileRows * kTileRows * count_ + row % kTileRows;
-        Accumulate([&](Size p, int r) { return a + p * kTileRows + r; }, panel, count_, sums);
+        if (inside) Accumulate([&](Size p, int r) { return a + p * kTileRows + r; }, panel, count_, sums);
         to.Store(row, sums, rows);
       });
     }
 
    private:
     Buffer packed_ = NewBuffer(kRows * kPixels);
+    std::vector<bool> inside_;  // of each panel: whether it has anything but zeros
     Size rows_, count_;
   };
 };
