@@ -14,6 +14,7 @@
 
 struct Amx {
   static constexpr int kTileRows = 16;     // a register high
+  static constexpr bool kPassesOver = false;  // what a whole tile reads outside of the images
   static constexpr Size kDepth = 768;      // of the products between two stores
   static constexpr Size kBlock = 192;      // pixels whose parts stay in the L2 cache, at that depth
   static constexpr Size kPixels = 128;     // of the filter gradient between two stores
@@ -51,7 +52,7 @@ struct Amx {
     }
   }
 
-  // Splits the columns of a panel, in of `depth` rows of b: [step][part][half of the columns][16 words][16 columns].
+  // Splits the columns of a panel, `depth` rows of b: [step][part][half of the columns][16 words][16 columns].
   static void PackPanel(const float* b, Size step, Size depth, Size columns, float* to) {
     for (Size first = 0; first < depth; first += kStep, to += 3 * 2 * kRegister)
       for (Size half = 0; half < 2; ++half)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <span>
 #include <type_traits>
@@ -153,10 +154,16 @@ inline void CopyFew(const float* from, Size count, float* to) {
   }
 }
 
-// Whether rows of `channels` of an array of `size` floats are better written past the caches, which are too small to keep
-// them until they are read: nobody then fetches the lines that are to be overwritten. Lines have to be written whole.
+// Whether rows of `channels` of an array of `size` floats are better written past the caches: those would not keep it until
+// it is read, and would fetch the lines that are to be overwritten. Lines have to be written whole.
 inline bool Streams(const float* array, Size size, Size channels) {
-  return kLanes * sizeof(float) == 64 && size >= (4 << 20) && channels % kLanes == 0 && reinterpret_cast<uintptr_t>(array) % 64 == 0;
+  static const Size cache = [] {
+    Size kilobytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
+    return (kilobytes > 0 ? kilobytes : 32 << 10) * 1024;
+  }();
+  const bool whole_lines = kLanes * sizeof(float) == 64 && channels % kLanes == 0 && reinterpret_cast<uintptr_t>(array) % 64 == 0;
+  return whole_lines && size * Size(sizeof(float)) >= cache / 2;
 }
 
 // Neighbouring channels: as many as a vector has lanes, or fewer.

@@ -179,9 +179,10 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
                        int64_t left, int64_t turned) {
   const auto k = kernel.dimensions();
   const Size turned_shape[] = {k[0], k[1], k[3] / segments, k[2] * segments};
-  const Convolution conv(x.dimensions(), turned ? ffi::Span<const Size>(turned_shape, 4) : k, y->dimensions(), segments,
+  Convolution conv(x.dimensions(), turned ? ffi::Span<const Size>(turned_shape, 4) : k, y->dimensions(), segments,
                          stride, top, left);
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
+    if (Product::kPassesOver) conv.GoTogether();
     const Buffer packed = NewBuffer(segments * Product::PackedSize(conv.depth(), PackedColumns<Product>(conv.filters)));
     PackKernel<Product>(pool, conv, kernel.typed_data(), turned, packed.get());
     Multiply<Product>(pool, conv, x.typed_data(), packed.get(), y->typed_data());
@@ -229,8 +230,9 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
 
 inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Output kernel, int64_t segments, int64_t stride,
                                      int64_t top, int64_t left) {
-  const Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
+  Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
+    if (Product::kPassesOver) conv.GoTogether();
     MultiplyTransposed<Product>(pool, conv, x.typed_data(), dy.typed_data(), kernel->typed_data());
   });
   return ffi::Error::Success();

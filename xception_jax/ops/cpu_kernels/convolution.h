@@ -28,14 +28,13 @@ struct Convolution {
   Size taps, channels, filters;  // of a segment
   std::vector<float> zeros;
   std::vector<std::pair<Size, Size>> places;  // row and column of each tap, so that no pixel costs a division
-  Size together;                              // images that are gone through pixel by pixel, all of them at one before the next
+  Size together = 1;                          // images that are gone through pixel by pixel, all of them at one before the next
 
   Convolution(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y, Size segments,
               Size stride, Size top, Size left)
       : in(x), out(y), segments(segments), stride(stride), top(top), left(left), taps(kernel[0] * kernel[1]),
         channels(in.channels / segments), filters(out.channels / segments), zeros(in.channels) {
     for (Size tap = 0; tap < taps; ++tap) places.emplace_back(tap / kernel[1], tap % kernel[1]);
-    together = Together(kernel[0], kernel[1]);
   }
 
   Size pixels() const { return out.batch * out.height * out.width; }
@@ -81,18 +80,19 @@ struct Convolution {
     return x + ((pixel.image * in.height + row) * in.width + column) * in.channels;
   }
 
-  // Where many of the taps lie outside of the images, as many images as a cache can hold: what all pixels of a tile read
-  // outside need not be multiplied. Else one.
-  Size Together(Size rows, Size columns) const {
+  // Goes through as many images together as a cache can hold, if many of the taps lie outside of them: what all pixels of a
+  // tile read outside need not be multiplied.
+  void GoTogether() {
     const auto inside = [&](Size taps, Size first, Size in, Size out) {
       Size count = 0;
       for (Size at = 0; at < out; ++at)
         for (Size tap = 0; tap < taps; ++tap) count += 0 <= at * stride - first + tap && at * stride - first + tap < in;
       return count;
     };
-    const Size read = inside(rows, top, in.height, out.height) * inside(columns, left, in.width, out.width);
+    const auto [last_row, last_column] = places.back();
+    const Size read = inside(last_row + 1, top, in.height, out.height) * inside(last_column + 1, left, in.width, out.width);
     const Size images = std::min<Size>(64, (1 << 18) / std::max<Size>(in.height * in.width * in.channels, 1)) / 8 * 8;
-    return read < 0.85 * taps * out.height * out.width && std::min(images, out.batch) >= 16 ? images : 1;
+    if (read < 0.85 * taps * out.height * out.width && std::min(images, out.batch) >= 16) together = images;
   }
 
   // The depth from `begin` to `end`, tap by tap.

@@ -12,6 +12,7 @@ struct Fma {
   static constexpr int kTileRows = 4;
 #endif
   static constexpr int kVectors = 3;
+  static constexpr bool kPassesOver = true;       // what a whole tile reads outside of the images
   static constexpr Size kDepth = 1536;            // of the products between two stores: a panel of weights stays in the L2 cache
   static constexpr Size kAhead = 8;               // rows of a panel that are fetched before they are needed
   static constexpr Size kBlock = 192;             // pixels that share what the L2 cache holds
