@@ -26,8 +26,8 @@ PACKAGES = (
 def work_for(step: Callable[[], object], seconds: float) -> dict[str, float]:
     """Takes an untimed step, then others until `seconds` have passed, at least one.
 
-    While a process waits, a virtual machine may give the memory that it has freed back to its host. To get that again is
-    work that is not the contestant's, and the untimed step does it.
+    While a process waits, a virtual machine may give the memory that it has freed back to its host. To get it again is
+    work that is not the contestant's: the untimed step does it.
 
     Returns steps, the seconds that they took, and cpu: seconds of processor time, of the untimed step too.
     """
