@@ -42,30 +42,30 @@ struct Convolution {
 
   struct Pixel {
     Size image, row, column;
+    Size first, end;  // of the images that are gone through together
   };
 
   // The pixels in the order in which they are gone through.
   Pixel PixelAt(Size index) const {
-    const Size first = index / (together * out.height * out.width) * together;
-    const Size within = index - first * out.height * out.width, images = std::min(together, out.batch - first);
-    return {first + within % images, within / images / out.width, within / images % out.width};
+    const Size first = index / (together * out.height * out.width) * together, end = std::min(first + together, out.batch);
+    const Size within = index - first * out.height * out.width, place = within / (end - first);
+    return {first + within % (end - first), place / out.width, place % out.width, first, end};
   }
 
   Pixel Next(Pixel pixel) const {
-    if (++pixel.image % together != 0 && pixel.image < out.batch) return pixel;
-    const Size first = (pixel.image - 1) / together * together;
-    if (++pixel.column == out.width) {
-      pixel.column = 0;
-      if (++pixel.row == out.height) return {pixel.image, 0, 0};
-    }
-    return {first, pixel.row, pixel.column};
+    if (++pixel.image < pixel.end) return pixel;
+    pixel.image = pixel.first;
+    if (++pixel.column < out.width) return pixel;
+    pixel.column = 0;
+    if (++pixel.row < out.height) return pixel;
+    return {pixel.end, 0, 0, pixel.end, std::min(pixel.end + together, out.batch)};
   }
 
   // How many pixels from the one at `index` on lie in steps of `OutStep` in the output.
   Size Run(Size index) const {
     if (together == 1) return pixels() - index;
     const Pixel pixel = PixelAt(index);
-    return std::min(pixel.image / together * together + together, out.batch) - pixel.image;
+    return pixel.end - pixel.image;
   }
   Size OutStep() const { return (together == 1 ? 1 : out.height * out.width) * out.channels; }
   Size OutOffset(const Pixel& pixel) const {
