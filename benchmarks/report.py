@@ -165,10 +165,10 @@ Written by `{results["command"]}`; do not edit. Raw samples: [data/benchmarks.js
 {_versions(results)}
 
 Float32, random weights and images. Every network has as many parameters as ours, to the last one. Each contestant has
-a process of its own that stays alive; they work in turn, in rounds, while the others wait. From commit 9d2249e on, every
-round begins with an untimed step; before, only where a step took less than a second. A figure is the median over the
-rounds, with its quartiles in parentheses. A ratio compares the same rounds of ours and of the best peer (by median), and
-says how many times better ours is; the goals are those that were set before.
+a process of its own that stays alive; they work in turn, in rounds, while the others wait. From commit 9d2249e on,
+every round begins with an untimed step; before, only where a step took less than a second. A figure is the median
+over the rounds, with its quartiles in parentheses. A ratio compares the same rounds of ours and of the best peer (by
+median), and says how many times better ours is; the goals are those that were set before.
 
 Everyone uses all cores, and what its documentation advises: Keras on TensorFlow a graph with oneDNN (inference: frozen,
 so that BatchNorm is folded), Keras on JAX and Flax jit, PyTorch channels_last (eager inference: BatchNorm folded;
