@@ -217,10 +217,10 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
     for (Size pixel = begin, count; pixel < end; pixel += count) {
       count = std::min({Product::kPixels, end - pixel, conv.Run(pixel)});
       a.Read(conv, x, segment, first_row, rows, pixel, count);
+      const float* gradient = dy + conv.OutOffset(conv.PixelAt(pixel)) + segment * conv.filters;
       for (Size panel = 0; panel < panels; ++panel) {
         const auto [first, columns] = Panel<Product>(conv.filters, panel);
-        Product::PackPanel(dy + conv.OutOffset(conv.PixelAt(pixel)) + segment * conv.filters + first, conv.OutStep(), count,
-                           columns, b.get());
+        Product::PackPanel(gradient + first, conv.OutStep(), count, columns, b.get());
         a.Multiply(b.get(), Target{corner + first, EvenRows{conv.out.channels}, columns, pixel > begin, false, Nothing()});
       }
     }
