@@ -106,6 +106,19 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_array_equal(images.decode(buffer.getvalue())[..., 0], transform(PHOTOGRAPH[..., 0]))
 
 
+def test_exif_is_found_behind_other_segments_and_fill_bytes_only_where_it_is_a_segment():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upright = images.decode(encoded(PHOTOGRAPH, "JPEG", quality=95))
+    turned = encoded(PHOTOGRAPH, "JPEG", quality=95, exif=exif)
+    profile = b"\xff\xe2" + (65_000).to_bytes(2) + bytes(64_998)
+    for before in (profile * 3, b"\xff\xff\xff", b"\xff\xfe" + (12).to_bytes(2) + b"\xff\xdaExif\0\0\0\0"):
+        np.testing.assert_array_equal(images.decode(turned[:2] + before + turned[2:]), upright[::-1, ::-1])
+    comment = b"\xff\xfe" + len(turned).to_bytes(2) + turned[2:]
+    plain = encoded(PHOTOGRAPH, "JPEG", quality=95)
+    np.testing.assert_array_equal(images.decode(plain[:2] + comment + plain[2:]), upright)
+
+
 @pytest.mark.parametrize("image_format", ["WEBP", "PNG"])
 def test_an_animation_gives_its_first_frame(image_format):
     frames = [Image.fromarray(photograph(number)) for number in (0, 2)]

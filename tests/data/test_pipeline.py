@@ -16,10 +16,12 @@ from ml_collections import ConfigDict
 
 from tests.data.conftest import assert_batches_equal, write_images
 from tests.data.small_imagenet import encoded, jpeg, photograph
+from xception_jax.config import default_config
 from xception_jax.data import images
-from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, train_batches
+from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, _Memory, train_batches
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, StorageError
+from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
 
 
 def train(data: ConfigDict, count: int, *, batch_size: int = 8, start_step: int = 0, seed: int = 3, **processes):
@@ -52,6 +54,36 @@ def test_a_batch_is_what_its_docstring_says(photographs_data):
     assert 0.5 < batch["image"].max() <= 1
     np.testing.assert_array_equal(batch["label"], batch["index"] % 5)
     assert not batch["damaged"].any()
+
+
+def test_what_is_held_of_a_batch_stays_as_it_is(photographs_data):
+    batches = train_batches(
+        photographs_data, open_source(photographs_data, "train"), batch_size=8, seed=3, start_step=0
+    )
+    sharding = batch_sharding(make_mesh(default_config().mesh))
+    views, on_devices = [], []
+    for number in range(12):
+        batch = next(batches)
+        if number < 4:
+            views.append(batch["image"][3:5, ::2])
+            on_devices.append(to_devices({"image": batch["image"]}, sharding)["image"])
+    batches.close()
+    for view, devices, expected in zip(views, on_devices, train(photographs_data, 4), strict=True):
+        np.testing.assert_array_equal(view, expected["image"][3:5, ::2])
+        np.testing.assert_array_equal(devices, expected["image"])
+
+
+def test_memory_is_used_again_once_nobody_refers_to_it():
+    memory = _Memory()
+    array = memory.array((4, 300, 300))
+    view, address = array[1:, ::2], array.ctypes.data
+    del array
+    others = [memory.array((4, 300, 300)) for _ in range(3)]
+    assert not any(np.shares_memory(view, other) for other in others)
+    del view
+    others.append(np.empty((4, 300, 300), np.float32))  # gets what goes back to the allocator
+    assert memory.array((4, 300, 200)).ctypes.data != address
+    assert memory.array((4, 300, 300)).ctypes.data == address
 
 
 def test_several_labels_become_zeros_and_ones(data):

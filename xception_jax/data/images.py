@@ -35,6 +35,7 @@ SATURATION = (0.5, 1.5)
 _PIXELS_IN_A_BAND = 1 << 15
 
 _ORIENTATION_TAG = 0x0112
+_APP1, _START_OF_SCAN = b"\xe1", b"\xda"
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 
 # The pipeline decodes many images at a time; OpenCV's own threads would only compete with them.
@@ -71,10 +72,23 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 def _decode_jpeg(data: bytes) -> np.ndarray:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
-    # The segment that may hold an orientation comes near the start.
-    if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
+    if _has_exif(data):
         return _decode_with_pillow(data)
     return simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+def _has_exif(data: bytes) -> bool:
+    """Says whether an APP1 segment of a JPEG, before the scan, is Exif: it may hold an orientation."""
+    place = 2
+    while data[place : place + 1] == b"\xff":
+        marker = data[place + 1 : place + 2]
+        if marker == b"\xff":  # a marker may have any number of these before it
+            place += 1
+        elif marker == _START_OF_SCAN or (marker == _APP1 and data.startswith(b"Exif\0\0", place + 4)):
+            return marker == _APP1
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return False
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
