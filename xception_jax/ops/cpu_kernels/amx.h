@@ -192,7 +192,7 @@ struct Amx {
   class ChannelRows : public SplitRows {
    public:
     void Read(const Convolution& conv, const float* x, Size segment, Size first_row, Size rows, Size pixel, Size count) {
-      Resize(rows, count);
+      Resize(rows, count_ = count);
       const std::vector<Chunk> chunks = conv.Chunks(first_row, first_row + rows);
       std::vector<float> lines(chunks.size() > 1 ? kStep * rows : 0);
       auto at = conv.PixelAt(pixel);
@@ -211,5 +211,16 @@ struct Amx {
         }
       }
     }
+
+    // Stores the product with some columns of dy, whose pixels are `step` apart.
+    template <typename To>
+    void Multiply(const float* dy, Size step, const To& to) const {
+      PackPanel(dy, step, count_, to.columns, panel_.get());
+      SplitRows::Multiply(panel_.get(), to);
+    }
+
+   private:
+    Buffer panel_ = NewBuffer(PackedSize(kPixels, PanelBegin(1, 1)));
+    Size count_;
   };
 };

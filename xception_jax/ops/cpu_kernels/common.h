@@ -68,6 +68,8 @@ inline void AddParts(ffi::ThreadPool& pool, std::span<const float> parts, Size s
   });
 }
 
+constexpr Size kLine = 64 / sizeof(float);  // floats in a line of the cache
+
 inline Size Ceil(Size a, Size b) { return (a + b - 1) / b; }
 
 // Floats that begin where a line of the cache does, not initialised.
@@ -162,7 +164,7 @@ inline bool Streams(const float* array, Size size, Size channels) {
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
     return (kilobytes > 0 ? kilobytes : 32 << 10) * 1024;
   }();
-  const bool whole_lines = kLanes * sizeof(float) == 64 && channels % kLanes == 0 && reinterpret_cast<uintptr_t>(array) % 64 == 0;
+  const bool whole_lines = kLanes == kLine && channels % kLine == 0 && reinterpret_cast<uintptr_t>(array) % 64 == 0;
   return whole_lines && size * Size(sizeof(float)) >= cache / 2;
 }
 
@@ -184,3 +186,6 @@ struct PartOfVector {
 };
 
 #define UNROLL _Pragma("GCC unroll 16")
+
+// For functions that only fetch what will be needed. GCC takes a call of such a function for one without effect, and drops it.
+#define FETCHES inline __attribute__((always_inline))

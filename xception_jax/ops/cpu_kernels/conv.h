@@ -53,9 +53,8 @@ struct Target {
   Finish finish{};
 
   // Fetches what `Store` will write, so that it comes while the sums are computed.
-  void Expect(Size row, Size rows) const {
+  FETCHES void Expect(Size row, Size rows) const {
     if (streams) return;
-    constexpr Size kLine = 64 / sizeof(float);
     for (const Size end = row + rows; row < end; ++row)
       for (Size c = 0; c < columns + kLine - 1; c += kLine)
         __builtin_prefetch(corner + place(row) + std::min(c, columns - 1), 1);
@@ -212,7 +211,6 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
     const Size first_row = tiles * block / blocks * Product::kTileRows;
     const Size rows = std::min(tiles * (block + 1) / blocks * Product::kTileRows, depth) - first_row;
     typename Product::ChannelRows a;
-    const Buffer b = NewBuffer(Product::PackedSize(Product::kPixels, Product::PanelBegin(conv.filters, 1)));
     float* corner = result + part * size + first_row * conv.out.channels + segment * conv.filters;
     for (Size pixel = begin, count; pixel < end; pixel += count) {
       count = std::min({Product::kPixels, end - pixel, conv.Run(pixel)});
@@ -220,8 +218,8 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
       const float* gradient = dy + conv.OutOffset(conv.PixelAt(pixel)) + segment * conv.filters;
       for (Size panel = 0; panel < panels; ++panel) {
         const auto [first, columns] = Panel<Product>(conv.filters, panel);
-        Product::PackPanel(gradient + first, conv.OutStep(), count, columns, b.get());
-        a.Multiply(b.get(), Target{corner + first, EvenRows{conv.out.channels}, columns, pixel > begin, false, Nothing()});
+        const Target to{corner + first, EvenRows{conv.out.channels}, columns, pixel > begin, false, Nothing()};
+        a.Multiply(gradient + first, conv.OutStep(), to);
       }
     }
   });

@@ -16,8 +16,8 @@ struct Fma {
   static constexpr Size kDepth = 1536;            // of the products between two stores: a panel of weights stays in the L2 cache
   static constexpr Size kAhead = 8;               // rows of a panel that are fetched before they are needed
   static constexpr Size kBlock = 192;             // pixels that share what the L2 cache holds
-  static constexpr Size kPixels = 128;            // of the filter gradient between two stores: a panel of dy stays in the L1 cache
-  static constexpr Size kRows = 384;              // of the filter gradient that use such a panel
+  static constexpr Size kPixels = 256;            // of the filter gradient between two stores
+  static constexpr Size kRows = 384;              // of the filter gradient whose channels stay in the L2 cache, for those pixels
 
   // Columns in panels of up to kVectors vectors, the first as wide as any and none much narrower: where panel number `panel`
   // begins, and behind the last one, how many columns there are with those that fill its last vector.
@@ -33,15 +33,16 @@ struct Fma {
       for (Size c = 0; c < columns; c += kLanes, to += kLanes) Store(to, LoadUpTo(columns - c, b + c));
   }
 
-  // sums[r] += *at(p, r) * b[p] over p, where b[p] is V vectors wide.
+  // sums[r] += *at(p, r) * b[p * step] over p, V vectors of each.
   template <int R, int V, typename At>
-  static inline __attribute__((always_inline)) void Accumulate(const At& at, const float* b, Size depth, Lanes (&sums)[R][V]) {
+  static inline __attribute__((always_inline)) void Accumulate(const At& at, const float* b, Size step, Size depth,
+                                                               Lanes (&sums)[R][V]) {
     Lanes sum[R][V];  // of its own, so that it is kept in registers whatever becomes of `sums`
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sum[r][v] = sums[r][v];
-    for (Size p = 0; p < depth; ++p, b += V * kLanes) {
+    for (Size p = 0; p < depth; ++p, b += step) {
       Lanes row[V];
       UNROLL for (int v = 0; v < V; ++v) {
-        __builtin_prefetch(b + (kAhead * V + v) * kLanes);
+        __builtin_prefetch(b + kAhead * step + v * kLanes);
         row[v] = Load<Lanes>(b + v * kLanes);
       }
       UNROLL for (int r = 0; r < R; ++r) {
@@ -72,15 +73,16 @@ struct Fma {
    public:
     // at[tap * kBlock + row] is where the channels of a tap begin; those outside of the image, at `zeros`.
     void Read(const float* const* at, const float* zeros, Size segment_offset, const DepthPart& part, Size rows) {
-      at_ = at, zeros_ = zeros, offset_ = segment_offset, part_ = &part, rows_ = rows;
+      at_ = at, zeros_ = zeros, offset_ = segment_offset, part_ = &part, rows_ = rows, unread_ = true;
     }
 
     // Stores the product with a panel.
     template <typename To>
-    void Multiply(const float* panel, const To& to) const {
+    void Multiply(const float* panel, const To& to) {
       ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
         constexpr int R = rows, V = vectors;
         to.Expect(row, R);
+        if (unread_) Expect(row + R, R);
         Lanes sums[R][V] = {};
         const float* b = panel;
         for (const Chunk& chunk : part_->chunks) {
@@ -90,26 +92,38 @@ struct Fma {
           if (inside) {
             const float* a[R];
             UNROLL for (int r = 0; r < R; ++r) a[r] = at[r] + offset_ + chunk.first;
-            Accumulate([&](Size p, int r) { return a[r] + p; }, b, chunk.size, sums);
+            Accumulate([&](Size p, int r) { return a[r] + p; }, b, V * kLanes, chunk.size, sums);
           }
           b += chunk.size * V * kLanes;
         }
         to.Store(row, sums, rows);
       });
+      unread_ = false;
     }
 
    private:
+    // Fetches the rows of a tile, while the one before is computed. Those of several taps have been read for other pixels.
+    FETCHES void Expect(Size row, Size rows) const {
+      if (part_->chunks.size() > 1) return;
+      const Chunk& chunk = part_->chunks[0];
+      for (const Size end = std::min(row + rows, rows_); row < end; ++row)
+        for (Size c = 0; c < chunk.size; c += kLanes)
+          __builtin_prefetch(at_[chunk.tap * kBlock + row] + offset_ + chunk.first + c, 0, 2);
+    }
+
     const float* const* at_;
     const float* zeros_;
+    bool unread_;  // whether no panel has been multiplied with these rows yet
     Size offset_, rows_;
     const DepthPart* part_;
   };
 
-  // Some rows of the transposed x, for some pixels, in panels of kTileRows. A last panel of fewer has gaps.
+  // Some rows of the transposed x, for some pixels, in panels of kTileRows. A last panel of fewer has gaps. There is a line
+  // between them, since of panels a page apart the same pixel would compete for the same few lines of the L1 cache.
   class ChannelRows {
    public:
     void Read(const Convolution& conv, const float* x, Size segment, Size first_row, Size rows, Size pixel, Size count) {
-      rows_ = rows, count_ = count;
+      rows_ = rows, count_ = count, panel_size_ = count * kTileRows + kLine;
       const std::vector<Chunk> chunks = conv.Chunks(first_row, first_row + rows);
       float line[kRows];
       float* packed = packed_.get();
@@ -128,28 +142,33 @@ struct Fma {
         const float* from = conv.Gather(x, at, segment, chunks, line);
         Size row = 0;
         for (; row + kTileRows <= rows; row += kTileRows)
-          std::memcpy(packed + row * count, from + row, kTileRows * sizeof(float));
-        std::copy(from + row, from + rows, packed + row * count);
+          std::memcpy(packed + row / kTileRows * panel_size_, from + row, kTileRows * sizeof(float));
+        std::copy(from + row, from + rows, packed + row / kTileRows * panel_size_);
       }
     }
 
+    // Stores the product with some columns of dy, whose pixels are `step` apart; read where they lie, if they fill lines.
     template <typename To>
-    void Multiply(const float* panel, const To& to) const {
+    void Multiply(const float* dy, Size step, const To& to) const {
+      if (to.columns % kLine) {
+        PackPanel(dy, step, count_, to.columns, dy_.get());
+        dy = dy_.get(), step = Ceil(to.columns, kLanes) * kLanes;
+      }
       ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
         constexpr int R = rows, V = vectors;
         const bool inside = inside_[row / kTileRows];
         if (!inside && to.add) return;
         to.Expect(row, R);
         Lanes sums[R][V] = {};
-        const float* a = packed_.get() + row / kTileRows * kTileRows * count_ + row % kTileRows;
-        if (inside) Accumulate([&](Size p, int r) { return a + p * kTileRows + r; }, panel, count_, sums);
+        const float* a = packed_.get() + row / kTileRows * panel_size_ + row % kTileRows;
+        if (inside) Accumulate([&](Size p, int r) { return a + p * kTileRows + r; }, dy, step, count_, sums);
         to.Store(row, sums, rows);
       });
     }
 
    private:
-    Buffer packed_ = NewBuffer(kRows * kPixels);
+    Buffer packed_ = NewBuffer(kRows / kTileRows * (kPixels * kTileRows + kLine)), dy_ = NewBuffer(kPixels * kVectors * kLanes);
     std::vector<bool> inside_;  // of each panel: whether it has anything but zeros
-    Size rows_, count_;
+    Size rows_, count_, panel_size_;
   };
 };
