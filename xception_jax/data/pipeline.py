@@ -15,7 +15,6 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -131,11 +130,11 @@ class BatchIterator:
 
     Args:
       batches: each an int64 [b, 2] of (epoch, index).
-      load: turns one of them into a batch, with the memory that it is given.
+      load: turns one of them into a batch.
       data: `config.data`; workers is read.
     """
 
-    def __init__(self, batches: grain.MapDataset, load: Callable[[np.ndarray, _Memory], Batch], data: ConfigDict):
+    def __init__(self, batches: grain.MapDataset, load: _LoadBatch, data: ConfigDict):
         # Each worker holds batches of its own: one in the making, and one that waits to be fetched.
         in_the_making = 1 if data.workers else min(_BATCHES_IN_THE_MAKING, data.threads)
         ahead = 1 if data.workers else in_the_making + _BATCHES_READY
@@ -209,7 +208,7 @@ class _Memory:
         try:
             memory = free.pop()
         except IndexError:
-            memory = memoryview(np.empty(size, np.uint8))
+            memory = np.empty(size, np.uint8).data
         flat = np.frombuffer(memory, np.float32)  # every view refers to it, since its own base is no array
         weakref.finalize(flat, free.append, memory).atexit = False
         return flat.reshape(shape)
