@@ -192,7 +192,7 @@ def _exit_with_parent() -> None:
 class _Memory:
     """Memory of batches that nobody refers to any more, for those to come.
 
-    To get 34 MB anew for each 32 images, cleared page by page, would cost a quarter of the images per second.
+    To get 34 MB anew for each 32 images, cleared page by page, would cost a sixth of the images per second.
     """
 
     def __init__(self):

@@ -221,7 +221,7 @@ def _register(source: str) -> str | None:
 @functools.cache
 def _library(source: str) -> ctypes.CDLL | None:
     """Opens the library of a source, which it builds if need be; None where that cannot be."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    compiler = _compiler()
     if compiler is None:
         logging.warning("No C++ compiler found: convolutions on this CPU take their slower lowering.")
         return None
@@ -252,6 +252,10 @@ def _library(source: str) -> ctypes.CDLL | None:
             str(reason).strip()[:500],
         )
         return None
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
 
 
 def _amx_allowed() -> bool:

@@ -187,5 +187,4 @@ struct PartOfVector {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// For functions that only fetch what will be needed. GCC takes a call of such a function for one without effect, and drops it.
-#define FETCHES inline __attribute__((always_inline))
+#define ALWAYS_INLINE inline __attribute__((always_inline))

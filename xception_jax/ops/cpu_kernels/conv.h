@@ -52,8 +52,9 @@ struct Target {
   bool streams;  // past the caches
   Finish finish{};
 
-  // Fetches what `Store` will write, so that it comes while the sums are computed.
-  FETCHES void Expect(Size row, Size rows) const {
+  // Fetches what `Store` will write, so that it comes while the sums are computed. Not inlined, a function that only fetches
+  // would be one without effect to GCC, and its calls be dropped.
+  ALWAYS_INLINE void Expect(Size row, Size rows) const {
     if (streams) return;
     for (const Size end = row + rows; row < end; ++row)
       for (Size c = 0; c < columns + kLine - 1; c += kLine)
@@ -62,7 +63,7 @@ struct Target {
 
   // Some rows of the product, each V vectors wide.
   template <int V, typename Count>
-  inline __attribute__((always_inline)) void Store(Size row, const Lanes (*sums)[V], Count rows) const {
+  ALWAYS_INLINE void Store(Size row, const Lanes (*sums)[V], Count rows) const {
     UNROLL for (int v = 0; v < V; ++v) {
       const auto store = [&](const auto& vector) {
         UNROLL for (Size r = 0; r < rows; ++r) {
@@ -134,8 +135,9 @@ void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* ker
 
 // With something before the product, a block of it is computed at a time, and is still in the cache when the product reads it.
 template <typename Product, typename Before = Nothing, typename Finish = Nothing>
-void Multiply(ffi::ThreadPool& pool, const Convolution& conv, const float* x, const float* packed, float* y,
+void Multiply(ffi::ThreadPool& pool, Convolution conv, const float* x, const float* packed, float* y,
               const Before& before = {}, const Finish& finish = {}) {
+  if (Product::kPassesOver) conv.GoTogether();
   const Size panels = Product::Panels(conv.filters), pixels = conv.pixels(), tiles = Ceil(pixels, Product::kTileRows);
   const std::vector<DepthPart> parts = DepthParts(conv, Product::kDepth);
   const bool streams = parts.size() == 1 && conv.filters % kLanes == 0 && Streams(y, pixels * conv.out.channels, conv.out.channels);
@@ -178,10 +180,9 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
                        int64_t left, int64_t turned) {
   const auto k = kernel.dimensions();
   const Size turned_shape[] = {k[0], k[1], k[3] / segments, k[2] * segments};
-  Convolution conv(x.dimensions(), turned ? ffi::Span<const Size>(turned_shape, 4) : k, y->dimensions(), segments,
+  const Convolution conv(x.dimensions(), turned ? ffi::Span<const Size>(turned_shape, 4) : k, y->dimensions(), segments,
                          stride, top, left);
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
-    if (Product::kPassesOver) conv.GoTogether();
     const Buffer packed = NewBuffer(segments * Product::PackedSize(conv.depth(), PackedColumns<Product>(conv.filters)));
     PackKernel<Product>(pool, conv, kernel.typed_data(), turned, packed.get());
     Multiply<Product>(pool, conv, x.typed_data(), packed.get(), y->typed_data());
@@ -191,7 +192,8 @@ inline ffi::Error Conv(ffi::ThreadPool pool, Input x, Input kernel, Output y, in
 
 // kernel [depth, filters] = x^T [depth, pixels] dy [pixels, filters], one segment after the other.
 template <typename Product>
-void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const float* x, const float* dy, float* kernel) {
+void MultiplyTransposed(ffi::ThreadPool& pool, Convolution conv, const float* x, const float* dy, float* kernel) {
+  if (Product::kPassesOver) conv.GoTogether();
   const Size depth = conv.depth(), panels = Product::Panels(conv.filters), pixels = conv.pixels();
   const Size size = depth * conv.out.channels, tiles = Ceil(depth, Product::kTileRows);
   const Size segments = conv.segments, threads = std::max<Size>(pool.num_threads(), 1);
@@ -228,9 +230,8 @@ void MultiplyTransposed(ffi::ThreadPool& pool, const Convolution& conv, const fl
 
 inline ffi::Error ConvFilterGradient(ffi::ThreadPool pool, Input x, Input dy, Output kernel, int64_t segments, int64_t stride,
                                      int64_t top, int64_t left) {
-  Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
+  const Convolution conv(x.dimensions(), kernel->dimensions(), dy.dimensions(), segments, stride, top, left);
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
-    if (Product::kPassesOver) conv.GoTogether();
     MultiplyTransposed<Product>(pool, conv, x.typed_data(), dy.typed_data(), kernel->typed_data());
   });
   return ffi::Error::Success();

@@ -37,7 +37,7 @@ void ForEachVector(Size channels, const Segment& segment, const F& f, WholeVecto
 // y at Q neighbouring columns; at(i, column) is where row i and one of the Q + K - 1 columns that they read begins.
 // The ReLU of what is read, if the network has one there.
 template <int K, int Q, bool kRelu, typename At, typename Vector, typename Segment>
-inline __attribute__((always_inline)) void ConvolveColumns(const At& at, const float* kernel, Size channels, Size c,
+ALWAYS_INLINE void ConvolveColumns(const At& at, const float* kernel, Size channels, Size c,
                                                            const Vector& vector, const Segment& segment, float* y) {
   Lanes sum[Q] = {};
   UNROLL for (int i = 0; i < K; ++i) {

@@ -35,8 +35,7 @@ struct Fma {
 
   // sums[r] += *at(p, r) * b[p * step] over p, V vectors of each.
   template <int R, int V, typename At>
-  static inline __attribute__((always_inline)) void Accumulate(const At& at, const float* b, Size step, Size depth,
-                                                               Lanes (&sums)[R][V]) {
+  static ALWAYS_INLINE void Accumulate(const At& at, const float* b, Size step, Size depth, Lanes (&sums)[R][V]) {
     Lanes sum[R][V];  // of its own, so that it is kept in registers whatever becomes of `sums`
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sum[r][v] = sums[r][v];
     for (Size p = 0; p < depth; ++p, b += step) {
@@ -103,11 +102,11 @@ struct Fma {
 
    private:
     // Fetches the rows of a tile, while the one before is computed. Those of several taps have been read for other pixels.
-    FETCHES void Expect(Size row, Size rows) const {
+    ALWAYS_INLINE void Expect(Size row, Size rows) const {
       if (part_->chunks.size() > 1) return;
       const Chunk& chunk = part_->chunks[0];
       for (const Size end = std::min(row + rows, rows_); row < end; ++row)
-        for (Size c = 0; c < chunk.size; c += kLanes)
+        for (Size c = 0; c < chunk.size; c += kLine)
           __builtin_prefetch(at_[chunk.tap * kBlock + row] + offset_ + chunk.first + c, 0, 2);
     }
 

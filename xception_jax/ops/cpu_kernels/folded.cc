@@ -76,12 +76,11 @@ ffi::Error FoldedConv(ffi::ThreadPool pool, Input x, Input packed, Input bias, I
                       int64_t width, int64_t relu_first, int64_t relu_last) {
   const Size channels = x.dimensions()[3];
   const Size kernel[] = {height, width, channels / segments, y->dimensions()[3]};
-  Convolution conv(x.dimensions(), {kernel, 4}, y->dimensions(), segments, stride, side ? 0 : top, side ? 0 : left);
+  const Convolution conv(x.dimensions(), {kernel, 4}, y->dimensions(), segments, stride, side ? 0 : top, side ? 0 : left);
   const BiasBehind behind{bias.typed_data(), residual.element_count() ? residual.typed_data() : nullptr, relu_last != 0};
   const DepthwiseBefore before{depthwise.typed_data(), depthwise.dimensions(), top, left, relu_first != 0,
                                std::vector<float>(side ? conv.in.width * channels : 0)};
   WithProduct(conv.depth(), conv.filters, [&]<typename Product>(Product) {
-    if (Product::kPassesOver) conv.GoTogether();
     Multiply<Product>(pool, conv, x.typed_data(), packed.typed_data(), y->typed_data(), before, behind);
   });
   return ffi::Error::Success();
