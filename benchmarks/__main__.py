@@ -111,7 +111,7 @@ def main() -> int:
             raise InputMissingError(
                 "the peers' environment is not there", args.peers, "run make bench, or name an interpreter by --peers"
             )
-        results |= {"hardware": _hardware(), "command": _about()["command"]}
+        results["hardware"] = _hardware()
         with tempfile.TemporaryDirectory() as directory:
             write_photographs(directory)
             for name in names:

@@ -135,8 +135,8 @@ def _case_section(case: Case, result: dict[str, Any]) -> str:
         samples = contestant["samples"]
         cells = [_spread(quartiles(samples[q])) if samples.get(q) else "failed" for q in quantities]
         rows.append(f"| {CONTESTANTS[name].title} | " + " | ".join(cells) + " |")
-    about = f"{result['repeats']} rounds; {result['date']}, commit {result['commit']}; other processes took "
-    about += f"{_others(result['contestants'])[1]:.1%} of the cores (median)."
+    about = f"`{result['command']}`; {result['repeats']} rounds; {result['date']}, commit {result['commit']}; "
+    about += f"other processes took {_others(result['contestants'])[1]:.1%} of the cores (median)."
     return f"### {case.title}\n\n{about}\n\n" + "\n".join(rows)
 
 
@@ -159,7 +159,7 @@ def markdown(results: dict[str, Any]) -> str:
     cases = "\n\n".join(_case_section(CASES[n], result) for n, result in results["cases"].items() if n in CASES)
     text = f"""# Benchmarks
 
-Written by `{results["command"]}`; do not edit. Raw samples: [data/benchmarks.json](data/benchmarks.json).
+Written by `python -m benchmarks`; do not edit. Raw samples: [data/benchmarks.json](data/benchmarks.json).
 
 - hardware: {results["hardware"]}
 {_versions(results)}

@@ -43,8 +43,8 @@ def _measure(case):
 
 
 def _results(contestants):
-    about = {"repeats": 3, "date": "2026-01-01", "commit": "abc"}
-    return {"command": "x", "hardware": "y", "cases": {"fake": about | {"contestants": contestants}}}
+    about = {"command": "python -m benchmarks --cases=fake", "repeats": 3, "date": "2026-01-01", "commit": "abc"}
+    return {"hardware": "y", "cases": {"fake": about | {"contestants": contestants}}}
 
 
 def test_workers_take_turns_and_one_that_fails_is_named(fake):
