@@ -8,14 +8,12 @@
 
 // Segments as the lanes of a vector see them, when each reads one channel of its own: the only one,
 struct OneChannel {
-  static constexpr int kColumns = 8;  // of dy that contribute to the filter gradient together
   static constexpr Size size = 1, lanes = kLanes;
   Lanes Select(Lanes values, Size) const { return values; }
 };
 
 // or one of a few; as many lanes as whole segments fill.
 struct FewChannels {
-  static constexpr int kColumns = 4;
   Size size, lanes;
   Indices first{};  // lane of the segment of each
 
@@ -27,7 +25,7 @@ struct FewChannels {
 
 // Calls f(vector, c) for vectors of the output channels from c on, until all channels are done.
 template <typename Segment, typename F>
-void ForEachVector(Size channels, const Segment& segment, const F& f, WholeVector whole = {}) {
+ALWAYS_INLINE void ForEachVector(Size channels, const Segment& segment, const F& f, WholeVector whole = {}) {
   Size c = 0;
   if (segment.lanes == kLanes)
     for (; c + kLanes <= channels; c += kLanes) f(whole, c);
@@ -59,34 +57,38 @@ ALWAYS_INLINE void ConvolveColumns(const At& at, const float* kernel, Size chann
 template <int K, bool kRelu, typename Segment>
 void ConvolveRow(const Images& in, const float* x, const float* kernel, Size image, Size row, Size begin, Size end, Size top,
                  Size left, const float* zeros, const Segment& segment, float* y, WholeVector whole = {}) {
-  constexpr int Q = 4;
   const Size channels = in.channels;
   const float* rows[K];
   for (int i = 0; i < K; ++i) {
     const Size from = row - top + i;
     rows[i] = 0 <= from && from < in.height ? x + (image * in.height + from) * in.width * channels : zeros;
   }
-  for (Size column = begin, step; column < end; column += step, y += step * channels) {
+  const auto convolve = [&](Size column, auto count) {
+    constexpr int Q = count;
     const Size first = column - left;
-    if (first >= 0 && first + Q + K - 1 <= in.width && column + Q <= end) {
-      step = Q;
+    const auto columns_at = [&](const auto& at) {
+      ForEachVector(channels, segment, [&](const auto& vector, Size c) {
+        ConvolveColumns<K, Q, kRelu>(at, kernel, channels, c, vector, segment, y + (column - begin) * channels);
+      }, whole);
+    };
+    if (first >= 0 && first + Q + K - 1 <= in.width) {
       const float* window[K];
       for (int i = 0; i < K; ++i) window[i] = rows[i] + first * channels;
-      const auto at = [&](int i, int j) { return window[i] + j * channels; };
-      ForEachVector(channels, segment, [&](const auto& vector, Size c) {
-        ConvolveColumns<K, Q, kRelu>(at, kernel, channels, c, vector, segment, y);
-      }, whole);
+      columns_at([&](int i, int j) { return window[i] + j * channels; });
     } else {
-      step = 1;
-      const float* window[K][K];
+      const float* window[K][Q + K - 1];
       for (int i = 0; i < K; ++i)
-        for (int j = 0; j < K; ++j)
+        for (int j = 0; j < Q + K - 1; ++j)
           window[i][j] = 0 <= first + j && first + j < in.width ? rows[i] + (first + j) * channels : zeros;
-      const auto at = [&](int i, int j) { return window[i][j]; };
-      ForEachVector(channels, segment, [&](const auto& vector, Size c) {
-        ConvolveColumns<K, 1, kRelu>(at, kernel, channels, c, vector, segment, y);
-      }, whole);
+      columns_at([&](int i, int j) { return window[i][j]; });
     }
+  };
+  constexpr int kTogether = 4;  // the last ones again with some before them
+  if (end - begin < kTogether) {
+    for (Size column = begin; column < end; ++column) convolve(column, std::integral_constant<int, 1>());
+  } else {
+    for (Size column = begin; column < end; column += kTogether)
+      convolve(std::min(column, end - kTogether), std::integral_constant<int, kTogether>());
   }
 }
 
@@ -103,58 +105,60 @@ void Convolve(ffi::ThreadPool& pool, Input x, Input kernel, Output y, Size top, 
   });
 }
 
-// Adds to each of K taps of one row of the kernel what Q neighbouring columns of dy contribute.
-template <int K, int Q, typename Vector, typename Segment>
-void CorrelateColumns(const float* x, const float* dy, Size channels, Size c, const Vector& vector, const Segment& segment,
-                      float* taps) {
-  Lanes gradient[Q];
-  UNROLL for (int q = 0; q < Q; ++q) gradient[q] = vector.Load(dy + q * channels + c);
-  for (Size channel = 0; channel < segment.size; ++channel) {
-    Lanes sum[K];
-    UNROLL for (int j = 0; j < K; ++j) sum[j] = vector.Load(taps + (j * segment.size + channel) * channels + c);
-    UNROLL for (int column = 0; column < Q + K - 1; ++column) {
-      const Lanes value = segment.Select(vector.Load(x + column * channels + c), channel);
-      UNROLL for (int j = 0; j < K; ++j)
-        if (0 <= column - j && column - j < Q) sum[j] += value * gradient[column - j];
+// What the rows of dy from `begin` to `end` contribute to R rows of taps, from row `first` of the kernel on. The sums stay in
+// registers; a column of x contributes to K taps, with as many columns of dy. `zeros` has a row of the image.
+template <int K, int R, typename Vector, typename Segment>
+ALWAYS_INLINE void CorrelateLines(const Images& in, const Images& out, const float* x, const float* dy, Size begin, Size end,
+                                  Size first, Size left, const float* zeros, const Vector& vector, const Segment& segment,
+                                  Size channel, Lanes (&sums)[R][K]) {
+  const Size channels = in.channels;
+  for (Size line = begin; line < end; ++line) {
+    const Size image = line / out.height, row = line % out.height + first;
+    const float* rows[R];
+    UNROLL for (int r = 0; r < R; ++r)
+      rows[r] = 0 <= row + r && row + r < in.height ? x + (image * in.height + row + r) * in.width * channels : zeros;
+    const auto dy_at = [&](Size column) {
+      return 0 <= column && column < out.width ? vector.Load(dy + (line * out.width + column) * channels) : Lanes();
+    };
+    Lanes gradient[K];
+    UNROLL for (int j = 0; j < K; ++j) gradient[j] = dy_at(left - 1 - j);
+    for (Size column = 0; column < in.width; ++column) {
+      UNROLL for (int j = K - 1; j > 0; --j) gradient[j] = gradient[j - 1];
+      gradient[0] = dy_at(column + left);
+      // What the next vector needs lies too far apart for the processor to guess.
+      __builtin_prefetch(dy + (line * out.width + column + left) * channels + 2 * kLanes - 1);
+      __builtin_prefetch(rows[R - 1] + column * channels + 2 * kLanes - 1);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Lanes value = segment.Select(vector.Load(rows[r] + column * channels), channel);
+        UNROLL for (int j = 0; j < K; ++j) sums[r][j] += value * gradient[j];
+      }
     }
-    UNROLL for (int j = 0; j < K; ++j) vector.Store(taps + (j * segment.size + channel) * channels + c, sum[j]);
   }
 }
 
 template <int K, typename Segment>
 void Correlate(ffi::ThreadPool& pool, Input x, Input dy, Output kernel, Size top, Size left, const Segment& segment) {
-  constexpr int Q = Segment::kColumns;
+  constexpr int R = K == 3 ? 3 : 1;  // rows of taps whose sums fit into the registers
   const Images in(x.dimensions()), out(dy.dimensions());
-  const Size channels = in.channels, row_size = K * segment.size * channels, size = K * row_size;
+  const Size channels = in.channels, size = K * K * segment.size * channels;
+  const std::vector<float> zeros(in.width * channels);
   const Parts parts(out.batch * out.height, 8);
-  std::vector<float> sums(parts.count * size);
+  const Buffer sums = NewBuffer(parts.count * size);
   ParallelFor(pool, parts.count, [&](Size part) {
-    for (Size line = parts.begin(part); line < parts.begin(part + 1); ++line) {
-      const Size image = line / out.height, row = line % out.height - top;
-      for (Size column = 0, step; column < out.width; column += step) {
-        const Size first = column - left;
-        const bool whole = first >= 0 && first + Q + K - 1 <= in.width && column + Q <= out.width;
-        step = whole ? Q : 1;
-        const float* gradient = dy.typed_data() + (line * out.width + column) * channels;
-        for (Size i = std::max<Size>(0, -row); i < std::min<Size>(K, in.height - row); ++i) {
-          const float* from = x.typed_data() + ((image * in.height + row + i) * in.width + first) * channels;
-          float* taps = sums.data() + part * size + i * row_size;
-          if (whole) {
-            ForEachVector(channels, segment, [&](const auto& vector, Size c) {
-              CorrelateColumns<K, Q>(from, gradient, channels, c, vector, segment, taps);
-            });
-            continue;
-          }
-          for (Size j = std::max<Size>(0, -first); j < std::min<Size>(K, in.width - first); ++j)
-            ForEachVector(channels, segment, [&](const auto& vector, Size c) {
-              CorrelateColumns<1, 1>(from + j * channels, gradient, channels, c, vector, segment,
-                                     taps + j * segment.size * channels);
-            });
+    ForEachVector(channels, segment, [&](const auto& vector, Size c) {
+      for (Size channel = 0; channel < segment.size; ++channel) {
+        for (Size i = 0; i < K; i += R) {
+          Lanes sum[R][K] = {};
+          CorrelateLines(in, out, x.typed_data() + c, dy.typed_data() + c, parts.begin(part), parts.begin(part + 1), i - top,
+                         left, zeros.data() + c, vector, segment, channel, sum);
+          float* taps = sums.get() + part * size + (i * K * segment.size + channel) * channels + c;
+          UNROLL for (int r = 0; r < R; ++r)
+            UNROLL for (int j = 0; j < K; ++j) vector.Store(taps + (r * K + j) * segment.size * channels, sum[r][j]);
         }
       }
-    }
+    });
   });
-  AddParts(pool, sums, size, kernel->typed_data());
+  AddParts(pool, {sums.get(), size_t(parts.count * size)}, size, kernel->typed_data());
 }
 
 // Calls f(K, segment) for a kernel [K, K, channels of a segment, channels], with K as a constant.
