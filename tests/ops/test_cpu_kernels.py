@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import subprocess
 from functools import partial
 
 import jax
@@ -175,6 +177,26 @@ def test_nan_stays_nan():
     x = jnp.zeros((1, 8, 8, 9)).at[0, 3, 3, 4].set(jnp.nan)
     assert bool(jnp.isnan(ops.max_pool(x)[0, :, :, 4]).any())
     assert bool(jnp.isnan(ops.conv(x, jnp.ones((3, 3, 1, 9)), segments=9)[0, :, :, 4]).any())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs the address sanitizer of g++")
+def test_nothing_outside_of_an_array_is_read_or_written(run_python, tmp_path):
+    """The tests above, and a network for inference, once more with kernels that end the process if they do."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0 -fsanitize=address\n')
+    compiler.chmod(0o755)
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("g++ has no address sanitizer here")
+    environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment |= {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    some = "odd_sizes or (small_segments and SAME and size0) or (depthwise_equals and SAME) or large_depthwise or lets_nan_through"
+    files = ("tests/ops/test_cpu_kernels.py", "tests/export/test_export.py")
+    process = run_python("-m", "pytest", "--numprocesses=0", "-k", some, *files, environment=environment)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_the_same_bits_every_time():
