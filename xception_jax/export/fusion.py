@@ -208,9 +208,8 @@ class Program:
 
 
 def _has_small_segments(equation) -> bool:
-    x, params = equation.invars[0].aval, equation.params
-    kernel = jax.ShapeDtypeStruct(params["kernel"], x.dtype)
-    return params["segments"] > 1 and has_small_segments(x, kernel, params["segments"], params["stride"])
+    params = equation.params
+    return params["segments"] > 1 and has_small_segments(params["kernel"], params["segments"], params["stride"])
 
 
 def _same_shape(equation) -> bool:

@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from xception_jax.ops import cpu_kernels
-from xception_jax.ops.padding import Padding, Pads, explicit_padding, output_size, pad, strided
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, from_phases, output_size, pad, strided
 
 # On a CPU, segments of up to so many channels are not products of matrices: those leave most lanes of a vector idle.
 _FEW_CHANNELS = 8
@@ -85,9 +85,9 @@ _traced_once = partial(jax.jit, inline=True, static_argnames=("segments", "strid
 @_traced_once
 def _value(x, kernel, segments: int, stride: int, pads: Pads, kernels: bool):
     def on_cpu(x, kernel):
-        if not kernels:
+        if not kernels or _is_other_depthwise(kernel.shape, segments, stride):
             return _plain(x, kernel, segments, stride, pads)
-        if has_small_segments(x, kernel, segments, stride):
+        if has_small_segments(kernel.shape, segments, stride):
             return cpu_kernels.depthwise(x, kernel, pads)
         read, step = _pixels_read(x, kernel, stride, pads)
         return cpu_kernels.conv(read, kernel, segments, step, pads)
@@ -102,14 +102,13 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
         return jax.vjp(partial(forward, segments=segments, stride=stride, pads=pads), x, kernel)[1](dy)
 
     def on_cpu(x, kernel, dy):
-        if not kernels:
+        if not kernels or _is_other_depthwise(kernel.shape, segments, stride):
             return gradient_of(_plain, x, kernel, dy)
-        read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
-        dilated, outer = _dilated(read, kernel, dy, step, pads)
-        if has_small_segments(x, kernel, segments, stride):
-            dx = cpu_kernels.depthwise(dilated, _turned(kernel, segments), outer)
+        if has_small_segments(kernel.shape, segments, stride):
+            dx = cpu_kernels.depthwise(dy, _turned(kernel, segments), _outer_pads(kernel, pads))
             return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape, pads)
-        dx = cpu_kernels.conv_input_gradient(dilated, kernel, segments, outer)
+        read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
+        dx = _input_gradient(read.shape, kernel, dy, segments, step, pads)
         return *spread(dx), cpu_kernels.conv_filter_gradient(read, dy, kernel.shape, segments, step, pads)
 
     gpu, tpu = partial(gradient_of, _on_gpu), partial(gradient_of, _on_tpu)
@@ -119,14 +118,39 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def has_small_segments(x, kernel, segments: int, stride: int) -> bool:
-    """Whether `cpu_kernels.depthwise` computes this convolution: a depthwise one, or with a few channels a segment."""
-    kh, kw, channels, filters = kernel.shape
-    if filters != x.shape[-1] or stride != 1 or kh != kw:
+def has_small_segments(kernel_shape: tuple[int, ...], segments: int, stride: int) -> bool:
+    """Whether `cpu_kernels.depthwise` computes this convolution: a depthwise one, or with few channels and filters."""
+    kh, kw, channels, filters = kernel_shape
+    largest = max(channels, filters // segments)
+    if stride != 1 or kh != kw:
         return False
-    if segments == filters:
-        return kh in cpu_kernels.DEPTHWISE_SIDES
-    return channels <= _FEW_CHANNELS and kh == 3
+    return kh in cpu_kernels.DEPTHWISE_SIDES if largest == 1 else kh == 3 and largest <= _FEW_CHANNELS
+
+
+def _is_other_depthwise(kernel_shape: tuple[int, ...], segments: int, stride: int) -> bool:
+    """Whether this is a depthwise convolution that the kernels could only compute as a product for each channel."""
+    _, _, channels, filters = kernel_shape
+    return channels == 1 and 1 < segments == filters and not has_small_segments(kernel_shape, segments, stride)
+
+
+def _input_gradient(x_shape: tuple[int, ...], kernel, dy, segments: int, stride: int, pads: Pads):
+    """Returns the gradient for x. Every stride-th row or column of it sees every stride-th tap, and dy at stride 1."""
+
+    def along(axis: int, place: int) -> tuple[int, tuple[int, int], int]:
+        """Returns (the first tap, the padding of dy, how many rows there are) of those from `place` on."""
+        skipped, tap = divmod(place + pads[axis][0], stride)
+        count = -(-x_shape[1 + axis] // stride)
+        taps = -(-(kernel.shape[axis] - tap) // stride)
+        return tap, (taps - 1 - skipped, count + skipped - dy.shape[1 + axis]), count
+
+    def phase(i: int, j: int):
+        (first_row, vertical, rows), (first_column, horizontal, columns) = along(0, i), along(1, j)
+        taps = kernel[first_row::stride, first_column::stride]
+        if 0 in taps.shape:
+            return jnp.zeros((x_shape[0], rows, columns, x_shape[3]), dy.dtype)
+        return cpu_kernels.conv_input_gradient(dy, taps, segments, (vertical, horizontal))
+
+    return from_phases(phase, x_shape, stride)
 
 
 def _turned(kernel, segments: int):
@@ -134,6 +158,12 @@ def _turned(kernel, segments: int):
     kh, kw, channels, filters = kernel.shape
     of_segments = kernel[::-1, ::-1].reshape(kh, kw, channels, segments, filters // segments)
     return of_segments.swapaxes(2, 4).reshape(kh, kw, filters // segments, segments * channels)
+
+
+def _outer_pads(kernel, pads: Pads) -> Pads:
+    """Returns the padding of dy, of stride 1, with which the kernel turned round gives the gradient for x."""
+    (kh, kw), ((top, bottom), (left, right)) = kernel.shape[:2], pads
+    return (kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right)
 
 
 def _dilated(x, kernel, dy, stride: int, pads: Pads):

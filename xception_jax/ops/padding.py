@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array
 
 Padding = Literal["SAME", "VALID", "SYMMETRIC"]
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -38,6 +40,17 @@ def strided(x, top: int, left: int, rows: int, columns: int, stride: int):
     """Returns every `stride`-th row and column of x [b, h, w, c] from (top, left): [b, rows, columns, c]."""
     limits = (x.shape[0], top + (rows - 1) * stride + 1, left + (columns - 1) * stride + 1, x.shape[3])
     return lax.slice(x, (0, top, left, 0), limits, (1, stride, stride, 1))
+
+
+def from_phases(phase: Callable[[int, int], Array], shape: tuple[int, ...], stride: int, top: int = 0, left: int = 0):
+    """Returns an array of `shape` [b, h, w, c], cut at (top, left) out of one that is put together from its phases.
+
+    Rows i, i + stride, ... and columns j, j + stride, ... of that are phase(i, j).
+    """
+    phases = jnp.stack([jnp.stack([phase(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
+    batch, down, _, across, _, channels = phases.shape
+    whole = phases.reshape(batch, down * stride, across * stride, channels)
+    return lax.slice(whole, (0, top, left, 0), (batch, top + shape[1], left + shape[2], channels))
 
 
 def pad(x, pads: Pads, value: float = 0.0):

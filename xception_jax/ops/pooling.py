@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from xception_jax.ops import cpu_kernels
-from xception_jax.ops.padding import Padding, Pads, explicit_padding, pad, strided
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, from_phases, pad, strided
 
 
 def max_pool(
@@ -92,10 +92,7 @@ def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
                 dx += pad(jnp.where(first == i * window + j, dy, zero), places)
         return dx
 
-    dx = jnp.stack([jnp.stack([phase(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
-    dx = dx.reshape(batch, down * stride, across * stride, channels)
-    (top, _), (left, _) = pads
-    return lax.slice(dx, (0, top, left, 0), (batch, top + x.shape[1], left + x.shape[2], channels))
+    return from_phases(phase, x.shape, stride, pads[0][0], pads[1][0])
 
 
 def avg_pool(

@@ -90,17 +90,17 @@ def conv_filter_gradient(x, dy, kernel_shape: tuple[int, ...], segments: int, st
 
 
 def depthwise(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c_per_segment c"], pads: Pads
-) -> Float[Array, "b oh ow c"]:
-    """Convolves each channel with its own filter, stride 1; or each segment with as many as it has channels.
+    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c_per_segment f"], pads: Pads
+) -> Float[Array, "b oh ow f"]:
+    """Convolves each channel with its own filter, stride 1; or each segment of a few channels with a few filters.
 
-    Segments of several channels need a 3 x 3 kernel, and may have 8 channels: the lanes of the narrowest vector.
+    The latter needs a 3 x 3 kernel, and at most 8 channels and filters a segment: the lanes of the narrowest vector.
     """
     rows, columns = output_size(x.shape[1:3], kernel.shape[:2], 1, pads)
-    return _call("depthwise", (x.shape[0], rows, columns, x.shape[3]), x, kernel, pads=pads)
+    return _call("depthwise", (x.shape[0], rows, columns, kernel.shape[3]), x, kernel, pads=pads)
 
 
-def depthwise_filter_gradient(x, dy, kernel_shape: tuple[int, ...], pads: Pads) -> Float[Array, "k k c_per_segment c"]:
+def depthwise_filter_gradient(x, dy, kernel_shape: tuple[int, ...], pads: Pads) -> Float[Array, "k k c_per_segment f"]:
     """The gradient of `depthwise` for its kernel."""
     return _call("depthwise_filter_gradient", kernel_shape, x, dy, pads=pads)
 

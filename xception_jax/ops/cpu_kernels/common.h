@@ -171,6 +171,7 @@ inline bool Streams(const float* array, Size size, Size channels) {
 // Neighbouring channels: as many as a vector has lanes, or fewer.
 struct WholeVector {
   bool streams = false;
+  static constexpr Size count = kLanes;
   Lanes Load(const float* from) const { return ::Load<Lanes>(from); }
   void Store(float* to, Lanes values) const {
 #ifdef __AVX512F__

@@ -20,12 +20,12 @@ struct DepthwiseBefore {
 
   // The convolution at `count` pixels, in the order in which they lie in memory.
   void Compute(const Images& in, const float* x, Size pixel, Size count, float* y) const {
-    WithKernel(shape, [&]<typename Segment>(auto k, const Segment& segment) {
+    WithKernel(in.channels, shape, [&]<typename Segment>(auto k, const Segment& segment) {
       for (Size end = pixel + count, step; pixel < end; pixel += step, y += step * in.channels) {
         const Size line = pixel / in.width, column = pixel % in.width;
         step = std::min(end - pixel, in.width - column);
         const auto convolve = relu ? ConvolveRow<k, true, Segment> : ConvolveRow<k, false, Segment>;
-        convolve(in, x, kernel, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), segment, y, {});
+        convolve(in, x, kernel, in.channels, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), segment, y, {});
       }
     });
   }
