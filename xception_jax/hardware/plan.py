@@ -31,7 +31,7 @@ from xception_jax.training.mesh import check_batch, make_mesh
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "open_images_v4": 1_743_042, "fashion_mnist": 60_000}
 # On one core (Xeon, 2.8 GHz): read a record, decode a JPEG of 500 x 375, crop and resize it.
 _INPUT_SECONDS = 2.2e-3
-_TRIES = 6  # of the search for the largest batch: each takes minutes
+_TRIES = 8  # of the search for the largest batch: each takes minutes
 _MASTER_COPIES = 3  # float32 arrays of a parameter's size: weight, momentum, gradient
 
 
@@ -312,8 +312,8 @@ def find_largest_batch(
             assert plan.compiled is not None
             best, memory = plan, plan.compiled.memory
             report(f"{batch} images a chip fit: {memory.total / 2**30:.2f} GiB")
-            # A quarter more at least: short of memory, the compiler computes activations anew instead of keeping them.
-            following = max(_batch_that_fits(batch, memory, topology.chip.hbm_bytes), batch * 5 // 4)
+            # By half at least: short of memory, the compiler computes activations anew instead of keeping them.
+            following = max(_batch_that_fits(batch, memory, topology.chip.hbm_bytes), batch * 3 // 2)
         except DeviceMemoryError as error:
             failure, limit = error, batch
             report(f"{batch} images a chip do not fit")

@@ -11,6 +11,9 @@
 | few input channels (the stem) | native | native | patches x matrix |
 | otherwise | native | native | native |
 
+`cpu_kernels` leave depthwise convolutions with a stride, or with another kernel than 3 x 3, 5 x 5 or 7 x 7, to the
+lowering in plain JAX.
+
 The choice is made when the program is lowered (`lax.platform_dependent`), not by the devices of this process, so
 that a program exported or planned for a TPU on a CPU host gets the TPU's. On a CPU, XLA runs the native depthwise
 convolution 10 to 30 times too slow and turns its filter gradient into a dense C x C convolution; and for a number

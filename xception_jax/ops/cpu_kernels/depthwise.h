@@ -131,7 +131,7 @@ ALWAYS_INLINE void CorrelateLines(const Images& in, const Images& out, const flo
     for (Size column = 0; column < in.width; ++column) {
       UNROLL for (int j = K - 1; j > 0; --j) gradient[j] = gradient[j - 1];
       gradient[0] = dy_at(column + left);
-      // The next vectors lie too far apart for the processor to guess.
+      // The next vectors, too far apart for the processor to guess: their last values, whose lines are not here yet.
       __builtin_prefetch(at(column + left) + 2 * kLanes - 1);
       __builtin_prefetch(rows[R - 1] + column * in.channels + 2 * kLanes - 1);
       UNROLL for (int r = 0; r < R; ++r) {
