@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.cases import CASES, CONTESTANTS, HUGE_PAGES
+from benchmarks.cases import ALLOCATOR, CASES, CONTESTANTS
 from benchmarks.growth import measure_growth
 from benchmarks.photographs import write_photographs
 from benchmarks.rounds import ROOT, measure
@@ -31,9 +31,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="rounds of each case (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of work in a round (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="directory to write to (default: docs)")
-    parser.add_argument(
-        "--huge_pages", action="store_true", help="give the peers' allocators huge pages too, like ours"
-    )
+    parser.add_argument("--same_allocator", action="store_true", help="give the peers' allocators our settings, too")
     parser.add_argument("--growth", action="store_true", help="measure ours alone as the work grows, not the cases")
     parser.add_argument("--report", action="store_true", help="measure nothing, write the report from the data anew")
     parser.add_argument("--list", action="store_true", help="list the cases")
@@ -124,7 +122,7 @@ def main() -> int:
                     args.seconds,
                     _say,
                     directory,
-                    HUGE_PAGES if args.huge_pages else None,
+                    ALLOCATOR if args.same_allocator else None,
                 )
                 results["cases"][name] = about | {"contestants": contestants}
                 save()  # what is measured stays, whatever comes after

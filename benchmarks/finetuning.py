@@ -8,6 +8,7 @@ images) is there to choose by, the test images of the five classes to report.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from benchmarks.cases import ALLOCATOR
 from xception_jax.data.prepare.fashion_mnist import CLASS_NAMES, SHIPPED, read_split
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.logs.metrics import read_metrics
@@ -49,7 +51,9 @@ SHORT = [
 
 def main() -> None:
     """Runs what is not there yet, one after the other, and prints the table."""
-    directory = Path(sys.argv[1]).absolute()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetuning", description=__doc__)
+    parser.add_argument("directory", type=Path, help="for datasets and runs; what it holds already is not done again")
+    directory = parser.parse_args().directory.absolute()
     data_dir = directory / "datasets"
     weights = directory / "first.safetensors"
     for name, classes, per_class in (("first", FIRST, None), ("other", OTHER, IMAGES_PER_CLASS)):
@@ -116,7 +120,7 @@ def classes_of_fashion_mnist(name: str, classes: tuple[int, ...], per_class: int
 
 def run(*arguments: object) -> None:
     """Runs a command of this checkout; what it says goes to standard error."""
-    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    environment = os.environ | ALLOCATOR
     subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=sys.stderr, env=environment)
 
 

@@ -172,7 +172,7 @@ median), and says how many times better ours is; the goals are those that were s
 
 Everyone uses all cores, and what its documentation advises: Keras on TensorFlow a graph with oneDNN (inference: frozen,
 so that BatchNorm is folded), Keras on JAX and Flax jit, PyTorch channels_last (eager inference: BatchNorm folded;
-compiled: frozen by Inductor), ours the allocator's huge pages as in `make train`. A start has no compilation cache.
+compiled: frozen by Inductor), ours the allocator's settings of `make train`. A start has no compilation cache.
 Where the processor has AMX, our kernels take its bfloat16 registers for products of float32: three parts of each
 value, six products, as exact as float32 (docs/results.md). The peers' libraries do not, by default.
 
