@@ -24,6 +24,7 @@ inference only), and the native convolution with segments is 1.3 to 8 times as f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -108,10 +109,10 @@ def _gradients(x, kernel, dy, segments: int, stride: int, pads: Pads, kernels: b
         if not kernels or _is_other_depthwise(kernel.shape, segments, stride):
             return gradient_of(_plain, x, kernel, dy)
         if has_small_segments(kernel.shape, segments, stride):
-            dx = cpu_kernels.depthwise(dy, _turned(kernel, segments), _outer_pads(kernel, pads))
+            dx = _input_gradient(cpu_kernels.depthwise_input_gradient, x.shape, kernel, dy, segments, stride, pads)
             return dx, cpu_kernels.depthwise_filter_gradient(x, dy, kernel.shape, pads)
         read, spread, step = jax.vjp(lambda x: _pixels_read(x, kernel, stride, pads), x, has_aux=True)
-        dx = _input_gradient(read.shape, kernel, dy, segments, step, pads)
+        dx = _input_gradient(cpu_kernels.conv_input_gradient, read.shape, kernel, dy, segments, step, pads)
         return *spread(dx), cpu_kernels.conv_filter_gradient(read, dy, kernel.shape, segments, step, pads)
 
     gpu, tpu = partial(gradient_of, _on_gpu), partial(gradient_of, _on_tpu)
@@ -136,8 +137,11 @@ def _is_other_depthwise(kernel_shape: tuple[int, ...], segments: int, stride: in
     return channels == 1 and 1 < segments == filters and not has_small_segments(kernel_shape, segments, stride)
 
 
-def _input_gradient(x_shape: tuple[int, ...], kernel, dy, segments: int, stride: int, pads: Pads):
-    """Returns the gradient for x. Every stride-th row or column of it sees every stride-th tap, and dy at stride 1."""
+def _input_gradient(gradient: Callable, x_shape: tuple[int, ...], kernel, dy, segments: int, stride: int, pads: Pads):
+    """Returns the gradient for x, put together from what gradient(dy, kernel, segments, padding of dy) is at stride 1.
+
+    Every stride-th row or column of x sees every stride-th tap.
+    """
 
     def along(axis: int, place: int) -> tuple[int, tuple[int, int], int]:
         """Returns (the first tap, the padding of dy, how many rows there are) of those from `place` on."""
@@ -151,33 +155,9 @@ def _input_gradient(x_shape: tuple[int, ...], kernel, dy, segments: int, stride:
         taps = kernel[first_row::stride, first_column::stride]
         if 0 in taps.shape:
             return jnp.zeros((x_shape[0], rows, columns, x_shape[3]), dy.dtype)
-        return cpu_kernels.conv_input_gradient(dy, taps, segments, (vertical, horizontal))
+        return gradient(dy, taps, segments, (vertical, horizontal))
 
     return from_phases(phase, x_shape, stride)
-
-
-def _turned(kernel, segments: int):
-    """Returns the kernel of the input gradient: turned round, with the channels of a segment as its filters."""
-    kh, kw, channels, filters = kernel.shape
-    of_segments = kernel[::-1, ::-1].reshape(kh, kw, channels, segments, filters // segments)
-    return of_segments.swapaxes(2, 4).reshape(kh, kw, filters // segments, segments * channels)
-
-
-def _outer_pads(kernel, pads: Pads) -> Pads:
-    """Returns the padding of dy, of stride 1, with which the kernel turned round gives the gradient for x."""
-    (kh, kw), ((top, bottom), (left, right)) = kernel.shape[:2], pads
-    return (kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right)
-
-
-def _dilated(x, kernel, dy, stride: int, pads: Pads):
-    """Returns (dy with zeros in between, padding): convolved with the kernel turned round, the gradient for x."""
-    kh, kw = kernel.shape[:2]
-    between = (0, 0, stride - 1)
-    dilated = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
-    low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
-    sizes = zip(x.shape[1:3], (kh, kw), dilated.shape[1:3], low, strict=True)
-    high = [n + k - 1 - m - before for n, k, m, before in sizes]
-    return dilated, ((low[0], high[0]), (low[1], high[1]))
 
 
 # --- TPU and GPU -----------------------------------------------------------------------------------------------------
@@ -295,6 +275,17 @@ def _depthwise_backward(stride: int, pads: Pads, residuals, dy):
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _dilated(x, kernel, dy, stride: int, pads: Pads):
+    """Returns (dy with zeros in between, padding): convolved with the kernel turned round, the gradient for x."""
+    kh, kw = kernel.shape[:2]
+    between = (0, 0, stride - 1)
+    dilated = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
+    low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
+    sizes = zip(x.shape[1:3], (kh, kw), dilated.shape[1:3], low, strict=True)
+    high = [n + k - 1 - m - before for n, k, m, before in sizes]
+    return dilated, ((low[0], high[0]), (low[1], high[1]))
 
 
 def _depthwise_input_gradient(x, kernel, dy, stride: int, pads: Pads):

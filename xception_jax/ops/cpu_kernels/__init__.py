@@ -100,6 +100,16 @@ def depthwise(
     return _call("depthwise", (x.shape[0], rows, columns, kernel.shape[3]), x, kernel, pads=pads)
 
 
+def depthwise_input_gradient(
+    dy: Float[Array, "b oh ow f"], kernel: Float[Array, "k k c_per_segment f"], segments: int, pads: Pads
+) -> Float[Array, "b h w c"]:
+    """The gradient of `depthwise` for x: convolves dy, padded by `pads`, with the kernel turned round."""
+    kh, kw, channels, filters = kernel.shape
+    of_segments = kernel[::-1, ::-1].reshape(kh, kw, channels, segments, filters // segments)
+    turned = of_segments.swapaxes(2, 4).reshape(kh, kw, filters // segments, segments * channels)
+    return depthwise(dy, turned, pads)
+
+
 def depthwise_filter_gradient(x, dy, kernel_shape: tuple[int, ...], pads: Pads) -> Float[Array, "k k c_per_segment f"]:
     """The gradient of `depthwise` for its kernel."""
     return _call("depthwise_filter_gradient", kernel_shape, x, dy, pads=pads)

@@ -25,7 +25,8 @@ struct DepthwiseBefore {
         const Size line = pixel / in.width, column = pixel % in.width;
         step = std::min(end - pixel, in.width - column);
         const auto convolve = relu ? ConvolveRow<k, true, Segment> : ConvolveRow<k, false, Segment>;
-        convolve(in, x, kernel, in.channels, line / in.height, line % in.height, column, column + step, top, left, zeros.data(), segment, y, {});
+        convolve(in, x, kernel, in.channels, line / in.height, line % in.height, column, column + step, top, left, zeros.data(),
+                 segment, y, {});
       }
     });
   }
