@@ -104,8 +104,10 @@ class Case:
 
 
 XCEPTION = {"network": "xception", "size": 299}
+INCEPTION_V3 = {"network": "inception_v3", "size": 299, "batch": 8}
 SMALL = {"kind": "train", "network": "small", "size": 32, "batch": 128}
 INFERENCE = ("keras_tensorflow", "keras_jax", "timm", "timm_compiled")
+TRAINING = ("keras_tensorflow", "timm")
 PYTORCH = ("pytorch", "pytorch_nchw")
 
 
@@ -125,8 +127,20 @@ CASES = {
     "train": Case(
         "Xception, training step, batch 8",
         XCEPTION | {"kind": "train", "batch": 8},
-        (Goal("rate", 1.25, ("keras_tensorflow", "timm")), Goal("rate", 8.0, ("keras_jax", "flax"))),
+        (Goal("rate", 1.25, TRAINING), Goal("rate", 8.0, ("keras_jax", "flax"))),
         22_855_952,
+    ),
+    "inception_v3_infer": Case(
+        "Inception V3, inference, batch 8",
+        INCEPTION_V3 | {"kind": "infer"},
+        (Goal("rate", 1.0, INFERENCE),),
+        23_817_352,
+    ),
+    "inception_v3_train": Case(
+        "Inception V3, training step, batch 8",
+        INCEPTION_V3 | {"kind": "train"},
+        (Goal("rate", 1.0, TRAINING),),
+        23_817_352,
     ),
     "small": Case("small Xception, training", SMALL, (Goal("rate", 1.25, PYTORCH),), 722_576),
     "segments_2": _segments(2, 3_047_420),

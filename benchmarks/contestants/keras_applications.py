@@ -1,4 +1,4 @@
-"""keras.applications.Xception on the backend that KERAS_BACKEND names: compiled by jit, or a graph with oneDNN."""
+"""Networks of keras.applications on the backend that KERAS_BACKEND names: compiled by jit, or a graph with oneDNN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 
 def prepare(work: dict, options: dict):
     """Returns (step, parameters)."""
-    model = keras.applications.Xception(weights=None, classifier_activation=None)
+    networks = {"xception": keras.applications.Xception, "inception_v3": keras.applications.InceptionV3}
+    model = networks[work["network"]](weights=None, classifier_activation=None)
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (work["batch"], work["size"], work["size"], 3)).astype(np.float32)
     labels = rng.integers(1000, size=work["batch"], dtype=np.int32)

@@ -30,7 +30,11 @@ def prepare(work: dict, options: dict):
 
 def _config(work: dict) -> ConfigDict:
     """The network of the case; what the peers' steps do not do (averages, decay, dropout, smoothing) is off."""
-    config = fashion_mnist.get_config() if work["network"] == "small" else default_config()
+    if work["network"] == "small":
+        config = fashion_mnist.get_config()
+    else:
+        config = default_config()
+        config.model.name = work["network"]
     config.model.update(work.get("model", {}))
     config.model.dropout_rate = 0.0
     config.data.image_size, config.batch_size = work["size"], work["batch"]

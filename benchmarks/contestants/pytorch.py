@@ -1,4 +1,4 @@
-"""PyTorch: timm's Xception, and the networks of `config.model` written in PyTorch. All cores; channels_last."""
+"""PyTorch: timm's networks, and those of `config.model` written in PyTorch. All cores; channels_last."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def prepare(work: dict, options: dict):
     layout = torch.channels_last if options.get("channels_last", True) else torch.contiguous_format
     model = _network(work).to(memory_format=layout)
     images = (2 * torch.rand(work["batch"], 3, work["size"], work["size"]) - 1).to(memory_format=layout)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     run = _train if work["kind"] == "train" else _infer
     return run(model, images, options.get("compile", False)), parameters
 
@@ -118,7 +118,13 @@ def _network(work: dict) -> nn.Module:
         return Xception(**work.get("model", {}))
     import timm
 
-    return timm.create_model("legacy_xception")
+    if work["network"] == "xception":
+        return timm.create_model("legacy_xception")
+    model = timm.create_model(work["network"])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.requires_grad_(False)  # Keras's Inception V3 has no scale, nor has ours
+    return model
 
 
 def _infer(model, images, compiled: bool):

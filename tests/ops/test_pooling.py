@@ -108,6 +108,19 @@ def test_avg_pool_equals_numpy(window, stride, padding, size, count_padding):
         np.testing.assert_allclose(pool(jnp.asarray(x)), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize(("window", "stride", "padding", "size"), [*CASES, (2, 1, "SAME", (5, 4))])
+def test_gradient_of_avg_pool_is_its_transpose(window, stride, padding, size):
+    """<dy, pool(v)> = <dx, v> for any v."""
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(2, *size, 3))
+    expected = numpy_avg_pool(v, window, stride, padding, count_padding=False)
+    dy = rng.normal(size=expected.shape)
+    with jax.enable_x64(True):
+        pool = partial(ops.avg_pool, window=window, stride=stride, padding=padding)
+        (dx,) = jax.jit(lambda x, dy: jax.vjp(pool, x)[1](dy))(jnp.zeros_like(v), dy)
+    np.testing.assert_allclose((np.asarray(dx) * v).sum(), (dy * expected).sum(), rtol=0, atol=1e-12)
+
+
 def test_gradient_of_avg_pool():
     """Each pixel receives, from every window that holds it, the window's share."""
     with jax.enable_x64(True):

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from xception_jax.ops import cpu_kernels
-from xception_jax.ops.padding import Padding, Pads, explicit_padding, from_phases, pad, strided
+from xception_jax.ops.padding import Padding, Pads, explicit_padding, from_phases, output_size, pad, strided
 
 
 def max_pool(
@@ -105,12 +105,39 @@ def avg_pool(
 ) -> Float[Array, "b oh ow c"]:
     """Returns the mean of each window; padded positions count as zeros only with `count_padding` (PyTorch)."""
     pads = explicit_padding(padding, x.shape[1:3], (window, window), stride)
-
-    def window_sum(x):
-        return lax.reduce_window(
-            x, 0.0, lax.add, (1, window, window, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
-        )
-
     if count_padding:
-        return window_sum(x) / window**2
-    return window_sum(x) / window_sum(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+        return _window_sum(x, window, stride, pads) / window**2
+    counts = _reduce_window_sum(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, pads)
+    return _window_sum(x, window, stride, pads) / counts
+
+
+def _reduce_window_sum(x, window: int, stride: int, pads: Pads):
+    return lax.reduce_window(x, 0.0, lax.add, (1, window, window, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0)))
+
+
+def _window_sum(x, window: int, stride: int, pads: Pads):
+    reduce_window = partial(_reduce_window_sum, window=window, stride=stride, pads=pads)
+    # XLA's CPU backend goes through a window one element at a time.
+    on_cpu = partial(_shifted_sum, window=window, pads=pads) if stride == 1 else reduce_window
+    return lax.platform_dependent(x, cpu=on_cpu, default=reduce_window)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _shifted_sum(x, window: int, pads: Pads):
+    """The sum over the taps of a window of the shifted input."""
+    rows, columns = output_size(x.shape[1:3], (window, window), 1, pads)
+    padded = lax.optimization_barrier(pad(x, pads))
+    return sum(strided(padded, i, j, rows, columns, 1) for i in range(window) for j in range(window))
+
+
+def _shifted_sum_forward(x, window: int, pads: Pads):
+    return _shifted_sum(x, window, pads), None
+
+
+def _shifted_sum_backward(window: int, pads: Pads, _, dy):
+    (top, bottom), (left, right) = pads
+    last = window - 1
+    return (_shifted_sum(dy, window, ((last - top, last - bottom), (last - left, last - right))),)
+
+
+_shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
