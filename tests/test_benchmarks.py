@@ -7,8 +7,12 @@ import sys
 
 import pytest
 
-from benchmarks import cases, report, rounds
+from benchmarks import cases, convolutions, report, rounds
 from benchmarks.cases import CASES, CONTESTANTS, Case, Goal
+from configs import fashion_mnist
+from xception_jax.config import resolve
+from xception_jax.models import create_model
+from xception_jax.models.cost import count_cost
 
 NOTHING = "def prepare(work, options):\n    return (lambda: None), options.get('parameters', 7)\n"
 
@@ -121,3 +125,17 @@ def test_the_cases_are_complete_and_listed(run_python):
     done = run_python("-m", "benchmarks", "--cases", "nonsense")
     assert done.returncode == 64
     assert "there is no case 'nonsense'" in done.stderr
+
+
+def test_convolutions_of_a_network_are_found_and_timed():
+    config = fashion_mnist.get_config()
+    config.batch_size = 2
+    config = resolve(config)
+    found = convolutions.find_convolutions(config)
+    by_layer = count_cost(create_model(config.model), config.data.image_size).multiply_adds_by_layer
+    in_convolutions = sum(count for layer, count in by_layer.items() if layer != "head/predictions")
+    assert sum(count * convolution.flops for convolution, count in found.items()) == 2 * 2 * in_convolutions
+
+    milliseconds = convolutions.measure(next(iter(found)), "float32", 0.0)
+    assert list(milliseconds) == list(convolutions.KINDS)
+    assert min(milliseconds.values()) > 0
