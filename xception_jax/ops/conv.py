@@ -269,33 +269,17 @@ def _depthwise_forward(x, kernel, stride: int, pads: Pads):
 
 def _depthwise_backward(stride: int, pads: Pads, residuals, dy):
     x, kernel = residuals
-    return _depthwise_input_gradient(x, kernel, dy, stride, pads), _depthwise_filter_gradient(
-        x, kernel, dy, stride, pads
-    )
+    dx = _input_gradient(_depthwise_turned, x.shape, kernel, dy, x.shape[-1], stride, pads)
+    return dx, _depthwise_filter_gradient(x, kernel, dy, stride, pads)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _dilated(x, kernel, dy, stride: int, pads: Pads):
-    """Returns (dy with zeros in between, padding): convolved with the kernel turned round, the gradient for x."""
-    kh, kw = kernel.shape[:2]
-    between = (0, 0, stride - 1)
-    dilated = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), between, between, (0, 0, 0)])
-    low = [k - 1 - before for k, (before, _) in zip((kh, kw), pads, strict=True)]
-    sizes = zip(x.shape[1:3], (kh, kw), dilated.shape[1:3], low, strict=True)
-    high = [n + k - 1 - m - before for n, k, m, before in sizes]
-    return dilated, ((low[0], high[0]), (low[1], high[1]))
-
-
-def _depthwise_input_gradient(x, kernel, dy, stride: int, pads: Pads):
-    kh, kw, _, filters = kernel.shape
-    dilated, outer = _dilated(x, kernel, dy, stride, pads)
-    padded = pad(dilated, outer)
-    _, rows, columns, channels = x.shape
-    taps = ((i, j) for i in range(kh) for j in range(kw))
-    dx = sum(strided(padded, i, j, rows, columns, 1) * kernel[kh - 1 - i, kw - 1 - j, 0] for i, j in taps)
-    return dx.reshape(*x.shape, filters // channels).sum(-1) if filters > channels else dx
+def _depthwise_turned(dy, kernel, segments: int, pads: Pads):
+    """The gradient for x at stride 1: dy, padded, with the kernel turned round; summed over the filters of a channel."""
+    dx = _depthwise(dy, kernel[::-1, ::-1], 1, pads)
+    return dx.reshape(*dx.shape[:3], segments, -1).sum(-1) if kernel.shape[-1] > segments else dx
 
 
 def _depthwise_filter_gradient(x, kernel, dy, stride: int, pads: Pads):
