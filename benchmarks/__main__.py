@@ -101,8 +101,9 @@ def main() -> int:
         data.write_text(json.dumps(results, indent=1) + "\n")
         (args.output / "benchmarks.md").write_text(report.markdown(results))
 
+    about = _about()  # of the code before the first result is written beside it
     if args.growth:
-        results["growth"] = _about() | {"points": measure_growth(args.seconds, _say)}
+        results["growth"] = about | {"points": measure_growth(args.seconds, _say)}
     elif not args.report:
         peers = shutil.which(args.peers)
         if peers is None:
@@ -114,7 +115,6 @@ def main() -> int:
             write_photographs(directory)
             for name in names:
                 _say(f"{name}: {CASES[name].title}")
-                about = _about() | {"repeats": args.repeats}
                 contestants = measure(
                     CASES[name],
                     os.path.abspath(peers),
@@ -124,7 +124,7 @@ def main() -> int:
                     directory,
                     ALLOCATOR if args.same_allocator else None,
                 )
-                results["cases"][name] = about | {"contestants": contestants}
+                results["cases"][name] = about | {"repeats": args.repeats, "contestants": contestants}
                 save()  # what is measured stays, whatever comes after
     results["cases"] = {name: results["cases"][name] for name in CASES if name in results["cases"]}
     save()

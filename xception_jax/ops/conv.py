@@ -277,7 +277,7 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _depthwise_turned(dy, kernel, segments: int, pads: Pads):
-    """The gradient for x at stride 1: dy, padded, with the kernel turned round; summed over the filters of a channel."""
+    """The gradient for x at stride 1: of dy, padded, with the kernel turned round; summed over a channel's filters."""
     dx = _depthwise(dy, kernel[::-1, ::-1], 1, pads)
     return dx.reshape(*dx.shape[:3], segments, -1).sum(-1) if kernel.shape[-1] > segments else dx
 
