@@ -165,7 +165,7 @@ Written by `python -m benchmarks`; do not edit. Raw samples: [data/benchmarks.js
 {_versions(results)}
 
 Float32, random weights and images. Every network has as many trainable parameters as ours, to the last one
-(the scales of BatchNorm in timm's Inception V3, which Keras's and ours do without, are not trained). Each contestant has
+(the scales of BatchNorm in timm's Inception V3, which the others do without, are not trained). Each contestant has
 a process of its own that stays alive; they work in turn, in rounds, while the others wait. From commit 9d2249e on,
 every round begins with an untimed step; before, only where a step took less than a second. A figure is the median
 over the rounds, with its quartiles in parentheses. A ratio compares the same rounds of ours and of the best peer (by
