@@ -22,11 +22,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
 from xception_jax import ops
 from xception_jax.command_line import Parser, read_config, run_main
-from xception_jax.config import resolve
+from xception_jax.config import ExperimentConfig, resolve
 from xception_jax.models import create_model
 from xception_jax.models.layers import Conv
 from xception_jax.models.trace import trace_layers
@@ -52,7 +51,7 @@ class Convolution(NamedTuple):
         return 2 * pixels * math.prod(self.kernel)
 
 
-def find_convolutions(config: ConfigDict) -> Counter[Convolution]:
+def find_convolutions(config: ExperimentConfig) -> Counter[Convolution]:
     """Returns those of a training step, and how many are alike."""
     found: Counter[Convolution] = Counter()
 

@@ -11,15 +11,16 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import (
+    FIELDS,
     default_config,
-    load_json,
+    duration_in_steps,
+    from_json,
     resolve,
     resolve_model,
-    save_json,
+    to_json,
     unknown_field,
 )
 from xception_jax.errors import ConfigError
-from xception_jax.fields import FIELDS, duration_in_steps
 
 LABELS = ("paper", "reference", "inferred", "modern", "local")
 
@@ -279,10 +280,10 @@ OTHER_VALUES = {
 )
 def test_json_round_trip_is_the_identity(fields):
     config = resolve(changed(**{name.replace(".", "__"): value for name, value in fields.items()}))
-    text = save_json(config)
-    again = load_json(text)
+    text = to_json(config)
+    again = from_json(text)
     assert again.to_dict() == config.to_dict()
-    assert save_json(again) == text
+    assert to_json(again) == text
     for name in FIELDS:
         assert type(get(again, name)) is type(get(config, name)), name
     assert list(json.loads(text)) == list(dict.fromkeys(name.split(".")[0] for name in FIELDS))
@@ -292,18 +293,18 @@ def test_json_is_read_as_data():
     """No tag, class or reference in it is looked up; text that looks like code stays text."""
     config = resolve(default_config()).to_dict()
     config["name"] = "!!python/object/apply:os.system ['false']"
-    assert load_json(json.dumps(config)).name == config["name"]
+    assert from_json(json.dumps(config)).name == config["name"]
     for key in ("__class__", "_fields", "py/object", "__reduce__"):
         with pytest.raises(ConfigError, match=key):
-            load_json(json.dumps(config | {key: "os.system"}))
+            from_json(json.dumps(config | {key: "os.system"}))
     with pytest.raises(ConfigError):
-        load_json(json.dumps(config | {"batch_size": "__import__('os').getpid()"}))
+        from_json(json.dumps(config | {"batch_size": "__import__('os').getpid()"}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"text"', "null", "3", '{"batch_size": 8} {}'])
 def test_a_damaged_file_is_a_config_error(text):
     with pytest.raises(ConfigError) as error:
-        load_json(text)
+        from_json(text)
     assert len(str(error.value).split("\n")) == 3
 
 

@@ -10,7 +10,7 @@ import pytest
 from xception_jax.config import resolve
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 

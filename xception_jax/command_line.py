@@ -14,9 +14,8 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from xception_jax.config import unknown_field
+from xception_jax.config import FIELDS, unknown_field
 from xception_jax.errors import ConfigError, InputMissingError, UsageError, UserError
-from xception_jax.fields import FIELDS
 
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
 

@@ -9,15 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from configs import fashion_mnist
-from xception_jax.config import default_config, resolve
+from xception_jax.config import ExperimentConfig, default_config, resolve
 from xception_jax.data.images import Preprocessing
 from xception_jax.export.inference import compile_inference
 from xception_jax.models import create_model
 from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 from xception_jax.weights.network import Network
@@ -28,7 +27,7 @@ def prepare(work: dict, options: dict):
     return {"train": _train, "infer": _infer, "input": _input}[work["kind"]](work)
 
 
-def _config(work: dict) -> ConfigDict:
+def _config(work: dict) -> ExperimentConfig:
     """The network of the case; what the peers' steps do not do (averages, decay, dropout, smoothing) is off."""
     if work["network"] == "small":
         config = fashion_mnist.get_config()

@@ -14,7 +14,7 @@ import pytest
 from configs import multilabel
 from tests.data.small_imagenet import write_small_imagenet
 from tests.models.random_weights import random_variables
-from xception_jax.config import default_config, resolve, resolve_model, save_json
+from xception_jax.config import default_config, resolve, resolve_model, to_json
 from xception_jax.data.prepare import fashion_mnist, imagenet
 from xception_jax.data.prepare.writer import write_dataset
 from xception_jax.models import create_model
@@ -76,7 +76,7 @@ def multilabel_run(tmp_path_factory) -> Path:
     write_dataset(dataclasses.replace(scenes, name="few_scenes", splits=few), directory / "tfds", progress=False)
     config.data.update(name="few_scenes", data_dir=str(directory / "tfds"), train_split="train", eval_split="")
     config = resolve(config)
-    (directory / "config.json").write_text(save_json(config))
+    (directory / "config.json").write_text(to_json(config))
     experiment = make_experiment(config)
     variables = random_variables(experiment.model, np.zeros((1, 64, 64, 3), np.float32))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), experiment.abstract)

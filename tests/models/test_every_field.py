@@ -16,9 +16,8 @@ from flax.errors import (
 )
 from jax.sharding import AbstractMesh, AxisType
 
-from xception_jax.config import XCEPTION_ONLY, default_config
+from xception_jax.config import FIELDS, XCEPTION_ONLY, default_config
 from xception_jax.errors import ConfigError
-from xception_jax.fields import FIELDS
 from xception_jax.models import create_model
 
 XCEPTION = {"name": "xception", "width_multiplier": 0.25, "middle_blocks": 1, "num_classes": 10}

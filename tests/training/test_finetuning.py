@@ -14,13 +14,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.models.random_weights import random_variables
-from xception_jax.config import default_config, load_json, resolve, save_json
+from xception_jax.config import default_config, from_json, resolve, to_json
 from xception_jax.data.prepare.fashion_mnist import fashion_mnist_subset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.models import create_model
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.initial_weights import _for_our_images
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 from xception_jax.training.workdir import open_workdir
@@ -43,7 +43,7 @@ def tiny_config(**fields):
 @functools.cache
 def after_steps(saved_config: str, steps: int = 2):
     """Returns the states before and after some steps, and a function of images to logits in training."""
-    config = load_json(saved_config)
+    config = from_json(saved_config)
     model = create_model(config.model)
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -91,7 +91,7 @@ PART_OF_A_NORM = "^block1_|kernel$|block2_.*scale$"
     ids=["sgd", "rmsprop"],
 )
 def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(fields, rest):
-    first, last, _ = after_steps(save_json(tiny_config(**fields)))
+    first, last, _ = after_steps(to_json(tiny_config(**fields)))
     frozen = fields["optimizer.frozen"]
     pairs = {
         "params": (first.params, last.params, frozen),
@@ -117,7 +117,7 @@ def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(fields, rest):
 def test_frozen_layers_run_as_in_inference():
     """With every BatchNorm frozen, the loss of a step is that of the network in inference."""
     config = tiny_config(**{"optimizer.frozen": "^(?!head/)", "loss.label_smoothing": 0.0})
-    first, _, metrics = after_steps(save_json(config), steps=1)
+    first, _, metrics = after_steps(to_json(config), steps=1)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(8, 16, 16, 3)), jnp.float32)
     labels = rng.integers(0, 5, 8)
@@ -268,7 +268,7 @@ def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python,
     assert "resumed at 2" in process.stderr
     assert "starts from" not in process.stdout
 
-    config = load_json((workdir / "config.json").read_text())
+    config = from_json((workdir / "config.json").read_text())
     assert config.init.weights == str(moved)
     for name, value in (("init.weights", "another"), ("optimizer.frozen", "^block1_")):
         changed = config.copy_and_resolve_references()

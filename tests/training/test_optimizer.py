@@ -5,7 +5,7 @@ import pytest
 
 from xception_jax.config import default_config
 from xception_jax.training.losses import sigmoid_loss, softmax_loss
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 
 PARAMS = {
     "conv": {"kernel": np.array([1.0, -2.0, 0.5])},

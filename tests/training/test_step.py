@@ -10,12 +10,12 @@ import pytest
 
 from tests.conftest import ROOT
 from xception_jax import ops
-from xception_jax.config import default_config, load_json, resolve, save_json
+from xception_jax.config import default_config, from_json, resolve, to_json
 from xception_jax.models import create_model
 from xception_jax.models.layers import Conv, Head
 from xception_jax.models.modules import SeparableConv
 from xception_jax.training.fingerprint import state_fingerprint
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
@@ -60,7 +60,7 @@ class Short(nn.Module):
 
 def make(config, state=None):
     """Returns the first state (or the given one) and the jitted step of a config; equal configs are compiled once."""
-    init, step = _make(save_json(config))
+    init, step = _make(to_json(config))
     return (init(seed_bits(config.seed)) if state is None else state), step
 
 
@@ -72,7 +72,7 @@ def short(config) -> Short:
 
 @cache
 def _make(saved_config):
-    config = load_json(saved_config)
+    config = from_json(saved_config)
     model = short(config)
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)

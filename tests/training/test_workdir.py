@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from xception_jax.config import default_config, load_json, resolve
+from xception_jax.config import default_config, from_json, resolve
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.training.workdir import open_workdir
 
@@ -45,7 +45,7 @@ def test_fresh_directory_gets_the_config(tmp_path):
     config = config_with(batch_size=64)
     with open_workdir(tmp_path / "a" / "b", config) as workdir:
         assert workdir == tmp_path / "a" / "b"
-        assert load_json((workdir / "config.json").read_text()) == config
+        assert from_json((workdir / "config.json").read_text()) == config
     assert sorted(os.listdir(workdir)) == ["config.json", "lock"]
 
 
@@ -118,7 +118,7 @@ def test_extending_a_run_is_noted_and_stored(tmp_path):
         "changed since the last run here: config.data.threads: 16 -> 4",
         "changed since the last run here: config.duration: '169 epochs' -> '200 epochs'",
     ]
-    assert load_json((tmp_path / "config.json").read_text()) == config
+    assert from_json((tmp_path / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("checkpoint", ["100", "100.corrupt-20260101T000000Z"])

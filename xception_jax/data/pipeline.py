@@ -22,8 +22,8 @@ import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Float32, Int64, UInt8
-from ml_collections import ConfigDict
 
+from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.sources import Source, check_label
 from xception_jax.errors import BadDataError, StorageError, UserError
@@ -39,7 +39,7 @@ _PADDING = -1  # the index of an example that fills up the last batch of an eval
 
 
 def train_batches(
-    data: ConfigDict,
+    data: DataConfig,
     source: Source,
     *,
     batch_size: int,
@@ -97,7 +97,7 @@ class EvaluationBatches:
 
     def __init__(
         self,
-        data: ConfigDict,
+        data: DataConfig,
         source: Source,
         *,
         batch_size: int,
@@ -134,7 +134,7 @@ class BatchIterator:
       data: `config.data`; workers is read.
     """
 
-    def __init__(self, batches: grain.MapDataset, load: _LoadBatch, data: ConfigDict):
+    def __init__(self, batches: grain.MapDataset, load: _LoadBatch, data: DataConfig):
         # Each worker holds batches of its own: one in the making, and one that waits to be fetched.
         in_the_making = 1 if data.workers else min(_BATCHES_IN_THE_MAKING, data.threads)
         ahead = 1 if data.workers else in_the_making + _BATCHES_READY
@@ -226,15 +226,14 @@ class _LoadBatch:
       view: another one than that of `data`, for evaluation.
     """
 
-    def __init__(self, data: ConfigDict, source: Source, seed: int | None, view: images.Preprocessing | None = None):
+    def __init__(self, data: DataConfig, source: Source, seed: int | None, view: images.Preprocessing | None = None):
         self._data, self._source, self._seed = data, source, seed
         self._pool = ThreadPoolExecutor(
             data.threads, thread_name_prefix="decode"
         )  # has no threads before its first use
-        # A ConfigDict looks a field up in 10 microseconds, which counts when there are ten for each image.
         self._view = view or images.Preprocessing(data.image_size, data.eval_crop)
         self._size, self._augmentation, self._color = data.image_size, data.augmentation, data.color_distortion
-        self._crop_area, self._shift = tuple(data.crop_area), data.shift_pixels
+        self._crop_area, self._shift = data.crop_area, data.shift_pixels
         self._parts, self._cache = _PARTS_PER_THREAD * data.threads, data.cache
         self._cached: dict[int, tuple[UInt8[np.ndarray, "h w 3"], Any]] = {}  # (image, label) by index
 

@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
+from xception_jax.config import DataConfig
 from xception_jax.data.prepare import fashion_mnist
 from xception_jax.data.prepare.writer import Dataset, is_complete, write_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
@@ -81,7 +81,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(data: ConfigDict, split: str) -> Source:
+def open_source(data: DataConfig, split: str) -> Source:
     """Opens one split of `config.data.name`.
 
     'fashion_mnist_subset' and 'fashion_mnist_scenes' are written from the images that are shipped with this package
@@ -113,7 +113,7 @@ def open_source(data: ConfigDict, split: str) -> Source:
     return TfdsSource(directory, split)
 
 
-def find_class_names(data: ConfigDict) -> tuple[str, ...] | None:
+def find_class_names(data: DataConfig) -> tuple[str, ...] | None:
     """Returns the names of the classes of `config.data.name`, or None if the dataset is not on this machine.
 
     Its features.json is read, the images need not be there.

@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from xception_jax.config import default_config
+from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
@@ -115,7 +114,7 @@ class _Subject:
 
     network: Network
     variables: dict[str, dict[str, Any]]
-    config: ConfigDict
+    config: ExperimentConfig
     step: int | None
 
 
@@ -125,20 +124,20 @@ def _open_subject(args: argparse.Namespace) -> _Subject:
         return _Subject(run_network(args.source, run), run.variables, run.config, run.step)
     network = open_network(args.source, args.step)
     require_classifier(network)
-    config = default_config()
-    config.data.image_size, config.data.eval_crop = network.preprocessing.size, network.preprocessing.crop
+    view = network.preprocessing
+    config = override(ExperimentConfig(), {"data.image_size": view.size, "data.eval_crop": view.crop})
     return _Subject(network, {"": network.variables}, config, None)
 
 
-def _open_data(args: argparse.Namespace, config: ConfigDict) -> tuple[ConfigDict, Source]:
+def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[DataConfig, Source]:
     """Returns `config.data` as the arguments change it, and the split."""
-    data = config.data.copy_and_resolve_references()
+    data = config.data
     own = is_run(args.source) and args.dataset in (None, data.name)
     if not own and not (args.dataset and args.split):
         fix = "such as --dataset imagenet2012 --split validation"
         raise UsageError("it has to be said which images to evaluate on", "--dataset and --split", fix)
-    data.name = args.dataset or data.name
-    data.data_dir = args.data_dir if args.data_dir is not None else data.data_dir
+    data_dir = args.data_dir if args.data_dir is not None else data.data_dir
+    data = data.replace(name=args.dataset or data.name, data_dir=data_dir)
     return data, open_source(data, args.split or data.test_split or data.eval_split)
 
 
@@ -171,9 +170,9 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     check_labels(source)
     real_labels = load_real_labels(args.real, info.num_classes) if args.real else []
     numbers = image_numbers(source, real_labels) if args.real else []
-    config.loss.name = "sigmoid" if info.multi_label else "softmax"
+    config = override(config, {"loss.name": "sigmoid" if info.multi_label else "softmax"})
 
-    mesh = make_mesh(default_config().mesh)
+    mesh = make_mesh(MeshConfig())
     usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * mesh.size
     batch_size = -(-usual // mesh.size) * mesh.size if args.batch_size is None else args.batch_size
     if batch_size < 1:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
+from xception_jax.config import ExperimentConfig
 from xception_jax.evaluation.metrics import Predictions, Sums, multi_label_sums, single_label_sums, summarise
 from xception_jax.training.mesh import whole
 
@@ -22,7 +22,7 @@ SAVED_CLASSES = 5
 
 
 def make_evaluation_step(
-    model: nn.Module, config: ConfigDict, *, keep_logits: bool = False
+    model: nn.Module, config: ExperimentConfig, *, keep_logits: bool = False
 ) -> Callable[[dict, Batch], tuple[Sums, Batch]]:
     """Returns a jitted `step(variables, batch)`: sums over the batch's mask, and the best classes of each image.
 
@@ -31,12 +31,12 @@ def make_evaluation_step(
       config: loss.name and evaluation.map_at are read.
       keep_logits: predictions have the logits of all classes too, 200 MB for ImageNet's validation set.
     """
-    several = config.loss.name == "sigmoid"
+    multi_label = config.loss.multi_label
 
     @jax.jit
     def step(variables, batch):
         logits, _ = model.apply(whole(variables), batch["image"], train=False)
-        if several:
+        if multi_label:
             sums = multi_label_sums(logits, batch["label"], batch["mask"], config.evaluation.map_at)
             probabilities, saved = jax.nn.sigmoid(logits), config.evaluation.map_at
         else:

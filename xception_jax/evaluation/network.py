@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from xception_jax.config import default_config, load_json
+from xception_jax.config import ExperimentConfig, MeshConfig, from_json
 from xception_jax.data.sources import find_class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
@@ -19,7 +18,7 @@ from xception_jax.models import create_model
 from xception_jax.training import manifest
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.mesh import make_mesh
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG
 from xception_jax.weights import Network, Preprocessing, hub, load_network
@@ -36,7 +35,7 @@ class Run:
       sha256: of the manifest of the checkpoint; '' if the run was killed before it was written.
     """
 
-    config: ConfigDict
+    config: ExperimentConfig
     step: int
     variables: dict[str, dict[str, Any]]
     sha256: str
@@ -84,7 +83,7 @@ def run_network(source: str, run: Run) -> Network:
         classes=find_class_names(data),
         source=source,
         sha256=run.sha256,
-        multi_label=run.config.loss.name == "sigmoid",
+        multi_label=run.config.loss.multi_label,
     )
 
 
@@ -100,7 +99,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
         fix = f"give the file in it: {path / hub.WEIGHTS}"
         raise InputMissingError("it is no run, but a folder of the Hugging Face hub", workdir, fix)
     try:
-        config = load_json((path / CONFIG).read_text())
+        config = from_json((path / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):
         fix = f"give the work directory of a run, it holds {CONFIG}; or a weight file"
         raise InputMissingError("there is no run", workdir, fix) from None
@@ -123,7 +122,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     )
 
 
-def _abstract_state(config: ConfigDict) -> TrainState:
+def _abstract_state(config: ExperimentConfig) -> TrainState:
     """Returns the shapes of a run's state, on one device of this process."""
     # The shapes do not depend on how many examples an epoch has.
     optimizer = make_optimizer(config.optimizer, make_schedule(config, num_examples=1))
@@ -133,4 +132,4 @@ def _abstract_state(config: ConfigDict) -> TrainState:
         image_size=config.data.image_size,
         ema=config.ema.decay > 0,
     )
-    return abstract_state(init, make_mesh(default_config().mesh, jax.local_devices()[:1]))
+    return abstract_state(init, make_mesh(MeshConfig(), jax.local_devices()[:1]))

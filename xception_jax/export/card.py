@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from xception_jax.config import to_dict
 from xception_jax.environment import installed_versions
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.evaluation.metrics import wilson_interval
@@ -53,9 +52,9 @@ def make_card(
       evaluation: as `run_evaluation` or `read_evaluation` returns it.
       difference: what the check found; None if there was none.
     """
-    model = ConfigDict(network.model if format == "safetensors" else in_float32(network).model)
+    model = network.model if format == "safetensors" else in_float32(network).model
     size = network.preprocessing.size
-    cost = count_cost(create_model(ConfigDict(model.to_dict() | {"dtype": "float32"})), size)  # of any type the same
+    cost = count_cost(create_model(model.replace(dtype="float32")), size)  # of any type the same
     images = "uint8" if uint8 else "float32"
     return {
         "file": file,
@@ -64,7 +63,7 @@ def make_card(
         "platforms": list(PLATFORMS) if format == "stablehlo" else None,
         "source": network.source,
         "source_sha256": network.sha256,
-        "network": model.to_dict(),
+        "network": to_dict(model),
         "parameters": cost.parameters,
         "multiply_adds": cost.multiply_adds,
         "input": {"name": "images", "dtype": images, "shape": ["b", size, size, 3]},

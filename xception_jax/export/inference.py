@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
-from ml_collections import ConfigDict
 
+from xception_jax.config import InceptionV3Config
 from xception_jax.export.fusion import fuse
 from xception_jax.models import create_model
 from xception_jax.models.layers import BatchNorm, Conv
@@ -32,8 +32,9 @@ def make_reference(network: Network) -> Infer:
 
 def in_float32(network: Network) -> Network:
     """Returns a network that computes in float32, whatever it was trained in, and has no auxiliary head."""
-    model = ConfigDict(network.model)
-    model.dtype, model.aux_head = "float32", False
+    model = network.model.replace(dtype="float32")
+    if isinstance(model, InceptionV3Config):
+        model = model.replace(aux_head=False)
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), network.variables)
     variables = {kind: {k: v for k, v in tree.items() if not k.startswith("aux_")} for kind, tree in variables.items()}
     return dataclasses.replace(network, model=model, variables=variables)

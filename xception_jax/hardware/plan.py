@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
+from xception_jax.config import ExperimentConfig, duration_in_steps
 from xception_jax.data.sources import Source, SyntheticSource, open_source
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
-from xception_jax.fields import duration_in_steps
 from xception_jax.hardware.hlo import Collective, arrays_in_memory, collectives
 from xception_jax.hardware.roofline import StepTime, Traffic, count_traffic, step_time
 from xception_jax.hardware.topology import Topology
@@ -93,7 +92,7 @@ class Plan:
     """
 
     topology: Topology
-    config: ConfigDict
+    config: ExperimentConfig
     epoch_examples: int
     steps: int
     flops: float
@@ -162,7 +161,7 @@ def _batch_that_fits(batch_per_chip: int, memory: Memory, hbm_bytes: int) -> int
     return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // growing
 
 
-def make_plan(config: ConfigDict, topology: Topology, *, examples: int | None = None) -> Plan:
+def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | None = None) -> Plan:
     """Compiles the training step of a config for a topology (TPU), or counts what it needs (GPU).
 
     Args:
@@ -203,7 +202,7 @@ def make_plan(config: ConfigDict, topology: Topology, *, examples: int | None = 
     return Plan(topology, config, num_examples, steps, flops, compiled, time_of_step)
 
 
-def _epoch_examples(config: ConfigDict) -> int:
+def _epoch_examples(config: ExperimentConfig) -> int:
     """Returns the size of the training split, from the dataset if it is here, else from what is known of it."""
     data = config.data
     try:
@@ -223,7 +222,9 @@ def _epoch_examples(config: ConfigDict) -> int:
     return tfds.core.splits.SplitDict([info])[data.train_split].num_examples
 
 
-def _compile(config: ConfigDict, topology: Topology, devices: Sequence[jax.Device], num_examples: int) -> Compiled:
+def _compile(
+    config: ExperimentConfig, topology: Topology, devices: Sequence[jax.Device], num_examples: int
+) -> Compiled:
     mesh = make_mesh(config.mesh, devices)
     # The step does not depend on what the images are.
     sources: dict[str, Source] = {"train": SyntheticSource(num_examples, config.data.train_split)}
@@ -260,7 +261,7 @@ def _compile(config: ConfigDict, topology: Topology, devices: Sequence[jax.Devic
     )
 
 
-def _too_large(error: DeviceMemoryError, config: ConfigDict, topology: Topology) -> DeviceMemoryError:
+def _too_large(error: DeviceMemoryError, config: ExperimentConfig, topology: Topology) -> DeviceMemoryError:
     # libtpu: 'the total memory required for HLO temporaries (27.97G) exceeds available HBM (15.75G)'
     sizes = re.findall(r"\b\d+\.\d+[KMGT]\b", str(error.__cause__))
     needs = f": {sizes[0]} of {sizes[1]}" if len(sizes) > 1 else ""
@@ -271,7 +272,7 @@ def _too_large(error: DeviceMemoryError, config: ConfigDict, topology: Topology)
     )
 
 
-def _expected_collectives(config: ConfigDict, topology: Topology, cost, traffic: Traffic) -> Counter[Collective]:
+def _expected_collectives(config: ExperimentConfig, topology: Topology, cost, traffic: Traffic) -> Counter[Collective]:
     """Returns what data parallelism needs: a sum of all gradients, and of BatchNorm's statistics if they are global."""
     devices = topology.size
     found: Counter[Collective] = Counter()
@@ -285,7 +286,7 @@ def _expected_collectives(config: ConfigDict, topology: Topology, cost, traffic:
 
 
 def find_largest_batch(
-    config: ConfigDict, topology: Topology, *, examples: int | None = None, report: Callable[[str], None] = print
+    config: ExperimentConfig, topology: Topology, *, examples: int | None = None, report: Callable[[str], None] = print
 ) -> Plan:
     """Returns the plan for the most images a chip that fit, in multiples of eight; compiles up to `_TRIES` times.
 
@@ -305,8 +306,7 @@ def find_largest_batch(
     failure: DeviceMemoryError | None = None
     limit = math.inf
     for _ in range(_TRIES):
-        tried = config.copy_and_resolve_references()
-        tried.batch_size = batch * topology.size
+        tried = config.replace(batch_size=batch * topology.size)
         try:
             plan = make_plan(tried, topology, examples=examples)
             assert plan.compiled is not None

@@ -14,10 +14,9 @@ from typing import Any, TypedDict
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from ml_collections import ConfigDict
 from PIL import Image
 
-from xception_jax.config import save_json
+from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.evaluation.metrics import (
     Predictions,
     class_average_precision,
@@ -26,7 +25,6 @@ from xception_jax.evaluation.metrics import (
     most_confused,
     wilson_interval,
 )
-from xception_jax.fields import FIELDS
 from xception_jax.files import write_atomically
 from xception_jax.logs.figures import BLUE, GREY, VERMILION, Line, line_figure
 from xception_jax.logs.progress import format_count, format_duration
@@ -64,7 +62,7 @@ def choose_examples(predictions: Predictions, count: int = 12) -> tuple[list[int
 def write_report(
     workdir: str | os.PathLike[str],
     *,
-    config: ConfigDict,
+    config: ExperimentConfig,
     metrics: Sequence[dict[str, Any]],
     info: RunInfo,
     predictions: Predictions | None = None,
@@ -97,12 +95,12 @@ def write_report(
     )
     environment.filters |= {"percent": _percent, "number": _number, "duration": format_duration, "count": format_count}
     names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.model.num_classes))]
-    multi_label = config.loss.name == "sigmoid"
+    multi_label = config.loss.multi_label
     last_step = max((entry["step"] for entry in metrics), default=0)
     context = {
         "title": config.name or Path(workdir).resolve().name,
         "config": config,
-        "config_json": save_json(config),
+        "config_json": to_json(config),
         "changes": _changes(config),
         "info": info,
         "last_step": last_step,
@@ -133,19 +131,17 @@ def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
     return statistics.median(finite) if finite else None
 
 
-def _changes(config: ConfigDict) -> list[tuple[str, Any, Any, str]]:
+def _changes(config: ExperimentConfig) -> list[tuple[str, Any, Any, str]]:
     """Returns (field, value, default, where the default comes from) of what this run sets otherwise."""
     changes = []
-    for name, field in FIELDS.items():
-        value: Any = config
-        for key in name.split("."):
-            value = value[key]
+    for name, value in flatten(config).items():
+        field = FIELDS[name]
         if value != field.default and name != "name":
             changes.append((name, value, field.default, field.source))
     return changes
 
 
-def _result(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the rows of the result: of the test split, else of the last time on the development split."""
     entries = [entry for split in ("dev", "test") for entry in metrics if entry["split"] == split]
     if not entries:
@@ -155,7 +151,7 @@ def _result(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> dict[str, 
     # The average comes first, as it is what the paper evaluates: the better of the two would be a choice on the test.
     for label, prefix in (("Polyak average", "ema_"), ("last weights", "")):
         values = {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
-        main = values.get("map_at_k" if config.loss.name == "sigmoid" else "top1")
+        main = values.get("map_at_k" if config.loss.multi_label else "top1")
         if main is not None:
             low, high = wilson_interval(main, entry.get("count", 0))
             rows.append({"label": label, "averaged": bool(prefix), "main": main, "low": low, "high": high, **values})
@@ -163,13 +159,13 @@ def _result(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> dict[str, 
     return {**entry, "rows": rows, "split": split, "is_test": entry["split"] == "test"} if rows else None
 
 
-def _figures(config: ConfigDict, metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     train, raw, average = (
         {"color": GREY, "linewidth": 1},
         {"color": BLUE, "linewidth": 1.6},
         {"color": VERMILION, "linewidth": 1.6, "linestyle": (0, (4, 2))},
     )
-    multi_label = config.loss.name == "sigmoid"
+    multi_label = config.loss.multi_label
     quality, title = ("map_at_k", f"MAP@{config.evaluation.map_at}") if multi_label else ("top1", "Top-1 accuracy")
 
     def lines(name: str) -> list[Line]:

@@ -6,47 +6,43 @@ places; its 23,626,728 parameters are the number in table 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from xception_jax import ops
-from xception_jax.models.layers import BatchNorm, Conv, Dtype, Head
-from xception_jax.models.modules import Norm
+from xception_jax.config import InceptionV3Config
+from xception_jax.models.layers import Conv, Head, glorot_uniform, norm_of, param_dtype
 
 
 class InceptionV3(nn.Module):
     """Inception V3 (Szegedy et al. 2015, arXiv 1512.00567), eleven modules `mixed0` to `mixed10`.
 
-    Attributes:
-      num_classes, width_multiplier, fc_layers, fc_width, dropout_rate, norm, dtype: as in `config.model`.
-      graph_2016: builds the 2016 graph: convolutions with bias, ReLU before BN, 32 filters in the pool projection
-        of mixed1 and mixed2, 160 in the first convolution of mixed7's double 7 x 7, average pooling in mixed8.
-      aux_head: adds the auxiliary classifier on mixed7; while training, `endpoints['aux_logits']`.
-      padding: 'symmetric' counts the padding in average pools, as PyTorch ports do.
+    Named 'inception_v3_2016', it is the 2016 graph: convolutions with bias, ReLU before BN, 32 filters in the pool
+    projection of mixed1 and mixed2, 160 in the first convolution of mixed7's double 7 x 7, average pooling in mixed8.
+
+    With `config.aux_head` an auxiliary classifier stands on mixed7; while training, `endpoints['aux_logits']`. With
+    `config.padding='symmetric'` average pools count the padding, as PyTorch ports do.
     """
 
-    num_classes: int = 1000
-    width_multiplier: float = 1.0
-    graph_2016: bool = False
-    aux_head: bool = False
-    fc_layers: int = 0
-    fc_width: int = 4096
-    dropout_rate: float = 0.5
-    norm: Norm = BatchNorm
-    padding: str = "same"
-    dtype: Dtype = jnp.float32
+    config: InceptionV3Config
 
     @nn.compact
-    def __call__(self, images: Float[Array, "b h w 3"], train: bool = False):
+    def __call__(
+        self, images: Float[Array, "b h w 3"], train: bool = False
+    ) -> tuple[Float[Array, "b n"], dict[str, Array]]:
         """Returns (logits [b, num_classes], endpoints `mixed0` to `mixed10` and `pre_logits`), images in [-1, 1]."""
-        old = self.graph_2016
+        config = self.config
+        dtype, norm_layer = jnp.dtype(config.dtype), norm_of(config)
+        old = config.name == "inception_v3_2016"
         endpoints = {}
 
         def conv(x, features, kernel_size, name, *, stride=1, padding="SAME"):
-            features = max(1, round(features * self.width_multiplier))
-            x = Conv(features, kernel_size, stride, padding, use_bias=old, dtype=self.dtype, name=name)(x)
-            norm = self.norm(name=f"{name}_bn")
+            features = max(1, round(features * config.width_multiplier))
+            x = Conv(features, kernel_size, stride, padding, use_bias=old, dtype=dtype, name=name)(x)
+            norm = norm_layer(name=f"{name}_bn")
             return norm(nn.relu(x), train) if old else nn.relu(norm(x, train))
 
         def tower(x, name, *layers, last_stride=1):
@@ -58,7 +54,7 @@ class InceptionV3(nn.Module):
             return x
 
         def pooled(x, features, name):
-            average = ops.avg_pool(x, count_padding=self.padding == "symmetric")
+            average = ops.avg_pool(x, count_padding=config.padding == "symmetric")
             return conv(average, features, (1, 1), f"{name}_pool_0")
 
         def concatenate(name, *towers):
@@ -103,7 +99,7 @@ class InceptionV3(nn.Module):
                 tower(x, f"{name}_7x7dbl", *double),
                 pooled(x, 192, name),
             )
-        if self.aux_head:
+        if config.aux_head:
             aux_logits = self._aux_head(x, conv)
             if train:
                 endpoints["aux_logits"] = aux_logits
@@ -132,19 +128,18 @@ class InceptionV3(nn.Module):
                 pooled(x, 192, name),
             )
 
-        head = Head(self.num_classes, self.fc_layers, self.fc_width, self.dropout_rate, self.dtype, name="head")
-        logits, endpoints["pre_logits"] = head(x, train)
+        logits, endpoints["pre_logits"] = Head(config, name="head")(x, train)
         return logits, endpoints
 
-    def _aux_head(self, x, conv):
-        """The auxiliary classifier of Szegedy et al., section 4, as in TF-Slim: [b, 17, 17, 768] to logits."""
+    def _aux_head(self, x: Float[Array, "b h w c"], conv: Callable[..., Array]) -> Float[Array, "b n"]:
+        """Applies the auxiliary classifier of Szegedy et al., section 4, as in TF-Slim, to [b, 17, 17, 768]."""
         if min(x.shape[1:3]) < 5:
             raise ValueError(f"the auxiliary head needs images of at least 107 x 107; mixed7 is {x.shape[1:3]} here")
         x = ops.avg_pool(x, 5, 3, "VALID")  # [b, 5, 5, 768]
         x = conv(x, 128, (1, 1), "aux_0")
         x = conv(x, 768, x.shape[1:3], "aux_1", padding="VALID")  # [b, 1, 1, 768]
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
-        init = nn.initializers.glorot_uniform()
-        return nn.Dense(self.num_classes, dtype=dtype, param_dtype=dtype, kernel_init=init, name="aux_predictions")(
-            x[:, 0, 0].astype(dtype)
+        dtype = param_dtype(jnp.dtype(self.config.dtype))
+        dense = nn.Dense(
+            self.config.num_classes, dtype=dtype, param_dtype=dtype, kernel_init=glorot_uniform, name="aux_predictions"
         )
+        return dense(x[:, 0, 0].astype(dtype))

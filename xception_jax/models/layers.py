@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from xception_jax import ops
+from xception_jax.config import ModelConfig
 from xception_jax.ops.padding import Padding
 
 Dtype = jnp.dtype
@@ -72,8 +73,8 @@ class BatchNorm(nn.Module):
       momentum: share of the running averages that a step keeps.
       epsilon: added to the variance.
       use_scale: learns a factor for each channel (gamma); the constant (beta) is always learned.
-      statistics: 'global' is one group; 'device' one for each device of the ambient mesh, which needs no
-        communication before the next layer; a number is the images in each group.
+      statistics: 'global' is one group; 'device' one for each device of the ambient mesh (one without a mesh), which
+        needs no communication before the next layer; a number is the images in each group.
       dtype: of the result; statistics are always computed in float32 or better.
     """
 
@@ -117,8 +118,9 @@ class BatchNorm(nn.Module):
         if self.statistics == "global":
             return 1
         if self.statistics == "device":
-            # The batch is sharded over all axes of the mesh, in order: a group is what one device holds.
-            divisor = groups = jax.sharding.get_abstract_mesh().size
+            # The batch is sharded over all axes of the mesh, in order: a group is what one device holds. Without an
+            # ambient mesh, one device holds it all.
+            divisor = groups = max(1, jax.sharding.get_abstract_mesh().size)
         else:
             divisor = int(self.statistics)
             groups = batch // divisor
@@ -127,25 +129,35 @@ class BatchNorm(nn.Module):
         return groups
 
 
+def norm_of(config: ModelConfig) -> partial[BatchNorm]:
+    """Returns the constructor of a network's BatchNorm layers; it takes their name."""
+    norm = config.batch_norm
+    return partial(
+        BatchNorm,
+        momentum=norm.momentum,
+        epsilon=norm.epsilon,
+        use_scale=norm.scale,
+        statistics=norm.statistics,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
 class Head(nn.Module):
     """Global average pooling, optional fully connected layers, dropout, logistic regression (sections 3 and 4.2).
 
     Returns (logits [b, num_classes], pre_logits [b, c]); both at least float32.
     """
 
-    num_classes: int
-    fc_layers: int = 0
-    fc_width: int = 4096
-    dropout_rate: float = 0.5
-    dtype: Dtype = jnp.float32
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool):
-        dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> tuple[Float[Array, "b n"], Float[Array, "b c"]]:
+        config = self.config
+        dense = partial(nn.Dense, kernel_init=glorot_uniform)
+        dtype = param_dtype(jnp.dtype(config.dtype))
         x = x.mean((1, 2), dtype=dtype)
-        for layer in range(1, self.fc_layers + 1):
-            x = nn.relu(dense(self.fc_width, dtype=self.dtype, param_dtype=dtype, name=f"fc{layer}")(x))
+        for layer in range(1, config.fc_layers + 1):
+            x = nn.relu(dense(config.fc_width, dtype=jnp.dtype(config.dtype), param_dtype=dtype, name=f"fc{layer}")(x))
         pre_logits = x.astype(dtype)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(pre_logits)
-        return dense(self.num_classes, dtype=dtype, param_dtype=dtype, name="predictions")(x), pre_logits
+        x = nn.Dropout(config.dropout_rate, deterministic=not train)(pre_logits)
+        return dense(config.num_classes, dtype=dtype, param_dtype=dtype, name="predictions")(x), pre_logits

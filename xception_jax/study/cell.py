@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import logging
 
 from xception_jax.command_line import Parser, run_main
-from xception_jax.config import load_json
+from xception_jax.config import from_json
 from xception_jax.errors import InputMissingError
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     if args.cores is not None:  # before JAX is imported, which makes as many threads as it may use
         os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
     try:
-        config = load_json((args.workdir / "config.json").read_text())
+        config = from_json((args.workdir / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise InputMissingError(
             "there is no config.json", str(args.workdir), "give a directory that a study has made"

@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from xception_jax.config import load_json, save_json
+from xception_jax.config import ExperimentConfig, from_json, to_json
 from xception_jax.errors import ConfigError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics import read_metrics
@@ -42,7 +40,7 @@ class Cell:
     arm: str
     seed: int
     directory: Path
-    config: ConfigDict
+    config: ExperimentConfig
     trial: int | None = None
 
     @property
@@ -53,7 +51,7 @@ class Cell:
     @property
     def config_hash(self) -> str:
         """The first digits of the SHA-256 over config.json."""
-        return hashlib.sha256(save_json(self.config).encode()).hexdigest()[:16]
+        return hashlib.sha256(to_json(self.config).encode()).hexdigest()[:16]
 
     def record(self) -> dict[str, Any]:
         """Returns what was noted when the cell last ended: exit_code, attempts, seconds, reused_from; {} before."""
@@ -75,8 +73,8 @@ class Cell:
         path = self.directory / CONFIG
         if not path.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, save_json(self.config))
-        elif save_json(load_json(path.read_text())) != save_json(self.config):
+            write_atomically(path, to_json(self.config))
+        elif to_json(from_json(path.read_text())) != to_json(self.config):
             raise ConfigError(
                 f"cell {self.name} was started with another config",
                 str(path),
@@ -111,7 +109,7 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
     """
 
     def key(cell: Cell) -> str:
-        return json.dumps(json.loads(save_json(cell.config)) | {"name": ""})
+        return json.dumps(json.loads(to_json(cell.config)) | {"name": ""})
 
     finished: dict[str, Cell] = {}
     for cell in others:
@@ -157,13 +155,12 @@ def search_cells(study: Study, costs: Mapping[str, ArmCost], root: Path) -> list
 
 def _cell_config(
     study: Study, arm_name: str, costs: Mapping[str, ArmCost], seed: int, tuned: Mapping[str, Any]
-) -> ConfigDict:
+) -> ExperimentConfig:
     arm = study.arm(arm_name)
     arm = dataclasses.replace(arm, overrides=dict(arm.overrides) | dict(tuned))
     width = costs[arm_name].width_multiplier
-    return study.arm_config(
-        arm, seed=seed, model__width_multiplier=width, name=f"{study.name}, {arm_name}, seed {seed}"
-    )
+    own = {"seed": seed, "model.width_multiplier": width, "name": f"{study.name}, {arm_name}, seed {seed}"}
+    return study.arm_config(arm, own)
 
 
 def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-from ml_collections import ConfigDict
 
+from xception_jax.config import ModelConfig, to_dict
 from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
@@ -66,7 +66,7 @@ def solve_costs(
     known: dict[str, Cost] = {}
 
     def cost_at(arm: Arm, width: float) -> Cost:
-        config = study.arm_config(arm, model__width_multiplier=width)
+        config = study.arm_config(arm, {"model.width_multiplier": width})
         # Arms that differ in what costs nothing, an activation or a learning rate, are counted once.
         key = repr((_without(config.model, "intermediate_activation", "dropout_rate"), config.data.image_size))
         if key not in known:
@@ -86,7 +86,7 @@ def solve_costs(
             width = _match(study, arm, reference, cost_at)
         else:
             width = study.config.model.width_multiplier
-        config, cost = study.arm_config(arm, model__width_multiplier=width), cost_at(arm, width)
+        config, cost = study.arm_config(arm, {"model.width_multiplier": width}), cost_at(arm, width)
         segments = channels_per_segment(create_model(config.model), config.data.image_size)
         costs[arm.name] = ArmCost(width, cost.parameters, cost.multiply_adds, segments)
     return costs
@@ -143,6 +143,6 @@ def channels_per_segment(model: nn.Module, image_size: int) -> float:
     return math.exp(sum(map(math.log, sizes)) / len(sizes)) if sizes else math.nan
 
 
-def _without(model: ConfigDict, *names: str) -> dict[str, Any]:
-    fields = model.to_dict()
+def _without(model: ModelConfig, *names: str) -> dict[str, Any]:
+    fields = to_dict(model)
     return {name: value for name, value in fields.items() if name not in names}

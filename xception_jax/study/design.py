@@ -15,12 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from xception_jax.command_line import failing_line
-from xception_jax.config import load_json, resolve, save_json, unknown_field
+from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, resolve, to_json
 from xception_jax.errors import ConfigError, InputMissingError, UserError
-from xception_jax.fields import FIELDS
 
 CONTROLS = ("parameters", "multiply_adds", "width")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
@@ -110,7 +107,7 @@ class Study:
     name: str
     question: str
     hypothesis: str
-    config: ConfigDict
+    config: ExperimentConfig
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     margin: float
@@ -128,28 +125,13 @@ class Study:
         """Returns the arm of this name."""
         return next(arm for arm in self.arms if arm.name == name)
 
-    def arm_config(self, arm: Arm, **overrides: Any) -> ConfigDict:
-        """Returns the resolved config of an arm, with further overrides in place of dots `__`.
+    def arm_config(self, arm: Arm, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
+        """Returns the resolved config of an arm, with further overrides.
 
         Raises:
           ConfigError: the arm's config is not valid.
         """
-        config = self.config.copy_and_resolve_references()
-        flat = dict(arm.overrides) | {name.replace("__", "."): value for name, value in overrides.items()}
-        return resolve(_override(config, flat))
-
-
-def _override(config: ConfigDict, flat: Mapping[str, Any]) -> ConfigDict:
-    for name, value in flat.items():
-        if name not in FIELDS:
-            raise unknown_field(name)
-        *parents, leaf = name.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        with node.ignore_type():
-            node[leaf] = value
-    return config
+        return override(self.config, {**arm.overrides, **(overrides or {})})
 
 
 def load_study(spec: str) -> Study:
@@ -238,9 +220,7 @@ def check_study(study: Study, where: str) -> Study:
 
 def study_to_json(study: Study) -> dict[str, Any]:
     """Returns a study as plain data."""
-    data = dataclasses.asdict(dataclasses.replace(study, config=ConfigDict()))
-    data["config"] = json.loads(save_json(study.config))
-    return json.loads(json.dumps(data))
+    return json.loads(json.dumps(dataclasses.asdict(study)))
 
 
 def study_from_json(data: dict[str, Any]) -> Study:
@@ -254,7 +234,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
         study = Study(
             **data
             | {
-                "config": load_json(json.dumps(data["config"])),
+                "config": from_json(json.dumps(data["config"])),
                 "arms": tuple(Arm(**arm) for arm in data["arms"]),
                 "seeds": tuple(data["seeds"]),
                 "comparisons": tuple(Comparison(**comparison) for comparison in data["comparisons"]),
@@ -294,7 +274,7 @@ def changes(stored: Study, now: Study) -> tuple[list[str], list[str]]:
         if comparison not in stored.comparisons and not {comparison.arm, comparison.baseline} & set(new_names):
             refused.append(f"comparison {comparison.name} ({comparison.expected}) is new between old arms")
     refused += [f"comparison {c.name} is gone" for c in stored.comparisons if c not in now.comparisons]
-    if save_json(stored.config) != save_json(now.config):
+    if to_json(stored.config) != to_json(now.config):
         refused.append("the config of all cells")
     for field in dataclasses.fields(Study):
         if field.name in ("arms", "seeds", "comparisons", "interactions", "config", "budget"):

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.sources import open_source
 from xception_jax.errors import InputMissingError, StorageError, UsageError
-from xception_jax.fields import duration_in_steps
 from xception_jax.logs.progress import format_count
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import solve_costs
@@ -92,11 +92,11 @@ def _cell_environment(root: Path, environment: Mapping[str, str]) -> dict[str, s
 
 def _total_steps(cells: Sequence[Cell]) -> dict[Path, int]:
     """Opens the data of all cells, so that what is missing is found before the first of them starts."""
-    examples: dict[str, int] = {}
+    examples: dict[DataConfig, int] = {}
     steps = {}
     for cell in cells:
         config = cell.config
-        key = config.data.to_json()
+        key = config.data
         if key not in examples:
             for split in filter(None, (config.data.eval_split, config.data.test_split)):
                 open_source(config.data, split)

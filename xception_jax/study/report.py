@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from xception_jax.config import save_json
+from xception_jax.config import to_json
 from xception_jax.files import write_atomically
 from xception_jax.logs.progress import format_count, format_duration
 from xception_jax.study import figures
@@ -105,7 +105,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "study": study,
         "stored": results.stored,
         "results": results,
-        "config_json": save_json(study.config),
+        "config_json": to_json(study.config),
         "columns": COLUMNS,
         "done": codes.count(0),
         "failed": [row for row in results.rows if row["exit_code"] not in (None, 0, 75)],

@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from xception_jax.config import ExperimentConfig, duration_in_steps
 from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
 from xception_jax.errors import ConfigError, DeviceMemoryError
-from xception_jax.fields import duration_in_steps
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh
-from xception_jax.training.optimizer import make_optimizer, make_schedule
+from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
@@ -39,7 +38,7 @@ class Experiment:
       init: makes the first state, already sharded.
     """
 
-    config: ConfigDict
+    config: ExperimentConfig
     mesh: Mesh
     sources: dict[str, Source]
     model: nn.Module
@@ -84,16 +83,16 @@ class Experiment:
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes, dtypes and sharding of a global batch."""
         config, sharding = self.config, batch_sharding(self.mesh)
-        several = config.loss.name == "sigmoid"
-        label_shape = (config.batch_size, config.model.num_classes) if several else (config.batch_size,)
+        multi_label = config.loss.multi_label
+        label_shape = (config.batch_size, config.model.num_classes) if multi_label else (config.batch_size,)
         image_shape = (config.batch_size, config.data.image_size, config.data.image_size, 3)
         return {
             "image": jax.ShapeDtypeStruct(image_shape, jnp.float32, sharding=sharding),
-            "label": jax.ShapeDtypeStruct(label_shape, jnp.float32 if several else jnp.int32, sharding=sharding),
+            "label": jax.ShapeDtypeStruct(label_shape, jnp.float32 if multi_label else jnp.int32, sharding=sharding),
         }
 
 
-def out_of_memory(error: jax.errors.JaxRuntimeError, config: ConfigDict) -> Exception:
+def out_of_memory(error: jax.errors.JaxRuntimeError, config: ExperimentConfig) -> Exception:
     """Returns the error for a step that does not fit into memory; any other one comes back as it is."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
@@ -104,7 +103,7 @@ def out_of_memory(error: jax.errors.JaxRuntimeError, config: ConfigDict) -> Exce
     )
 
 
-def make_experiment(config: ConfigDict) -> Experiment:
+def make_experiment(config: ExperimentConfig) -> Experiment:
     """Opens the data and builds everything but the compiled step.
 
     Args:
@@ -122,7 +121,7 @@ def make_experiment(config: ConfigDict) -> Experiment:
     return build_experiment(config, sources, mesh)
 
 
-def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh) -> Experiment:
+def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh: Mesh) -> Experiment:
     """Builds an experiment on open data and any mesh, which may be of devices that are only compiled for.
 
     Raises:
@@ -149,7 +148,7 @@ def build_experiment(config: ConfigDict, sources: dict[str, Source], mesh: Mesh)
     )
 
 
-def check_data(config: ConfigDict, sources: dict[str, Any]) -> None:
+def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
     """Checks that network, loss and data speak of the same classes.
 
     Raises:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
+from xception_jax.config import OptimizerConfig
 from xception_jax.errors import ConfigError
 from xception_jax.models.layers import BatchNorm
 
@@ -78,7 +78,7 @@ def multiply_rates(multipliers: Iterable[tuple[str, float]]) -> optax.GradientTr
     )
 
 
-def check_patterns(optimizer: ConfigDict, params: dict) -> None:
+def check_patterns(optimizer: OptimizerConfig, params: dict) -> None:
     """Checks that each pattern of `config.optimizer` has an effect.
 
     Raises:

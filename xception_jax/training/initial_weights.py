@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
+from xception_jax.config import ModelConfig, XceptionConfig, to_dict
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.fingerprint import compare_signatures, tree_signature
@@ -52,10 +52,10 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
 
-def _check_model(model: ConfigDict, network: Network) -> None:
+def _check_model(model: ModelConfig, network: Network) -> None:
     """Raises ConfigError if the network in the file computes something else with the same parameters."""
     ours, theirs = (_flat(model), _flat(network.model))
-    differing = {name: theirs[name] for name in ours if ours[name] != theirs[name]}
+    differing = {name: theirs[name] for name in theirs if ours.get(name) != theirs[name]}
     if differing:
         options = " ".join(f"--config.model.{name}={value}" for name, value in differing.items())
         raise ConfigError(
@@ -65,9 +65,9 @@ def _check_model(model: ConfigDict, network: Network) -> None:
         )
 
 
-def _flat(model: ConfigDict) -> dict[str, Any]:
-    fields: dict[str, Any] = {name: model[name] for name in model if name not in (*_MAY_DIFFER, "batch_norm")}
-    return fields | {f"batch_norm.{name}": model.batch_norm[name] for name in ("epsilon", "scale")}
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in to_dict(model).items() if name not in (*_MAY_DIFFER, "batch_norm")}
+    return fields | {"batch_norm.epsilon": model.batch_norm.epsilon, "batch_norm.scale": model.batch_norm.scale}
 
 
 def _choose(
@@ -121,7 +121,7 @@ def _for_our_images(network: Network) -> dict[str, Any]:
     preprocessing, ours = network.preprocessing, Preprocessing()
     if (preprocessing.mean, preprocessing.std) == (ours.mean, ours.std):
         return network.variables
-    if network.model.stem == "small":
+    if isinstance(network.model, XceptionConfig) and network.model.stem == "small":
         what = f"the weights expect images with mean {preprocessing.mean} and standard deviation {preprocessing.std}"
         raise ConfigError(what, network.source, "with model.stem='small' only images in [-1, 1] can be trained on")
     first = "block1_conv1" if network.model.name == "xception" else "stem_0"

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from xception_jax.config import to_dict
 from xception_jax.logs import trackers
 from xception_jax.logs.metrics import MetricsLog, read_metrics
 from xception_jax.logs.progress import Progress, ProgressLine, Throughput, format_count, format_header
@@ -45,7 +46,7 @@ class Journal:
             self._trackers.append(trackers.tensorboard(workdir / "tensorboard"))
         if config.logs.wandb_project:
             name = config.name or workdir.name
-            self._trackers.append(trackers.wandb(workdir, config.logs.wandb_project, name, config.to_dict()))
+            self._trackers.append(trackers.wandb(workdir, config.logs.wandb_project, name, to_dict(config)))
 
     def __enter__(self) -> Journal:
         return self
@@ -135,7 +136,7 @@ class Journal:
         }
         if log_point:
             means = {name: fmean(entry[name] for entry in self._interval) for name in ("loss", "top1", "grad_norm")}
-            if self._experiment.config.loss.name == "sigmoid":
+            if self._experiment.config.loss.multi_label:
                 del means["top1"]
             latest = {name: metrics[name] for name in ("learning_rate", "skipped_steps")}
             self._interval.clear()

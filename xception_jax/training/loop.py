@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-from ml_collections import ConfigDict
 
-from xception_jax.config import resolve, save_json
+from xception_jax.config import ExperimentConfig, resolve, to_json
 from xception_jax.data.pipeline import BatchIterator, DamagedImages, EvaluationBatches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.5
 
 
-def train(config: ConfigDict, workdir: str) -> Summary:
+def train(config: ExperimentConfig, workdir: str) -> Summary:
     """Trains what the config describes in `workdir`, from its last checkpoint if it has one.
 
     Args:
@@ -71,14 +70,14 @@ def train(config: ConfigDict, workdir: str) -> Summary:
 def open_checkpoints(experiment: Experiment, workdir: Path, *, read_only: bool = False) -> Checkpoints:
     """Opens the checkpoints of a run, ranked by the accuracy on the development split."""
     config = experiment.config
-    quality = "map_at_k" if config.loss.name == "sigmoid" else "top1"
+    quality = "map_at_k" if config.loss.multi_label else "top1"
     return Checkpoints(
         workdir / "checkpoints",
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best if "dev" in experiment.sources else 0,
         best_metric=f"ema_{quality}" if config.ema.decay > 0 else quality,
         identity={
-            "config": hashlib.sha256(save_json(config).encode()).hexdigest(),
+            "config": hashlib.sha256(to_json(config).encode()).hexdigest(),
             "dataset": experiment.data.fingerprint,
         },
         allow_dataset_change=config.checkpoint.allow_dataset_change,

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from xception_jax.config import DistributedConfig, MeshConfig
 from xception_jax.errors import ConfigError
 
 AXES = ("data", "fsdp")
@@ -19,7 +19,7 @@ AXES = ("data", "fsdp")
 _CLUSTER = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", "JAX_NUM_PROCESSES")
 
 
-def start_distributed(distributed: ConfigDict) -> None:
+def start_distributed(distributed: DistributedConfig) -> None:
     """Joins the other processes of this run; a run that is alone stays alone.
 
     With `config.distributed.coordinator` the config says who takes part. Otherwise a TPU pod, Slurm or MPI does.
@@ -33,7 +33,7 @@ def start_distributed(distributed: ConfigDict) -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh (data, fsdp) of all devices; on several TPU slices or GPU nodes, `data` goes across them.
 
     The axes are Auto: with the Explicit ones that jax makes by default, `nn.Dropout` does not trace.

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from xception_jax.config import ExperimentConfig
 from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.mesh import whole
@@ -17,7 +17,7 @@ from xception_jax.training.state import TrainState
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ConfigDict
+    model: nn.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ExperimentConfig
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Returns `step(state, batch) -> (state, metrics)`; `batch` has 'image' [b, h, w, 3] and 'label'.
 

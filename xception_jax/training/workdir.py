@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from xception_jax.config import save_json
+from xception_jax.config import FIELDS, ExperimentConfig, to_dict, to_json
 from xception_jax.errors import ConfigError, WorkdirError
-from xception_jax.fields import FIELDS
 from xception_jax.files import write_atomically
 
 CONFIG = "config.json"
@@ -43,7 +41,11 @@ _NOT_IDENTITY = (
 
 @contextlib.contextmanager
 def open_workdir(
-    path: str | os.PathLike, config: ConfigDict, *, primary: bool | None = None, report: Callable[[str], None] = print
+    path: str | os.PathLike,
+    config: ExperimentConfig,
+    *,
+    primary: bool | None = None,
+    report: Callable[[str], None] = print,
 ) -> Iterator[Path]:
     """Creates a work directory or opens an existing one, and holds it while the context lasts.
 
@@ -132,14 +134,14 @@ def _describe(holder: bytes) -> str:
         return "it has just started"
 
 
-def _write_config(path: Path, config: ConfigDict, report: Callable[[str], None]) -> None:
+def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], None]) -> None:
     """Compares config.json with this run's config, and replaces it."""
-    text = save_json(config)
+    text = to_json(config)
     try:
         stored = (path / CONFIG).read_text()
         if stored == text:
             return
-        changes = _changes(json.loads(stored), json.loads(text))
+        changes = _changes(json.loads(stored), to_dict(config))
     except FileNotFoundError:
         changes = {}
     except ValueError:
@@ -166,11 +168,12 @@ def _write_config(path: Path, config: ConfigDict, report: Callable[[str], None])
 
 def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Returns a line 'field: stored -> now' for each field that differs, by its name."""
-    stored, now = _flatten(stored), _flatten(now)
+    stored, now = _flatten(stored), _flatten(json.loads(json.dumps(now)))
     changes = {}
     for name, field in FIELDS.items():
-        # A field that is newer than the stored config had the effect of its default.
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        # A field that is newer than the stored config had the effect of its default, and one that only other networks
+        # or optimizers have has none.
+        default = json.loads(json.dumps(field.default))
         before, after = stored.get(name, default), now.get(name, default)
         if before != after:
             changes[name] = f"{name}: {before!r} -> {after!r}"

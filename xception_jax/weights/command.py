@@ -7,9 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from xception_jax.config import load_json, resolve_model
+from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.data.prepare.imagenet import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
@@ -80,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(name: str) -> ConfigDict:
+def _model(name: str) -> ModelConfig:
     if name in NAMES:
-        return resolve_model(ConfigDict({"name": name}))
+        return resolve_model({"name": name})
     try:
-        return load_json(Path(name).read_text()).model
+        return from_json(Path(name).read_text()).model
     except FileNotFoundError:
         fix = f"choose among {', '.join(NAMES)}, or give the config.json of a run"
         raise InputMissingError(f"there is no model or file {name}", "--model", fix) from None

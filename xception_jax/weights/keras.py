@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from ml_collections import ConfigDict
 
-from xception_jax.config import resolve_model
+from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.weights import architecture, guard, head, tree
 from xception_jax.weights.keras_file import Container, KerasFile, Layer, open_keras, read
@@ -41,7 +40,7 @@ class Imported:
     """
 
     form: str
-    model: ConfigDict
+    model: ModelConfig
     variables: dict[str, Any]
     preprocessing: Preprocessing
     image_shape: tuple[int, int] | None
@@ -55,7 +54,7 @@ class Imported:
             print(f"note: {note}", file=sys.stderr)
 
 
-def load_keras(path: str | os.PathLike, model: ConfigDict, *, head: bool | None = None) -> dict[str, Any]:
+def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
     """Reads the weights of Keras' Xception or Inception V3 from any file that Keras writes.
 
     Layers are told by order and shape, never by name. The network may stand within a larger model, under any name.
@@ -80,7 +79,7 @@ def load_keras(path: str | os.PathLike, model: ConfigDict, *, head: bool | None 
     return imported.variables
 
 
-def import_keras(path: Path, model: ConfigDict | None, demanded: bool | None) -> Imported:
+def import_keras(path: Path, model: ModelConfig | None, demanded: bool | None) -> Imported:
     """Does what `load_keras` does; without `model` it is inferred from the tensors.
 
     Raises:
@@ -144,7 +143,7 @@ def _foreign(layers: Sequence[Layer]) -> list[str]:
     return [layer.name for layer in layers if layer.kind not in ("dense", "normalization")]
 
 
-def _check_epsilon(file: KerasFile, model: ConfigDict, count: int, where: str) -> None:
+def _check_epsilon(file: KerasFile, model: ModelConfig, count: int, where: str) -> None:
     found = architecture.epsilon(file.architecture, count) if file.architecture is not None else None
     if found is not None and model.batch_norm.epsilon != found:
         what = f"BatchNorm in the file has the epsilon {found}, the model {model.batch_norm.epsilon}"
@@ -152,7 +151,7 @@ def _check_epsilon(file: KerasFile, model: ConfigDict, count: int, where: str) -
 
 
 def _preprocessing(
-    file: KerasFile, backbone: Backbone, model: ConfigDict, *, has_head: bool
+    file: KerasFile, backbone: Backbone, model: ModelConfig, *, has_head: bool
 ) -> tuple[Preprocessing, tuple[int, int] | None, list[str]]:
     """Returns what the file tells of preprocessing, the shape of images, and notes of what it does not tell."""
     preprocessing = Preprocessing()
@@ -175,7 +174,7 @@ def _preprocessing(
     return preprocessing, architecture.image_shape(file.architecture), notes
 
 
-def _infer(file: KerasFile, where: str) -> ConfigDict:
+def _infer(file: KerasFile, where: str) -> ModelConfig:
     """Returns the `config.model` that the layers of a file make likely; whether they fit is found out later."""
 
     def count(container: Container, kind: str) -> int:
@@ -206,4 +205,4 @@ def _infer(file: KerasFile, where: str) -> ConfigDict:
         widths = {layer.shapes[0][1] for layer in dense[:-1]}
         if len(widths) == 1:
             model |= {"fc_layers": len(dense) - 1, "fc_width": widths.pop()}
-    return resolve_model(ConfigDict(model, type_safe=False))
+    return resolve_model(model)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
+from xception_jax.config import ModelConfig, XceptionConfig
 from xception_jax.weights import tree
 from xception_jax.weights.keras_file import natural
 
@@ -66,7 +65,7 @@ class Target:
     shapes: tuple[tuple[int, ...], ...]
 
 
-def targets(model: ConfigDict) -> list[Target]:
+def targets(model: ModelConfig) -> list[Target]:
     """Returns our layers in the order of Keras' `model.layers`.
 
     Raises:
@@ -94,12 +93,13 @@ def of_kind(targets: Sequence[Target], kind: str) -> list[Target]:
     return [target for target in targets if target.kind == kind]
 
 
-def keras_shape(leaf: str, shape: tuple[int, ...], model: ConfigDict) -> tuple[int, ...]:
+def keras_shape(leaf: str, shape: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
     """Returns the shape that Keras gives a variable: a depthwise kernel is (h, w, C, M) there, (h, w, 1, C * M) here.
 
     The M filters of a channel stand side by side in both, so that one is a reshape of the other.
     """
     if leaf.endswith("/spatial/kernel"):
+        assert isinstance(model, XceptionConfig)
         height, width, _, filters = shape
         return height, width, filters // model.depth_multiplier, model.depth_multiplier
     return shape

@@ -41,7 +41,7 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
     model, where = network.model, os.fspath(path)
     for name, value in _MUST_BE.items():
         section, _, field = name.rpartition(".")
-        found = (model[section] if section else model)[field]
+        found = getattr(getattr(model, section) if section else model, field, value)
         if found != value:
             what = f"Keras' network has {name} {value!r}, this one {found!r}"
             raise ConfigError(what, f"config.model.{name}", "save it as .safetensors")

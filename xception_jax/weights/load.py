@@ -7,8 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
+from xception_jax.config import ModelConfig
 from xception_jax.data.prepare.imagenet import class_names
 from xception_jax.errors import UsageError
 from xception_jax.weights import guard, known, own, timm, tree
@@ -17,7 +16,7 @@ from xception_jax.weights.network import Network, Preprocessing
 
 
 def load_network(
-    path: str | os.PathLike, model: ConfigDict | None = None, *, head: bool | None = None, size: int | None = None
+    path: str | os.PathLike, model: ModelConfig | None = None, *, head: bool | None = None, size: int | None = None
 ) -> Network:
     """Reads a weight file of any kind with all that travels with it. What a user should know goes to standard error.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
-
+from xception_jax.config import ModelConfig
 from xception_jax.data.images import Preprocessing
 
 
@@ -24,7 +23,7 @@ class Network:
       multi_label: an image may be of several classes, so that each has a probability of its own: a sigmoid.
     """
 
-    model: ConfigDict
+    model: ModelConfig
     variables: dict[str, Any]
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None

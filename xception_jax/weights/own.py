@@ -15,9 +15,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import safetensors.numpy
-from ml_collections import ConfigDict
 
-from xception_jax.config import resolve_model
+from xception_jax.config import resolve_model, to_dict
 from xception_jax.errors import BadDataError, StorageError, UserError
 from xception_jax.files import free_space, write_atomically
 from xception_jax.weights import tree
@@ -39,7 +38,7 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
     tree.check(leaves, network.model, os.fspath(path))
     description = {
         "version": _VERSION,
-        "model": resolve_model(network.model).to_dict(),
+        "model": to_dict(network.model),
         "preprocessing": dataclasses.asdict(network.preprocessing),
         "classes": network.classes,
         "multi_label": network.multi_label,
@@ -75,7 +74,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     """
     try:
         description = json.loads(metadata[METADATA])
-        model = resolve_model(ConfigDict(description["model"], type_safe=False))
+        model = resolve_model(description["model"])
         preprocessing = Preprocessing.from_fields(description["preprocessing"])
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
         multi_label = bool(description.get("multi_label", False))  # files of before say nothing

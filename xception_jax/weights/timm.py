@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from xception_jax.config import resolve_model
+from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.weights import guard, hub, tree
 from xception_jax.weights.keras import Imported
@@ -33,7 +32,7 @@ _SPLIT = {"3x3_1x3": "3x3_2a", "3x3_3x1": "3x3_2b", "3x3dbl_1x3": "3x3dbl_3a", "
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def load_timm(path: str | os.PathLike, model: ConfigDict, *, head: bool | None = None) -> dict[str, Any]:
+def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
     """Reads the weights of timm's `legacy_xception` or `inception_v3`.
 
     timm pads max pools and counts padding in average pools: `model.padding='symmetric'`; the epsilon of BatchNorm is
@@ -73,7 +72,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def import_timm(
-    tensors: Mapping[str, np.ndarray], path: Path, model: ConfigDict | None, demanded: bool | None
+    tensors: Mapping[str, np.ndarray], path: Path, model: ModelConfig | None, demanded: bool | None
 ) -> Imported:
     """Does what `load_timm` does; without `model` it is inferred from the tensors.
 
@@ -93,11 +92,11 @@ def import_timm(
     ):
         if theirs is not None and found != theirs:
             notes.append(f"timm computes with config.model.{field}={theirs!r}, the model has {found!r}")
-    if not model.aux_head and any(name.startswith("AuxLogits.") for name in own):
+    if not getattr(model, "aux_head", False) and any(name.startswith("AuxLogits.") for name in own):
         notes.append("left out: AuxLogits.*, the auxiliary classifier (config.model.aux_head=True reads it)")
         own = {name: tensor for name, tensor in own.items() if not name.startswith("AuxLogits.")}
     shapes = tree.shapes(model)
-    sources = {leaf: timm_name(leaf, model.name, 6 + model.middle_blocks) for leaf in shapes}
+    sources = {leaf: timm_name(leaf, model.name, 6 + getattr(model, "middle_blocks", 0)) for leaf in shapes}
     head = {prefix + name: shapes[leaf][::-1] for leaf, name in sources.items() if leaf.startswith(tree.HEAD)}
     problem = _head_problem(head, above)
     if demanded and problem:
@@ -220,7 +219,7 @@ def _in_our_layout(tensor: np.ndarray) -> np.ndarray:
     return tensor.transpose((2, 3, 1, 0)) if tensor.ndim == 4 else tensor.T
 
 
-def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> ConfigDict:
+def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> ModelConfig:
     if _KNOWN["xception"] in tensors:
         blocks = {name.split(".")[0] for name in tensors if re.match(r"block\d+\.", name)}
         model: dict[str, Any] = {"name": "xception", "middle_blocks": max(0, len(blocks) - 4)}
@@ -229,7 +228,7 @@ def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> 
     model |= {"padding": "symmetric", "batch_norm": {"epsilon": EPSILONS[model["name"]], "scale": True}}
     if classifier is not None and classifier.ndim == 2:
         model["num_classes"] = classifier.shape[0]
-    return resolve_model(ConfigDict(model, type_safe=False))
+    return resolve_model(model)
 
 
 def _fix(left_over: list[str]) -> str:

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
-from xception_jax.config import resolve_model
+from xception_jax.config import ModelConfig, resolve_model, to_dict
 from xception_jax.errors import BadDataError
 from xception_jax.models import create_model
 from xception_jax.weights.guard import COPY_AGAIN
@@ -32,25 +31,24 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(leaves, sep="/")
 
 
-def shapes(model: ConfigDict) -> dict[str, tuple[int, ...]]:
+def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every variable of the network by its name; nothing is computed.
 
     Raises:
       ConfigError: `model` is no valid `config.model`.
     """
-    model = resolve_model(model)
-    model.dtype = "float32"  # float64 would need JAX_ENABLE_X64, and no shape depends on it
-    return dict(_shapes(json.dumps(model.to_dict())))
+    # float64 would need JAX_ENABLE_X64, and no shape depends on it.
+    return dict(_shapes(model.replace(dtype="float32")))
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(model: str) -> dict[str, tuple[int, ...]]:
-    module = create_model(ConfigDict(json.loads(model), type_safe=False))
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    module = create_model(model)
     template = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
     return {name: leaf.shape for name, leaf in flatten(template).items()}
 
 
-def check(leaves: Mapping[str, np.ndarray], model: ConfigDict, where: str) -> None:
+def check(leaves: Mapping[str, np.ndarray], model: ModelConfig, where: str) -> None:
     """Checks that every variable is there, none is left over, all fit and hold finite numbers.
 
     The classifier may be missing as a whole.
@@ -86,12 +84,8 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def describe(model: ConfigDict) -> str:
+def describe(model: ModelConfig) -> str:
     """Returns what differs from the defaults of `config.model`, and the name: 'xception, num_classes=10'."""
-    default = resolve_model(ConfigDict({"name": model.name}))
-    differing = (
-        f"{key}={json.dumps(value.to_dict() if isinstance(value, ConfigDict) else value)}"
-        for key, value in resolve_model(model).items()
-        if key != "name" and value != default[key]
-    )
+    default = to_dict(resolve_model({"name": model.name}))
+    differing = (f"{key}={json.dumps(value)}" for key, value in to_dict(model).items() if value != default[key])
     return ", ".join([model.name, *differing])

@@ -1,0 +1,72 @@
+"""Configs: typed sections with checks and sources, and conversions from and to ml_collections and JSON.
+
+A file in `configs/` starts from `default_config()` and changes what its experiment needs; `resolve` makes the typed
+config of it that all other code takes.
+"""
+
+from xception_jax.config.convert import (
+    FIELDS,
+    default_config,
+    flatten,
+    from_json,
+    override,
+    resolve,
+    resolve_model,
+    to_dict,
+    to_json,
+    unknown_field,
+)
+from xception_jax.config.experiment import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    MeshConfig,
+)
+from xception_jax.config.fields import duration_in_steps
+from xception_jax.config.model import BatchNormConfig, InceptionV3Config, ModelConfig, XceptionConfig
+from xception_jax.config.section import Section
+from xception_jax.config.training import (
+    AdamConfig,
+    LionConfig,
+    LossConfig,
+    OptimizerConfig,
+    RMSPropConfig,
+    ScheduleConfig,
+    SGDConfig,
+    StaircaseConfig,
+)
+
+__all__ = [
+    "FIELDS",
+    "AdamConfig",
+    "BatchNormConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluationConfig",
+    "ExperimentConfig",
+    "InceptionV3Config",
+    "LionConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RMSPropConfig",
+    "SGDConfig",
+    "ScheduleConfig",
+    "Section",
+    "StaircaseConfig",
+    "XceptionConfig",
+    "default_config",
+    "duration_in_steps",
+    "flatten",
+    "from_json",
+    "override",
+    "resolve",
+    "resolve_model",
+    "to_dict",
+    "to_json",
+    "unknown_field",
+]

@@ -1,0 +1,173 @@
+"""The whole config of an experiment, and the sections that have only one form."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from xception_jax.config.fields import choice, flag, number, numbers, span, text, whole
+from xception_jax.config.model import NETWORKS, ModelConfig
+from xception_jax.config.section import Section, variants
+from xception_jax.config.training import OPTIMIZERS, SCHEDULES, LossConfig, OptimizerConfig, ScheduleConfig
+from xception_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Section):
+    """The dataset, and how its images are read and augmented."""
+
+    path: ClassVar[str] = "data."
+
+    name: str = text("imagenet2012", "paper: section 4.1; a TFDS name, or 'synthetic'")
+    data_dir: str = text("", "local: empty is TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    train_split: str = text("train[:98%]", "modern: the rest is the development split")
+    eval_split: str = text("train[98%:]", "modern: watched while training, so that test images are not tuned on")
+    test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
+    image_size: int = whole(299, 1, "paper: section 4")
+    augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
+    color_distortion: bool = flag(True, "inferred: brightness 32/255, saturation 0.5 to 1.5")
+    crop_area: tuple[float, float] = numbers((0.05, 1.0), 2, "inferred: smallest and largest share of the image")
+    shift_pixels: int = whole(2, 0, "modern: for augmentation 'shift', after padding the image by as much")
+    eval_crop: float = number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True)
+    threads: int = whole(16, 1, "local: decoding threads in each process")
+    workers: int = whole(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")
+    cache: bool = flag(False, "local: keep decoded images in memory, which a small dataset fits into")
+    max_bad_fraction: float = number(0.001, 0.0, 1.0, "local: share of damaged images above which the run stops")
+    synthetic_examples: int = whole(10_000, 1, "local: size of the synthetic source")
+
+    def check(self) -> None:
+        """Refuses an interval that is none."""
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ConfigError(
+                f"config.data.crop_area is {self.crop_area}",
+                "config.data.crop_area",
+                "set it to two shares of the image, 0 < smallest <= largest <= 1",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig(Section):
+    """What a run starts from."""
+
+    path: ClassVar[str] = "init."
+
+    weights: str = text("", "local: a weight file to start from, for fine-tuning; read at step 0 only")
+
+
+@dataclasses.dataclass(frozen=True)
+class EMAConfig(Section):
+    """The Polyak average of weights and BatchNorm statistics."""
+
+    path: ClassVar[str] = "ema."
+
+    decay: float = number(0.9999, 0.0, 1.0, "inferred: Polyak average of weights and BN statistics; 0 turns it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """How devices are arranged."""
+
+    path: ClassVar[str] = "mesh."
+
+    data: int = whole(-1, -1, "local: devices along the batch; -1 takes all that are left")
+    fsdp: int = whole(1, 1, "local: devices over which parameters and optimizer state are sharded")
+
+    def check(self) -> None:
+        """Refuses a mesh without devices."""
+        if self.data == 0:
+            raise ConfigError(
+                "config.mesh.data is 0",
+                "config.mesh.data",
+                "set it to the number of devices along the batch, or -1 for all",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig(Section):
+    """How the processes of a run find each other."""
+
+    path: ClassVar[str] = "distributed."
+
+    coordinator: str = text("", "local: host:port of process 0; empty lets the cluster tell, or runs one process")
+    num_processes: int = whole(1, 1, "local: with a coordinator")
+    process_id: int = whole(0, 0, "local: with a coordinator")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Evaluation while training and at its end."""
+
+    path: ClassVar[str] = "evaluation."
+
+    batch_size: int = whole(512, 1, "local")
+    every: str = span("1 epoch", "local")
+    map_at: int = whole(100, 1, "paper: section 4.1, MAP@100")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """When checkpoints are written and which of them are kept."""
+
+    path: ClassVar[str] = "checkpoint."
+
+    every: str = span("1 epoch", "local")
+    keep_latest: int = whole(2, 1, "local")
+    keep_best: int = whole(1, 0, "local: besides the latest; by top-1, or MAP for several labels")
+    allow_dataset_change: bool = flag(False, "local: resume although the dataset is another one")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogsConfig(Section):
+    """Trackers beside metrics.jsonl."""
+
+    path: ClassVar[str] = "logs."
+
+    tensorboard: bool = flag(False, "local: needs tensorboardX")
+    wandb_project: str = text("", "local: needs wandb; empty is off")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig(Section):
+    """The config of an experiment; the defaults are the paper's Xception on ImageNet."""
+
+    path: ClassVar[str] = ""
+
+    name: str = text("", "local: what the run is called in reports")
+    seed: int = whole(0, 0, "local: initialisation, data order, augmentation and dropout all derive from it")
+    model: ModelConfig = variants(NETWORKS, "paper: section 3, table 3")
+    data: DataConfig = DataConfig()
+    batch_size: int = whole(1920, 1, "inferred: 60 replicas of 32")
+    accumulation_steps: int = whole(1, 1, "local: microbatches whose gradients are averaged in one step")
+    duration: str = span("169 epochs", "inferred: 113,000 steps")
+    init: InitConfig = InitConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = variants(OPTIMIZERS, "paper: section 4.2")
+    schedule: ScheduleConfig = variants(SCHEDULES, "paper: section 4.2")
+    ema: EMAConfig = EMAConfig()
+    max_bad_steps: int = whole(10, 1, "local: non-finite steps in a row before the run goes back to a checkpoint")
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    log_every: str = span("50 steps", "local")
+    profile: int = whole(0, 0, "local: steps to trace, after the first two, into <workdir>/profile; 0 is off")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logs: LogsConfig = LogsConfig()
+
+    def check(self) -> None:
+        """Refuses batches that cannot be cut into microbatches or into groups of BatchNorm statistics."""
+        if self.batch_size % self.accumulation_steps:
+            nearest = max(1, round(self.batch_size / self.accumulation_steps)) * self.accumulation_steps
+            raise ConfigError(
+                f"config.batch_size={self.batch_size} is not divisible by accumulation_steps={self.accumulation_steps}",
+                "config.batch_size",
+                f"the nearest that is: {nearest}",
+            )
+        group = self.model.batch_norm.statistics
+        microbatch = self.batch_size // self.accumulation_steps
+        if isinstance(group, int) and microbatch % group:
+            raise ConfigError(
+                f"config.model.batch_norm.statistics={group} does not divide the {microbatch} images of a (micro)batch",
+                "config.model.batch_norm.statistics",
+                "set it to a divisor, to 'global' or to 'device'",
+            )

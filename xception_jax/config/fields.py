@@ -1,0 +1,209 @@
+"""Kinds of config fields: what a value may be, and how a wrong one is described.
+
+A function such as `whole` returns the default of a dataclass field; the check, its description and the source of the
+default travel in the metadata. Sources of defaults are labelled **paper** (stated in Chollet 2017), **reference** (read
+from the public Keras implementation or its released weights), **inferred** (argued in docs/paper.md), **modern** (a
+later practice) or **local** (a choice of this code base).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s+(step|epoch|example)s?", re.IGNORECASE)
+
+
+def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
+    """Converts '10 epochs', '500 steps' or '3e6 examples' to a number of steps, rounded to the nearest.
+
+    Args:
+      duration: a number and one of the units steps, epochs, examples.
+      batch_size: examples that one step takes from the dataset.
+      num_examples: examples in one epoch.
+
+    Raises:
+      ValueError: the duration has another form.
+    """
+    match = _DURATION.fullmatch(duration.strip())
+    if match is None:
+        raise ValueError(f"{duration!r} is not a duration")
+    number = float(match[1].replace("_", ""))
+    examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2].lower()]
+    return round(number * examples_per_unit / batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Describes one field of a config.
+
+    Attributes:
+      default: its value where a config does not set it.
+      check: returns a value in its canonical type; raises ValueError, TypeError, re.error or OverflowError for others.
+      expects: what the check accepts, in words.
+      source: where the default comes from, starting with one of the labels above.
+      kind: type of the value, for the command line.
+      unless: values of fields of the same section with which this field has no effect, by their name.
+      owners: names of the networks, optimizers or schedules that have this field; () if all have it.
+      optional: a config may hold None, which stands for the default (of the chosen owner).
+    """
+
+    default: Any
+    check: Callable[[Any], Any]
+    expects: str
+    source: str
+    kind: type
+    unless: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    owners: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def _field(
+    default: Any,
+    check: Callable[[Any], Any],
+    expects: str,
+    source: str,
+    kind: type,
+    unless: Mapping[str, Any] | None = None,
+) -> Any:
+    field = Field(default, check, expects, source, kind, unless or {}, optional=default is None)
+    return dataclasses.field(default=default, metadata={"field": field})
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError
+    return float(value)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def whole(default: int | None, low: int, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
+    """Declares a whole number of at least `low`."""
+
+    def check(value: Any) -> int:
+        value = _whole(value)
+        _require(value >= low)
+        return value
+
+    return _field(default, check, f"a whole number, at least {low}", source, int, unless)
+
+
+def number(default: float, low: float, high: float, source: str, *, above: bool = False) -> Any:
+    """Declares a float in [low, high], or in (low, high] if `above`."""
+
+    def check(value: Any) -> float:
+        value = _number(value)
+        _require((value > low if above else value >= low) and value <= high)
+        return value
+
+    limit = "" if high == math.inf else f", at most {high:g}"
+    return _field(default, check, f"a number {'above' if above else 'of at least'} {low:g}{limit}", source, float)
+
+
+def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
+    """Declares one of a few words."""
+
+    def check(value: Any) -> str:
+        _require(value in options)
+        return value
+
+    return _field(default, check, "one of " + ", ".join(map(repr, options)), source, str, unless)
+
+
+def choice_or_whole(
+    default: str | int, words: tuple[str, ...], low: int, source: str, *, unless: Mapping[str, Any] | None = None
+) -> Any:
+    """Declares one of the words, or a whole number (which the command line passes as a string)."""
+
+    def check(value: Any) -> str | int:
+        if value in words:
+            return value
+        value = _whole(value)
+        _require(value >= low)
+        return value
+
+    expects = " or ".join(map(repr, words)) + f", or a whole number of at least {low}"
+    return _field(default, check, expects, source, str, unless)
+
+
+def flag(default: bool, source: str) -> Any:
+    """Declares True or False."""
+
+    def check(value: Any) -> bool:
+        _require(isinstance(value, bool))
+        return value
+
+    return _field(default, check, "True or False", source, bool)
+
+
+def text(default: str, source: str) -> Any:
+    """Declares any string."""
+
+    def check(value: Any) -> str:
+        _require(isinstance(value, str))
+        return value
+
+    return _field(default, check, "a string", source, str)
+
+
+def pattern(default: str, source: str) -> Any:
+    """Declares a regular expression over names of parameters."""
+
+    def check(value: Any) -> str:
+        _require(isinstance(value, str))
+        re.compile(value)
+        return value
+
+    expects = "a regular expression over parameter names such as 'block2_sepconv1/kernel'"
+    return _field(default, check, expects, source, str)
+
+
+def span(default: str, source: str) -> Any:
+    """Declares a span of training, a number and a unit, see `duration_in_steps`."""
+
+    def check(value: Any) -> str:
+        _require(isinstance(value, str))
+        duration_in_steps(value, 1, 1)
+        return value.strip()
+
+    return _field(default, check, "a number and a unit: '500 steps', '10 epochs', '3e6 examples'", source, str)
+
+
+def numbers(default: tuple[float, ...], length: int, source: str) -> Any:
+    """Declares a tuple of `length` numbers."""
+
+    def check(value: Any) -> tuple[float, ...]:
+        _require(not isinstance(value, str))
+        value = tuple(_number(v) for v in value)
+        _require(len(value) == length)
+        return value
+
+    return _field(default, check, f"{length} numbers", source, tuple)
+
+
+def factors(source: str) -> Any:
+    """Declares pairs of a regular expression over names of parameters and a factor; none by default."""
+
+    def check(value: Any) -> tuple[tuple[str, float], ...]:
+        _require(not isinstance(value, str))
+        pairs = tuple((pattern, _number(factor)) for pattern, factor in value)
+        for pattern, factor in pairs:
+            re.compile(pattern)
+            _require(factor > 0)
+        return pairs
+
+    expects = "pairs of a regular expression and a factor above 0, such as (('^head/', 10.0),)"
+    return _field((), check, expects, source, tuple)

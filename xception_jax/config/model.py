@@ -1,0 +1,106 @@
+"""The fields of each network: `config.model`.
+
+To add a network, add its dataclass here, a line in `NETWORKS`, and its module in models/. The dataclasses are apart
+from the modules because a config is checked, and `--help` printed, before JAX is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from xception_jax.config.fields import choice, choice_or_whole, flag, number, whole
+from xception_jax.config.section import Section
+from xception_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormConfig(Section):
+    """Batch normalization, see `models.layers.BatchNorm`."""
+
+    path: ClassVar[str] = "model.batch_norm."
+
+    momentum: float = number(0.99, 0.0, 1.0, "reference: Keras")
+    epsilon: float = number(1e-3, 0.0, 1.0, "reference: Keras", above=True)
+    scale: bool = flag(True, "paper: table 3 counts it; reference: Keras' Inception V3 has none")
+    statistics: str | int = choice_or_whole("global", ("global", "device"), 1, "inferred: the paper's is per device")
+
+
+@dataclasses.dataclass(frozen=True)
+class XceptionConfig(Section):
+    """Xception (figure 5) and its variations along the axes that the paper asks about."""
+
+    path: ClassVar[str] = "model."
+
+    name: str = "xception"
+    num_classes: int = whole(1000, 1, "paper: section 4.1, ImageNet")
+    width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
+    middle_blocks: int = whole(8, 0, "paper: figure 5")
+    module: str = choice("separable", ("separable", "inception"), "paper: figure 5 has separable convolutions")
+    segments: str | int = choice_or_whole(
+        "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless={"module": "inception"}
+    )
+    group_width: int | None = whole(
+        None, 1, "local: channels per segment; an alternative to `segments`", unless={"module": "inception"}
+    )
+    order: str = choice(
+        "depthwise_first",
+        ("depthwise_first", "pointwise_first"),
+        "reference: as Keras' layer",
+        unless={"module": "inception"},
+    )
+    intermediate_activation: str = choice(
+        "none", ("none", "relu", "elu"), "paper: section 4.7, figure 10", unless={"module": "inception"}
+    )
+    depth_multiplier: int = whole(1, 1, "reference", unless={"module": "inception"})
+    residual: bool = flag(True, "paper: section 4.6, figure 9")
+    kernel_size: int = whole(3, 1, "paper: figure 5")
+    stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
+    fc_layers: int = whole(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
+    fc_width: int = whole(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
+    dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
+    padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
+    dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
+    batch_norm: BatchNormConfig = BatchNormConfig()
+
+    def check(self) -> None:
+        """Refuses two answers to one question, and kernels without a centre."""
+        if self.group_width is not None and self.segments != "depthwise":
+            raise ConfigError(
+                f"config.model.segments={self.segments!r} and group_width={self.group_width!r} contradict each other",
+                "config.model",
+                "set one of them: segments counts the groups of channels, group_width the channels in each",
+            )
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"config.model.kernel_size is {self.kernel_size}",
+                "config.model.kernel_size",
+                "set it to an odd number: 3, 5 or 7",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionV3Config(Section):
+    """Inception V3, the paper's baseline."""
+
+    path: ClassVar[str] = "model."
+
+    name: str = "inception_v3"
+    num_classes: int = whole(1000, 1, "paper: section 4.1, ImageNet")
+    width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
+    fc_layers: int = whole(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
+    fc_width: int = whole(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
+    dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
+    aux_head: bool = flag(False, "paper: section 4.2, not used")
+    padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
+    dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
+    batch_norm: BatchNormConfig = BatchNormConfig()
+
+
+ModelConfig = XceptionConfig | InceptionV3Config
+
+NETWORKS: dict[str, ModelConfig] = {
+    "xception": XceptionConfig(),
+    "inception_v3": InceptionV3Config(batch_norm=BatchNormConfig(scale=False)),
+    "inception_v3_2016": InceptionV3Config(name="inception_v3_2016"),
+}

@@ -1,0 +1,117 @@
+"""The fields of losses, optimizers and schedules: `config.loss`, `config.optimizer`, `config.schedule`.
+
+To add an optimizer or a schedule, add a line in its table here and a function of that name in training/optimizers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from xception_jax.config.fields import choice, factors, flag, number, pattern, span
+from xception_jax.config.section import Section
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(Section):
+    """The loss of a training step."""
+
+    path: ClassVar[str] = "loss."
+
+    name: str = choice("softmax", ("softmax", "sigmoid"), "paper: section 4.1 (ImageNet); inferred for JFT")
+    label_smoothing: float = number(0.1, 0.0, 0.99, "inferred: as in Inception V3")
+    aux_weight: float = number(0.4, 0.0, 10.0, "modern: weight of the auxiliary head's loss, if there is one")
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have any number of labels, each with a probability of its own."""
+        return self.name == "sigmoid"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """What all optimizers have in common."""
+
+    path: ClassVar[str] = "optimizer."
+
+    name: str = ""
+    weight_decay: float = number(1e-5, 0.0, 1.0, "paper: section 4.2; what it multiplies depends on the optimizer")
+    decayed: str = pattern("kernel$", "inferred: every kernel, neither BatchNorm nor biases")
+    frozen: str = pattern("", "modern: parameters that stay as they start, with their BN statistics; '' is none")
+    multipliers: tuple[tuple[str, float], ...] = factors(
+        "modern: of the learning rate; the first pattern found in a name counts"
+    )
+    clip_norm: float = number(0.0, 0.0, math.inf, "local: 0 does not clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class SGDConfig(OptimizerConfig):
+    """SGD with momentum."""
+
+    name: str = "sgd"
+    momentum: float = number(0.9, 0.0, 1.0, "paper: section 4.2")
+    nesterov: bool = flag(False, "inferred")
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSPropConfig(SGDConfig):
+    """RMSprop with momentum."""
+
+    name: str = "rmsprop"
+    rmsprop_decay: float = number(0.9, 0.0, 1.0, "inferred: as in Inception V3")
+    rmsprop_epsilon: float = number(1.0, 0.0, 10.0, "inferred: as in Inception V3", above=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LionConfig(OptimizerConfig):
+    """Lion: the sign of an average of gradients."""
+
+    name: str = "lion"
+    b1: float = number(0.9, 0.0, 1.0, "modern: weight of the past in the average of gradients")
+    b2: float = number(0.99, 0.0, 1.0, "modern: weight of the past in the second average")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamConfig(LionConfig):
+    """Adam and the optimizers derived from it."""
+
+    name: str = "adam"
+    epsilon: float = number(1e-8, 0.0, 10.0, "modern: added to the root of the second average", above=True)
+
+
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "sgd": SGDConfig(),
+    "rmsprop": RMSPropConfig(),
+    "adam": AdamConfig(b2=0.999),
+    "adamw": AdamConfig(name="adamw", b2=0.999),
+    "lamb": AdamConfig(name="lamb", b2=0.999, epsilon=1e-6),
+    "lion": LionConfig(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig(Section):
+    """What all schedules of the learning rate have in common."""
+
+    path: ClassVar[str] = "schedule."
+
+    name: str = ""
+    learning_rate: float = number(0.045, 0.0, 1e12, "paper: section 4.2", above=True)
+    warmup: str = span("0 steps", "modern: 5 epochs is common")
+
+
+@dataclasses.dataclass(frozen=True)
+class StaircaseConfig(ScheduleConfig):
+    """A rate that falls by a factor at even distances."""
+
+    name: str = "staircase"
+    decay_rate: float = number(0.94, 0.0, 1.0, "paper: section 4.2", above=True)
+    decay_every: str = span("2 epochs", "paper: section 4.2")
+
+
+SCHEDULES: dict[str, ScheduleConfig] = {
+    "staircase": StaircaseConfig(),
+    "cosine": ScheduleConfig(name="cosine"),
+    "constant": ScheduleConfig(name="constant"),
+}
