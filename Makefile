@@ -24,7 +24,7 @@ test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Com
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
 
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/pods.md
-	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/hardware/test_tpu.py $(ARGS)
+	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
 
 check: $(VENV)/.installed-dev ## Format, lint and types
 	$(BIN)/ruff format --check .

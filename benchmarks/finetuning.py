@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from benchmarks.cases import ALLOCATOR
 from xception_jax.data.prepare.fashion_mnist import CLASS_NAMES, SHIPPED, read_split
 from xception_jax.data.prepare.writer import Dataset, write_dataset
-from xception_jax.logs.metrics import read_metrics
+from xception_jax.logs.metrics_log import read_metrics
 
 FIRST, OTHER = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 IMAGES_PER_CLASS, DEVELOPMENT_PER_CLASS = 20, 200

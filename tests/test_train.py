@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import NEWER_CODE, ROOT
 from tests.tiny_run import TINY, three_lines
 from xception_jax.evaluation.metrics import load_predictions
-from xception_jax.logs.metrics import read_metrics
+from xception_jax.logs.metrics_log import read_metrics
 
 STEPS = 60
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.small_imagenet import write_small_imagenet
 from tests.tiny_run import TINY, three_lines
-from xception_jax.logs.metrics import read_metrics
+from xception_jax.logs.metrics_log import read_metrics
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path):

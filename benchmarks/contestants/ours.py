@@ -15,7 +15,7 @@ from xception_jax.config import ExperimentConfig, default_config, resolve
 from xception_jax.data.images import Preprocessing
 from xception_jax.export.inference import compile_inference
 from xception_jax.models import create_model
-from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
+from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step

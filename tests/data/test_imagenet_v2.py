@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.small_imagenet import add, jpeg, photograph
+from xception_jax.cli import prepare as command
 from xception_jax.config import default_config
-from xception_jax.data.prepare import command, imagenet
+from xception_jax.data.prepare import imagenet
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, InputMissingError

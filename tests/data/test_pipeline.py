@@ -21,7 +21,7 @@ from xception_jax.data import images
 from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, _Memory, train_batches
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, StorageError
-from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
+from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 
 
 def train(data: ConfigDict, count: int, *, batch_size: int = 8, start_step: int = 0, seed: int = 3, **processes):

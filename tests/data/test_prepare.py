@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
+from xception_jax.cli import prepare as command
 from xception_jax.data import images
-from xception_jax.data.prepare import command, fashion_mnist, tfrecord, writer
+from xception_jax.data.prepare import fashion_mnist, tfrecord, writer
 from xception_jax.data.sources import check_labels, open_source
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 

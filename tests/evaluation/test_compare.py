@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap
 
+from xception_jax.cli import evaluate as command
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation import command
 from xception_jax.evaluation.compare import compare
 from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
 

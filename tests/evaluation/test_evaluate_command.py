@@ -17,14 +17,14 @@ from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_score
 
+from xception_jax.cli import evaluate as command
 from xception_jax.config import default_config
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
-from xception_jax.evaluation import command
 from xception_jax.evaluation.metrics import load_predictions
-from xception_jax.evaluation.network import open_network
 from xception_jax.models import create_model
+from xception_jax.runs import open_network
 from xception_jax.weights import save_network
 
 

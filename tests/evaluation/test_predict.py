@@ -16,7 +16,7 @@ from xception_jax.data import folders
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import contact_sheet, predict
-from xception_jax.evaluation.network import open_network
+from xception_jax.runs import open_network
 from xception_jax.weights import save_network
 
 

@@ -22,11 +22,11 @@ import sklearn.datasets
 
 from tests.models.random_weights import random_variables
 from xception_jax.__main__ import COMMANDS
+from xception_jax.cli import export as command
 from xception_jax.config import default_config, resolve_model
 from xception_jax.data.images import central_view
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.metrics import wilson_interval
-from xception_jax.export import command
 from xception_jax.export.card import as_markdown, make_card
 from xception_jax.export.formats import PLATFORMS, to_stablehlo
 from xception_jax.export.inference import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xception_jax.errors import WorkdirError
-from xception_jax.logs.metrics import MetricsLog, read_metrics
+from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_a_damaged_line_in_the_middle_is_left_out(path, line, caplog):
 @pytest.mark.parametrize("seconds", [0.01, 0.06])
 def test_a_run_that_is_killed_leaves_whole_lines_and_none_twice(path, seconds):
     program = (
-        "import sys; from xception_jax.logs.metrics import MetricsLog\n"
+        "import sys; from xception_jax.logs.metrics_log import MetricsLog\n"
         "log = MetricsLog(sys.argv[1]); print('ready', flush=True)\n"
         "for step in range(10**9): log.write(step, 'train', {'loss': 0.1 * step, 'note': 'x' * 300})\n"
     )

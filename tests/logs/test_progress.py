@@ -9,7 +9,7 @@ import termios
 import pytest
 from absl import logging as absl_logging
 
-from xception_jax.logs.progress import (
+from xception_jax.logs.console import (
     Progress,
     ProgressLine,
     Throughput,

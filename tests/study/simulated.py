@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from xception_jax.logs.metrics import MetricsLog
+from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Comparison, Interaction, Study
 from xception_jax.study.sizes import study_size

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.study.simulated import POINTS, small_study, write_simulated
 from xception_jax.errors import ConfigError, UsageError, WorkdirError
-from xception_jax.logs.metrics import read_metrics
+from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.cells import choose_trials, find_equal, read_outcome
 from xception_jax.study.design import Search
 from xception_jax.study.execute import run_study, slurm_script

@@ -115,8 +115,8 @@ def test_a_change_of_sign_needs_the_slope_and_both_ends():
 
 
 def test_intervals_cover_and_false_positives_are_rare():
-    """2,000 studies whose truth is known; the larger measurement is `python -m xception_jax.study.calibration`."""
-    from xception_jax.study.calibration import measure
+    """2,000 studies whose truth is known; `tools.simulate_statistics` measures more."""
+    from xception_jax.tools.simulate_statistics import measure
 
     found = measure(studies=2_000, seeds=5, comparisons=6)
     assert found["coverage_t"] == pytest.approx(0.95, abs=0.01)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tests.training.test_step import make_batch, short, tiny_config
-from xception_jax.training.mesh import batch_sharding, make_mesh, to_devices
+from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step

@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from released import assert_same, config
 
+from xception_jax.cli import convert as command
 from xception_jax.errors import BadDataError, ConfigError, StorageError, UsageError, UserError
-from xception_jax.weights import Network, Preprocessing, command, load_network, save_keras, save_network, tree
+from xception_jax.weights import Network, Preprocessing, load_network, save_keras, save_network, tree
 
 # A tenth of the width, two middle blocks: 300,000 parameters.
 MODEL = config("xception", width_multiplier=0.1, middle_blocks=2, num_classes=3)

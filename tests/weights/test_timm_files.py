@@ -14,8 +14,8 @@ from skimage import data
 
 from tests.peers.timm_weights import part, sample, tensor
 from xception_jax.errors import BadDataError, InputMissingError
-from xception_jax.evaluation.network import open_network
 from xception_jax.models import create_model
+from xception_jax.runs import open_network
 from xception_jax.weights import Preprocessing, load_network, load_timm, tree
 from xception_jax.weights.timm import timm_name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from xception_jax.config.fields import choice, flag, number, numbers, span, text, whole
+from xception_jax.config.fields import choice, flag, integer, number, numbers, span, text
 from xception_jax.config.model import NETWORKS, ModelConfig
 from xception_jax.config.section import Section, variants
 from xception_jax.config.training import OPTIMIZERS, SCHEDULES, LossConfig, OptimizerConfig, ScheduleConfig
@@ -23,17 +23,17 @@ class DataConfig(Section):
     train_split: str = text("train[:98%]", "modern: the rest is the development split")
     eval_split: str = text("train[98%:]", "modern: watched while training, so that test images are not tuned on")
     test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
-    image_size: int = whole(299, 1, "paper: section 4")
+    image_size: int = integer(299, 1, "paper: section 4")
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
     color_distortion: bool = flag(True, "inferred: brightness 32/255, saturation 0.5 to 1.5")
     crop_area: tuple[float, float] = numbers((0.05, 1.0), 2, "inferred: smallest and largest share of the image")
-    shift_pixels: int = whole(2, 0, "modern: for augmentation 'shift', after padding the image by as much")
+    shift_pixels: int = integer(2, 0, "modern: for augmentation 'shift', after padding the image by as much")
     eval_crop: float = number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True)
-    threads: int = whole(16, 1, "local: decoding threads in each process")
-    workers: int = whole(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")
+    threads: int = integer(16, 1, "local: decoding threads in each process")
+    workers: int = integer(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")
     cache: bool = flag(False, "local: keep decoded images in memory, which a small dataset fits into")
     max_bad_fraction: float = number(0.001, 0.0, 1.0, "local: share of damaged images above which the run stops")
-    synthetic_examples: int = whole(10_000, 1, "local: size of the synthetic source")
+    synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 
     def check(self) -> None:
         """Refuses an interval that is none."""
@@ -70,8 +70,8 @@ class MeshConfig(Section):
 
     path: ClassVar[str] = "mesh."
 
-    data: int = whole(-1, -1, "local: devices along the batch; -1 takes all that are left")
-    fsdp: int = whole(1, 1, "local: devices over which parameters and optimizer state are sharded")
+    data: int = integer(-1, -1, "local: devices along the batch; -1 takes all that are left")
+    fsdp: int = integer(1, 1, "local: devices over which parameters and optimizer state are sharded")
 
     def check(self) -> None:
         """Refuses a mesh without devices."""
@@ -90,8 +90,8 @@ class DistributedConfig(Section):
     path: ClassVar[str] = "distributed."
 
     coordinator: str = text("", "local: host:port of process 0; empty lets the cluster tell, or runs one process")
-    num_processes: int = whole(1, 1, "local: with a coordinator")
-    process_id: int = whole(0, 0, "local: with a coordinator")
+    num_processes: int = integer(1, 1, "local: with a coordinator")
+    process_id: int = integer(0, 0, "local: with a coordinator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,9 @@ class EvaluationConfig(Section):
 
     path: ClassVar[str] = "evaluation."
 
-    batch_size: int = whole(512, 1, "local")
+    batch_size: int = integer(512, 1, "local")
     every: str = span("1 epoch", "local")
-    map_at: int = whole(100, 1, "paper: section 4.1, MAP@100")
+    map_at: int = integer(100, 1, "paper: section 4.1, MAP@100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,8 @@ class CheckpointConfig(Section):
     path: ClassVar[str] = "checkpoint."
 
     every: str = span("1 epoch", "local")
-    keep_latest: int = whole(2, 1, "local")
-    keep_best: int = whole(1, 0, "local: besides the latest; by top-1, or MAP for several labels")
+    keep_latest: int = integer(2, 1, "local")
+    keep_best: int = integer(1, 0, "local: besides the latest; by top-1, or MAP for several labels")
     allow_dataset_change: bool = flag(False, "local: resume although the dataset is another one")
 
 
@@ -134,22 +134,22 @@ class ExperimentConfig(Section):
     path: ClassVar[str] = ""
 
     name: str = text("", "local: what the run is called in reports")
-    seed: int = whole(0, 0, "local: initialisation, data order, augmentation and dropout all derive from it")
+    seed: int = integer(0, 0, "local: initialisation, data order, augmentation and dropout all derive from it")
     model: ModelConfig = variants(NETWORKS, "paper: section 3, table 3")
     data: DataConfig = DataConfig()
-    batch_size: int = whole(1920, 1, "inferred: 60 replicas of 32")
-    accumulation_steps: int = whole(1, 1, "local: microbatches whose gradients are averaged in one step")
+    batch_size: int = integer(1920, 1, "inferred: 60 replicas of 32")
+    accumulation_steps: int = integer(1, 1, "local: microbatches whose gradients are averaged in one step")
     duration: str = span("169 epochs", "inferred: 113,000 steps")
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = variants(OPTIMIZERS, "paper: section 4.2")
     schedule: ScheduleConfig = variants(SCHEDULES, "paper: section 4.2")
     ema: EMAConfig = EMAConfig()
-    max_bad_steps: int = whole(10, 1, "local: non-finite steps in a row before the run goes back to a checkpoint")
+    max_bad_steps: int = integer(10, 1, "local: non-finite steps in a row before the run goes back to a checkpoint")
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     log_every: str = span("50 steps", "local")
-    profile: int = whole(0, 0, "local: steps to trace, after the first two, into <workdir>/profile; 0 is off")
+    profile: int = integer(0, 0, "local: steps to trace, after the first two, into <workdir>/profile; 0 is off")
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logs: LogsConfig = LogsConfig()

@@ -1,6 +1,6 @@
 """Kinds of config fields: what a value may be, and how a wrong one is described.
 
-A function such as `whole` returns the default of a dataclass field; the check, its description and the source of the
+A function such as `integer` returns the default of a dataclass field; the check, its description and the source of the
 default travel in the metadata. Sources of defaults are labelled **paper** (stated in Chollet 2017), **reference** (read
 from the public Keras implementation or its released weights), **inferred** (argued in docs/paper.md), **modern** (a
 later practice) or **local** (a choice of this code base).
@@ -73,7 +73,7 @@ def _field(
     return dataclasses.field(default=default, metadata={"field": field})
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     if isinstance(value, bool) or int(value) != float(value):
         raise ValueError
     return int(value)
@@ -90,11 +90,11 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def whole(default: int | None, low: int, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
+def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
     """Declares a whole number of at least `low`."""
 
     def check(value: Any) -> int:
-        value = _whole(value)
+        value = _integer(value)
         _require(value >= low)
         return value
 
@@ -123,7 +123,7 @@ def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mappi
     return _field(default, check, "one of " + ", ".join(map(repr, options)), source, str, unless)
 
 
-def choice_or_whole(
+def choice_or_integer(
     default: str | int, words: tuple[str, ...], low: int, source: str, *, unless: Mapping[str, Any] | None = None
 ) -> Any:
     """Declares one of the words, or a whole number (which the command line passes as a string)."""
@@ -131,7 +131,7 @@ def choice_or_whole(
     def check(value: Any) -> str | int:
         if value in words:
             return value
-        value = _whole(value)
+        value = _integer(value)
         _require(value >= low)
         return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from xception_jax.config.fields import choice, choice_or_whole, flag, number, whole
+from xception_jax.config.fields import choice, choice_or_integer, flag, integer, number
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
@@ -23,7 +23,7 @@ class BatchNormConfig(Section):
     momentum: float = number(0.99, 0.0, 1.0, "reference: Keras")
     epsilon: float = number(1e-3, 0.0, 1.0, "reference: Keras", above=True)
     scale: bool = flag(True, "paper: table 3 counts it; reference: Keras' Inception V3 has none")
-    statistics: str | int = choice_or_whole("global", ("global", "device"), 1, "inferred: the paper's is per device")
+    statistics: str | int = choice_or_integer("global", ("global", "device"), 1, "inferred: the paper's is per device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,14 @@ class XceptionConfig(Section):
     path: ClassVar[str] = "model."
 
     name: str = "xception"
-    num_classes: int = whole(1000, 1, "paper: section 4.1, ImageNet")
+    num_classes: int = integer(1000, 1, "paper: section 4.1, ImageNet")
     width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
-    middle_blocks: int = whole(8, 0, "paper: figure 5")
+    middle_blocks: int = integer(8, 0, "paper: figure 5")
     module: str = choice("separable", ("separable", "inception"), "paper: figure 5 has separable convolutions")
-    segments: str | int = choice_or_whole(
+    segments: str | int = choice_or_integer(
         "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless={"module": "inception"}
     )
-    group_width: int | None = whole(
+    group_width: int | None = integer(
         None, 1, "local: channels per segment; an alternative to `segments`", unless={"module": "inception"}
     )
     order: str = choice(
@@ -52,12 +52,12 @@ class XceptionConfig(Section):
     intermediate_activation: str = choice(
         "none", ("none", "relu", "elu"), "paper: section 4.7, figure 10", unless={"module": "inception"}
     )
-    depth_multiplier: int = whole(1, 1, "reference", unless={"module": "inception"})
+    depth_multiplier: int = integer(1, 1, "reference", unless={"module": "inception"})
     residual: bool = flag(True, "paper: section 4.6, figure 9")
-    kernel_size: int = whole(3, 1, "paper: figure 5")
+    kernel_size: int = integer(3, 1, "paper: figure 5")
     stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
-    fc_layers: int = whole(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
-    fc_width: int = whole(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
+    fc_layers: int = integer(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
+    fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
     dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
     dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
@@ -86,10 +86,10 @@ class InceptionV3Config(Section):
     path: ClassVar[str] = "model."
 
     name: str = "inception_v3"
-    num_classes: int = whole(1000, 1, "paper: section 4.1, ImageNet")
+    num_classes: int = integer(1000, 1, "paper: section 4.1, ImageNet")
     width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
-    fc_layers: int = whole(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
-    fc_width: int = whole(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
+    fc_layers: int = integer(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
+    fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
     dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
     aux_head: bool = flag(False, "paper: section 4.2, not used")
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")

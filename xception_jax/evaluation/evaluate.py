@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from xception_jax.config import ExperimentConfig
 from xception_jax.evaluation.metrics import Predictions, Sums, multi_label_sums, single_label_sums, summarise
-from xception_jax.training.mesh import whole
+from xception_jax.parallel import gathered
 
 Batch = dict[str, Any]
 
@@ -35,7 +35,7 @@ def make_evaluation_step(
 
     @jax.jit
     def step(variables, batch):
-        logits, _ = model.apply(whole(variables), batch["image"], train=False)
+        logits, _ = model.apply(gathered(variables), batch["image"], train=False)
         if multi_label:
             sums = multi_label_sums(logits, batch["label"], batch["mask"], config.evaluation.map_at)
             probabilities, saved = jax.nn.sigmoid(logits), config.evaluation.map_at

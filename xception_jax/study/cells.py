@@ -16,7 +16,7 @@ from typing import Any
 from xception_jax.config import ExperimentConfig, from_json, to_json
 from xception_jax.errors import ConfigError
 from xception_jax.files import write_atomically
-from xception_jax.logs.metrics import read_metrics
+from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK

@@ -11,7 +11,7 @@ from pathlib import Path
 from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.sources import open_source
 from xception_jax.errors import InputMissingError, StorageError, UsageError
-from xception_jax.logs.progress import format_count
+from xception_jax.logs.console import format_count
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import solve_costs
 from xception_jax.study.design import Study

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from xception_jax.logs.figures import BLUE, STYLE, VERMILION, to_svg
+from xception_jax.reports.curves import BLUE, STYLE, VERMILION, to_svg
 from xception_jax.study.results import ArmResult, Results
 
 # Okabe and Ito (2008), in an order in which neighbours differ in lightness too; with markers and dashes of their own.

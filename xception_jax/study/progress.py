@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from xception_jax.logs.progress import format_count, format_duration
+from xception_jax.logs.console import format_count, format_duration
 from xception_jax.study.cells import Cell, read_outcome
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from xception_jax.config import to_json
 from xception_jax.files import write_atomically
-from xception_jax.logs.progress import format_count, format_duration
+from xception_jax.logs.console import format_count, format_duration
 from xception_jax.study import figures
 from xception_jax.study.results import COLUMNS, Results, collect
 from xception_jax.study.statistics import Estimate

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.logs.metrics import json_ready, read_metrics
+from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
 from xception_jax.study.cells import Cell, read_outcome
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Comparison, Interaction

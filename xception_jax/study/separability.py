@@ -27,10 +27,10 @@ import numpy as np
 from jaxtyping import Float
 
 from xception_jax.errors import InputMissingError
-from xception_jax.evaluation.network import open_network
 from xception_jax.models import create_model
 from xception_jax.models.layers import Conv, glorot_uniform
 from xception_jax.models.trace import trace_layers
+from xception_jax.runs import open_network
 from xception_jax.study.store import STUDY, read_study
 from xception_jax.training.workdir import CONFIG
 

@@ -18,8 +18,8 @@ from xception_jax.data.sources import Source, SourceInfo, check_labels, open_sou
 from xception_jax.errors import ConfigError, DeviceMemoryError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
+from xception_jax.parallel import batch_sharding, check_batch, make_mesh
 from xception_jax.training.finetuning import check_patterns
-from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step

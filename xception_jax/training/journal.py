@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 
 from xception_jax.config import to_dict
 from xception_jax.logs import trackers
-from xception_jax.logs.metrics import MetricsLog, read_metrics
-from xception_jax.logs.progress import Progress, ProgressLine, Throughput, format_count, format_header
+from xception_jax.logs.console import Progress, ProgressLine, Throughput, format_count, format_header
+from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.training.experiment import Experiment
 
 

@@ -18,12 +18,12 @@ from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions
 from xception_jax.logs.profile import StepTrace
+from xception_jax.parallel import batch_sharding, start_distributed, to_devices
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.initial_weights import first_state
 from xception_jax.training.journal import Journal
-from xception_jax.training.mesh import batch_sharding, start_distributed, to_devices
 from xception_jax.training.preemption import Preemption
 from xception_jax.training.workdir import open_workdir
 

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from xception_jax.training.mesh import state_sharding
+from xception_jax.parallel import state_sharding
 
 
 class TrainState(struct.PyTreeNode):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from xception_jax.config import ExperimentConfig
+from xception_jax.parallel import gathered
 from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
-from xception_jax.training.mesh import whole
 from xception_jax.training.state import TrainState
 
 
@@ -28,7 +28,7 @@ def make_train_step(
     frozen = config.optimizer.frozen
 
     def loss_and_aux(params, batch_stats, images, labels, dropout_key):
-        params, batch_stats = whole((params, batch_stats))
+        params, batch_stats = gathered((params, batch_stats))
         with norms_at_rest(params, frozen):
             (logits, endpoints), updates = model.apply(
                 {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},

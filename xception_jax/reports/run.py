@@ -26,8 +26,8 @@ from xception_jax.evaluation.metrics import (
     wilson_interval,
 )
 from xception_jax.files import write_atomically
-from xception_jax.logs.figures import BLUE, GREY, VERMILION, Line, line_figure
-from xception_jax.logs.progress import format_count, format_duration
+from xception_jax.logs.console import format_count, format_duration
+from xception_jax.reports.curves import BLUE, GREY, VERMILION, Line, line_figure
 
 _MAX_CLASSES = 30  # a larger confusion matrix cannot be read
 _MAX_ROWS = 20
@@ -113,7 +113,7 @@ def write_report(
         "train_images_per_second": _median(metrics, "images_per_second"),
     }
     path = Path(workdir) / "report.html"
-    write_atomically(path, environment.get_template("report.html").render(context).encode())
+    write_atomically(path, environment.get_template("run.html").render(context).encode())
     return path
 
 

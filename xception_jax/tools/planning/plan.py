@@ -18,13 +18,13 @@ import tensorflow_datasets as tfds
 from xception_jax.config import ExperimentConfig, duration_in_steps
 from xception_jax.data.sources import Source, SyntheticSource, open_source
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
-from xception_jax.hardware.hlo import Collective, arrays_in_memory, collectives
-from xception_jax.hardware.roofline import StepTime, Traffic, count_traffic, step_time
-from xception_jax.hardware.topology import Topology
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
+from xception_jax.parallel import check_batch, make_mesh
+from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives
+from xception_jax.tools.planning.roofline import StepTime, Traffic, count_traffic, step_time
+from xception_jax.tools.planning.topology import Topology
 from xception_jax.training.experiment import build_experiment
-from xception_jax.training.mesh import check_batch, make_mesh
 
 # Images in the training split, for planning where the dataset is not: the figures of the TFDS catalogue.
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "open_images_v4": 1_743_042, "fashion_mnist": 60_000}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from xception_jax.config import DistributedConfig, MeshConfig
 from xception_jax.errors import ConfigError
 
 AXES = ("data", "fsdp")
+T = TypeVar("T")
 
 # Environment variables by which a cluster says that this process is one of several; jax then finds the others.
 _CLUSTER = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", "JAX_NUM_PROCESSES")
@@ -95,10 +97,10 @@ def state_sharding(mesh: Mesh, tree):
     return jax.tree.map(leaf_sharding, tree)
 
 
-def whole(tree):
-    """Returns the same values, whole on each device of the ambient mesh, to compute with.
+def gathered(tree: T) -> T:
+    """Gathers sharded parameters on each device of the ambient mesh, to compute with them.
 
-    With a kernel that is shared out along its channels, XLA's partitioner would rather send activations around.
+    With a kernel that is sharded along its channels, XLA's partitioner would send activations around instead.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return tree

@@ -18,15 +18,15 @@ from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, overri
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
-from xception_jax.evaluation import compare, result
-from xception_jax.evaluation.calibration import calibrate
+from xception_jax.evaluation import compare, tables
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
-from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
-from xception_jax.logs.metrics import json_ready
+from xception_jax.evaluation.temperature import calibrate
+from xception_jax.logs.metrics_log import json_ready
 from xception_jax.models import create_model
-from xception_jax.training.mesh import batch_sharding, check_batch, make_mesh, to_devices
+from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
+from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
 from xception_jax.weights import Network
 
 EXAMPLES = """\
@@ -82,15 +82,15 @@ def run(args: argparse.Namespace) -> int:
         _require_directory(path)
     subject = _open_subject(args)
     metrics, predictions, info = _evaluate(args, subject)
-    rows = result.class_rows(predictions, info.class_names)
+    rows = tables.class_rows(predictions, info.class_names)
     if args.predictions:
         save_predictions(args.predictions, predictions)
     if args.per_class:
-        result.write_csv(args.per_class, rows)
+        tables.write_csv(args.per_class, rows)
     if args.json:
         print(json.dumps(json_ready(metrics | {"per_class": rows})))
     else:
-        print(result.as_text(metrics, list(subject.variables), subject.config.evaluation.map_at))
+        print(tables.as_text(metrics, list(subject.variables), subject.config.evaluation.map_at))
     return 0
 
 

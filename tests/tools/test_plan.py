@@ -13,13 +13,13 @@ import pytest
 from xception_jax.config import default_config, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.errors import DeviceMemoryError, UsageError
-from xception_jax.hardware.hlo import Collective
-from xception_jax.hardware.plan import Memory, _batch_that_fits, _too_large, find_largest_batch
-from xception_jax.hardware.roofline import Traffic, count_traffic, step_time
-from xception_jax.hardware.topology import parse_topology
 from xception_jax.models import create_model
+from xception_jax.parallel import make_mesh
+from xception_jax.tools.planning.hlo import Collective
+from xception_jax.tools.planning.plan import Memory, _batch_that_fits, _too_large, find_largest_batch
+from xception_jax.tools.planning.roofline import Traffic, count_traffic, step_time
+from xception_jax.tools.planning.topology import parse_topology
 from xception_jax.training.experiment import build_experiment
-from xception_jax.training.mesh import make_mesh
 
 
 def test_traffic_of_a_small_network():
@@ -85,7 +85,7 @@ def test_the_search_for_the_largest_batch(monkeypatch, start, largest, kept):
         memory = types.SimpleNamespace(total=total, temporaries=total - 10**9)
         return types.SimpleNamespace(batch_per_chip=batch, compiled=types.SimpleNamespace(memory=memory))
 
-    monkeypatch.setattr("xception_jax.hardware.plan.make_plan", make_plan)
+    monkeypatch.setattr("xception_jax.tools.planning.plan.make_plan", make_plan)
     config, v5e = default_config(), parse_topology("v5e:4x4")
     config.batch_size = start * v5e.size
     if largest == 0:

@@ -6,7 +6,8 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from xception_jax.evaluation import calibration, result
+from xception_jax.evaluation import tables as result
+from xception_jax.evaluation import temperature as calibration
 from xception_jax.evaluation.metrics import Predictions, expected_calibration_error
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.hardware.chips import CHIPS, NODE, Chip
+from xception_jax.tools.planning.chips import CHIPS, NODE, Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ import math
 
 import flax.linen as nn
 
-from xception_jax.hardware.hlo import Collective
-from xception_jax.hardware.topology import Topology
 from xception_jax.models.layers import BatchNorm, Conv
 from xception_jax.models.trace import trace_layers
+from xception_jax.tools.planning.hlo import Collective
+from xception_jax.tools.planning.topology import Topology
 
 _HOP_SECONDS = 1e-6  # https://jax-ml.github.io/scaling-book/sharding: about a microsecond for each hop
 _SWITCH_SECONDS = 10e-6  # a small NCCL all-reduce within a node takes 10 to 20 microseconds

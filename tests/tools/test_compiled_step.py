@@ -12,8 +12,8 @@ import pytest
 from tests.conftest import ROOT
 from xception_jax.config import default_config, resolve
 from xception_jax.data.sources import SyntheticSource
+from xception_jax.parallel import make_mesh
 from xception_jax.training.experiment import build_experiment
-from xception_jax.training.mesh import make_mesh
 from xception_jax.training.step import make_train_step
 
 CASES = {
@@ -25,7 +25,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def steps(run_python):
-    program = ROOT / "tests/hardware/step_program.py"
+    program = ROOT / "tests/tools/step_program.py"
     # What the program communicates is decided before code is made for the processor, and nothing is run here.
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     process = run_python(program, *map(json.dumps, CASES.values()), environment={"XLA_FLAGS": flags})

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from xception_jax.hardware.hlo import Collective, arrays_in_memory, collectives, rounds
+from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives, rounds
 
 PROGRAM = """
 import dataclasses, json
@@ -14,7 +14,7 @@ from functools import partial
 import jax, jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
-from xception_jax.hardware.hlo import collectives, rounds
+from xception_jax.tools.planning.hlo import collectives, rounds
 
 mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
 

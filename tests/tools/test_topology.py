@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.hardware import topology
-from xception_jax.hardware.chips import CHIPS
-from xception_jax.hardware.topology import parse_topology, prepare_environment
+from xception_jax.tools.planning import topology
+from xception_jax.tools.planning.chips import CHIPS
+from xception_jax.tools.planning.topology import parse_topology, prepare_environment
 
 
 @pytest.mark.parametrize(

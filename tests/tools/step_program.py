@@ -11,9 +11,9 @@ import jax
 
 from xception_jax.config import default_config, resolve
 from xception_jax.data.sources import SyntheticSource
-from xception_jax.hardware.hlo import collectives, rounds
+from xception_jax.parallel import make_mesh
+from xception_jax.tools.planning.hlo import collectives, rounds
 from xception_jax.training.experiment import build_experiment
-from xception_jax.training.mesh import make_mesh
 
 assert jax.device_count() == 8
 for fields in map(json.loads, sys.argv[1:]):

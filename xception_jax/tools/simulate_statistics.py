@@ -1,6 +1,6 @@
 """How often the statistics of a study are right, measured on simulated studies whose truth is known.
 
-    python -m xception_jax.study.calibration [--studies 100000]
+    python -m xception_jax.tools.simulate_statistics [--studies 100000]
 
 The table in docs/study.md comes from it.
 """
@@ -75,7 +75,7 @@ def measure(*, studies: int, seeds: int, comparisons: int, noise: str = "normal"
 
 def main() -> None:
     """Prints the measurements for several numbers of seeds and kinds of noise, as a Markdown table."""
-    parser = argparse.ArgumentParser(prog="python -m xception_jax.study.calibration", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m xception_jax.tools.simulate_statistics", description=__doc__)
     parser.add_argument("--studies", type=int, default=100_000)
     studies = parser.parse_args().studies
     rows = [(noise, seeds) for noise in ("normal", "skewed", "heavy") for seeds in (3, 5, 10)]

@@ -15,9 +15,9 @@ from xception_jax.data.sources import find_class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
 from xception_jax.models import create_model
+from xception_jax.parallel import make_mesh
 from xception_jax.training import manifest
 from xception_jax.training.checkpoint import Checkpoints
-from xception_jax.training.mesh import make_mesh
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from xception_jax.errors import InputMissingError, StorageError, UsageError
-from xception_jax.evaluation.network import is_run, open_network, open_run, require_classifier, run_network
 from xception_jax.export.card import as_markdown, make_card, read_evaluation, run_evaluation
 from xception_jax.export.check import Difference, check_export, check_sha256
 from xception_jax.export.formats import FORMATS, write_network
 from xception_jax.export.inference import in_float32, make_reference
 from xception_jax.files import free_space, sha256, write_atomically
+from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
 from xception_jax.weights.network import Network
 
 EXAMPLES = """\

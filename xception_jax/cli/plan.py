@@ -8,10 +8,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from xception_jax.command_line import read_config
-from xception_jax.hardware.topology import parse_topology, prepare_environment
+from xception_jax.tools.planning.topology import parse_topology, prepare_environment
 
 if TYPE_CHECKING:
-    from xception_jax.hardware.plan import Plan
+    from xception_jax.tools.planning.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config, args.overrides)
     prepare_environment()
     from xception_jax.config import resolve
-    from xception_jax.hardware.plan import find_largest_batch, make_plan  # JAX reads the environment when imported
+    from xception_jax.tools.planning.plan import (  # JAX reads the environment when imported
+        find_largest_batch,
+        make_plan,
+    )
 
     config = resolve(config)
     if args.fit:

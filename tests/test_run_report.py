@@ -12,8 +12,8 @@ from PIL import Image
 
 from xception_jax import config as config_lib
 from xception_jax.evaluation.metrics import Predictions
-from xception_jax.logs.figures import Line, _series, _thin, line_figure
-from xception_jax.logs.report import choose_examples, write_report
+from xception_jax.reports.curves import Line, _series, _thin, line_figure
+from xception_jax.reports.run import choose_examples, write_report
 
 EVIL = "<script>alert('x')</script>"
 INFO = {
