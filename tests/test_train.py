@@ -17,8 +17,8 @@ import pytest
 
 from tests.conftest import NEWER_CODE, ROOT
 from tests.tiny_run import TINY, three_lines
-from xception_jax.evaluation.metrics import load_predictions
 from xception_jax.logs.metrics_log import read_metrics
+from xception_jax.metrics.predictions import load_predictions
 
 STEPS = 60
 

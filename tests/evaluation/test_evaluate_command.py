@@ -22,7 +22,7 @@ from xception_jax.config import default_config
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
-from xception_jax.evaluation.metrics import load_predictions
+from xception_jax.metrics.predictions import load_predictions
 from xception_jax.models import create_model
 from xception_jax.runs import open_network
 from xception_jax.weights import save_network

@@ -20,10 +20,12 @@ from xception_jax.data.sources import Source, SourceInfo, check_labels, open_sou
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation import compare, tables
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
 from xception_jax.evaluation.temperature import calibrate
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.metrics import metrics_of
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.models import create_model
 from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
 from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
@@ -184,6 +186,7 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
         metrics, predictions = evaluate(
             make_evaluation_step(create_model(network.model), config, keep_logits=not info.multi_label),
+            metrics_of(config),
             jax.device_put(subject.variables, NamedSharding(mesh, PartitionSpec())),
             tqdm(iterator, "evaluating", len(batches), unit="batch", disable=None),
             len(source),

@@ -11,13 +11,9 @@ from typing import Any
 import numpy as np
 
 from xception_jax.errors import StorageError
-from xception_jax.evaluation.metrics import (
-    Predictions,
-    class_average_precision,
-    most_confused,
-    wilson_interval,
-)
 from xception_jax.files import write_atomically
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
 
 _SETS = {"": "weights", "ema_": "Polyak average"}
 

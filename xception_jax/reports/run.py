@@ -17,16 +17,16 @@ from markupsafe import Markup
 from PIL import Image
 
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
-from xception_jax.evaluation.metrics import (
+from xception_jax.files import write_atomically
+from xception_jax.logs.console import format_count, format_duration
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import (
     Predictions,
     class_average_precision,
     confusion_matrix,
     expected_calibration_error,
     most_confused,
-    wilson_interval,
 )
-from xception_jax.files import write_atomically
-from xception_jax.logs.console import format_count, format_duration
 from xception_jax.reports.curves import BLUE, GREY, VERMILION, Line, line_figure
 
 _MAX_CLASSES = 30  # a larger confusion matrix cannot be read

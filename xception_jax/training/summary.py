@@ -15,7 +15,8 @@ import jax
 from xception_jax.data import images
 from xception_jax.data.sources import Source
 from xception_jax.environment import installed_versions, peak_memory
-from xception_jax.evaluation.metrics import Predictions, wilson_interval
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions
 from xception_jax.reports.run import RunInfo, choose_examples, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
