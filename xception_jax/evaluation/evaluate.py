@@ -21,6 +21,8 @@ from xception_jax.parallel import DeviceBatch, gathered
 # Classes of each image that are saved with a prediction: enough for top-5.
 SAVED_CLASSES = 5
 
+_COUNTS = "counts"  # beside the states of the metrics
+
 EvaluationStep = Callable[[dict, DeviceBatch], tuple[dict[str, State], DeviceBatch]]
 
 
@@ -46,7 +48,10 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         predictions = {"classes": classes, "probabilities": probabilities}
         if keep_logits:
             predictions["logits"] = logits.astype(jnp.float32)
-        return states | {"count": {"total": masked_count(mask)}}, predictions
+        counts = {"count": masked_count(mask)}
+        if multi_label:
+            counts["unlabelled"] = masked_count(mask & ~batch["label"].astype(bool).any(axis=-1))
+        return states | {_COUNTS: counts}, predictions
 
     return step
 
@@ -73,7 +78,8 @@ def evaluate(
       poll: called with each batch before it is used; what it raises ends the evaluation.
 
     Returns:
-      The metrics, prefixed, with one `count`; and the predictions of the last set of variables.
+      The metrics, prefixed, with one `count` of images (with any number of labels an image also `unlabelled`, those
+      without any); and the predictions of the last set of variables.
 
     Raises:
       RuntimeError: the masks do not sum to `num_examples`: an image was dropped or counted twice.
@@ -92,13 +98,13 @@ def evaluate(
     values: dict[str, Any] = {}
     for prefix, batches_of_states in measured.items():
         fetched = _fetch(batches_of_states)
-        count = sum(int(states["count"]["total"]) for states in fetched)
-        if count != num_examples:
-            raise RuntimeError(f"the evaluation counted {count} images of {num_examples}")
+        counts = {name: sum(int(states[_COUNTS][name]) for states in fetched) for name in fetched[0][_COUNTS]}
+        if counts["count"] != num_examples:
+            raise RuntimeError(f"the evaluation counted {counts['count']} images of {num_examples}")
         for metric in metrics:
             merged = metric.merge([states[metric.name] for states in fetched])
             values[f"{prefix}{metric.name}"] = metric.compute(merged)
-        values["count"] = count
+        values |= counts
     return values, _predictions(_fetch(parts))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from xception_jax.config import ExperimentConfig
 from xception_jax.metrics.metric import Metric, describe
-from xception_jax.metrics.multi_label import MeanAveragePrecision, SigmoidLoss, Unlabelled
+from xception_jax.metrics.multi_label import MeanAveragePrecision, SigmoidLoss
 from xception_jax.metrics.roc import AreaUnderROC
 from xception_jax.metrics.single_label import SoftmaxLoss, TopK
 
@@ -23,7 +23,6 @@ METRICS: dict[str, Callable[[ExperimentConfig], tuple[Metric, ...]]] = {
         MeanAveragePrecision(config.evaluation.map_at),
         MeanAveragePrecision(config.evaluation.map_at, over_all_labels=True),
         AreaUnderROC(multi_label=True),
-        Unlabelled(),
         SigmoidLoss(),
     ),
 }

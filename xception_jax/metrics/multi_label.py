@@ -51,24 +51,6 @@ class MeanAveragePrecision(Metric):
         return {"total": masked_sum(precisions / denominator, labelled), "count": masked_count(labelled)}
 
 
-class Unlabelled(Metric):
-    """The number of examples without any label."""
-
-    name = "unlabelled"
-    higher_is_better = False
-
-    def format(self, value: float) -> str:
-        """Returns a whole number."""
-        return f"{value:,.0f}"
-
-    def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b c"], mask: Bool[Array, " b"]) -> State:
-        return {"total": masked_count(mask & ~labels.astype(bool).any(axis=-1))}
-
-    def compute(self, state: State) -> float:
-        """Returns the number."""
-        return int(state["total"])
-
-
 class SigmoidLoss(Metric):
     """The mean over examples of the logistic loss in nats, summed over the classes."""
 

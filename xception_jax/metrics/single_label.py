@@ -28,8 +28,8 @@ class TopK(Metric):
 
     @property
     def title(self) -> str:
-        """'top-1' or 'top-5'."""
-        return f"top-{self.k}"
+        """'top-1 accuracy' or 'top-5 accuracy'."""
+        return f"top-{self.k} accuracy"
 
     def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:
         rank = jnp.sum(logits >= _true_logit(logits, labels), axis=-1)  # 1 is the best
