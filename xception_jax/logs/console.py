@@ -71,16 +71,16 @@ class Progress:
     seconds_left: float | None = None
 
     def __str__(self) -> str:
-        """Returns the progress after the step as one line."""
-        parts = [f"epoch {self.epoch:.2f}", f"loss {self.loss:.4g}"]
+        """Returns what follows the step in a line, the most important first: a narrow terminal cuts the end off."""
+        parts = [f"loss {self.loss:.4g}"]
+        if self.seconds_left is not None:
+            parts.append(f"{format_duration(self.seconds_left)} left")
         if self.images_per_second is not None:
             digits = 1 if self.images_per_second < 100 else 0
             parts.append(f"{self.images_per_second:,.{digits}f} images/s")
+        parts += [f"epoch {self.epoch:.2f}", f"lr {self.learning_rate:.3g}"]
         if self.input_share is not None:
             parts.append(f"input {self.input_share:.0%}")
-        parts.append(f"lr {self.learning_rate:.3g}")
-        if self.seconds_left is not None:
-            parts.append(f"{format_duration(self.seconds_left)} left")
         return "  ".join(parts)
 
 
@@ -108,7 +108,7 @@ class ProgressLine:
             file=sys.stderr,
             disable=not terminal,
             dynamic_ncols=True,
-            bar_format="step {n_fmt}/{total_fmt} |{bar:12}| {desc}",
+            bar_format="{percentage:3.0f}%  step {n_fmt}/{total_fmt}  {desc}",
         )
         # absl's own handler passes records on without asking its filters, so the one inside gets the filter too.
         handlers = [*logging.root.handlers, logging.lastResort, absl_logging.get_absl_handler().python_handler]
@@ -139,8 +139,10 @@ class ProgressLine:
                 say(f"step {progress.step:,}/{progress.total_steps:,}  {progress}")
             return
         with contextlib.suppress(OSError, ValueError):
-            self._bar.set_description_str(str(progress), refresh=log_point)
+            self._bar.set_description_str(str(progress), refresh=False)
             self._bar.update(progress.step - self._bar.n)
+            if log_point:
+                self._bar.refresh()
 
 
 class Throughput:
