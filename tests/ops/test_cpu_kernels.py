@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -18,10 +17,11 @@ from tests.ops.test_pooling import CASES as POOLS
 from tests.ops.test_pooling import reference_max_pool
 from xception_jax import ops
 from xception_jax.ops import cpu_kernels
+from xception_jax.ops.cpu_kernels import build
 
 # Not `cpu_kernels.available`: kernels that a compiler refuses are to fail here.
 pytestmark = pytest.mark.skipif(
-    cpu_kernels._compiler() is None
+    not build.compiler()
     or os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "0"
     or (jax.default_backend(), jax.device_count()) != ("cpu", 1),
     reason="needs a C++ compiler and a CPU as the only device",
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_kernels_can_be_built():
-    assert all(cpu_kernels._library(source) for source in cpu_kernels._NAMES)
+    assert all(build.library(source) for source in build.HANDLERS)
 
 
 def custom_calls(f, *args) -> int:
@@ -58,15 +58,14 @@ def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
 
 
 @pytest.fixture(params=["fma", "amx"])
-def product(request):
-    """Which kind of products the kernels take; AMX's only for matrices that are large enough."""
-    switch = ctypes.c_int64.in_dll(cpu_kernels._library("kernels"), "may_use_amx")
-    allowed = switch.value
-    if request.param == "amx" and not (allowed and "amx_bf16" in cpu_kernels._processor()):
+def product(request, monkeypatch):
+    """Which matrix products the kernels use; AMX only for matrices that are large enough."""
+    if request.param == "amx" and not (cpu_kernels._amx_permitted() and "amx_bf16" in build.processor()):
         pytest.skip("needs a processor with AMX")
-    switch.value = request.param == "amx"
+    monkeypatch.setattr(cpu_kernels, "_use_amx", lambda: request.param == "amx")
+    jax.clear_caches()  # of programs that were traced with the other ones
     yield request.param
-    switch.value = allowed
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -186,12 +185,51 @@ def test_nan_stays_nan():
     assert bool(jnp.isnan(ops.conv(x, jnp.ones((3, 3, 1, 9)), segments=9)[0, :, :, 4]).any())
 
 
+@pytest.fixture
+def run_tests_with(run_python, tmp_path):
+    """Returns a function that runs tests of this file and of the fused layers, with kernels from another compiler.
+
+    `options` are added to what the kernels are compiled with, `environment` to that of the tests.
+    """
+
+    def run(compiler: str, options: str, tests: str, environment: dict[str, str] | None = None):
+        script = tmp_path / "c++"
+        script.write_text(f'#!/bin/sh\nexec {compiler} "$@" {options}\n')
+        script.chmod(0o755)
+        environment = {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path)} | (environment or {})
+        files = ("tests/ops/test_cpu_kernels.py", "tests/export/test_export.py")
+        process = run_python(
+            "-m", "pytest", "--numprocesses=0", "--capture=no", "-k", tests, *files, environment=environment
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+
+    return run
+
+
+# Of each kind of kernel the cases that reach all of its code; the last is of the fused layers.
+REPRESENTATIVE = "odd_sizes or large or (SAME and (depthwise or small_segments and size0)) or lets_nan_through"
+WARNINGS = "-Wall -Wextra -Werror"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_the_kernels_have_no_warnings(run_tests_with):
+    run_tests_with("g++", WARNINGS, "can_be_built")
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
+def test_the_kernels_of_clang_equal_xla(run_tests_with):
+    run_tests_with("clang++", WARNINGS, f"can_be_built or {REPRESENTATIVE}")
+
+
+@pytest.mark.skipif(not shutil.which("g++") or " avx2 " not in build.processor(), reason="needs g++ and AVX2")
+def test_the_kernels_for_avx2_equal_xla(run_tests_with):
+    """Vectors of 8 lanes, which no machine with AVX-512 would compile."""
+    run_tests_with("g++", f"-march=x86-64-v3 {WARNINGS}", f"can_be_built or {REPRESENTATIVE}")
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs the address sanitizer of g++")
-def test_nothing_outside_of_an_array_is_read_or_written(run_python, tmp_path):
-    """The tests above, and a network for inference, once more with kernels that end the process if they do."""
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0 -fsanitize=address\n')
-    compiler.chmod(0o755)
+def test_nothing_outside_of_an_array_is_read_or_written(run_tests_with):
+    """Runs tests with kernels that end the process if they do."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -199,13 +237,7 @@ def test_nothing_outside_of_an_array_is_read_or_written(run_python, tmp_path):
     if not all(map(os.path.isabs, libraries)):
         pytest.skip("g++ has no address sanitizer here")
     environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
-    environment |= {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
-    some = "odd_sizes or large or (SAME and (depthwise or small_segments and size0)) or lets_nan_through"
-    files = ("tests/ops/test_cpu_kernels.py", "tests/export/test_export.py")
-    process = run_python(
-        "-m", "pytest", "--numprocesses=0", "--capture=no", "-k", some, *files, environment=environment
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    run_tests_with("g++", "-O0 -fsanitize=address", REPRESENTATIVE, environment)
 
 
 def test_the_same_bits_every_time():
@@ -224,6 +256,7 @@ import os
 {before}
 import hashlib, jax, numpy as np
 from xception_jax.ops import cpu_kernels
+from xception_jax.ops.cpu_kernels import build
 for channels in (24, 64):
     x, dy = np.random.default_rng(0).normal(size=(2, 4, 50, 50, channels)).astype("float32")
     kernel = (3, 3, channels, channels)
@@ -262,9 +295,11 @@ print(f.lower(x, k).as_text().count("custom_call @"), float(f(x, k).sum()))
     ("environment", "calls", "warning"),
     [
         ({}, 2, None),
+        ({"CXX": "env c++ -pipe"}, 2, None),  # with arguments, and by way of another program, as with ccache
         ({"XCEPTION_JAX_CPU_KERNELS": "0"}, 0, None),
         ({"CXX": "/nowhere/c++"}, 0, "could not be built"),
         ({"CXX": "/bin/false"}, 0, "could not be built"),
+        ({"CXX": "c++ '"}, 0, "could not be built"),
         ({"PATH": "/nowhere"}, 0, "No C++ compiler"),
     ],
 )
