@@ -1,7 +1,7 @@
 """C++ kernels for CPUs as JAX functions: convolution, max pooling, and fused layers for inference.
 
-They take float32 on a host whose only device is its CPU. `build.py` compiles them (`kernels.cc`, `folded.cc`) when a program
-first needs them. Where `available` returns False, callers use their lowering in plain JAX: the same values, slower.
+They take float32 on a host whose only device is its CPU. `build.py` compiles them (`kernels.cc`, `folded.cc`) when a
+program first needs them. Where `available` returns False, callers use their slower lowering in plain JAX.
 
 `XCEPTION_JAX_CPU_KERNELS=0` turns the kernels off; `XCEPTION_JAX_CPU_KERNELS=fma` keeps them from using AMX, the matrix
 registers of newer Intel processors (`amx.h`).

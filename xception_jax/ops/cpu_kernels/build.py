@@ -1,7 +1,7 @@
 """Builds the C++ kernels with the machine's compiler and registers them with XLA.
 
-The compiler is `$CXX`, or the first of g++, clang++ and c++ that is installed. A library takes 10 to 20 s to compile, once:
-it is kept in `$XDG_CACHE_HOME/xception_jax` (by default `~/.cache/xception_jax`).
+The compiler is `$CXX`, or the first of g++, clang++ and c++ that is installed. Compiling a library takes 10 to 20 s.
+It is kept in `$XDG_CACHE_HOME/xception_jax` (by default `~/.cache/xception_jax`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 import jax
 import jaxlib
 
-# Source file: the FFI handlers in it. Two libraries, so that training does not wait for the inference kernels to compile.
+# The FFI handlers of each source file. Two libraries, so that training does not wait for the inference kernels to
+# compile.
 HANDLERS = {
     "kernels": (
         "conv",
