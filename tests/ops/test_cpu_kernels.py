@@ -1,4 +1,4 @@
-"""The C++ kernels, in float32, against XLA's own operations in float64: values and gradients, through `ops`."""
+"""Compares the C++ kernels in float32 with XLA's operations in float64: values and gradients, through `ops`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xception_jax import ops
 from xception_jax.ops import cpu_kernels
 from xception_jax.ops.cpu_kernels import build
 
-# Not `cpu_kernels.available`: kernels that a compiler refuses are to fail here.
+# Not `cpu_kernels.available`: kernels that do not compile shall fail here.
 pytestmark = pytest.mark.skipif(
     not build.compiler()
     or os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "0"
@@ -52,7 +52,7 @@ def assert_equals_xla(x_shape, kernel_shape, calls=3, **arguments):
 def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
     calls = 2 + min(stride, kernel[0]) * min(stride, kernel[1])  # the input gradient is computed phase by phase
     if segments == filters and (stride > 1 or kernel not in ((3, 3), (5, 5))):
-        calls = 0  # a depthwise convolution that XLA computes faster than products for each channel would be
+        calls = 0  # a depthwise convolution that the kernels do not support
     shapes = (2, *size, 8), (*kernel, 8 // segments, filters)
     assert_equals_xla(*shapes, calls, segments=segments, stride=stride, padding=padding)
 
@@ -72,28 +72,25 @@ def product(request, monkeypatch):
     ("x", "kernel", "segments"),
     [
         ((2, 31, 29, 3), (3, 3, 3, 32), 1),  # the stem: few channels at many taps, sums in parts
-        ((1, 10, 10, 800), (1, 1, 800, 40), 1),  # deeper than what is summed between two stores
-        ((1, 5, 5, 150), (3, 3, 150, 17), 1),  # the same with taps cut in the middle
-        ((3, 7, 9, 60), (3, 3, 20, 57), 3),  # several panels and a part of one in each segment
-        ((2, 30, 29, 70), (3, 3, 70, 40), 1),  # a filter gradient in several blocks, parts and rounds
+        ((1, 10, 10, 800), (1, 1, 800, 40), 1),  # several blocks of the depth
+        ((1, 5, 5, 150), (3, 3, 150, 17), 1),  # the same, cut within a tap
+        ((3, 7, 9, 60), (3, 3, 20, 57), 3),  # several panels, the last one cut, in each segment
+        ((2, 30, 29, 70), (3, 3, 70, 40), 1),  # a filter gradient in several blocks and parts
         ((1, 1, 1, 5), (1, 1, 5, 1), 1),
-        # From 64 channels on, AMX has products of its own:
+        # From 64 channels on, products may use AMX.
         ((2, 13, 11, 64), (1, 1, 64, 64), 1),  # whole registers; several blocks of pixels
-        (
-            (1, 10, 10, 1601),
-            (1, 1, 1601, 75),
-            1,
-        ),  # three stores, depths that are no multiple of a step, a part of a half panel
-        ((1, 5, 5, 150), (3, 3, 150, 81), 1),  # taps cut in the middle, one pixel more than whole registers have rows
+        # Three blocks of the depth, which are not multiples of a step; half a panel.
+        ((1, 10, 10, 1601), (1, 1, 1601, 75), 1),
+        ((1, 5, 5, 150), (3, 3, 150, 81), 1),  # cut within a tap; one pixel more than whole registers have rows
         ((2, 7, 9, 140), (3, 3, 70, 194), 2),  # segments
-        ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks, parts and rounds
+        ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks and parts
         ((1, 1, 1, 65), (1, 1, 65, 64), 1),
-        # Many small images, most of whose taps lie outside, gone through together:
+        # Many small images, most of whose taps lie in the padding: they are interleaved.
         ((70, 4, 3, 24), (3, 3, 12, 42), 2),  # in two groups, whose last tiles are cut
         ((33, 1, 2, 96), (3, 3, 48, 100), 2),
         ((67, 5, 4, 100), (5, 5, 100, 66), 1),
         ((16, 1, 1, 91), (3, 3, 91, 17), 1),
-        # A result that is written past the caches:
+        # A result that is written with non-temporal stores, unless the last-level cache is larger than 32 MB.
         ((1, 300, 232, 3), (3, 3, 3, 64), 1),
     ],
 )
@@ -103,9 +100,9 @@ def test_conv_of_odd_sizes_equals_xla(product, x, kernel, segments):
 
 @pytest.mark.parametrize("draw", ["normal", "positive", "wide"])
 def test_products_are_as_exact_as_float32(product, draw):
-    """Against float64: three parts and six products lose nothing that products of float32 keep.
+    """Compares with float64: three parts and six products are as exact as products of float32.
 
-    XLA's product is off by 2e-7 to 4e-7 of the values here, by its version; without one of the six products, 3e-6.
+    Relative errors of XLA's product are 2e-7 to 4e-7, depending on its version; without one of the six products, 3e-6.
     """
     rng = np.random.default_rng(0)
     values = {
@@ -134,7 +131,7 @@ def test_nan_stays_nan_in_products(product, bits):
     assert np.isnan(ops.conv(jnp.ones_like(x), kernel)).sum() == 4
 
 
-# Channels below, at and past whole registers; widths below and past whole tiles; more rows than are summed together.
+# Channels below, at and above whole vectors; widths below and above whole tiles; more rows than a part has.
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
 @pytest.mark.parametrize("shape", [(2, 9, 10, 3), (1, 7, 24, 16), (3, 13, 8, 37), (2, 70, 11, 8), (1, 7, 7, 64)])
@@ -146,8 +143,7 @@ def test_a_large_depthwise_result_equals_xla():
     assert_equals_xla((1, 300, 232, 64), (3, 3, 1, 64), segments=64, stride=1, padding="SAME")
 
 
-# Whole vectors, and vectors that whole segments do not fill; widths below, at and past what is computed together; more
-# rows than a part has.
+# Whole vectors, and vectors that whole segments do not fill; widths below, at and above whole tiles; more rows than parts.
 @pytest.mark.parametrize(
     ("per_segment", "channels", "filters"),
     [

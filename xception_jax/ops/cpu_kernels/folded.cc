@@ -74,7 +74,7 @@ ffi::Error PackConv(ffi::ThreadPool pool, Input kernel, Input bias, Output packe
   return ffi::Error::Success();
 }
 
-// `depthwise` is a kernel [k, k, channels of a segment, channels], or an empty vector for none; `residual` may be empty, too.
+// `depthwise` is a kernel [k, k, channels of a segment, channels], or an empty vector for none; `residual` may also be empty.
 // With a depthwise convolution, `top` and `left` are its padding, and the other convolution is 1 x 1 of stride 1. `relu_first`
 // is for a depthwise convolution only.
 ffi::Error FoldedConv(ffi::ThreadPool pool, Input x, Input packed, Input bias, Input depthwise, Input residual, Output y,
