@@ -143,7 +143,7 @@ def test_a_large_depthwise_result_equals_xla():
     assert_equals_xla((1, 300, 232, 64), (3, 3, 1, 64), segments=64, stride=1, padding="SAME")
 
 
-# Whole vectors, and vectors that whole segments do not fill; widths below, at and above whole tiles; more rows than parts.
+# Whole vectors, and vectors that whole segments do not fill; widths below, at and above whole tiles; many rows.
 @pytest.mark.parametrize(
     ("per_segment", "channels", "filters"),
     [
