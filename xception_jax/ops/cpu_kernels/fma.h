@@ -59,7 +59,7 @@ struct FmaGemm {
         row[v] = Load(b + v * kLanes);
       }
       UNROLL for (int r = 0; r < R; ++r) {
-        const Vector value = Broadcast(*a(p, r));
+        const float value = *a(p, r);
         UNROLL for (int v = 0; v < V; ++v) in_registers[r][v] += value * row[v];
       }
     }

@@ -84,15 +84,6 @@ inline void StoreFirst(Size count, float* to, Vector value) {
 #endif
 }
 
-// Returns a vector whose lanes all are `value`.
-inline Vector Broadcast(float value) {
-  Vector lanes = value - Vector();
-#ifdef __AVX512F__
-  asm("" : "+v"(lanes));  // keeps it in a register: GCC else loads it again for each multiply-add
-#endif
-  return lanes;
-}
-
 // Returns the vector whose lane i is value[from[i] % kLanes].
 inline Vector Permute(Vector value, Indices from) {
 #if defined(__AVX512F__)
