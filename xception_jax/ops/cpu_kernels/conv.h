@@ -130,7 +130,7 @@ void PackKernel(ffi::ThreadPool& pool, const Convolution& conv, const float* ker
   const Size panels = Gemm::Panels(conv.filters);
   ParallelFor(pool, conv.segments * panels, [&](Size task) {
     const Size segment = task / panels, panel = task % panels;
-    const Size first = PanelColumns<Gemm>(conv.filters, panel).first, columns = PanelColumns<Gemm>(conv.filters, panel).second;
+    const auto [first, columns] = PanelColumns<Gemm>(conv.filters, panel);
     const Buffer buffer = transposed ? NewBuffer(Gemm::kBlockDepth * columns) : nullptr;
     for (const DepthBlock& block : blocks) {
       float* to = packed + PanelOffset<Gemm>(conv, segment, block, panel);

@@ -60,9 +60,9 @@ struct Convolution {
   ImageShape in, out;
   Size segments, stride, top, left;  // top, left: rows and columns of padding
   Size taps, channels, filters;      // channels, filters: of a segment
-  std::vector<float> zeros;          // what an input pixel in the padding reads
+  std::vector<float> zeros;          // read in the padding
   std::vector<std::pair<Size, Size>> tap_positions;  // (row, column) in the window
-  Size interleaved = 1;              // images in a group; see `InterleaveImages`
+  Size interleaved = 1;  // images in a group; see `InterleaveImages`
 
   Convolution(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel, ffi::Span<const int64_t> y, Size segments,
               Size stride, Size top, Size left)
@@ -119,10 +119,9 @@ struct Convolution {
   // Interleaves small images if much of what their pixels read is padding. The rows of a tile then are the same pixel of
   // several images, so that a tap in the padding is so for all of them, and is skipped.
   void InterleaveImages() {
-    constexpr double kWorthwhile = 0.85;   // of the taps lie inside: with more, there is too little to skip
-    constexpr Size kMostImages = 64, kLeastImages = 16;
-    constexpr Size kMostFloats = kL2Bytes / 2 / sizeof(float);  // of a group's input
-    constexpr Size kMultiple = 8;          // of the rows of a tile
+    constexpr double kMostInside = 0.85;  // share of taps that are not padding: with more, there is too little to skip
+    constexpr Size kMostFloats = kL2Bytes / 2 / sizeof(float);  // of the input of a group
+    constexpr Size kMostImages = 64, kLeastImages = 16, kMultiple = 8;  // a group consists of whole tiles, of 8 or 4 rows
     const auto inside = [&](Size taps, Size padding, Size in, Size out) {
       Size count = 0;
       for (Size at = 0; at < out; ++at)
@@ -133,7 +132,7 @@ struct Convolution {
     const Size taps_inside = inside(last_row + 1, top, in.height, out.height) * inside(last_column + 1, left, in.width, out.width);
     const Size fit = kMostFloats / std::max<Size>(in.height * in.width * in.channels, 1);
     const Size images = RoundDown(std::min(kMostImages, fit), kMultiple);
-    if (taps_inside < kWorthwhile * taps * out.height * out.width && std::min(images, out.batch) >= kLeastImages)
+    if (taps_inside < kMostInside * taps * out.height * out.width && std::min(images, out.batch) >= kLeastImages)
       interleaved = images;
   }
 

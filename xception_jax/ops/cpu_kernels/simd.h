@@ -39,7 +39,7 @@ constexpr int kVectorRegisters = 32;
 constexpr int kLanes = 8;
 constexpr int kVectorRegisters = 16;
 #endif
-constexpr int kMostLanes = 16;
+constexpr int kMostLanes = 16;  // of any processor
 
 constexpr Size kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);  // of a cache line
 
