@@ -21,6 +21,8 @@ from xception_jax.config import (
 from xception_jax.errors import ConfigError
 from xception_jax.fields import FIELDS, duration_in_steps
 
+pytestmark = pytest.mark.smoke
+
 LABELS = ("paper", "reference", "inferred", "modern", "local")
 
 

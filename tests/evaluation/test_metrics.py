@@ -9,6 +9,8 @@ from sklearn.metrics import average_precision_score, label_ranking_average_preci
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.evaluation import metrics
 
+pytestmark = pytest.mark.smoke
+
 
 def single(logits, labels, mask=None):
     logits = jnp.asarray(logits)
