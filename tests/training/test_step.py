@@ -89,6 +89,7 @@ def without_counters(state):
     return state.replace(step=zero, bad_steps=zero, skipped_steps=zero)
 
 
+@pytest.mark.smoke
 def test_a_step_lowers_the_loss_and_moves_everything():
     config = tiny_config()
     state, step = make(config)
@@ -110,6 +111,7 @@ def test_a_step_lowers_the_loss_and_moves_everything():
     assert still == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_bad_batch_leaves_every_bit_and_the_next_one_counts(poison):
     config = tiny_config()
@@ -130,6 +132,7 @@ def test_a_bad_batch_leaves_every_bit_and_the_next_one_counts(poison):
     assert state_fingerprint(without_counters(after)) != state_fingerprint(without_counters(state))
 
 
+@pytest.mark.smoke
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     microbatches = 2
     whole = tiny_config(**{"model.batch_norm.statistics": 8 // microbatches, "ema.decay": 0.0})
@@ -146,6 +149,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got.params, expected.params)
 
 
+@pytest.mark.smoke
 def test_polyak_average_of_weights_and_statistics():
     config = tiny_config()
     state, step = make(config)
@@ -159,6 +163,7 @@ def test_polyak_average_of_weights_and_statistics():
     assert make(tiny_config(**{"ema.decay": 0.0}))[0].ema is None
 
 
+@pytest.mark.smoke
 def test_dropout_follows_from_seed_and_step():
     config = tiny_config(**{"model.dropout_rate": 0.5})
     state, step = make(config)
