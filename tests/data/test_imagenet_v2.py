@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.small_imagenet import add, jpeg, photograph
 from xception_jax.cli import prepare as command
-from xception_jax.config import default_config
+from xception_jax.config import DataConfig
 from xception_jax.data.prepare import imagenet
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.sources import open_source
@@ -44,9 +44,7 @@ def write_archive(directory: Path, folder: Path) -> Path:
 
 
 def opened(data_dir: Path, name: str = "imagenet_v2/matched-frequency"):
-    data = default_config().data
-    data.update(name=name, data_dir=str(data_dir))
-    return open_source(data, "test")
+    return open_source(DataConfig(name=name, data_dir=str(data_dir)), "test")
 
 
 def test_archive_folder_and_inner_folder_give_the_same_dataset(tmp_path):

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from tests.data.conftest import assert_batches_equal, write_images
 from tests.data.small_imagenet import encoded, jpeg, photograph
-from xception_jax.config import default_config
+from xception_jax.config import DataConfig, MeshConfig, to_dict
 from xception_jax.data import images
 from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, _Memory, train_batches
 from xception_jax.data.sources import open_source
@@ -24,7 +23,7 @@ from xception_jax.errors import BadDataError, StorageError
 from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 
 
-def train(data: ConfigDict, count: int, *, batch_size: int = 8, start_step: int = 0, seed: int = 3, **processes):
+def train(data: DataConfig, count: int, *, batch_size: int = 8, start_step: int = 0, seed: int = 3, **processes):
     batches = train_batches(
         data, open_source(data, "train"), batch_size=batch_size, seed=seed, start_step=start_step, **processes
     )
@@ -60,7 +59,7 @@ def test_what_is_held_of_a_batch_stays_as_it_is(photographs_data):
     batches = train_batches(
         photographs_data, open_source(photographs_data, "train"), batch_size=8, seed=3, start_step=0
     )
-    sharding = batch_sharding(make_mesh(default_config().mesh))
+    sharding = batch_sharding(make_mesh(MeshConfig()))
     views, on_devices = [], []
     for number in range(12):
         batch = next(batches)
@@ -87,7 +86,7 @@ def test_memory_is_used_again_once_nobody_refers_to_it():
 
 
 def test_several_labels_become_zeros_and_ones(data):
-    data.update(name="fashion_mnist_scenes", image_size=64)
+    data = data.replace(name="fashion_mnist_scenes", image_size=64)
     source = open_source(data, "train")
     batch = train(data, 1)[0]
     assert batch["label"].shape == (8, 10)
@@ -99,7 +98,7 @@ def test_several_labels_become_zeros_and_ones(data):
 @pytest.mark.parametrize("augmentation", ["inception", "shift", "none"])
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_the_global_batch_is_the_same_for_any_number_of_processes(photographs_data, augmentation, process_count):
-    photographs_data.augmentation = augmentation
+    photographs_data = photographs_data.replace(augmentation=augmentation)
     alone = train(photographs_data, 7)
     parts = [
         train(photographs_data, 7, batch_size=8 // process_count, process_index=index, process_count=process_count)
@@ -111,13 +110,13 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(photographs_da
 @pytest.mark.parametrize("threads", [1, 7])
 def test_batches_do_not_depend_on_threads(photographs_data, threads):
     expected = train(photographs_data, 7)
-    photographs_data.threads = threads
+    photographs_data = photographs_data.replace(threads=threads)
     assert_batches_equal(train(photographs_data, 7), expected)
 
 
 def test_batches_do_not_depend_on_workers(photographs_data):
     expected = train(photographs_data, 7)
-    photographs_data.workers = 2
+    photographs_data = photographs_data.replace(workers=2)
     assert_batches_equal(train(photographs_data, 7), expected)
 
 
@@ -141,7 +140,7 @@ class Counted:
 def test_a_cache_changes_no_batch_and_reads_each_whole_image_once(damaged_data):
     expected = train(damaged_data, 9)
     evaluated = list(EvaluationBatches(damaged_data, open_source(damaged_data, "train"), batch_size=5))
-    damaged_data.update(cache=True, threads=1)
+    damaged_data = damaged_data.replace(cache=True, threads=1)
     whole = (1, 5, 6, 7, 8, 9, 10)  # 0 and 4 are read again where they stand in for a damaged neighbour
 
     source = Counted(open_source(damaged_data, "train"))
@@ -197,7 +196,7 @@ def test_an_augmentation_is_a_function_of_seed_epoch_and_index(photographs_data)
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees(photographs_data):
-    photographs_data.augmentation = "none"
+    photographs_data = photographs_data.replace(augmentation="none")
     evaluated = {}
     for batch in EvaluationBatches(photographs_data, open_source(photographs_data, "train"), batch_size=23):
         evaluated |= dict(zip(batch["index"].tolist(), batch["image"], strict=True))
@@ -208,7 +207,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees(photographs_dat
 
 def test_color_distortion_can_be_turned_off(photographs_data):
     distorted = train(photographs_data, 1)[0]
-    photographs_data.color_distortion = False
+    photographs_data = photographs_data.replace(color_distortion=False)
     plain = train(photographs_data, 1)[0]
     assert not np.array_equal(distorted["image"], plain["image"])
     np.testing.assert_array_equal(distorted["index"], plain["index"])
@@ -257,7 +256,7 @@ def damaged_data(photographs_data, tmp_path):
     files = [jpeg(photograph(number)) for number in range(12)]
     files[2], files[3], files[11] = b"", files[3][:500], encoded(photograph(11), "GIF")
     write_images(tmp_path, "damaged", files)
-    photographs_data.update(name="damaged", data_dir=str(tmp_path))
+    photographs_data = photographs_data.replace(name="damaged", data_dir=str(tmp_path))
     return photographs_data
 
 
@@ -280,7 +279,7 @@ def test_damaged_images_are_the_same_for_any_number_of_processes(damaged_data):
 
 def test_a_source_of_damaged_images_only_ends(photographs_data, tmp_path):
     write_images(tmp_path, "nothing", [b"nothing"] * 4)
-    photographs_data.update(name="nothing", data_dir=str(tmp_path))
+    photographs_data = photographs_data.replace(name="nothing", data_dir=str(tmp_path))
     with pytest.raises(BadDataError, match="4 images in a row"):
         train(photographs_data, 1)
 
@@ -312,13 +311,13 @@ def test_a_label_out_of_range_stops_a_run(photographs_data, tmp_path):
 
     path = write_images(tmp_path, "labels", [jpeg(photograph(number)) for number in range(8)])
     change_features(path, numClasses="4")
-    photographs_data.update(name="labels", data_dir=str(tmp_path))
+    photographs_data = photographs_data.replace(name="labels", data_dir=str(tmp_path))
     with pytest.raises(BadDataError, match="label 4"):
         train(photographs_data, 1)
 
 
 def test_only_kill_9_ends_a_worker_and_it_is_a_storage_error_never_a_hang(photographs_data):
-    photographs_data.workers = 1
+    photographs_data = photographs_data.replace(workers=1)
     batches = train_batches(
         photographs_data, open_source(photographs_data, "train"), batch_size=2, seed=0, start_step=0
     )
@@ -339,16 +338,16 @@ def test_only_kill_9_ends_a_worker_and_it_is_a_storage_error_never_a_hang(photog
 def test_workers_end_when_the_trainer_is_killed(photographs_data):
     code = (
         "import multiprocessing, sys, time\n"
-        "from ml_collections import ConfigDict\n"
+        "from xception_jax.config import DataConfig\n"
         "from xception_jax.data import pipeline, sources\n"
-        "data = ConfigDict(eval(sys.argv[1]))\n"
+        "data = DataConfig(**eval(sys.argv[1]))\n"
         "source = sources.open_source(data, 'train')\n"
         "batches = pipeline.train_batches(data, source, batch_size=2, seed=0, start_step=0); next(batches)\n"
         "print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)"
     )
-    photographs_data.workers = 1
+    photographs_data = photographs_data.replace(workers=1)
     trainer = subprocess.Popen(
-        [sys.executable, "-c", code, repr(photographs_data.to_dict())], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, repr(to_dict(photographs_data))], stdout=subprocess.PIPE, text=True
     )
     worker = int(trainer.stdout.readline())
     trainer.kill()
@@ -378,7 +377,7 @@ def test_closing_stops_the_threads(photographs_data):
 def test_an_error_of_a_worker_process_arrives_as_itself(data, tfds_dir):
     """Grain pickles it on the way: the exit code must survive."""
     write_images(tfds_dir, "all_damaged", [b"not an image"] * 4)
-    data.update(name="all_damaged", data_dir=str(tfds_dir), workers=1)
+    data = data.replace(name="all_damaged", data_dir=str(tfds_dir), workers=1)
     source = open_source(data, "train")
     with contextlib.closing(train_batches(data, source, batch_size=2, seed=0, start_step=0)) as batches:
         with pytest.raises(BadDataError, match="4 images in a row cannot be decoded"):

@@ -18,11 +18,11 @@ import google_crc32c
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import prepare as command
+from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.prepare import fashion_mnist, tfrecord, writer
 from xception_jax.data.sources import check_labels, open_source
@@ -35,9 +35,8 @@ def prepare(*arguments: str) -> int:
     return command.run(parser.parse_args([*map(str, arguments)]))
 
 
-def opened(data: ConfigDict, data_dir: Path, name: str, split: str = "train"):
-    data.update(data_dir=str(data_dir), name=name)
-    return open_source(data, split)
+def opened(data: DataConfig, data_dir: Path, name: str, split: str = "train"):
+    return open_source(data.replace(data_dir=str(data_dir), name=name), split)
 
 
 # --- the writer ---------------------------------------------------------------------------------------------------

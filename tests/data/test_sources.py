@@ -36,7 +36,7 @@ def test_the_shipped_images_need_no_preparation(data, capsys):
 
 
 def test_scenes_have_several_labels(data):
-    data.name = "fashion_mnist_scenes"
+    data = data.replace(name="fashion_mnist_scenes")
     source = sources.open_source(data, "test")
     assert source.info.multi_label
     sizes = set()
@@ -67,7 +67,7 @@ def test_splits_divide_a_dataset(data):
 
 def test_a_source_can_be_pickled(data, photographs_data):
     for name in ("photographs", "synthetic"):
-        photographs_data.name = name
+        photographs_data = photographs_data.replace(name=name)
         source = sources.open_source(photographs_data, "train[:50%]")
         copy = pickle.loads(pickle.dumps(source))
         assert copy.info == source.info
@@ -84,15 +84,15 @@ def test_the_data_dir_is_the_config_then_the_environment_then_the_home(monkeypat
 
 
 def test_the_newest_version_is_opened_unless_one_is_named(data, tmp_path):
-    data.data_dir, data.name = str(tmp_path), "versions"
+    data = data.replace(data_dir=str(tmp_path), name="versions")
     old = write_images(tmp_path, "versions", [jpeg(photograph(0))])
     features = tfds.builder_from_directory(os.fspath(old)).info.features
     examples = [(str(number), {"image": jpeg(photograph(number)), "label": 0}) for number in range(3)]
     write_dataset(Dataset("versions", features, {"train": examples}, "Newer.", version="10.0.0"), tmp_path)
     assert len(sources.open_source(data, "train")) == 3
-    data.name = "versions:1.0.0"
+    data = data.replace(name="versions:1.0.0")
     assert len(sources.open_source(data, "train")) == 1
-    data.name = "versions:2.0.0"
+    data = data.replace(name="versions:2.0.0")
     with pytest.raises(InputMissingError):
         sources.open_source(data, "train")
 
@@ -105,7 +105,7 @@ def test_the_newest_version_is_opened_unless_one_is_named(data, tmp_path):
     ],
 )
 def test_a_missing_dataset_names_the_command_that_makes_it(data, tmp_path, name, command):
-    data.name, data.data_dir = name, str(tmp_path)
+    data = data.replace(name=name, data_dir=str(tmp_path))
     with pytest.raises(InputMissingError) as error:
         sources.open_source(data, "train")
     assert command + str(tmp_path) in error.value.fix
@@ -129,7 +129,7 @@ def test_a_split_that_cannot_be_read_is_a_config_error(data, split):
 
 def test_a_missing_shard_is_found_when_the_source_is_opened(photographs_data, tmp_path):
     shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
-    photographs_data.data_dir = str(tmp_path)
+    photographs_data = photographs_data.replace(data_dir=str(tmp_path))
     next(tmp_path.glob("photographs/1.0.0/*array_record*")).unlink()
     with pytest.raises(InputMissingError, match="1 files of the dataset"):
         sources.open_source(photographs_data, "train")
@@ -137,7 +137,7 @@ def test_a_missing_shard_is_found_when_the_source_is_opened(photographs_data, tm
 
 def test_a_damaged_record_names_its_position(photographs_data, tmp_path):
     shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
-    photographs_data.data_dir = str(tmp_path)
+    photographs_data = photographs_data.replace(data_dir=str(tmp_path))
     shard = next(tmp_path.glob("photographs/1.0.0/*array_record*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -157,7 +157,7 @@ def test_a_label_out_of_range_is_named_before_training(data, tmp_path):
     labels = [0, 1, 4, 2]
     path = write_images(tmp_path, "labels", [jpeg(photograph(number)) for number in range(4)], labels)
     change_features(path, numClasses="4")
-    data.data_dir, data.name = str(tmp_path), "labels"
+    data = data.replace(data_dir=str(tmp_path), name="labels")
     with pytest.raises(BadDataError, match="label 4 is not one of the 4 classes") as error:
         sources.check_labels(sources.open_source(data, "train"))
     assert error.value.where == "dataset labels, split train, example 2"
@@ -174,23 +174,23 @@ def test_a_dataset_without_labels_names_its_features(data, tmp_path):
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "caption": tfds.features.Text()})
     example = {"image": encoded(photograph(0), "PNG"), "caption": "a photograph"}
     write_dataset(Dataset("captions", features, {"train": [("0", example)]}, "No labels."), tmp_path)
-    data.data_dir, data.name = str(tmp_path), "captions"
+    data = data.replace(data_dir=str(tmp_path), name="captions")
     with pytest.raises(BadDataError, match="caption"):
         sources.open_source(data, "train")
 
 
 def test_the_fingerprint_changes_with_the_dataset_and_only_then(tmp_path, data):
-    data.name = "prints"
+    data = data.replace(name="prints")
     prints = []
     for number, count in enumerate((3, 3, 4)):
-        data.data_dir = str(tmp_path / str(number))
+        data = data.replace(data_dir=str(tmp_path / str(number)))
         write_images(tmp_path / str(number), "prints", [jpeg(photograph(n)) for n in range(count)])
         prints.append(sources.open_source(data, "train").info.fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
 def test_the_synthetic_source_is_the_same_every_time(data):
-    data.name, data.synthetic_examples = "synthetic", 100_000
+    data = data.replace(name="synthetic", synthetic_examples=100_000)
     source = sources.open_source(data, "train")
     assert len(source) == source.info.num_examples == 100_000
     assert images.decode(source[99_999]["image"]).shape == (375, 500, 3)
@@ -203,8 +203,8 @@ def test_the_synthetic_source_is_the_same_every_time(data):
 
 def test_two_processes_that_start_at_once_share_one_preparation_without_tensorflow(tmp_path):
     code = (
-        "from xception_jax.config import default_config; from xception_jax.data.sources import open_source\n"
-        f"data = default_config().data; data.name = 'fashion_mnist_scenes'; data.data_dir = {str(tmp_path)!r}\n"
+        "from xception_jax.config import DataConfig; from xception_jax.data.sources import open_source\n"
+        f"data = DataConfig(name='fashion_mnist_scenes', data_dir={str(tmp_path)!r})\n"
         "print(len(open_source(data, 'train'))); import sys; assert 'tensorflow' not in sys.modules"
     )
     processes = [
@@ -235,7 +235,7 @@ def test_open_images_is_read_as_tfds_writes_it(data, tmp_path):
     ]
     examples = [("0", {"image": jpeg(photograph(0)), "objects_trainable": found})]
     write_dataset(Dataset("open_images_v4", features, {"train": examples}, "Test."), tmp_path, progress=False)
-    data.update(name="open_images_v4", data_dir=str(tmp_path))
+    data = data.replace(name="open_images_v4", data_dir=str(tmp_path))
     source = sources.open_source(data, "train")
     assert (source.info.multi_label, source.info.num_classes) == (True, 7)
     assert source[0]["label"] == (2, 5)
