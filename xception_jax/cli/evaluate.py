@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
-from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
+from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation import compare, tables
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
@@ -141,7 +142,7 @@ def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[Data
         raise UsageError("it has to be said which images to evaluate on", "--dataset and --split", fix)
     data_dir = args.data_dir if args.data_dir is not None else data.data_dir
     data = data.replace(name=args.dataset or data.name, data_dir=data_dir)
-    return data, open_source(data, args.split or data.test_split or data.eval_split)
+    return data, open_dataset(data, args.split or data.test_split or data.eval_split)
 
 
 def _check_classes(network: Network, info: SourceInfo) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.config import DataConfig, duration_in_steps
-from xception_jax.data.sources import open_source
+from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import InputMissingError, StorageError, UsageError
 from xception_jax.logs.console import format_count
 from xception_jax.study.cells import Cell, find_equal
@@ -99,8 +99,8 @@ def _total_steps(cells: Sequence[Cell]) -> dict[Path, int]:
         key = config.data
         if key not in examples:
             for split in filter(None, (config.data.eval_split, config.data.test_split)):
-                open_source(config.data, split)
-            examples[key] = len(open_source(config.data, config.data.train_split))
+                open_dataset(config.data, split)
+            examples[key] = len(open_dataset(config.data, config.data.train_split))
         steps[cell.directory] = duration_in_steps(config.duration, config.batch_size, examples[key])
     return steps
 

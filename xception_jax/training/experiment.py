@@ -15,7 +15,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
-from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
+from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, DeviceMemoryError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
@@ -125,7 +126,7 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
       InputMissingError, BadDataError: the data are missing or wrong.
     """
     splits = {"train": config.data.train_split, "dev": config.data.eval_split, "test": config.data.test_split}
-    sources = {name: open_source(config.data, split) for name, split in splits.items() if split}
+    sources = {name: open_dataset(config.data, split) for name, split in splits.items() if split}
     check_data(config, sources)
     mesh = make_mesh(config.mesh)
     check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh.size)
