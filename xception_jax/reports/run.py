@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
@@ -26,8 +25,9 @@ from xception_jax.evaluation.metrics import (
     wilson_interval,
 )
 from xception_jax.files import write_atomically
-from xception_jax.logs.console import format_count, format_duration
-from xception_jax.reports.curves import BLUE, GREY, VERMILION, Line, line_figure
+from xception_jax.reports.curves import Line, line_figure
+from xception_jax.reports.environment import make_environment
+from xception_jax.reports.figure import BLUE, GREY, VERMILION
 
 _MAX_CLASSES = 30  # a larger confusion matrix cannot be read
 _MAX_ROWS = 20
@@ -86,14 +86,6 @@ def write_report(
     Raises:
       OSError: it could not be written; an older report is then untouched.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "number": _number, "duration": format_duration, "count": format_count}
     names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.model.num_classes))]
     multi_label = config.loss.multi_label
     last_step = max((entry["step"] for entry in metrics), default=0)
@@ -113,16 +105,8 @@ def write_report(
         "train_images_per_second": _median(metrics, "images_per_second"),
     }
     path = Path(workdir) / "report.html"
-    write_atomically(path, environment.get_template("run.html").render(context).encode())
+    write_atomically(path, make_environment(Path(__file__).parent).get_template("run.html").render(context).encode())
     return path
-
-
-def _percent(share: float | None, digits: int = 2) -> str:
-    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:

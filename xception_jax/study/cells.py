@@ -11,10 +11,10 @@ import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xception_jax.config import ExperimentConfig, from_json, to_json
-from xception_jax.errors import ConfigError
+from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, ConfigError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
@@ -23,6 +23,25 @@ from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK
 
 RECORD = "cell.json"
 LOG = "log.txt"
+
+State = Literal["waiting", "done", "stopped", "failed"]
+
+
+def state_of(exit_code: int | None) -> State:
+    """Returns the state of a cell whose process last ended with `exit_code`.
+
+    Args:
+      exit_code: as `subprocess` reports it, negative for a process that a signal killed; None if no process has ended.
+
+    Returns:
+      'waiting': the cell has not ended yet; 'done': it is complete; 'stopped': it was preempted or killed, and the
+      next run of the study resumes it; 'failed': it ended with an error, and only --retry runs it again.
+    """
+    if exit_code is None:
+        return "waiting"
+    if exit_code == SUCCESS_EXIT_CODE:
+        return "done"
+    return "stopped" if exit_code < 0 or exit_code in RESUMABLE_EXIT_CODES else "failed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +78,10 @@ class Cell:
             return json.loads((self.directory / RECORD).read_text())
         except (FileNotFoundError, ValueError):
             return {}
+
+    def state(self) -> State:
+        """Returns what is known of the cell from its record."""
+        return state_of(self.record().get("exit_code"))
 
     def write_record(self, **values: Any) -> None:
         """Notes how the cell ended."""
@@ -113,7 +136,7 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
 
     finished: dict[str, Cell] = {}
     for cell in others:
-        if cell.record().get("exit_code") == 0:
+        if cell.state() == "done":
             finished.setdefault(key(cell), cell)
     begun = (CHECKPOINTS, RECORD)
     new = (cell for cell in cells if not any((cell.directory / name).exists() for name in begun))
@@ -172,7 +195,7 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
     best: dict[str, tuple[float, int]] = {}
     for cell in cells:
         assert cell.trial is not None
-        if cell.record().get("exit_code") != 0:
+        if cell.state() != "done":
             continue
         accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
         if accuracy is not None and (cell.arm not in best or (accuracy, -cell.trial) > best[cell.arm]):

@@ -114,7 +114,7 @@ def analyse(source: Path) -> list[LayerSeparability]:
       BadDataError: a checkpoint or the file is damaged.
     """
     if (source / STUDY).exists():
-        cells = [cell for cell in read_study(source).cells() if cell.record().get("exit_code") == 0]
+        cells = [cell for cell in read_study(source).cells() if cell.state() == "done"]
         networks = {cell.name: cell.directory for cell in cells}
     elif source.is_dir() and not (source / CONFIG).exists():
         raise InputMissingError(
