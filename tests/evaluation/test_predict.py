@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.data.small_imagenet import jpeg, photograph, photographs
+from xception_jax.cli import predict as command
 from xception_jax.data import folders
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
@@ -39,8 +40,8 @@ def folder(tmp_path_factory) -> Path:
 
 def run(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    predict.add_arguments(parser)
-    return predict.run(parser.parse_args([*map(str, arguments)]))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, arguments)]))
 
 
 def test_every_format_in_a_folder_is_predicted(weights, folder, capsys):

@@ -21,7 +21,7 @@ import skimage.data
 import sklearn.datasets
 
 from tests.models.random_weights import random_variables
-from xception_jax.__main__ import COMMANDS
+from xception_jax.cli import COMMANDS
 from xception_jax.cli import export as command
 from xception_jax.config import default_config, resolve_model
 from xception_jax.data.images import central_view
@@ -251,7 +251,7 @@ def evaluation(weights):
 
 
 def export(*arguments: object) -> int:
-    assert COMMANDS["export"][0] == command.__name__
+    assert command.__name__.removeprefix("xception_jax.cli.") in COMMANDS
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args(list(map(str, arguments))))

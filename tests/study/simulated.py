@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from xception_jax.config import override, resolve
 from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Comparison, Interaction, Study
@@ -17,8 +18,7 @@ POINTS = {"1": 43.1, "2": 28.9, "4": 18.0, "8": 10.8, "16": 6.5, "depthwise": 1.
 
 def small_study(**changes) -> Study:
     """Two activations at six points of the spectrum, three seeds."""
-    sized = study_size("cpu")
-    sized.config.data.name = "fashion_mnist_subset"
+    config = override(resolve(study_size("cpu").config), {"data.name": "fashion_mnist_subset"})
     arms = tuple(
         Arm(f"{point}_{activation}", {"model.intermediate_activation": activation}, activation)
         for point in POINTS
@@ -30,7 +30,7 @@ def small_study(**changes) -> Study:
         name="simulated",
         question="Is what was put in found again?",
         hypothesis="The effect rises through zero & <b>nothing</b> is markup.",
-        config=sized.config,
+        config=config,
         arms=arms,
         seeds=(0, 1, 2, 3, 4),
         margin=0.005,

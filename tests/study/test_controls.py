@@ -7,6 +7,7 @@ import pytest
 from jax.interpreters import partial_eval as pe
 
 from tests.study.simulated import small_study
+from xception_jax.config import override
 from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
@@ -17,8 +18,7 @@ from xception_jax.training.state import seed_bits
 
 def study_of(*arms, **changes):
     study = small_study()
-    config = study.config.copy_and_resolve_references()
-    config.model.middle_blocks = 0
+    config = override(study.config, {"model.middle_blocks": 0})
     reference = Arm("depthwise", {})
     return dataclasses.replace(
         study, config=config, arms=(reference, *arms), reference="depthwise", comparisons=(), interactions=(), **changes
@@ -31,7 +31,7 @@ def test_every_arm_costs_what_the_reference_costs():
     costs = solve_costs(study, {})
     assert costs["depthwise"].width_multiplier == 0.2
     cost = costs["regular"]
-    config = study.arm_config(study.arm("regular"), model__width_multiplier=cost.width_multiplier)
+    config = study.arm_config(study.arm("regular"), {"model.width_multiplier": cost.width_multiplier})
     counted = count_cost(create_model(config.model), 32)
     assert (cost.parameters, cost.multiply_adds) == (counted.parameters, counted.multiply_adds)
     assert getattr(cost, control) == pytest.approx(getattr(costs["depthwise"], control), rel=0.01)
@@ -81,8 +81,7 @@ def test_arms_share_the_start_of_equal_parameters():
 
     def start(arm, seed):
         """Computes a few parameters at their start; the rest of the network is compiled away."""
-        config = study.arm_config(study.arm(arm))
-        config.model.width_multiplier = 0.05
+        config = study.arm_config(study.arm(arm), {"model.width_multiplier": 0.05})
 
         def chosen(key):
             variables = create_model(config.model).init(key, jnp.zeros((1, 16, 16, 3)), train=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.study.simulated import small_study
-from xception_jax.config import default_config
+from xception_jax.config import default_config, override
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.study.design import Arm, Comparison, changes, load_study, study_from_json, study_to_json
 
@@ -48,9 +48,7 @@ def test_seeds_and_arms_may_be_added():
 
 
 def other_config():
-    config = small_study().config.copy_and_resolve_references()
-    config.schedule.learning_rate = 0.3
-    return config
+    return override(small_study().config, {"schedule.learning_rate": 0.3})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +125,6 @@ def test_a_study_file_that_is_missing_or_does_not_run(tmp_path):
 
 def test_an_arm_does_not_change_the_config_of_others():
     study = small_study()
-    study.arm_config(study.arm("1_relu"), seed=7)
+    study.arm_config(study.arm("1_relu"), {"seed": 7})
     assert study.config.seed == default_config().seed
     assert study.arm_config(study.arm("1_none")).model.intermediate_activation == "none"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tests.logs.test_report import Page
+from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.study.report import format_results, write_study_report

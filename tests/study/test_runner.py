@@ -30,22 +30,25 @@ STEPS = 40
 TINY = """
 import dataclasses
 from tests.study.simulated import small_study
+from xception_jax.config import override
 from xception_jax.study.design import Arm, Comparison
 
 def get_study():
     study = small_study()
-    config = study.config
-    config.model.width_multiplier = 0.05
-    config.model.middle_blocks = 0
-    config.data.train_split, config.data.eval_split = "train[:320]", "train[320:420]"
-    config.data.test_split = "test[:99]"
-    config.batch_size = 32
-    config.duration = "40 steps"
-    config.schedule.warmup = "0 steps"
-    config.log_every = "1 step"
-    config.evaluation.every = "20 steps"
-    config.checkpoint.every = "5 steps"
-    config.evaluation.batch_size = 100
+    config = override(study.config, {
+        "model.width_multiplier": 0.05,
+        "model.middle_blocks": 0,
+        "data.train_split": "train[:320]",
+        "data.eval_split": "train[320:420]",
+        "data.test_split": "test[:99]",
+        "batch_size": 32,
+        "duration": "40 steps",
+        "schedule.warmup": "0 steps",
+        "log_every": "1 step",
+        "evaluation.every": "20 steps",
+        "checkpoint.every": "5 steps",
+        "evaluation.batch_size": 100,
+    })
     return dataclasses.replace(
         study, name="tiny", config=config, control="width", seeds=(0,), reference="good", margin=0.005,
         arms=(Arm("good", {}), Arm("split", {"mesh.data": 3})),
