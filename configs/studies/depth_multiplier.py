@@ -7,7 +7,7 @@ The paper has one. More make the space between the two convolutions larger than 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 MULTIPLIERS = (1, 2, 4)
@@ -25,7 +25,7 @@ def get_study(size="cpu", control="parameters"):
         seeds=sized.seeds,
         margin=sized.margin,
         reference="x1",
-        comparisons=(Comparison("x2", "x1", "worse"), Comparison("x4", "x1", "worse")),
+        comparisons=(PlannedComparison("x2", "x1", "worse"), PlannedComparison("x4", "x1", "worse")),
         control=control,
         axis="model.depth_multiplier",
         budget=sized.budget,

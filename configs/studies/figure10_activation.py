@@ -7,7 +7,7 @@ The paper, one seed each, read off the plot: none 0.790, ELU 0.780, ReLU 0.770.
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 
@@ -23,9 +23,9 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="none",
         comparisons=(
-            Comparison("relu", "none", "worse"),
-            Comparison("elu", "none", "worse"),
-            Comparison("elu", "relu", "better"),
+            PlannedComparison("relu", "none", "worse"),
+            PlannedComparison("elu", "none", "worse"),
+            PlannedComparison("elu", "relu", "better"),
         ),
         control=control,
         budget=sized.budget,

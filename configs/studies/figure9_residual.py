@@ -10,7 +10,7 @@ Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_
 
 from itertools import product
 
-from xception_jax.study.design import Arm, Comparison, Search, Study
+from xception_jax.study.design import Arm, PlannedComparison, Search, Study
 from xception_jax.study.sizes import study_size
 
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the size's own learning rate
@@ -29,7 +29,7 @@ def get_study(size="cpu", control="parameters"):
         seeds=sized.seeds,
         margin=sized.margin,
         reference="residual",
-        comparisons=(Comparison("residual", "plain", "better"),),
+        comparisons=(PlannedComparison("residual", "plain", "better"),),
         control=control,
         search=Search(
             tuple(

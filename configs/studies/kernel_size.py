@@ -8,7 +8,7 @@ finds 7 better than 3 at 224 pixels.
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 SIDES = (3, 5, 7)
@@ -27,7 +27,7 @@ def get_study(size="cpu", control="parameters"):
         seeds=sized.seeds,
         margin=sized.margin,
         reference="3x3",
-        comparisons=(Comparison("5x5", "3x3", expected), Comparison("7x7", "3x3", expected)),
+        comparisons=(PlannedComparison("5x5", "3x3", expected), PlannedComparison("7x7", "3x3", expected)),
         control=control,
         axis="model.kernel_size",
         budget=sized.budget,

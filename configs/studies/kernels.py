@@ -10,7 +10,7 @@ and the error of a sum of r depthwise separable convolutions (Network Decoupling
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 
@@ -31,8 +31,8 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="depthwise",
         comparisons=(
-            Comparison("regular_relu", "regular_none", "better"),
-            Comparison("depthwise", "regular_none", "better"),
+            PlannedComparison("regular_relu", "regular_none", "better"),
+            PlannedComparison("depthwise", "regular_none", "better"),
         ),
         control=control,
         budget=sized.budget,

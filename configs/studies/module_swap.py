@@ -12,7 +12,7 @@ Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_
 
 from typing import Any
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 MODULES: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ RESIDUALS = {"residual": True, "plain": False}
 def get_study(size="cpu", control="parameters"):
     sized = study_size(size)
     comparisons = [
-        Comparison(f"{arm}_{residual}", f"{baseline}_{residual}", expected)
+        PlannedComparison(f"{arm}_{residual}", f"{baseline}_{residual}", expected)
         for residual in RESIDUALS
         for arm, baseline, expected in (
             ("simplified", "canonical", "unknown"),
@@ -36,7 +36,7 @@ def get_study(size="cpu", control="parameters"):
             ("separable", "extreme", "equivalent"),
         )
     ]
-    comparisons += [Comparison(f"{module}_residual", f"{module}_plain", "better") for module in MODULES]
+    comparisons += [PlannedComparison(f"{module}_residual", f"{module}_plain", "better") for module in MODULES]
     return Study(
         name=f"module_swap-{size}-{control}",
         question="Is the extreme Inception module better than the Inception module, with all else equal?",

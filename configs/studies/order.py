@@ -8,7 +8,7 @@ two convolutions, at the depthwise end and with four segments.
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 SEGMENTS = {"depthwise": "depthwise", "4": 4}
@@ -41,7 +41,7 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="depthwise_none_spatial",
         comparisons=tuple(
-            Comparison(f"{segments}_{activation}_pointwise", f"{segments}_{activation}_spatial", "equivalent")
+            PlannedComparison(f"{segments}_{activation}_pointwise", f"{segments}_{activation}_spatial", "equivalent")
             for segments in SEGMENTS
             for activation in ACTIVATIONS
         ),

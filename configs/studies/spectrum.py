@@ -11,7 +11,7 @@ Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_
 configs/studies/spectrum.py:cifar,multiply_adds. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Comparison, Interaction, Study
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 ACTIVATIONS = ("none", "relu", "elu")
@@ -46,7 +46,7 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="depthwise_none",
         comparisons=tuple(
-            Comparison(f"{point}_{activation}", f"{point}_none", expected.get(point, "unknown"))
+            PlannedComparison(f"{point}_{activation}", f"{point}_none", expected.get(point, "unknown"))
             for activation in ("relu", "elu")
             for point in points
         ),

@@ -31,7 +31,7 @@ TINY = """
 import dataclasses
 from tests.study.simulated import small_study
 from xception_jax.config import override
-from xception_jax.study.design import Arm, Comparison
+from xception_jax.study.design import Arm, PlannedComparison
 
 def get_study():
     study = small_study()
@@ -52,7 +52,7 @@ def get_study():
     return dataclasses.replace(
         study, name="tiny", config=config, control="width", seeds=(0,), reference="good", margin=0.005,
         arms=(Arm("good", {}), Arm("split", {"mesh.data": 3})),
-        comparisons=(Comparison("split", "good"),), interactions=(),
+        comparisons=(PlannedComparison("split", "good"),), interactions=(),
     )
 """
 

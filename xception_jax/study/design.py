@@ -42,7 +42,7 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class PlannedComparison:
     """A paired difference, accuracy of `arm` minus that of `baseline`, and what was expected of it beforehand."""
 
     arm: str
@@ -112,7 +112,7 @@ class Study:
     seeds: tuple[int, ...]
     margin: float
     reference: str
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[PlannedComparison, ...] = ()
     interactions: tuple[Interaction, ...] = ()
     control: str = "parameters"
     tolerance: float = 0.01
@@ -237,7 +237,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
                 "config": from_json(json.dumps(data["config"])),
                 "arms": tuple(Arm(**arm) for arm in data["arms"]),
                 "seeds": tuple(data["seeds"]),
-                "comparisons": tuple(Comparison(**comparison) for comparison in data["comparisons"]),
+                "comparisons": tuple(PlannedComparison(**comparison) for comparison in data["comparisons"]),
                 "interactions": tuple(
                     Interaction(**entry | {"pairs": tuple(map(tuple, entry["pairs"]))})
                     for entry in data["interactions"]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
 from xception_jax.study.cells import Cell, read_outcome, state_of
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Comparison, Interaction
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, Interaction, PlannedComparison
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 
@@ -68,7 +68,7 @@ class ComparisonResult:
       detectable: the true difference that this number of seeds detects with a power of 80 %.
     """
 
-    comparison: Comparison
+    comparison: PlannedComparison
     difference: Estimate
     p_holm: float
     p_equivalent: float
