@@ -268,7 +268,7 @@ def test_several_labels(tmp_path):
     right = int(predictions.right.sum())
     assert f"one of the labels for {right} of 55 images with labels" in words
     assert "Average precision of each class over the images." in words
-    assert "labels: no label" not in words.partition("The surest mistakes")[2]
+    assert "labels: no label" not in words.partition("Most confident mistakes")[2]
     assert words.count("labels: class") == len(make_images(predictions)) + sum(
         index in choose_examples(predictions)[0] for index in choose_examples(predictions)[1]
     ) - words.count("labels: no label")

@@ -172,7 +172,7 @@ def test_what_holds_a_cell_is_waited_for(tmp_path):
         assert cell.is_held()
     assert not cell.is_held()
     other = dataclasses.replace(cell, config=stored.cells()[1].config)
-    with pytest.raises(ConfigError, match="was started with another config"):
+    with pytest.raises(ConfigError, match="was started with a different config"):
         other.prepare()
 
 
@@ -224,7 +224,10 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
 def test_a_job_of_an_array_takes_over_nothing(start, option):
     process = start[1]("--reuse", "elsewhere", option)
     _, errors = process.communicate()
-    assert (process.returncode, "--reuse is not for cells" in errors) == (UsageError.exit_code, True), errors
+    assert (process.returncode, "--reuse does not work with --cell or --slurm" in errors) == (
+        UsageError.exit_code,
+        True,
+    ), errors
 
 
 @pytest.fixture

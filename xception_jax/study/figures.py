@@ -1,4 +1,4 @@
-"""The figures of a study's report, as SVG: every mean with its interval over the seeds."""
+"""Draws the figures of a study's report as SVG, each mean with its interval over the seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _half(mean: float, low: float) -> float:
 
 
 def forest(results: Results) -> str | None:
-    """Draws each comparison with its interval, against zero and the margin."""
+    """Draws each comparison with its interval, with zero and the margin."""
     shown = [entry for entry in results.comparisons if entry.difference.n]
     if not shown:
         return None
@@ -67,7 +67,7 @@ def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:
 
 
 def over_axis(results: Results) -> str | None:
-    """Draws the accuracy over the study's axis, a line for each group of arms."""
+    """Draws the accuracy over the study's axis, with a line for each group of arms."""
     arms = [arm for arm in results.arms if math.isfinite(arm.x) and arm.accuracy.n]
     if len({arm.x for arm in arms}) < 2:
         return None
@@ -77,7 +77,7 @@ def over_axis(results: Results) -> str | None:
             points = sorted((arm for arm in arms if arm.line == line), key=lambda arm: arm.x)
             mean = [arm.accuracy.mean for arm in points]
             half = [_half(arm.accuracy.mean, arm.accuracy.low) for arm in points]
-            # A little apart, so that intervals at the same place do not cover each other.
+            # Shift the lines slightly, so that intervals at the same position do not cover each other.
             shift = 1.035 ** (number - 1) if results.logarithmic else 1.0
             x = [arm.x * shift for arm in points]
             axes.errorbar(x, mean, half, label=line or None, capsize=2.5, markersize=4.5, **_style(number))
@@ -91,7 +91,7 @@ def over_axis(results: Results) -> str | None:
 
 
 def effects(results: Results) -> str | None:
-    """Draws paired effects over the axis, with the margin."""
+    """Draws paired effects over the axis, with zero and the margin."""
     shown = [entry for entry in results.interactions if any(effect.n for effect in entry.effects)]
     if not shown:
         return None
@@ -167,7 +167,7 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
 
 
 def learning_curves(arms: Sequence[ArmResult]) -> str | None:
-    """Draws the development accuracy over the steps, as in the paper's figures 6 to 10: mean and interval."""
+    """Draws the development accuracy over the steps, mean and interval, as in figures 6 to 10 of the paper."""
     shown = [arm for arm in arms if len(arm.curve[0])]
     if not shown:
         return None
@@ -180,7 +180,7 @@ def learning_curves(arms: Sequence[ArmResult]) -> str | None:
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
         ends = np.array([arm.curve[1][-1] for arm in shown])
         starts = np.concatenate([arm.curve[1] for arm in shown])
-        # The first evaluations of a run, near chance, would press the rest into the upper margin.
+        # The first evaluations are near chance. Including them would squeeze the rest into the upper margin.
         axes.set_ylim(bottom=max(float(starts.min()), float(ends.min()) - 0.15))
         axes.set_xlabel("step", color=QUIET)
         axes.set_ylabel("development accuracy", color=QUIET)
