@@ -23,7 +23,7 @@ import sklearn.datasets
 from tests.models.random_weights import random_variables
 from xception_jax.cli import COMMANDS
 from xception_jax.cli import export as command
-from xception_jax.config import default_config, resolve_model
+from xception_jax.config import default_config, override, resolve
 from xception_jax.data.images import central_view
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.metrics import wilson_interval
@@ -76,9 +76,8 @@ def variant_network(name: str) -> Network:
 
 
 def make_network(fields: dict, size: int = 0) -> Network:
-    model = default_config().model
-    model.update_from_flattened_dict(SMALL | fields)
-    model = resolve_model(model)
+    fields = {f"model.{name}": value for name, value in (SMALL | fields).items()}
+    model = override(resolve(default_config()), fields).model
     size = size or (71 if model.name == "xception" else 139)
     variables = random_variables(create_model(model), jnp.zeros((1, size, size, 3)))
     preprocessing = Preprocessing(size=size, crop=0.9, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))

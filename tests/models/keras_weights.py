@@ -24,7 +24,7 @@ import keras
 import numpy as np
 from keras.src.backend.common import dtypes as keras_dtypes
 
-from xception_jax.config import default_config
+from xception_jax.config import resolve_model
 from xception_jax.models import create_model
 from xception_jax.weights.keras_layers import targets
 
@@ -83,9 +83,7 @@ def build_reference(name: str, dtype: str, seed: int = 0, num_classes: int = 100
     """Builds both networks; call it and use what it returns inside `keras_floatx(dtype)`."""
     keras_model = build_keras(name, num_classes=num_classes)
     randomise(keras_model, seed)
-    config = default_config().model
-    config.update(name=name, num_classes=num_classes, dtype=dtype, dropout_rate=0.0)
-    model = create_model(config)
+    model = create_model({"name": name, "num_classes": num_classes, "dtype": dtype, "dropout_rate": 0.0})
     variables, paths = copy_weights(name, keras_model, model)
     return Reference(with_endpoints(name, keras_model), model, variables, paths)
 
@@ -174,10 +172,8 @@ def _by_creation(layers: list) -> list:
 
 def _variable_paths(name: str, keras_model: keras.Model) -> Iterator[tuple[Any, Path]]:
     """Links them as weight files are read: by the order of the layers."""
-    config = default_config().model
-    config.name = name
     theirs = [layer for layer in keras_model.layers if isinstance(layer, _WITH_WEIGHTS)]
-    for layer, ours in zip(theirs, targets(config), strict=True):
+    for layer, ours in zip(theirs, targets(resolve_model({"name": name})), strict=True):
         for variable, leaf in zip(layer.variables, ours.leaves, strict=True):
             yield variable, tuple(leaf.split("/"))
 

@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from xception_jax.config import default_config
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 
 
 def cost(image_size=299, **fields):
-    config = default_config().model
-    config.update(fields)
-    return count_cost(create_model(config), image_size)
+    return count_cost(create_model(fields), image_size)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +45,7 @@ def test_xception_has_36_convolutional_layers(xception):
 
 
 def test_xception_without_its_head():
-    model = create_model(default_config().model)
+    model = create_model({})
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
     del variables["params"]["head"]
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == 20_861_480

@@ -8,25 +8,20 @@ import numpy as np
 import pytest
 from random_weights import random_variables
 
-from xception_jax.config import default_config
 from xception_jax.models import create_model
 
 
 def build(side=64, batch=2, network="xception", **fields):
     """Returns (model, variables, images) of a narrow network with random weights."""
-    config = default_config().model
     small = {"width_multiplier": 0.0625, "num_classes": 7} | ({"middle_blocks": 1} if network == "xception" else {})
-    config.update({"name": network, **small, **fields})
-    model = create_model(config)
+    model = create_model({"name": network, **small, **fields})
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (batch, side, side, 3)), jnp.float32)
     return model, random_variables(model, images), images
 
 
 def shapes(side=64, network="xception", **fields):
     """Returns the shapes of the variables and of what the network computes."""
-    config = default_config().model
-    config.update({"name": network, **fields})
-    model = create_model(config)
+    model = create_model({"name": network, **fields})
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     return variables["params"], outputs
@@ -144,9 +139,7 @@ def test_the_auxiliary_head_answers_only_while_training():
 
 @pytest.mark.parametrize("network", ["xception", "inception_v3"])
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(network):
-    config = default_config().model
-    config.update(name=network, dtype="bfloat16")
-    model = create_model(config)
+    model = create_model({"name": network, "dtype": "bfloat16"})
     images = jax.ShapeDtypeStruct((2, 75, 75, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}

@@ -6,7 +6,6 @@ block by block, is what the parity tests say.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 import types
@@ -18,7 +17,6 @@ from keras_weights import build_reference, copy_weights, keras_floatx
 from parity import forward_differences, random_images
 from random_weights import random_variables
 
-from xception_jax.config import default_config
 from xception_jax.models import create_model, xception
 
 # Parity holds within 1e-9; a mistake has to stand out by this much.
@@ -35,8 +33,7 @@ def mutated(model: xception.Xception, *replacements: tuple[str, str]) -> xceptio
     sys.modules[module.__name__] = module  # Dataclasses look their module up.
     try:
         exec(compile(source, "mutated_xception.py", "exec"), module.__dict__)
-        names = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
-        return module.Xception(**{name: getattr(model, name) for name in names})
+        return module.Xception(model.config)
     finally:
         del sys.modules[module.__name__]
 
@@ -64,7 +61,7 @@ MUTATIONS = {
         1,
     ),
     "identity shortcuts from behind the ReLU": (
-        [("residual = x if self.residual else 0.0", "residual = nn.relu(x) if self.residual else 0.0")],
+        [("residual = x if config.residual else 0.0", "residual = nn.relu(x) if config.residual else 0.0")],
         5,
     ),
     "no ReLU in front of the last block but one": (
@@ -89,10 +86,7 @@ MUTATIONS = {
 
 
 def with_fields(**fields) -> xception.Xception:
-    config = default_config().model
-    config.update({"num_classes": 10, "dtype": "float64", "dropout_rate": 0.0, "middle_blocks": 1})
-    config.update_from_flattened_dict(fields)
-    return create_model(config)
+    return create_model({"num_classes": 10, "dtype": "float64", "dropout_rate": 0.0, "middle_blocks": 1, **fields})
 
 
 def outputs(model: xception.Xception, variables, images) -> dict[str, jax.Array]:
@@ -110,7 +104,7 @@ def differing() -> dict[tuple[str, int], list[str]]:
         models = {(name, 71): mutated(plain, *replacements) for name, (replacements, _) in MUTATIONS.items()}
         models["unchanged", 71] = mutated(plain)
         models["second ReLU", 71] = mutated(plain, RELU_BEFORE_BLOCK2)
-        models["epsilon", 71] = with_fields(**{"batch_norm.epsilon": 1e-5})
+        models["epsilon", 71] = with_fields(batch_norm={"epsilon": 1e-5})
         for size in (71, 80):
             models["symmetric pooling", size] = with_fields(padding="symmetric")
         images = {size: random_images(size, 1, "float64") for size in (71, 80)}

@@ -25,7 +25,7 @@ from parity import (
 )
 
 from tests.conftest import NEWER_CODE
-from xception_jax.config import default_config
+from xception_jax.config import resolve_model
 from xception_jax.models import create_model
 from xception_jax.weights import load_keras
 
@@ -54,9 +54,7 @@ def built(request, tmp_path_factory):
     with keras_floatx("float64"):
         reference = build_reference(name, "float64")
         reference.keras_model.save_weights(path)
-    config = default_config().model
-    config.update(name=name, dtype="float64")
-    loaded = load_keras(path, config)
+    loaded = load_keras(path, resolve_model({"name": name, "dtype": "float64"}))
     jax.tree.map(np.testing.assert_array_equal, loaded, reference.variables)
     return name, dataclasses.replace(reference, variables=loaded)
 
@@ -152,7 +150,5 @@ def test_weights_that_do_not_fit_are_refused(built):
     # The wrong options for each network leave tensors over, or have places that Keras has nothing for.
     wrong = {"xception": [("middle_blocks", 7), ("middle_blocks", 9)], "inception_v3": [("aux_head", True)]}
     for field, value in wrong[name]:
-        config = default_config().model
-        config.update({"name": name, "dtype": "float64", field: value})
         with keras_floatx("float64"), pytest.raises(ValueError, match=r"does not fit|left empty"):
-            copy_weights(name, reference.keras_model, create_model(config))
+            copy_weights(name, reference.keras_model, create_model({"name": name, "dtype": "float64", field: value}))

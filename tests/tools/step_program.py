@@ -9,20 +9,25 @@ import sys
 
 import jax
 
-from xception_jax.config import default_config, resolve
+from xception_jax.config import default_config, override, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.parallel import make_mesh
 from xception_jax.tools.planning.hlo import collectives
 from xception_jax.training.experiment import build_experiment
 
+SMALL = {
+    "model.width_multiplier": 0.25,
+    "model.middle_blocks": 0,
+    "model.stem": "small",
+    "model.residual": False,
+    "data.image_size": 16,
+    "batch_size": 16,
+    "ema.decay": 0.0,
+}
+
 assert jax.device_count() == 8
 for fields in map(json.loads, sys.argv[1:]):
-    config = default_config()
-    config.model.update(num_classes=1000, width_multiplier=0.25, middle_blocks=0, stem="small", residual=False)
-    config.data.image_size = 16
-    config.batch_size, config.ema.decay = 16, 0.0
-    config.update_from_flattened_dict(fields)
-    config = resolve(config)
+    config = override(resolve(default_config()), SMALL | fields)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         experiment = build_experiment(config, {"train": SyntheticSource(1000, "train")}, mesh)

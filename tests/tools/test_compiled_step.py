@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tests.conftest import ROOT
-from xception_jax.config import default_config, resolve
+from xception_jax.config import resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.parallel import make_mesh
 from xception_jax.training.experiment import build_experiment
@@ -68,13 +68,8 @@ def test_fsdp_moves_parameters_and_no_activations(steps):
 
 def test_convolutions_of_a_bfloat16_step_are_in_bfloat16():
     """For a TPU. That no float32 copy is written to memory either is for the compiler; `plan` reports it."""
-    config = default_config()
-    config.model.update(
-        num_classes=1000, width_multiplier=0.1, middle_blocks=0, stem="small", residual=False, dtype="bfloat16"
-    )
-    config.batch_size = 2
-    config.data.image_size = 16
-    config = resolve(config)
+    small = {"width_multiplier": 0.1, "middle_blocks": 0, "stem": "small", "residual": False, "dtype": "bfloat16"}
+    config = resolve({"model": small, "data": {"image_size": 16}, "batch_size": 2})
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         experiment = build_experiment(config, {"train": SyntheticSource(1000, "train")}, mesh)

@@ -10,7 +10,7 @@ import types
 import jax
 import pytest
 
-from xception_jax.config import default_config, resolve
+from xception_jax.config import default_config, override, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.errors import DeviceMemoryError, UsageError
 from xception_jax.models import create_model
@@ -21,11 +21,12 @@ from xception_jax.tools.planning.roofline import Traffic, count_traffic, step_ti
 from xception_jax.tools.planning.topology import parse_topology
 from xception_jax.training.experiment import build_experiment
 
+DEFAULTS = resolve(default_config())
+
 
 def test_traffic_of_a_small_network():
-    config = default_config().model
-    config.update(num_classes=10, width_multiplier=1 / 32, middle_blocks=0, stem="small")
-    traffic = count_traffic(create_model(config), 4)
+    model = create_model({"num_classes": 10, "width_multiplier": 1 / 32, "middle_blocks": 0, "stem": "small"})
+    traffic = count_traffic(model, 4)
     assert traffic.batch_norms == 2 + 3 * 3 + 3 + 2
     # The first convolution alone: 4 x 4 pixels of 3 channels in, of 1 channel out.
     assert traffic.read > 4 * 4 * 3
@@ -86,8 +87,8 @@ def test_the_search_for_the_largest_batch(monkeypatch, start, largest, kept):
         return types.SimpleNamespace(batch_per_chip=batch, compiled=types.SimpleNamespace(memory=memory))
 
     monkeypatch.setattr("xception_jax.tools.planning.plan.make_plan", make_plan)
-    config, v5e = default_config(), parse_topology("v5e:4x4")
-    config.batch_size = start * v5e.size
+    v5e = parse_topology("v5e:4x4")
+    config = override(DEFAULTS, {"batch_size": start * v5e.size})
     if largest == 0:
         with pytest.raises(DeviceMemoryError):
             find_largest_batch(config, v5e, report=lambda line: None)
@@ -95,7 +96,6 @@ def test_the_search_for_the_largest_batch(monkeypatch, start, largest, kept):
         found = find_largest_batch(config, v5e, report=lambda line: None).batch_per_chip
         assert largest - 8 <= found <= largest
     assert len(compiled) <= 8
-    assert config.batch_size == start * v5e.size
 
 
 def test_a_step_that_does_not_fit_says_by_how_much():
@@ -104,14 +104,14 @@ def test_a_step_that_does_not_fit_says_by_how_much():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (27.97G) exceeds "
         "available HBM (15.75G)."
     )
-    error = _too_large(refused, default_config(), parse_topology("v5e:2x2"))
+    error = _too_large(refused, DEFAULTS, parse_topology("v5e:2x2"))
     assert error.what == "the training step does not fit into the memory of a TPU v5e: 27.97G of 15.75G"
     assert error.where.startswith("480 images per chip")
 
 
 def test_the_search_needs_a_compiler():
     with pytest.raises(UsageError, match="for TPUs only"):
-        find_largest_batch(default_config(), parse_topology("h100:8"))
+        find_largest_batch(DEFAULTS, parse_topology("h100:8"))
 
 
 @pytest.fixture(scope="module")
@@ -181,10 +181,7 @@ def test_an_experiment_is_built_without_computing():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
-    config = default_config()
-    config.model.update(width_multiplier=0.05, middle_blocks=0)
-    config.batch_size = 8
-    config = resolve(config)
+    config = override(DEFAULTS, {"model.width_multiplier": 0.05, "model.middle_blocks": 0, "batch_size": 8})
     jax.clear_caches()
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

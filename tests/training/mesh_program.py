@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from tests.training.test_step import make_batch, short, tiny_config
+from tests.training.test_step import Short, make_batch, tiny_config
 from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import abstract_state, make_state_init, seed_bits
@@ -21,7 +21,7 @@ for count, fields in zip(map(int, sys.argv[1::2]), map(json.loads, sys.argv[2::2
     config = tiny_config(batch_size=16, **{"model.dtype": "float64"} | fields)
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     with jax.set_mesh(mesh):
-        model = short(config)
+        model = Short(config.model)
         schedule = make_schedule(config, 100)
         optimizer = make_optimizer(config.optimizer, schedule)
         init = make_state_init(model, optimizer, image_size=16, ema=True)

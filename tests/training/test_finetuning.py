@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.models.random_weights import random_variables
-from xception_jax.config import default_config, from_json, resolve, to_json
+from xception_jax.config import default_config, from_json, override, resolve, to_json
 from xception_jax.data.prepare.fashion_mnist import fashion_mnist_subset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.models import create_model
@@ -29,15 +29,22 @@ from xception_jax.weights import Network, Preprocessing, load_network, save_netw
 FROZEN = "^block[1-4]_"
 
 
+TINY = {
+    "model.num_classes": 5,
+    "model.width_multiplier": 0.05,
+    "model.middle_blocks": 0,
+    "model.stem": "small",
+    "model.dropout_rate": 0.0,
+    "data.image_size": 16,
+    "batch_size": 8,
+    "optimizer.weight_decay": 0.01,
+    "schedule.name": "constant",
+    "schedule.learning_rate": 0.1,
+}
+
+
 def tiny_config(**fields):
-    config = default_config()
-    config.model.update(num_classes=5, width_multiplier=0.05, middle_blocks=0, stem="small", dropout_rate=0.0)
-    config.data.image_size = 16
-    config.batch_size = 8
-    config.optimizer.weight_decay = 0.01
-    config.schedule.update(name="constant", learning_rate=0.1)
-    config.update_from_flattened_dict(fields)
-    return resolve(config)
+    return override(resolve(default_config()), TINY | fields)
 
 
 @functools.cache
@@ -179,22 +186,17 @@ def test_a_pattern_without_effect_is_refused(fields, words):
 
 @pytest.mark.parametrize("value", ["head=2", [("(", 1.0)], [("head", 0)], [("head", "x")], [("head",)], [(1, 2.0)]])
 def test_multipliers_that_are_none(value):
-    config = default_config()
-    config.optimizer.multipliers = value
     with pytest.raises(ConfigError, match="multipliers"):
-        resolve(config)
+        resolve({"optimizer": {"multipliers": value}})
 
 
 @pytest.mark.parametrize("name", ["xception", "inception_v3", "inception_v3_2016"])
 def test_weights_for_other_images_are_adapted(name):
-    config = default_config().model
-    config.update(name=name, num_classes=3, width_multiplier=0.05)
-    size = 71 if name == "xception" else 75
-    config.middle_blocks = 0 if name == "xception" else 8
-    model = create_model(config)
+    size, fewer = (71, {"middle_blocks": 0}) if name == "xception" else (75, {})
+    model = create_model({"name": name, "num_classes": 3, "width_multiplier": 0.05, **fewer})
     variables = jax.tree.map(np.asarray, random_variables(model, jnp.zeros((1, size, size, 3))))
     preprocessing = Preprocessing(size=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    network = Network(resolve(_with_model(config)).model, variables, preprocessing, None, "", "")
+    network = Network(model.config, variables, preprocessing, None, "", "")
     pixels = np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)
     theirs = (pixels - np.float32(preprocessing.mean)) / np.float32(preprocessing.std)
     early = "block1" if name == "xception" else "mixed0"
@@ -204,15 +206,10 @@ def test_weights_for_other_images_are_adapted(name):
     assert np.abs(apply(variables, 2 * pixels - 1) - expected).max() > 1e-2
 
 
-def _with_model(model):
-    config = default_config()
-    config.model = model
-    return config
-
-
 # --- the whole program -----------------------------------------------------------------------------------------------
 
 SMALL = {"width_multiplier": 0.05, "middle_blocks": 0, "num_classes": 4}
+WITH_HIDDEN_LAYER = {"num_classes": 10, "fc_layers": 1, "fc_width": 8}
 ARGUMENTS = [
     "train.py",
     "--config=configs/finetune.py:fashion_mnist",
@@ -230,12 +227,10 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A file of the small network, with four other classes."""
-    model = default_config().model
-    model.update(dropout_rate=0.3, **SMALL)
-    variables = random_variables(create_model(model), jnp.zeros((1, 32, 32, 3)))
+    model = create_model({"dropout_rate": 0.3, **SMALL})
+    variables = random_variables(model, jnp.zeros((1, 32, 32, 3)))
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    model = resolve(_with_model(model)).model
-    save_network(path, Network(model, jax.tree.map(np.asarray, variables), Preprocessing(size=32), None, "", ""))
+    save_network(path, Network(model.config, jax.tree.map(np.asarray, variables), Preprocessing(size=32), None, "", ""))
     return path
 
 
@@ -271,8 +266,7 @@ def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python,
     config = from_json((workdir / "config.json").read_text())
     assert config.init.weights == str(moved)
     for name, value in (("init.weights", "another"), ("optimizer.frozen", "^block1_")):
-        changed = config.copy_and_resolve_references()
-        changed.update_from_flattened_dict({name: value})
+        changed = override(config, {name: value})
         with pytest.raises(ConfigError, match="another experiment") as error, open_workdir(workdir, changed):
             pass
         assert name in error.value.where
@@ -285,15 +279,13 @@ def start(shared_environment):
     from xception_jax.training.experiment import make_experiment
     from xception_jax.training.initial_weights import first_state
 
-    config = get_config("fashion_mnist")
-    config.update_from_flattened_dict({f"model.{name}": value for name, value in SMALL.items()})
-    config.model.update(num_classes=10, fc_layers=1, fc_width=8)
-    config.data.data_dir = shared_environment["TFDS_DATA_DIR"]
-    experiment = make_experiment(resolve(config))  # with one compiled `init` for all
+    fields = {f"model.{name}": value for name, value in (SMALL | WITH_HIDDEN_LAYER).items()}
+    fields["data.data_dir"] = shared_environment["TFDS_DATA_DIR"]
+    config = override(resolve(get_config("fashion_mnist")), fields)
+    experiment = make_experiment(config)  # with one compiled `init` for all
 
     def start(path, **fields):
-        config = experiment.config.copy_and_resolve_references()
-        config.update_from_flattened_dict({"init.weights": str(path), **fields})
+        config = override(experiment.config, {"init.weights": str(path), **fields})
         lines = []
         return first_state(dataclasses.replace(experiment, config=config), lines.append), *lines
 
@@ -339,7 +331,7 @@ def test_which_parts_of_the_head_are_new(start, weights, tmp_path):
         name: {"kernel": np.ones(shape, np.float32), "bias": np.ones(shape[1], np.float32)}
         for name, shape in ones.items()
     }
-    network.model.update(num_classes=10, fc_layers=1, fc_width=8)
+    network = dataclasses.replace(network, model=network.model.replace(**WITH_HIDDEN_LAYER))
     own = tuple(fashion_mnist_subset().features["label"].names)
     for classes, kept in ((own, True), (None, True), (own[::-1], False)):
         save_network(tmp_path / "ten.safetensors", dataclasses.replace(network, classes=classes))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xception_jax.config import default_config
+from xception_jax.config import default_config, override, resolve
 from xception_jax.training.losses import sigmoid_loss, softmax_loss
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 
@@ -11,6 +11,17 @@ PARAMS = {
     "conv": {"kernel": np.array([1.0, -2.0, 0.5])},
     "conv_bn": {"scale": np.array([1.0]), "bias": np.array([0.5])},
 }
+DEFAULTS = resolve(default_config())
+HALVED = {  # every two steps of `trajectory`
+    "schedule.learning_rate": 0.5,
+    "schedule.decay_rate": 0.5,
+    "schedule.decay_every": "1 epoch",
+}
+AT_ONE = {"schedule.name": "constant", "schedule.learning_rate": 1.0}
+
+
+def config_with(**fields):
+    return override(DEFAULTS, fields)
 
 
 def gradients(step):
@@ -30,34 +41,37 @@ def trajectory(config, steps=5):
 
 
 def test_staircase_of_the_paper():
-    schedule = make_schedule(default_config(), num_examples=1920 * 100)
+    schedule = make_schedule(DEFAULTS, num_examples=1920 * 100)
     for step, epochs in ((0, 0), (199, 0), (200, 2), (399, 2), (400, 4), (16_900, 168)):
         assert float(schedule(step)) == pytest.approx(0.045 * 0.94 ** (epochs // 2), rel=1e-5)
 
 
 def test_decay_by_samples():
-    config = default_config()
-    config.batch_size = 2000
-    config.schedule.update(learning_rate=0.001, decay_rate=0.9, decay_every="3_000_000 examples")
-    schedule = make_schedule(config, num_examples=10)
+    schedule = make_schedule(
+        config_with(
+            **{
+                "batch_size": 2000,
+                "schedule.learning_rate": 0.001,
+                "schedule.decay_rate": 0.9,
+                "schedule.decay_every": "3_000_000 examples",
+            }
+        ),
+        num_examples=10,
+    )
     assert float(schedule(1499)) == pytest.approx(0.001)
     assert float(schedule(1500)) == pytest.approx(0.0009)
 
 
 def test_cosine_with_warmup():
-    config = default_config()
-    config.duration = "100 steps"
-    config.schedule.update(name="cosine", learning_rate=2.0, warmup="20 steps")
-    schedule = make_schedule(config, num_examples=1)
+    fields = {"schedule.name": "cosine", "schedule.learning_rate": 2.0, "schedule.warmup": "20 steps"}
+    schedule = make_schedule(config_with(duration="100 steps", **fields), num_examples=1)
     assert [float(schedule(step)) for step in (0, 10, 20)] == pytest.approx([0, 1, 2])
     assert float(schedule(60)) == pytest.approx(1.0)
     assert float(schedule(100)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_sgd_with_momentum_and_coupled_decay_of_kernels_only():
-    config = default_config()
-    config.optimizer.weight_decay = 0.1
-    config.schedule.update(name="staircase", learning_rate=0.5, decay_rate=0.5, decay_every="1 epoch")  # 2 steps
+    config = config_with(**HALVED, **{"optimizer.weight_decay": 0.1})
     params, velocity = PARAMS, jax.tree.map(np.zeros_like, PARAMS)
     for step, ours in enumerate(trajectory(config)):
         grads = gradients(step)
@@ -70,9 +84,7 @@ def test_sgd_with_momentum_and_coupled_decay_of_kernels_only():
 
 def test_rmsprop_is_tensorflows():
     """Mean square from one, epsilon inside the root, and the rate inside the momentum."""
-    config = default_config()
-    config.optimizer.update(name="rmsprop", weight_decay=0.0)
-    config.schedule.update(name="staircase", learning_rate=0.5, decay_rate=0.5, decay_every="1 epoch")
+    config = config_with(**HALVED, **{"optimizer.name": "rmsprop", "optimizer.weight_decay": 0.0})
     params = PARAMS
     mean_square, momentum = jax.tree.map(np.ones_like, PARAMS), jax.tree.map(np.zeros_like, PARAMS)
     for step, ours in enumerate(trajectory(config)):
@@ -87,20 +99,16 @@ def test_rmsprop_is_tensorflows():
 
 
 def test_clipping_comes_before_decay():
-    config = default_config()
-    config.optimizer.update(clip_norm=1e-3, weight_decay=0.0, momentum=0.0)
-    config.schedule.update(name="constant", learning_rate=1.0)
+    fields = {"optimizer.clip_norm": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0}
+    config = config_with(**AT_ONE, **fields)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, trajectory(config, 1)[0], PARAMS)
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(moved)))
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_which_kernels_decay_is_an_option():
-    config = default_config()
-    config.optimizer.update(weight_decay=1.0, momentum=0.0)
-    config.schedule.update(name="constant", learning_rate=1.0)
-    config.optimizer.decayed = "_bn/scale$"
-    params = trajectory(config, 1)[0]
+    fields = {"optimizer.weight_decay": 1.0, "optimizer.momentum": 0.0, "optimizer.decayed": "_bn/scale$"}
+    params = trajectory(config_with(**AT_ONE, **fields), 1)[0]
     np.testing.assert_allclose(
         params["conv"]["kernel"], PARAMS["conv"]["kernel"] - np.sin(PARAMS["conv"]["kernel"]), 1e-6
     )

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from functools import cache
 
 import flax.linen as nn
@@ -10,9 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 from xception_jax import ops
-from xception_jax.config import default_config, from_json, resolve, to_json
-from xception_jax.models import create_model
-from xception_jax.models.layers import Conv, Head
+from xception_jax.config import ModelConfig, default_config, from_json, override, resolve, to_json
+from xception_jax.models.layers import Conv, Head, norm_of
 from xception_jax.models.modules import SeparableConv
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.optimizers import make_optimizer, make_schedule
@@ -22,40 +20,41 @@ from xception_jax.training.step import make_train_step
 # Most of the time here goes into compiling.
 
 
+TINY = {
+    "model.num_classes": 5,
+    "model.dropout_rate": 0.0,
+    "data.image_size": 16,
+    "batch_size": 8,
+    "schedule.name": "constant",
+    "schedule.learning_rate": 0.1,
+    "ema.decay": 0.9,
+}
+
+
 def tiny_config(**fields):
-    config = default_config()
-    config.model.update(
-        num_classes=5, width_multiplier=0.05, middle_blocks=0, stem="small", dropout_rate=0.0, residual=False
-    )
-    config.data.image_size = 16
-    config.batch_size = 8
-    config.schedule.update(name="constant", learning_rate=0.1)
-    config.ema.decay = 0.9
-    config.update_from_flattened_dict(fields)
-    return resolve(config)
+    return override(resolve(default_config()), TINY | fields)
 
 
 class Short(nn.Module):
     """One of each layer of Xception: a step takes any network, and this one is compiled in a second.
 
-    With `aux_head` a second classifier, as Inception V3 has one.
+    It has the classes, normalisation and arithmetic of its config; with `aux_head` a second classifier, as Inception V3
+    has one.
     """
 
-    norm: Callable[..., nn.Module]
-    num_classes: int
-    dropout_rate: float
-    dtype: jnp.dtype
-    aux_head: bool = False
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, images, train=False):
-        x = Conv(8, kernel_size=(3, 3), dtype=self.dtype, name="conv")(images)
-        residual = x = nn.relu(self.norm(name="conv_bn")(x, train))
-        x = SeparableConv(8, dtype=self.dtype, name="sepconv")(x)
-        x = ops.max_pool(self.norm(name="sepconv_bn")(x, train) + residual, padding="SAME")
-        logits = Head(self.num_classes, dropout_rate=self.dropout_rate, dtype=self.dtype, name="head")(x, train)[0]
-        aux = Head(self.num_classes, dtype=self.dtype, name="aux") if self.aux_head else None
-        return logits, {} if aux is None else {"aux_logits": aux(residual, train)[0]}
+        norm, dtype = norm_of(self.config), jnp.dtype(self.config.dtype)
+        x = Conv(8, kernel_size=(3, 3), dtype=dtype, name="conv")(images)
+        residual = x = nn.relu(norm(name="conv_bn")(x, train))
+        x = SeparableConv(8, dtype=dtype, name="sepconv")(x)
+        x = ops.max_pool(norm(name="sepconv_bn")(x, train) + residual, padding="SAME")
+        logits, _ = Head(self.config, name="head")(x, train)
+        if not getattr(self.config, "aux_head", False):
+            return logits, {}
+        return logits, {"aux_logits": Head(self.config.replace(dropout_rate=0.0), name="aux")(residual, train)[0]}
 
 
 def make(config, state=None):
@@ -64,16 +63,10 @@ def make(config, state=None):
     return (init(seed_bits(config.seed)) if state is None else state), step
 
 
-def short(config) -> Short:
-    """Returns the short network with the classes, normalisation and arithmetic of a config."""
-    network = create_model(config.model)
-    return Short(network.norm, network.num_classes, network.dropout_rate, network.dtype, config.model.aux_head)
-
-
 @cache
 def _make(saved_config):
     config = from_json(saved_config)
-    model = short(config)
+    model = Short(config.model)
     schedule = make_schedule(config, num_examples=100)
     optimizer = make_optimizer(config.optimizer, schedule)
     init = make_state_init(model, optimizer, image_size=config.data.image_size, ema=config.ema.decay > 0)
@@ -183,10 +176,10 @@ def test_bfloat16_keeps_the_state_in_float32():
 
 
 def test_auxiliary_loss_is_added():
-    fields = {"model.name": "inception_v3", "model.aux_head": True, "model.residual": True, "model.stem": "imagenet"}
+    fields = {"model.name": "inception_v3", "model.aux_head": True}
     losses = {}
     for weight in (0.0, 0.4, 1.0):
-        config = tiny_config(**fields | {"model.middle_blocks": 8, "loss.aux_weight": weight})
+        config = tiny_config(**fields, **{"loss.aux_weight": weight})
         state, step = make(config)
         losses[weight] = float(step(state, make_batch(config))[1]["loss"])
     assert losses[0.4] - losses[0.0] == pytest.approx(0.4 * (losses[1.0] - losses[0.0]), rel=1e-3)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from xception_jax.config import default_config, from_json, resolve
+from xception_jax.config import default_config, from_json, override, resolve
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.training.workdir import open_workdir
 
@@ -25,9 +25,7 @@ HOLDER = """
 
 
 def config_with(**changes):
-    config = default_config()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
-    return resolve(config)
+    return override(resolve(default_config()), {name.replace("__", "."): value for name, value in changes.items()})
 
 
 @pytest.fixture

@@ -12,16 +12,14 @@ import numpy as np
 from keras.src.applications import xception as keras_xception
 
 from tests.models.keras_weights import _zeros, build_keras, copy_weights, keras_floatx, randomise
-from xception_jax.config import default_config, resolve_model
+from xception_jax.config import resolve_model
 from xception_jax.models import create_model
 from xception_jax.weights import tree
 
 
 def config(name: str, **fields):
     """Returns a resolved `config.model`."""
-    model = default_config().model
-    model.update({"name": name, **fields})
-    return resolve_model(model)
+    return resolve_model({"name": name, **fields})
 
 
 def no_initialisers():

@@ -218,7 +218,7 @@ def test_a_subclassed_model_tells_no_architecture(base, form, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "average pooling is assumed, and hidden Dense layers with the activation relu: hidden" in told
     assert "the file does not tell the size of the images: 299 is assumed" in told
-    with pytest.raises(BadDataError, match="fc_layers=1, fc_width=16, num_classes=5"):
+    with pytest.raises(BadDataError, match="num_classes=5, fc_layers=1, fc_width=16"):
         load_network(path)
 
 

@@ -12,6 +12,7 @@ import safetensors.numpy
 from released import assert_same, config
 
 from xception_jax.cli import convert as command
+from xception_jax.config import to_dict
 from xception_jax.errors import BadDataError, ConfigError, StorageError, UsageError, UserError
 from xception_jax.weights import Network, Preprocessing, load_network, save_keras, save_network, tree
 
@@ -136,7 +137,7 @@ def convert(*arguments: object) -> int:
 def test_to_keras_and_back_by_command(path, tmp_path, capsys):
     names, run = tmp_path / "names.txt", tmp_path / "config.json"
     names.write_text("cat\ndog\nbird\n")
-    run.write_text(json.dumps({"model": MODEL.to_dict()}))
+    run.write_text(json.dumps({"model": to_dict(MODEL)}))
     keras_path, back = tmp_path / "x.weights.h5", tmp_path / "back.safetensors"
     assert convert(path, keras_path, "--json") == 0
     report = json.loads(capsys.readouterr().out)
