@@ -1,9 +1,9 @@
-"""Spatial kernels of 3, 5 and 7, at equal cost.
+"""Compares spatial kernels of 3, 5 and 7 pixels at equal cost.
 
     python -m xception_jax study run configs/studies/kernel_size.py --workdir runs/kernel_size
 
-A larger depthwise kernel costs little: 1.6 % of the multiply-adds of Xception are spatial. ConvNeXt (Liu et al. 2022)
-finds 7 better than 3 at 224 pixels.
+A larger depthwise kernel costs little, because only 1.6 % of the multiply-adds of Xception are spatial. ConvNeXt (Liu
+et al. 2022) finds 7 better than 3 at 224 pixels.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
@@ -14,9 +14,11 @@ from xception_jax.study.sizes import study_size
 SIDES = (3, 5, 7)
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
-    expected = "better" if size == "imagenet" else "unknown"  # images of 32 pixels are small for large kernels
+    expected = (
+        "better" if size == "imagenet" else "unknown"
+    )  # large kernels exceed most feature maps of 32-pixel images
     return Study(
         name=f"kernel_size-{size}-{control}",
         question="Do larger depthwise kernels pay for themselves?",
