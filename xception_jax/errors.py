@@ -1,10 +1,13 @@
-"""Errors that a user can cause, each in three lines: what is wrong, where, what to do.
+"""Defines the errors that a user can cause, and all exit codes.
 
-An entry point turns a `UserError` into those lines on standard error and into the exit code of its class
-(the codes of sysexits.h). Anything else that escapes is a bug and keeps its traceback.
+An entry point prints a `UserError` on standard error in three lines (what is wrong, where, what to do) and ends with
+the exit code of its class, a code of sysexits.h. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
+
+SUCCESS_EXIT_CODE = 0
+INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C before training began: 128 + SIGINT, as in shells
 
 
 class UserError(Exception):
@@ -82,3 +85,7 @@ class ConfigError(UserError):
     """A config field is unknown, of the wrong type, out of range, or contradicts another."""
 
     exit_code = 78
+
+
+RESUMABLE_EXIT_CODES = (PreemptedError.exit_code, INTERRUPTED_EXIT_CODE)
+"""The same command continues a run that ended with one of these."""

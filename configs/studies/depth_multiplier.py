@@ -1,19 +1,20 @@
-"""One, two or four spatial filters for each channel, at equal cost.
+"""Compares one, two and four spatial filters per channel at equal cost.
 
     python -m xception_jax study run configs/studies/depth_multiplier.py --workdir runs/depth_multiplier
 
-The paper has one. More make the space between the two convolutions larger than the input, at the price of width.
+The paper uses one. With more, the space between the two convolutions is larger than the input, and at equal cost the
+network is narrower.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 MULTIPLIERS = (1, 2, 4)
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
     return Study(
         name=f"depth_multiplier-{size}-{control}",
@@ -25,7 +26,7 @@ def get_study(size="cpu", control="parameters"):
         seeds=sized.seeds,
         margin=sized.margin,
         reference="x1",
-        comparisons=(Comparison("x2", "x1", "worse"), Comparison("x4", "x1", "worse")),
+        comparisons=(PlannedComparison("x2", "x1", "worse"), PlannedComparison("x4", "x1", "worse")),
         control=control,
         axis="model.depth_multiplier",
         budget=sized.budget,

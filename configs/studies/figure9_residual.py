@@ -1,23 +1,24 @@
-"""Figure 9 (section 4.6): Xception with and without residuals, each at its own learning rate.
+"""Figure 9 (section 4.6): compares Xception with and without residuals, each at its own learning rate.
 
     python -m xception_jax study run configs/studies/figure9_residual.py --workdir runs/figure9
 
-The paper trains both with the settings tuned for the first, and says that they may not be best for the second. Here
-each arm is tuned by the same trials of learning rate and weight decay on the development split, the seeds come after.
+The paper trains both with settings tuned for the first, and notes that they may not be optimal for the second. Here
+each arm is first tuned on the development split with the same trials of learning rate and weight decay, then trained
+with all seeds.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
 from itertools import product
 
-from xception_jax.study.design import Arm, Comparison, Search, Study
+from xception_jax.study.design import Arm, PlannedComparison, Search, Study
 from xception_jax.study.sizes import study_size
 
-FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the size's own learning rate
-DECAYS = (1.0, 5.0)
+FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # relative to the learning rate of the size
+DECAYS = (1.0, 5.0)  # relative to its weight decay
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
     rate, decay = sized.config.schedule.learning_rate, sized.config.optimizer.weight_decay
     return Study(
@@ -29,7 +30,7 @@ def get_study(size="cpu", control="parameters"):
         seeds=sized.seeds,
         margin=sized.margin,
         reference="residual",
-        comparisons=(Comparison("residual", "plain", "better"),),
+        comparisons=(PlannedComparison("residual", "plain", "better"),),
         control=control,
         search=Search(
             tuple(

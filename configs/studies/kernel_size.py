@@ -1,22 +1,24 @@
-"""Spatial kernels of 3, 5 and 7, at equal cost.
+"""Compares spatial kernels of 3, 5 and 7 pixels at equal cost.
 
     python -m xception_jax study run configs/studies/kernel_size.py --workdir runs/kernel_size
 
-A larger depthwise kernel costs little: 1.6 % of the multiply-adds of Xception are spatial. ConvNeXt (Liu et al. 2022)
-finds 7 better than 3 at 224 pixels.
+A larger depthwise kernel costs little, because only 1.6 % of the multiply-adds of Xception are spatial. ConvNeXt (Liu
+et al. 2022) finds 7 better than 3 at 224 pixels.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 SIDES = (3, 5, 7)
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
-    expected = "better" if size == "imagenet" else "unknown"  # images of 32 pixels are small for large kernels
+    expected = (
+        "better" if size == "imagenet" else "unknown"
+    )  # large kernels exceed most feature maps of 32-pixel images
     return Study(
         name=f"kernel_size-{size}-{control}",
         question="Do larger depthwise kernels pay for themselves?",
@@ -27,7 +29,7 @@ def get_study(size="cpu", control="parameters"):
         seeds=sized.seeds,
         margin=sized.margin,
         reference="3x3",
-        comparisons=(Comparison("5x5", "3x3", expected), Comparison("7x7", "3x3", expected)),
+        comparisons=(PlannedComparison("5x5", "3x3", expected), PlannedComparison("7x7", "3x3", expected)),
         control=control,
         axis="model.kernel_size",
         budget=sized.budget,

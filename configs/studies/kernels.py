@@ -1,20 +1,21 @@
-"""How separable the kernels are that a regular convolution learns: the hypothesis, asked of weights.
+"""Trains regular convolutions, whose kernels are then tested for separability.
 
     python -m xception_jax study run configs/studies/kernels.py --workdir runs/kernels
     python -m xception_jax study kernels runs/kernels
 
-If correlations across channels and in space can be mapped apart, a network that need not do so should learn kernels
-that are nearly separable. Measured by layer: the share of a filter's squared norm in one spatial blueprint (BSConv),
-and the error of a sum of r depthwise separable convolutions (Network Decoupling), against kernels drawn at random.
+If correlations across channels and in space can be mapped separately, a network without this constraint should learn
+nearly separable kernels. `study kernels` measures, for each layer, the share of a filter's squared norm in one
+spatial blueprint (BSConv) and the error of a sum of r depthwise separable convolutions (Network Decoupling), and
+compares both with random kernels.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
     return Study(
         name=f"kernels-{size}-{control}",
@@ -31,8 +32,8 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="depthwise",
         comparisons=(
-            Comparison("regular_relu", "regular_none", "better"),
-            Comparison("depthwise", "regular_none", "better"),
+            PlannedComparison("regular_relu", "regular_none", "better"),
+            PlannedComparison("depthwise", "regular_none", "better"),
         ),
         control=control,
         budget=sized.budget,

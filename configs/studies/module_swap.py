@@ -1,18 +1,19 @@
-"""The module alone: figures 1, 3, 4 and the separable convolution in one macro layout (sections 1 and 2).
+"""Compares the modules of figures 1, 3, 4 and the separable convolution in one macro layout (sections 1 and 2).
 
     python -m xception_jax study run configs/studies/module_swap.py --workdir runs/module_swap
 
-The paper's Xception differs from its Inception V3 also by residuals, stem and depth. Here everything but the module is
-that of figure 5: the canonical Inception module (figure 1), the simplified one (figure 2, as figure 3: three segments
-after a pointwise convolution, equal as functions), the extreme one (figure 4: a segment for each channel) and the
-depthwise separable convolution; each with and without residuals.
+The paper's Xception also differs from its Inception V3 in residuals, stem and depth. Here only the module changes
+and, to match the cost, the width; the rest is that of figure 5. The modules are the canonical Inception module
+(figure 1), the simplified one (figure 2, in its equivalent form of figure 3 with three segments after a pointwise
+convolution), the extreme one (figure 4, a segment for each channel) and the depthwise separable convolution, each
+with and without residuals.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
 from typing import Any
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 MODULES: dict[str, dict[str, Any]] = {
@@ -24,10 +25,10 @@ MODULES: dict[str, dict[str, Any]] = {
 RESIDUALS = {"residual": True, "plain": False}
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
     comparisons = [
-        Comparison(f"{arm}_{residual}", f"{baseline}_{residual}", expected)
+        PlannedComparison(f"{arm}_{residual}", f"{baseline}_{residual}", expected)
         for residual in RESIDUALS
         for arm, baseline, expected in (
             ("simplified", "canonical", "unknown"),
@@ -36,7 +37,7 @@ def get_study(size="cpu", control="parameters"):
             ("separable", "extreme", "equivalent"),
         )
     ]
-    comparisons += [Comparison(f"{module}_residual", f"{module}_plain", "better") for module in MODULES]
+    comparisons += [PlannedComparison(f"{module}_residual", f"{module}_plain", "better") for module in MODULES]
     return Study(
         name=f"module_swap-{size}-{control}",
         question="Is the extreme Inception module better than the Inception module, with all else equal?",

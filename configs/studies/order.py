@@ -1,14 +1,14 @@
-"""Depthwise first or pointwise first: "unimportant", says section 2 of the paper, and does not test it.
+"""Compares depthwise first with pointwise first. Section 2 of the paper calls the order "unimportant" without a test.
 
     python -m xception_jax study run configs/studies/order.py --workdir runs/order
 
-BSConv (Haase and Amthor 2020) argues for pointwise first. The order is compared without and with a ReLU between the
-two convolutions, at the depthwise end and with four segments.
+BSConv (Haase and Amthor 2020) argues for pointwise first. The orders are compared with and without a ReLU between the
+two convolutions, for depthwise convolutions and for four segments.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import Arm, Comparison, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 SEGMENTS = {"depthwise": "depthwise", "4": 4}
@@ -16,7 +16,7 @@ ACTIVATIONS = ("none", "relu")
 ORDERS = {"spatial": "depthwise_first", "pointwise": "pointwise_first"}
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
     return Study(
         name=f"order-{size}-{control}",
@@ -41,7 +41,7 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="depthwise_none_spatial",
         comparisons=tuple(
-            Comparison(f"{segments}_{activation}_pointwise", f"{segments}_{activation}_spatial", "equivalent")
+            PlannedComparison(f"{segments}_{activation}_pointwise", f"{segments}_{activation}_spatial", "equivalent")
             for segments in SEGMENTS
             for activation in ACTIVATIONS
         ),

@@ -1,27 +1,27 @@
-"""The spectrum between the Inception hypothesis and the Xception one (sections 1.2 and 4.7; open in the paper).
+"""Measures the spectrum between the Inception and the Xception hypothesis (sections 1.2 and 4.7).
 
     python -m xception_jax study run configs/studies/spectrum.py --workdir runs/spectrum
 
-Between a regular convolution (one segment of channels) and a depthwise one (a segment for each channel) lie networks
-that the paper says were not explored. It finds a ReLU between the two convolutions harmful at the depthwise end, and
-explains that by the depth of the spaces in between: helpful for deep ones, as in Inception, harmful for those of one
-channel. If that is so, the sign of the effect changes on the way.
+The paper notes that the networks between a regular convolution (one segment of channels) and a depthwise one (a
+segment for each channel) are unexplored. It finds that a ReLU between the two convolutions hurts at the depthwise
+end. Its explanation is the depth of the intermediate feature spaces: non-linearities help for deep ones, as in
+Inception, and hurt for those with one channel. If so, the sign of the effect changes along the spectrum.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width:
 configs/studies/spectrum.py:cifar,multiply_adds. Cost: docs/study.md.
 """
 
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Comparison, Interaction, Study
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 
 ACTIVATIONS = ("none", "relu", "elu")
-# The name of a point, and the fields that make it. Stages of a narrow network are few segments wide: fewer points.
+# The points of the axis and their config fields. Narrow networks have room for fewer segments, and so fewer points.
 POINTS = {str(n): {"model.segments": n} for n in (1, 2, 4, 8, 16)}
 GROUPS = {f"width{n}": {"model.group_width": n} for n in (8, 4, 2)}
 DEPTHWISE = {"depthwise": {"model.segments": "depthwise"}}
 
 
-def get_study(size="cpu", control="parameters"):
+def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
     points = {
         "cpu": POINTS | DEPTHWISE,
@@ -46,7 +46,7 @@ def get_study(size="cpu", control="parameters"):
         margin=sized.margin,
         reference="depthwise_none",
         comparisons=tuple(
-            Comparison(f"{point}_{activation}", f"{point}_none", expected.get(point, "unknown"))
+            PlannedComparison(f"{point}_{activation}", f"{point}_none", expected.get(point, "unknown"))
             for activation in ("relu", "elu")
             for point in points
         ),

@@ -206,7 +206,7 @@ def test_images_say_in_words_and_marks_whether_they_are_right(full):
     right = {int(i): bool(r) for i, r in zip(predictions.index, predictions.right, strict=True)}
     assert classes == ["card right" if right[i] else "card wrong" for i in sample + mistakes]
     wrong = classes.count("card wrong")
-    assert page.text.count("✗") == page.text.count("wrong: is") == wrong
+    assert page.text.count("✗") == page.text.count("wrong, label:") == wrong
     assert page.text.count("✓") == len(classes) - wrong > 0
     sources = [value for name, value in page.attributes if name == "src"]
     first = np.asarray(Image.open(io.BytesIO(base64.b64decode(sources[0].partition(",")[2]))))
@@ -248,8 +248,8 @@ def test_many_classes_get_a_list_of_pairs(tmp_path):
     best = np.array([39, 39, 39, 3, 7, 7, 7, 7, 7, 1])
     predictions = Predictions(np.arange(10), label, best[:, None], np.ones((10, 1)))
     words = Page(render(tmp_path, make_config(num_classes=40), predictions=predictions, class_names=["a"])).words
-    assert "Most confused Label Predicted Images of the label's class 3 class 39 3 75.0 %" in words
-    assert "right for 6 of 10 images (60.00 %)" in words
+    assert "Most confused Label Predicted Images Share of the label class 3 class 39 3 75.0 %" in words
+    assert "correct for 6 of 10 images (60.00 %)" in words
 
 
 def test_several_labels(tmp_path):
@@ -263,12 +263,12 @@ def test_several_labels(tmp_path):
     words = Page(text).words
     assert "6.70 % MAP@100, Polyak average of the weights" in words
     assert "last weights 6.36 % 5.00 % 3" in words
-    assert "5 images without labels are left out" in words
+    assert "5 images without labels are excluded" in words
     assert "interval" not in words
     right = int(predictions.right.sum())
     assert f"one of the labels for {right} of 55 images with labels" in words
-    assert "Average precision over the images, by class." in words
-    assert "labels: no label" not in words.partition("The surest mistakes")[2]
+    assert "Average precision of each class over the images." in words
+    assert "labels: no label" not in words.partition("Most confident mistakes")[2]
     assert words.count("labels: class") == len(make_images(predictions)) + sum(
         index in choose_examples(predictions)[0] for index in choose_examples(predictions)[1]
     ) - words.count("labels: no label")
@@ -277,7 +277,7 @@ def test_several_labels(tmp_path):
 def test_classes_are_cut_to_the_best_and_the_worst(tmp_path):
     config = make_config(num_classes=50, loss__name="sigmoid")
     words = Page(render(tmp_path, config, predictions=make_predictions(n=300, c=50, multi_label=True))).words
-    assert "The 10 best and the 10 worst of 50 classes." in words
+    assert "The table shows the 10 best and the 10 worst of 50 classes." in words
     precisions = [float(p) for p in re.findall(r"class \d+ \d+ ([\d.]+) %", words)]
     assert len(precisions) == 20
     assert precisions == sorted(precisions, reverse=True)
@@ -286,16 +286,16 @@ def test_classes_are_cut_to_the_best_and_the_worst(tmp_path):
 def test_an_interrupted_run_says_so_and_shows_the_development_split(tmp_path):
     metrics = [entry for entry in make_metrics(test=False) if entry["step"] <= 200]
     words = Page(render(tmp_path, metrics=metrics)).words
-    assert "This run has not finished: what follows is its state at step 200." in words
+    assert "This run has not finished. This report shows its state at step 200." in words
     assert "62.50 % top-1 accuracy" in words
-    assert "No test result yet: this is the development split train[98%:], 50 images, at step 200." in words
+    assert "There is no test result yet. Development split train[98%:], 50 images, at step 200." in words
 
 
 def test_a_run_without_anything_yet(tmp_path):
     words = Page(render(tmp_path, metrics=[], info={})).words
     assert "Nothing has been evaluated yet." in words
     assert "Training" not in words
-    assert "How to repeat it" not in words
+    assert "How to reproduce this run" not in words
 
 
 def test_a_run_without_a_polyak_average_or_a_count(tmp_path):
@@ -311,7 +311,7 @@ def test_the_config_shows_what_differs_from_the_defaults_and_everything(tmp_path
     words = Page(render(tmp_path, config)).words
     assert "batch_size 256 1920 inferred: 60 replicas of 32" in words
     assert "data.crop_area (0.08, 1.0) (0.05, 1.0)" in words
-    table, whole = words[words.index("Source of the default") :].split("The whole config")
+    table, whole = words[words.index("Source of the default") :].split("The full config")
     assert "optimizer.momentum" not in table
     assert '"momentum": 0.9' in whole
 
@@ -320,10 +320,10 @@ def test_costs(full):
     words = Page(full).words
     for fact in (
         "Wall time 1h 23m",
-        "To the first step 42s",
+        "Time to the first step 42s",
         "Training 260 images/s",
         "Evaluation 1,234 images/s",
-        "Peak memory of a device 1.31 GB",
+        "Peak memory per device 1.31 GB",
         "Parameters 22,855,952",
         "Multiply-adds per image 8.36 G",
         "Commit 0123abc. jax 0.10.2.",

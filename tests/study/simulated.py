@@ -9,7 +9,7 @@ import numpy as np
 from xception_jax.config import override, resolve
 from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.study.controls import ArmCost
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Comparison, Interaction, Study
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 from xception_jax.study.store import STUDY, StoredStudy, study_to_json
 
@@ -35,7 +35,7 @@ def small_study(**changes) -> Study:
         seeds=(0, 1, 2, 3, 4),
         margin=0.005,
         reference="depthwise_none",
-        comparisons=tuple(Comparison(a, b, expected.get(a.partition("_")[0], "unknown")) for a, b in pairs),
+        comparisons=tuple(PlannedComparison(a, b, expected.get(a.partition("_")[0], "unknown")) for a, b in pairs),
         interactions=(Interaction("relu - none", pairs, "rises through zero"),),
         axis=CHANNELS_PER_SEGMENT,
     )

@@ -7,7 +7,7 @@ import pytest
 from tests.study.simulated import small_study
 from xception_jax.config import default_config, override
 from xception_jax.errors import ConfigError, InputMissingError
-from xception_jax.study.design import Arm, Comparison, changes, load_study, study_from_json, study_to_json
+from xception_jax.study.design import Arm, PlannedComparison, changes, load_study, study_from_json, study_to_json
 
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.py"))
 SIZES = ("cpu", "cifar", "imagenet")
@@ -42,7 +42,7 @@ def test_seeds_and_arms_may_be_added():
     more = dataclasses.replace(study, arms=(*study.arms, ARM), seeds=(*study.seeds, 9))
     assert changes(study, more) == (["arm depthwise_elu", "seed 9"], [])
     compared = dataclasses.replace(
-        more, comparisons=(*study.comparisons, Comparison("depthwise_elu", "depthwise_none", "worse"))
+        more, comparisons=(*study.comparisons, PlannedComparison("depthwise_elu", "depthwise_none", "worse"))
     )
     assert changes(study, compared)[1] == []
 
@@ -57,16 +57,19 @@ def other_config():
         ({"margin": 0.02}, "margin: 0.005 -> 0.02"),
         ({"hypothesis": "It falls."}, "hypothesis"),
         ({"control": "width"}, "control"),
-        ({"seeds": (0, 1)}, "seed 2 is gone"),
-        ({"config": other_config()}, "the config of all cells"),
+        ({"seeds": (0, 1)}, "seed 2 was removed"),
+        ({"config": other_config()}, "the base config"),
         ({"arms": (dataclasses.replace(small_study().arms[0], overrides={}), *small_study().arms[1:])}, "arm 1_none"),
         ({"comparisons": small_study().comparisons[1:]}, "comparison 1_relu"),
-        ({"comparisons": (*small_study().comparisons, Comparison("2_relu", "1_relu"))}, "new between old arms"),
+        (
+            {"comparisons": (*small_study().comparisons, PlannedComparison("2_relu", "1_relu"))},
+            "is new, but its arms are not",
+        ),
         (
             {"interactions": (dataclasses.replace(small_study().interactions[0], expected="falls through zero"),)},
-            "interaction relu - none is another",
+            "interaction relu - none was changed",
         ),
-        ({"interactions": ()}, "interaction relu - none is gone"),
+        ({"interactions": ()}, "interaction relu - none was removed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -78,7 +81,7 @@ def test_what_else_changes_is_named(change, words):
 GOOD = """
 import dataclasses
 from tests.study.simulated import small_study
-from xception_jax.study.design import Arm, Comparison
+from xception_jax.study.design import Arm, PlannedComparison
 def get_study(size="cpu"):
     study = small_study()
     return CHANGED
@@ -90,8 +93,8 @@ def get_study(size="cpu"):
     [
         ("dataclasses.replace(study, arms=study.arms * 2)", "two arms are called"),
         ("dataclasses.replace(study, reference='x')", "no arm 'x'"),
-        ("dataclasses.replace(study, comparisons=(Comparison('1_relu', 'nobody'),))", "no arm 'nobody'"),
-        ("dataclasses.replace(study, comparisons=(Comparison('1_relu', '1_none', 'great'),))", "'great'"),
+        ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', 'nobody'),))", "no arm 'nobody'"),
+        ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', '1_none', 'great'),))", "'great'"),
         ("dataclasses.replace(study, seeds=(1, 1))", "seeds repeat"),
         ("dataclasses.replace(study, margin=0)", "the margin is 0"),
         ("dataclasses.replace(study, control='luck')", "'luck'"),

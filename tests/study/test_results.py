@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import math
 import re
@@ -11,7 +12,9 @@ import scipy.stats
 from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
+from xception_jax.study.runner import Runner
 from xception_jax.study.store import read_study
 
 FAILED = ("4_relu", 3)
@@ -71,12 +74,45 @@ def test_the_page_is_whole_and_escaped(written):
     assert "<b>nothing</b>" not in text
     for words in ("1 cell failed", "4_relu seed 3 (diverged)", "rises through zero", "equivalent", "cells.csv"):
         assert words in page.text, words
-    assert "not the end of the study" not in page.text
+    assert "preliminary" not in page.text
     assert not any(
         name in ("src", "href") for name, value in page.attributes if not str(value).startswith(("#", "data:"))
     )
     markdown = (root / "report.md").read_text()
     assert "| depthwise_relu \N{MINUS SIGN} depthwise_none | 5 |" in markdown
+
+
+STOPPED = {"1_none": 130, "2_none": 75, "4_none": -9}  # exit codes by arm
+
+
+def test_a_stopped_cell_is_resumable_and_not_failed(tmp_path):
+    stored = write_simulated(tmp_path, small_study(seeds=(0,)), fail=[("8_none", 0)])
+    cells = stored.cells()
+    for cell in cells:
+        if cell.arm in STOPPED:
+            cell.write_record(exit_code=STOPPED[cell.arm])
+
+    results = write_study_report(tmp_path)
+    assert {arm.name: arm.failed for arm in results.arms if arm.failed} == {"8_none": {0: 70}}
+    words = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    stopped = ", ".join(f"{arm} seed 0 (exit code {code})" for arm, code in STOPPED.items())
+    assert f"3 cells stopped: {stopped}. The same command resumes them." in words
+    assert "1 cell failed: 8_none seed 0 (diverged)." in words
+    assert "8 of 12 cells done, 1 failed, 3 stopped and resumable;" in (tmp_path / "report.md").read_text()
+
+    runner = Runner([], [], {}, lambda runner: None)
+    runner.finished += [(cell, cell.record()["exit_code"]) for cell in cells if cell.arm in ("1_none", "8_none")]
+    stream = io.StringIO()
+    table = ProgressTable(stored.study, stored.costs, cells, {}, 1, 0, stream)
+    table.show(runner)
+    assert "1_none seed 0: stopped with 130, will be resumed" in stream.getvalue()
+    assert "8_none seed 0: failed with 70" in stream.getvalue()
+    head, columns, *rows, legend = table.table(runner, 100, 200)
+    assert head.startswith("simulated: 8 of 12 cells done, 1 failed")
+    last = {row.split()[0]: row.split()[-1] for row in rows}
+    assert {arm: last[arm] for arm in STOPPED} == dict.fromkeys(STOPPED, "-")
+    assert last["8_none"] == "70"
+    assert (columns.split()[-1], "-: stopped" in legend) == ("0", True)
 
 
 def test_figures_stand_alone(written):

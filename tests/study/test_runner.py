@@ -31,7 +31,7 @@ TINY = """
 import dataclasses
 from tests.study.simulated import small_study
 from xception_jax.config import override
-from xception_jax.study.design import Arm, Comparison
+from xception_jax.study.design import Arm, PlannedComparison
 
 def get_study():
     study = small_study()
@@ -52,7 +52,7 @@ def get_study():
     return dataclasses.replace(
         study, name="tiny", config=config, control="width", seeds=(0,), reference="good", margin=0.005,
         arms=(Arm("good", {}), Arm("split", {"mesh.data": 3})),
-        comparisons=(Comparison("split", "good"),), interactions=(),
+        comparisons=(PlannedComparison("split", "good"),), interactions=(),
     )
 """
 
@@ -172,7 +172,7 @@ def test_what_holds_a_cell_is_waited_for(tmp_path):
         assert cell.is_held()
     assert not cell.is_held()
     other = dataclasses.replace(cell, config=stored.cells()[1].config)
-    with pytest.raises(ConfigError, match="was started with another config"):
+    with pytest.raises(ConfigError, match="was started with a different config"):
         other.prepare()
 
 
@@ -211,12 +211,12 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
             finish(cell, 0.5)
 
     assert run_study(stored, {}, jobs=1, retry=False, reuse=[other]) == 0  # no process is started
-    assert f"54 cells are those of {other.root}" in capsys.readouterr().err
+    assert f"54 finished cells were taken from {other.root}" in capsys.readouterr().err
     cell, source = pairs[0]
     assert read_outcome(cell, "ema_top1") == read_outcome(source, "ema_top1") != read_outcome(pairs[-1][0], "ema_top1")
     assert cell.record()["reused_from"] == source.config.name == "simulated, 1_none, seed 0"
     assert {cell.record().get("reused_from") for cell in stored.cells() if (cell.arm, cell.seed) in failed} == {None}
-    assert "54 cells were trained by another study" in (stored.root / "report.md").read_text()
+    assert "54 cells were taken from another study" in (stored.root / "report.md").read_text()
     assert find_equal(stored.cells(), other.cells()) == []
 
 
@@ -224,7 +224,10 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
 def test_a_job_of_an_array_takes_over_nothing(start, option):
     process = start[1]("--reuse", "elsewhere", option)
     _, errors = process.communicate()
-    assert (process.returncode, "--reuse is not for cells" in errors) == (UsageError.exit_code, True), errors
+    assert (process.returncode, "--reuse does not work with --cell or --slurm" in errors) == (
+        UsageError.exit_code,
+        True,
+    ), errors
 
 
 @pytest.fixture
@@ -258,7 +261,9 @@ def test_a_search_takes_the_best_on_the_development_split(searched):
     result = {arm.name: arm for arm in write_study_report(stored.root).arms}
     assert result["1_relu"].tuned_at_edge == ("schedule.learning_rate",)
     assert result["1_none"].tuned_at_edge == ()
-    assert "at the edge of the search for 1_relu" in " ".join((stored.root / "report.html").read_text().split())
+    assert "chose the smallest or largest value that it tried for 1_relu" in " ".join(
+        (stored.root / "report.html").read_text().split()
+    )
 
 
 def test_the_slurm_script_is_a_script(searched, tmp_path):
@@ -269,3 +274,21 @@ def test_the_slurm_script_is_a_script(searched, tmp_path):
         assert f"#SBATCH --array=0-{last}%8" in script
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=True).returncode == 0
     assert "--dependency" in slurm_script(stored, "", 8)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (70, False), (75, True), (130, True)])
+def test_a_job_that_was_stopped_is_requeued(searched, tmp_path, code, requeued):
+    script = slurm_script(searched[0], f"bash -c 'exit {code}' --", 8)
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+    }
+    script = script.replace(f"cd {os.getcwd()}", f"cd {tmp_path}")
+    process = subprocess.run(["bash"], input=script, text=True, env=environment)
+    assert process.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7_3\n"

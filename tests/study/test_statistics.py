@@ -101,7 +101,7 @@ def test_a_trend_is_the_mean_of_the_seeds_slopes():
     reverse = statistics.trend(x[::-1], effects[:, ::-1])
     assert reverse.slope.mean == pytest.approx(trend.slope.mean)
     assert reverse.first == trend.first
-    with pytest.raises(ValueError, match="different places"):
+    with pytest.raises(ValueError, match="different positions"):
         statistics.trend([1.0, 1.0], effects[:, :2])
 
 

@@ -12,7 +12,7 @@ import jax
 from xception_jax.config import default_config, override, resolve
 from xception_jax.data.sources import SyntheticSource
 from xception_jax.parallel import make_mesh
-from xception_jax.tools.planning.hlo import collectives, rounds
+from xception_jax.tools.planning.hlo import collectives
 from xception_jax.training.experiment import build_experiment
 
 SMALL = {
@@ -40,7 +40,6 @@ for fields in map(json.loads, sys.argv[1:]):
         json.dumps(
             {
                 "collectives": [dataclasses.asdict(one) | {"count": count} for one, count in found.items()],
-                "rounds": rounds(hlo),
                 "state_bytes": state_bytes,
                 "state_bytes_a_device": step.memory_analysis().argument_size_in_bytes - batch_bytes,
                 "largest_parameter_bytes": max(4 * leaf.size for leaf in jax.tree.leaves(experiment.abstract.params)),

@@ -47,13 +47,11 @@ def test_nothing_but_sums(steps, case):
 def test_statistics_of_a_device_need_no_communication(steps, case):
     step = steps[case]
     assert count(step, "all-reduce") <= 3
-    assert step["rounds"] == 1  # nothing waits for a sum to send the next
     assert sum(one["bytes"] for one in step["collectives"]) < 1.01 * step["parameter_bytes"]  # statistics and metrics
 
 
 def test_global_statistics_do(steps):
     assert count(steps["fsdp"], "all-reduce") > 3
-    assert steps["fsdp"]["rounds"] > 3
 
 
 def test_fsdp_shards_parameters_and_optimiser_state(steps):

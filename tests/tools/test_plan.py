@@ -106,7 +106,7 @@ def test_a_step_that_does_not_fit_says_by_how_much():
     )
     error = _too_large(refused, DEFAULTS, parse_topology("v5e:2x2"))
     assert error.what == "the training step does not fit into the memory of a TPU v5e: 27.97G of 15.75G"
-    assert error.where.startswith("480 images a chip")
+    assert error.where.startswith("480 images per chip")
 
 
 def test_the_search_needs_a_compiler():
@@ -140,9 +140,9 @@ def test_the_same_in_words(plan):
     process = plan("--topology=a100:16", "--config.batch_size=1600", "--examples=160000")
     assert process.returncode == 0, process.stderr
     assert "16 x NVIDIA A100" in process.stdout
-    assert "1,600 images, 100 a chip, bfloat16" in process.stdout
+    assert "1,600 images, 100 per chip, bfloat16" in process.stdout
     assert "16,900 steps (169 epochs of 160,000 images)" in process.stdout
-    assert "memory is not known" in process.stdout
+    assert "memory is unknown" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_same_in_words(plan):
         (["--topology=v9:4x4"], 64, "error: there is no topology 'v9:4x4'"),
         (["--topology=h100:7"], 78, "error: config.batch_size=1920 is not divisible by 7 devices"),
         (["--topology=h100:8", "--config.batchsize=8"], 78, "error: there is no field config.batchsize"),
-        (["--topology=h100:8", "--config.data.name=mine"], 66, "error: the dataset mine is not here"),
+        (["--topology=h100:8", "--config.data.name=mine"], 66, "error: the dataset mine is missing"),
         pytest.param(
             ["--topology=v5e:2x2"],
             66,

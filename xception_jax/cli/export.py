@@ -1,4 +1,4 @@
-"""`python -m xception_jax export`: a network as a file for other programs, checked, with its card."""
+"""`python -m xception_jax export`: writes a network as a file for other programs, checks it, and writes its card."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ examples:
   python -m xception_jax export runs/fashion_mnist small.safetensors --format safetensors
   python -m xception_jax export runs/fashion_mnist exports --format stablehlo --check_only
 
-FILE.sha256 (for sha256sum --check), FILE.json and FILE.md (the card) are written beside FILE.
+Also writes FILE.sha256 (for sha256sum --check), FILE.json and FILE.md (the card).
 """
 _EXTRAS = {"onnx": ("onnx", "onnxruntime")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Writes a network as one file, runs that in a process of its own, and compares."
+    parser.description = "Writes a network as one file, runs the file in a separate process and compares the logits."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", help="work directory of a run, or a weight file")
-    parser.add_argument("out", help="a file whose name ends with the format, or a directory")
+    parser.add_argument("out", help="a directory, or a file whose name ends with the format")
     parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--step", type=int, help="checkpoint of the run; by default the newest that is intact")
-    parser.add_argument("--uint8", action="store_true", help="take pixels of 0 to 255, and scale them in the file")
-    parser.add_argument("--evaluation", metavar="FILE.json", help="what `evaluate --json` printed, for the card")
-    parser.add_argument("--no_check", action="store_true", help="do not run and compare what was written")
-    parser.add_argument("--check_only", action="store_true", help="check a file from before; write nothing")
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
+    parser.add_argument("--uint8", action="store_true", help="take pixels from 0 to 255, which the file scales itself")
+    parser.add_argument("--evaluation", metavar="FILE.json", help="output of `evaluate --json`, for the card")
+    parser.add_argument("--no_check", action="store_true", help="do not check the file")
+    parser.add_argument("--check_only", action="store_true", help="check an existing file; write nothing")
     parser.add_argument("--json", action="store_true", help="print the card as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports and checks, or only checks; prints what was found.
+    """Exports and checks a network, or only checks an export, and prints a summary.
 
     Raises:
-      UsageError: the arguments do not fit together.
-      InputMissingError: the network, a file or a package is not there.
-      BadDataError: the source is damaged; the export computes something else, or is damaged.
-      StorageError: it cannot be written.
+      UsageError: the arguments contradict each other.
+      InputMissingError: the network, a file or a package is missing.
+      BadDataError: the source or the export is damaged, or the export computes something else.
+      StorageError: the export cannot be written.
     """
     _check_arguments(args)
     network, evaluation = _open(args)
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
     path = _path(args.out, network, args.format)
     if args.check_only:
         if not path.is_file():
-            raise InputMissingError("there is no export", str(path), "leave --check_only out to write it")
+            raise InputMissingError("there is no export", str(path), "remove --check_only to write it")
         check_sha256(path)
         print(_summary(path, _check(args, path, network, str(path))))
         return 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under its own name only once it has been checked.
+        # The file gets its name only after the check.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
             draft = Path(scratch) / path.name
             write_network(network, draft, args.format, uint8=args.uint8)
@@ -89,16 +89,16 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         room = f"{path.parent} ({free_space(path.parent)})" if path.parent.is_dir() else str(path.parent)
         what = f"the export cannot be written: {error.strerror or error}"
-        raise StorageError(what, room, "make room, or write elsewhere") from None
+        raise StorageError(what, room, "free some space or choose another directory") from None
     print(text if args.json else _summary(path, difference))
     return 0
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.uint8 and args.format == "safetensors":
-        raise UsageError("safetensors hold weights, no scaling", "--uint8", "leave --uint8 out")
+        raise UsageError("safetensors hold weights and cannot scale pixels", "--uint8", "remove --uint8")
     if args.no_check and args.check_only:
-        raise UsageError("--no_check and --check_only contradict each other", "the command line", "choose one")
+        raise UsageError("--no_check and --check_only contradict each other", "the command line", "remove one of them")
     for package in _EXTRAS.get(args.format, ()):
         if importlib.util.find_spec(package) is None:
             fix = "pip install -r requirements-export.txt"
@@ -106,7 +106,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
-    """Opens the source, and finds out how good it is."""
+    """Returns the network and its accuracy, if that is known."""
     evaluation = None
     if is_run(args.source):
         run = open_run(args.source, args.step)
@@ -133,7 +133,7 @@ def _summary(path: Path, difference: Difference | None) -> str:
     lines = [f"{path}: {path.stat().st_size:,} bytes"]
     if difference is not None:
         lines.append(
-            f"largest difference to the network: {difference.largest:.2g}, in {difference.images} views of a photograph"
-            f" with logits of up to {difference.logits:.3g}"
+            f"largest difference from the network: {difference.largest:.2g} in logits of up to {difference.logits:.3g}"
+            f" ({difference.images} views of a photograph)"
         )
     return "\n".join(lines)

@@ -1,37 +1,41 @@
-"""`python -m xception_jax plan`: memory, communication, time and cost of a run, before its chips are paid for."""
+"""`python -m xception_jax plan`: estimates memory, communication, time and cost of a run on chips you do not have."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.command_line import read_config
 from xception_jax.tools.planning.topology import parse_topology, prepare_environment
 
 if TYPE_CHECKING:
-    from xception_jax.tools.planning.plan import Plan
+    from xception_jax.tools.planning.plan import Memory, Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = (
-        "Compiles the training step of a config for TPUs that need not be here (it takes minutes, and libtpu), or "
-        "counts what it needs on GPUs. Any field of the config is overridden as in train.py: --config.batch_size=16384"
+        "Compiles the training step of a config for TPUs you do not have. This takes minutes and needs libtpu. For "
+        "GPUs, costs are counted from the layers. Override config fields as in train.py: --config.batch_size=16384"
     )
     parser.add_argument("--config", required=True, help="a file of configs/, with ':variant' if it has variants")
-    parser.add_argument("--topology", required=True, help="such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, h100:8")
-    parser.add_argument("--examples", type=int, help="training images in an epoch, where the dataset is not here")
-    parser.add_argument("--fit", action="store_true", help="search the largest batch that fits; compiles several times")
+    parser.add_argument(
+        "--topology", required=True, help="chips, such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, h100:8"
+    )
+    parser.add_argument("--examples", type=int, help="images in an epoch, if the dataset is missing")
+    parser.add_argument("--fit", action="store_true", help="find the largest batch that fits (several compilations)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plans and prints.
+    """Prints the plan.
 
     Raises:
-      UserError: the topology is unknown, the batch cannot be shared out, libtpu is missing, or the step does not fit.
+      UserError: the topology is unknown, the batch cannot be divided among the chips, libtpu is missing, or the step
+        does not fit into memory.
     """
     topology = parse_topology(args.topology)
     config = read_config(args.config, args.overrides)
@@ -54,24 +58,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def format_plan(plan: Plan) -> str:
-    """Returns the plan as a person reads it."""
+    """Returns the plan as text for a terminal."""
     data, topology, chip = plan.to_json(), plan.topology, plan.topology.chip
     seconds = data["seconds"]
     lines = [
         f"{data['config'] or plan.config.model.name} on {topology.name}: {topology.size} x {chip.name}",
-        _row("batch", f"{plan.config.batch_size:,} images, {plan.batch_per_chip} a chip, {data['dtype']}"),
+        _row("batch", f"{plan.config.batch_size:,} images, {plan.batch_per_chip} per chip, {data['dtype']}"),
         _row("run", f"{plan.steps:,} steps ({plan.config.duration} of {plan.epoch_examples:,} images)"),
-        _row("FLOPs", f"{plan.flops / 1e12:.2f} TFLOP a chip and step, counted from the layers"),
+        _row("FLOPs", f"{plan.flops / 1e12:.2f} TFLOP per chip and step, counted from the layers"),
     ]
     if plan.compiled:
         memory = plan.compiled.memory
         lines += [
-            _row("", f"{plan.compiled.flops / 1e12:.2f} TFLOP by XLA's count, with padding"),
-            _row("memory", f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB a chip: {_parts(memory)}"),
-            _row("", f"about {data['compiled']['batch_that_fits']} images a chip would fill it (--fit compiles them)"),
-            _row("HBM bytes", f"{plan.compiled.bytes_accessed / 1e9:.1f} GB a chip and step by XLA's count"),
-            _row("float32", f"{_gib(plan.compiled.float32_activations)} GiB of activations written in float32"),
-            _row("compiling", f"{plan.compiled.seconds:.0f} s here"),
+            _row("", f"{plan.compiled.flops / 1e12:.2f} TFLOP counted by XLA, including padding"),
+            _row("memory", f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB per chip: {_parts(memory)}"),
+            _row(
+                "", f"about {data['compiled']['batch_that_fits']} images per chip would fill it (--fit verifies this)"
+            ),
+            _row("HBM bytes", f"{plan.compiled.bytes_accessed / 1e9:.1f} GB per chip and step, counted by XLA"),
+            _row("float32", f"{_gib(plan.compiled.float32_activations)} GiB of activations are written in float32"),
+            _row("compilation", f"{plan.compiled.seconds:.0f} s on this machine"),
             "collectives of a step",
             *_collectives(data["compiled"]["collectives"]),
         ]
@@ -80,10 +86,10 @@ def format_plan(plan: Plan) -> str:
         _row("", f"arithmetic {seconds['compute'] * 1e3:.1f} ms at {chip.peak_flops / 1e12:.0f} TFLOP/s"),
         _row("", f"memory {_range(seconds['memory'], 1e3)} ms at {chip.hbm_bandwidth / 1e9:,.0f} GB/s"),
         _row(
-            "", f"communication {seconds['communication'] * 1e3:.2f} ms at {topology.bandwidth / 1e9:.0f} GB/s a chip"
+            "", f"communication {seconds['communication'] * 1e3:.2f} ms at {topology.bandwidth / 1e9:.0f} GB/s per chip"
         ),
         _row("images/s", f"{_range(data['images_per_second'])}"),
-        _row("input", f"{_range(data['cores_for_input'])} CPU cores of all hosts decode as many images"),
+        _row("input", f"{_range(data['cores_for_input'])} CPU cores on all hosts together to decode the images"),
         _row("MFU", f"{_range(data['mfu'], 100)} %"),
         _row("whole run", f"{_range(data['hours'])} hours, {_range(data['chip_hours'])} chip-hours"),
         "assumed",
@@ -93,17 +99,17 @@ def format_plan(plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """Returns what the times rest on, a line each."""
-    slow = "what XLA's fusions read and write" if plan.compiled else "each pass of BatchNorm goes to memory by itself"
+    """Returns the assumptions behind the times, one per line."""
+    slow = "all that XLA's fusions read and write goes to memory" if plan.compiled else "BatchNorm is not fused"
     lines = [
-        "least: only convolutions move activations, the rest happens on their way; communication is hidden",
-        f"most: {slow}; communication waits for all the rest",
-        "every unit at the speed of the data sheet; input keeps up; no time for evaluation and checkpoints",
+        "least: all other operations are fused into convolutions; communication overlaps with computation",
+        f"most: {slow}; communication does not overlap",
+        "all units run at the speed of the data sheet; input keeps up; evaluation and checkpoints take no time",
         f"data sheet: {plan.topology.chip.source}",
     ]
     if not plan.compiled:
         lines.insert(
-            2, "not compiled: collectives and bytes are those that data parallelism needs, memory is not known"
+            2, "not compiled: collectives and bytes are those that data parallelism requires; memory is unknown"
         )
     return lines
 
@@ -116,14 +122,14 @@ def _gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f}"
 
 
-def _parts(memory) -> str:
+def _parts(memory: Memory) -> str:
     return (
         f"arguments {_gib(memory.arguments)}, temporaries {_gib(memory.temporaries)}, "
-        f"output {_gib(memory.output)} of which {_gib(memory.alias)} in place of arguments"
+        f"output {_gib(memory.output)}, of which {_gib(memory.alias)} reuse memory of arguments"
     )
 
 
-def _range(pair, factor: float = 1.0) -> str:
+def _range(pair: Sequence[float], factor: float = 1.0) -> str:
     low, high = (float(f"{value * factor:.3g}") for value in pair)
     return f"{low:,g} to {high:,g}" if low != high else f"{low:,g}"
 
@@ -132,8 +138,8 @@ def _and_others(arrays: int) -> str:
     return f" and {arrays - 1} more" if arrays > 1 else ""
 
 
-def _collectives(rows: list[dict]) -> list[str]:
-    """Returns a line for each, the most bytes first; beyond twelve, one line for the rest."""
+def _collectives(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns a line for each collective, largest first; beyond twelve, one line for the rest."""
     lines = [
         f"    {row['count']:4} x {row['kind']:18} {row['bytes'] / 1e6:10.3f} MB"
         f"  {row['devices']} chips  {row['layer']} ({row['direction']}){_and_others(row['arrays'])}"
@@ -141,5 +147,5 @@ def _collectives(rows: list[dict]) -> list[str]:
     ]
     if rest := rows[12:]:
         total = sum(row["count"] * row["bytes"] for row in rest)
-        lines.append(f"    {sum(row['count'] for row in rest):4} x others{'':12} {total / 1e6:10.3f} MB in all")
+        lines.append(f"    {sum(row['count'] for row in rest):4} x others{'':12} {total / 1e6:10.3f} MB in total")
     return lines or ["    none"]

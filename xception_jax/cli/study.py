@@ -1,4 +1,4 @@
-"""`python -m xception_jax study`: runs a study, reports it, and looks at kernels of trained networks."""
+"""`python -m xception_jax study`: runs and reports studies, and analyses the kernels of trained networks."""
 
 from __future__ import annotations
 
@@ -23,45 +23,51 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Compares networks over seeds, with controls, intervals and hypotheses stated beforehand."
+    parser.description = "Compares networks over seeds, at equal cost, with hypotheses stated beforehand."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | kernels")
 
-    run = actions.add_parser("run", help="train every cell, arm x seed; the same command goes on where it stopped")
-    run.add_argument("study", help="a file of configs/studies/, with ':size' or ':size,control' if wanted")
+    run = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
+    run.add_argument("study", help="a file in configs/studies/, optionally with ':size' or ':size,control'")
     run.add_argument("--workdir", help="the study directory")
-    run.add_argument("--jobs", type=int, default=1, help="cells at a time; they share cores and GPUs evenly")
-    run.add_argument("--data_dir", help="where the datasets are; by default TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    run.add_argument("--retry", action="store_true", help="run failed cells once more")
+    run.add_argument(
+        "--jobs", type=int, default=1, help="number of cells that run at a time; they share cores and GPUs evenly"
+    )
+    run.add_argument(
+        "--data_dir", help="directory of the datasets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+    )
+    run.add_argument("--retry", action="store_true", help="run failed cells again")
     run.add_argument(
         "--reuse",
         action="append",
         default=[],
         metavar="DIR",
-        help="another study directory: its finished cells of the same config are not trained again; may be repeated",
+        help="another study directory whose finished cells are copied where the config is equal; may be repeated",
     )
-    run.add_argument("--cell", type=int, metavar="N", help="run only the N-th cell, as a job of an array does")
+    run.add_argument("--cell", type=int, metavar="N", help="run only cell N, as each job of a job array does")
     run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
-    run.add_argument("--print", action="store_true", help="list the cells and what they cost; nothing is trained")
+    run.add_argument("--print", action="store_true", help="print the arms and their costs without training")
 
-    report = actions.add_parser("report", help="write the report, figures and cells.csv of what is there so far")
+    report = actions.add_parser("report", help="write the report, the figures and cells.csv; also while the study runs")
     report.add_argument("workdir", help="the study directory")
     report.add_argument("--json", action="store_true", help="print the results as JSON")
 
-    kernels = actions.add_parser("kernels", help="how separable the regular convolutions of trained networks are")
-    kernels.add_argument("source", help="work directory of a run or of a study, or a weight file")
+    kernels = actions.add_parser(
+        "kernels", help="measure how separable the regular convolutions of trained networks are"
+    )
+    kernels.add_argument("source", help="work directory of a run, study directory or weight file")
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one of the three.
+    """Runs one of the three actions.
 
     Raises:
-      UserError: one of its subclasses.
+      UserError: see the functions that it calls.
     """
     environment = dict(os.environ)  # of the cells
-    os.environ["JAX_PLATFORMS"] = "cpu"  # this process counts and reports; the accelerators are the cells'
+    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to the cells
     if args.action == "run":
         return _run(args, environment)
     if args.action == "report":
@@ -83,14 +89,14 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     from xception_jax.study.store import open_study, read_study
 
     if args.jobs < 1:
-        raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to the number of cells that run at a time")
+        raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to 1 or more")
     if args.data_dir is not None:
         environment["TFDS_DATA_DIR"] = os.environ["TFDS_DATA_DIR"] = str(Path(args.data_dir).expanduser().absolute())
     if args.workdir is None and not args.print:
-        raise UsageError("--workdir is missing", "the command line", "name the study directory")
+        raise UsageError("--workdir is missing", "the command line", "add --workdir=DIRECTORY")
     if args.reuse and (args.cell is not None or args.slurm is not None):
-        fix = "take over the cells first, with `study run` in one process, or leave --reuse out"
-        raise UsageError("--reuse is not for cells that are jobs of an array", "--reuse", fix)
+        fix = "remove --reuse, or first copy the cells by `study run --reuse` without these options"
+        raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
     if args.cell is not None:
         return run_cell(Path(args.workdir), args.cell, environment)
     study, reuse = load_study(args.study), [read_study(Path(directory)) for directory in args.reuse]
@@ -101,6 +107,6 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         if args.slurm is not None:
             command = f"{shlex.quote(sys.executable)} -m xception_jax study run {shlex.quote(args.study)}"
             Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))
-            print(f"written: {args.slurm}; submit it as its first lines say")
+            print(f"wrote {args.slurm}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)

@@ -1,4 +1,4 @@
-"""The card of an export: what it is, how good, and how to use it; as JSON, and as Markdown made from that."""
+"""Makes the card of an export: its origin, accuracy and use, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "onnx", "onnxruntime", "sa
 _SHARES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "map_at_k": "mean average precision"}
 _INPUTS = {
     "float32": "float32 [b, {size}, {size}, 3], RGB, preprocessed as below",
-    "uint8": "uint8 [b, {size}, {size}, 3], RGB, 0 to 255, cut and resized as below; it scales them itself",
+    "uint8": "uint8 [b, {size}, {size}, 3], RGB, 0 to 255, cropped and resized as below; the file scales them itself",
 }
 
 
@@ -41,20 +41,20 @@ def make_card(
     evaluation: Mapping[str, Any] | None,
     difference: Difference | None,
 ) -> dict[str, Any]:
-    """Returns a card as what JSON can hold.
+    """Returns a card as plain data.
 
     Args:
-      network: what was exported.
+      network: the exported network.
       file: name of the file.
       format: of the file.
       sha256: of the file.
-      uint8: it takes pixels of 0 to 255.
+      uint8: whether the file takes pixels from 0 to 255.
       evaluation: as `run_evaluation` or `read_evaluation` returns it.
-      difference: what the check found; None if there was none.
+      difference: result of the check; None if there was no check.
     """
     model = network.model if format == "safetensors" else in_float32(network).model
     size = network.preprocessing.size
-    cost = count_cost(create_model(model.replace(dtype="float32")), size)  # of any type the same
+    cost = count_cost(create_model(model.replace(dtype="float32")), size)  # the same for every dtype
     images = "uint8" if uint8 else "float32"
     return {
         "file": file,
@@ -80,17 +80,17 @@ def make_card(
 
 
 def _code(file: str, format: str, dtype: str, size: int) -> str:
-    example = f'images = np.zeros((1, {size}, {size}, 3), "{dtype}")  # yours go here'
+    example = f'images = np.zeros((1, {size}, {size}, 3), "{dtype}")  # replace by your images'
     return "import numpy as np\n" + loading_code(file, format, example)
 
 
 def run_evaluation(workdir: Path, step: int, prefix: str) -> dict[str, Any] | None:
-    """Returns what a run measured of a checkpoint: on the test split, else on the development split; else None.
+    """Returns the accuracy of a checkpoint on the test split, or else on the development split; None if not measured.
 
     Args:
-      workdir: of the run.
+      workdir: work directory of the run.
       step: of the checkpoint.
-      prefix: of the metrics of the variables that are exported: '' or 'ema_'.
+      prefix: of the metrics of the exported variables, '' or 'ema_'.
     """
     entries = {entry["split"]: entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["step"] == step}
     entry = entries.get("test") or entries.get("dev")
@@ -98,24 +98,25 @@ def run_evaluation(workdir: Path, step: int, prefix: str) -> dict[str, Any] | No
 
 
 def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
-    """Returns what `evaluate --json` has measured, of the Polyak average where there is one.
+    """Returns the accuracy from the output of `evaluate --json`, of the Polyak average if there is one.
 
     Raises:
       InputMissingError: there is no such file.
-      BadDataError: it is something else, or of another network.
+      BadDataError: the file has other content, or is about another network.
     """
     try:
         metrics = json.loads(path.read_text())
         evaluation = _accuracy(metrics, "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else "")
     except FileNotFoundError:
-        raise InputMissingError("there is no evaluation", str(path), "evaluate SOURCE --json > FILE.json") from None
+        fix = "write it by `python -m xception_jax evaluate SOURCE --json > FILE.json`"
+        raise InputMissingError("there is no evaluation", str(path), fix) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"the evaluation cannot be read: {type(error).__name__}: {error}"
-        raise BadDataError(what, str(path), "give what `evaluate --json` printed") from None
+        raise BadDataError(what, str(path), "name a file with the output of `evaluate --json`") from None
     of = metrics.get("sha256")
     if of and of != network.sha256:
         raise BadDataError(
-            f"the evaluation is of another network: SHA-256 {of}, here {network.sha256}",
+            f"the evaluation is about another network, with SHA-256 {of} instead of {network.sha256}",
             str(path),
             f"evaluate {network.source}",
         )
@@ -123,7 +124,11 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
 
 
 def _accuracy(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns split, count, and each share, with its interval where it is one of independent images."""
+    """Returns dataset, split, count and each share, with its interval if it is a proportion of independent images.
+
+    Raises:
+      KeyError: there is no share.
+    """
     evaluation = {name: metrics[name] for name in ("dataset", "split", "step", "count") if name in metrics}
     count = float(evaluation["count"])
     for name in _SHARES:
@@ -138,7 +143,7 @@ def _accuracy(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def as_markdown(card: Mapping[str, Any]) -> str:
-    """Returns a card for a reader."""
+    """Returns a card as Markdown."""
     size = card["preprocessing"]["size"]
     takes = _INPUTS[card["input"]["dtype"]].format(size=size)
     rows = {
@@ -146,7 +151,7 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         "SHA-256": f"`{card['sha256']}`",
         "made from": f"`{card['source']}`, SHA-256 `{card['source_sha256']}`",
         "network": f"{card['network']['name']}, {card['parameters']:,} parameters",
-        "cost": f"{card['multiply_adds'] / 1e9:.3g} G multiply-adds an image",
+        "cost": f"{card['multiply_adds'] / 1e9:.3g} G multiply-adds per image",
         "input": f"`images`: {takes}",
         "output": f"`logits`: float32 [b, {card['network']['num_classes']}]; probabilities: {card['probabilities']}",
         "BatchNorm": card["batch_norm"],
@@ -180,10 +185,10 @@ def _accuracy_text(evaluation: Mapping[str, Any] | None) -> str:
 
 def _check_text(check: Mapping[str, Any] | None) -> str:
     if check is None:
-        return "not made"
+        return "not done"
     return (
-        f"read by a process of its own; the largest difference to the network in {check['images']} views of a"
-        f" photograph is {check['largest']:.1e}, of logits up to {check['logits']:.3g}"
+        f"run in a separate process; the largest difference of logits from the network in {check['images']} views of a"
+        f" photograph is {check['largest']:.1e}, for logits of up to {check['logits']:.3g}"
     )
 
 
@@ -191,7 +196,7 @@ def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
     share, size, interpolation = (preprocessing[name] for name in ("crop", "size", "interpolation"))
     mean, std = (", ".join(f"{value:g}" for value in preprocessing[name]) for name in ("mean", "std"))
     resized = f"The central {share:.4g} of each side, resized to {size} x {size} ({interpolation})."
-    if interpolation.startswith("antialiased_"):  # data/images.antialiased_view
+    if interpolation.startswith("antialiased_"):  # see data/images.antialiased_view
         shorter = math.floor(size / share)
         resized = f"The shorter side resized to {shorter} ({interpolation}), then the central {size} x {size}."
     where = "In the file" if dtype == "uint8" else "Then"
@@ -201,6 +206,6 @@ def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
 def _classes_text(card: Mapping[str, Any]) -> str:
     names, number = card["classes"], card["network"]["num_classes"]
     if names is None:
-        return f"{number:,}, whose names are not known."
+        return f"{number:,} classes without names."
     shown = ", ".join(f"{index} {html.escape(' '.join(name.split()))}" for index, name in enumerate(names[:20]))
     return f"{number:,}: {shown}" + (f", and {number - 20:,} more in the JSON file." if number > 20 else ".")

@@ -1,4 +1,4 @@
-"""The check of an export: it is run by a process of its own, as its card says, on photographs, and compared."""
+"""Checks an export: runs the code of its card in a separate process, on photographs, and compares the logits."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from xception_jax.files import sha256
 from xception_jax.weights.network import Network, Preprocessing
 
 TOLERANCE = 1e-5
-"""The largest difference that is accepted, where logits are at most 1; of larger ones the same share."""
+"""The largest accepted difference for logits up to 1; for larger logits it is relative to the largest one."""
 
-_BATCHES = (3, 1)  # two sizes, because any is promised
+_BATCHES = (3, 1)  # two sizes, because an export must take any
 
-# Runs the lines of the card, once for each batch. They import this package only where they say so.
+# Runs the code of the card once for each batch, and asserts that it imports this package only explicitly.
 _RUN = """\
 import sys
 import numpy as np
@@ -41,12 +41,12 @@ assert "xception_jax" in code or "xception_jax" not in sys.modules
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What the check of an export found.
+    """The result of the check of an export.
 
     Attributes:
-      largest: difference between a logit of the export and of the network.
-      logits: the largest logit of the network, by magnitude.
-      images: how many were compared.
+      largest: the largest difference between a logit of the export and of the network.
+      logits: magnitude of the largest logit of the network.
+      images: number of compared images.
     """
 
     largest: float
@@ -55,33 +55,33 @@ class Difference:
 
     @property
     def accepted(self) -> bool:
-        """Whether the export computes what the network does."""
+        """Returns whether the export computes the same function as the network."""
         return self.largest <= TOLERANCE * max(1.0, self.logits)
 
 
 def check_export(
     path: Path, format: str, network: Network, reference: Infer, *, uint8: bool = False, name: str = ""
 ) -> Difference:
-    """Runs an export in a process of its own and compares its logits.
+    """Runs an export in a separate process and compares its logits.
 
     Args:
       path: of the file.
       format: of the file.
-      network: what it was made from.
+      network: the network that was exported.
       reference: the network as a function of preprocessed images.
-      uint8: the file takes pixels of 0 to 255.
-      name: of the file in an error, if it will have another.
+      uint8: whether the file takes pixels from 0 to 255.
+      name: name of the file in error messages, if not `path`.
 
     Raises:
-      BadDataError: it cannot be read, or computes something else; or the network gives no finite logits.
+      BadDataError: the file cannot be run or computes something else, or the network gives logits that are not finite.
     """
     pixels = photographs(network.preprocessing)
     scale, shift = scaling(network.preprocessing)
     scaled = pixels.astype(np.float32) * scale + shift
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the process below runs there too
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # as the separate process does
         expected = np.asarray(reference(scaled), np.float64)
     if not np.isfinite(expected).all():
-        raise BadDataError("the network gives logits that are not finite", network.source, "take another checkpoint")
+        raise BadDataError("the network gives logits that are not finite", network.source, "use another checkpoint")
     found = _run(path, format, np.split(pixels if uint8 else scaled, [_BATCHES[0]]), name or str(path))
     difference = Difference(float(np.abs(found - expected).max()), float(np.abs(expected).max()), len(pixels))
     if not difference.accepted:
@@ -89,12 +89,13 @@ def check_export(
             f"the export differs from the network by {difference.largest:.2g} in logits of up to"
             f" {difference.logits:.2g}",
             name or str(path),
-            f"take the network that it was made from, if {network.source} is another; else its weights are extreme",
+            f"if the file was made from another network than {network.source}, name that one; otherwise export again",
         )
     return difference
 
 
 def _run(path: Path, format: str, batches: list[np.ndarray], name: str) -> np.ndarray:
+    """Returns the logits that a separate process computes from the file."""
     with tempfile.TemporaryDirectory() as scratch:
         for number, batch in enumerate(batches):
             np.save(Path(scratch) / f"images{number}.npy", batch)
@@ -114,7 +115,7 @@ def _run(path: Path, format: str, batches: list[np.ndarray], name: str) -> np.nd
 
 
 def photographs(preprocessing: Preprocessing) -> np.ndarray:
-    """Returns [4, s, s, 3] uint8: views of the photograph of Grace Hopper that comes with Matplotlib (US Navy)."""
+    """Returns views of the photograph of Grace Hopper that is part of Matplotlib (US Navy), uint8 [4, s, s, 3]."""
     photograph = images.decode(Path(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).read_bytes())
     height, width = photograph.shape[:2]
     views = (
@@ -126,11 +127,11 @@ def photographs(preprocessing: Preprocessing) -> np.ndarray:
     return np.stack([images.central_view(view, preprocessing.size, preprocessing.crop) for view in views])
 
 
-def check_sha256(path: Path) -> str:
-    """Compares a file with the digest beside it, `FILE.sha256`, and returns it.
+def check_sha256(path: Path) -> None:
+    """Compares a file with the digest in `FILE.sha256`.
 
     Raises:
-      BadDataError: they differ, or the digest cannot be read.
+      BadDataError: the digests differ, or FILE.sha256 cannot be read.
     """
     beside = Path(f"{path}.sha256")
     try:
@@ -140,4 +141,3 @@ def check_sha256(path: Path) -> str:
     found = sha256(path)
     if found != stored:
         raise BadDataError(f"the file is damaged: its SHA-256 is {found}, not {stored}", str(path), "export again")
-    return found

@@ -1,4 +1,4 @@
-"""The formats of an export: how a network becomes the bytes of one, and the five lines that read it."""
+"""The formats of exports: writes a network in each, and gives the lines of code that load it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xception_jax.weights.network import Network
 FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-# How to load a file and run it: for its card, and for the check of an export, which puts other images there.
+# The code that loads a file and runs it. The card shows it, and the check runs it on its own images.
 _LOADING = {
     "stablehlo": """\
 from jax import export
@@ -45,7 +45,7 @@ logits, endpoints = jax.jit(create_model(network.model).apply)(network.variables
 
 
 def loading_code(file: str, format: str, images: str) -> str:
-    """Returns the lines that load a file and run it; `images` is the line that makes them."""
+    """Returns the code that loads a file and runs it on the images that the line `images` makes."""
     return _LOADING[format].format(file=json.dumps(file, ensure_ascii=False), images=images)
 
 
@@ -53,15 +53,15 @@ def write_network(network: Network, path: Path, format: str, *, uint8: bool = Fa
     """Writes a network as one file.
 
     Args:
-      network: with its weights.
+      network: the network.
       path: the file.
-      format: one of `FORMATS`. 'stablehlo' and 'onnx' hold a function of images to logits; 'safetensors' the weights.
-      uint8: the function takes pixels of 0 to 255; not for 'safetensors'.
+      format: one of `FORMATS`. 'stablehlo' and 'onnx' contain a function from images to logits, 'safetensors' weights.
+      uint8: whether the function takes pixels from 0 to 255; not for 'safetensors'.
 
     Raises:
-      ConfigError: the network is too large for the format.
-      InputMissingError: a package that writes the format is not installed.
-      OSError: it could not be written.
+      UsageError: the network is too large for the format.
+      InputMissingError: a package that the format needs is not installed.
+      OSError: the file could not be written.
     """
     if format == "stablehlo":
         write_atomically(path, to_stablehlo(network, uint8=uint8))
@@ -76,9 +76,9 @@ def write_network(network: Network, path: Path, format: str, *, uint8: bool = Fa
 
 
 def to_stablehlo(network: Network, *, uint8: bool = False) -> bytes:
-    """Returns a serialised `jax.export.Exported`, for any batch size and for the platforms in `PLATFORMS`.
+    """Returns a serialised `jax.export.Exported` for any batch size and for the platforms in `PLATFORMS`.
 
-    Each platform has the convolutions that it runs well (ops/conv.py), in plain StableHLO.
+    It contains plain StableHLO only, with the fastest lowering of convolutions for each platform (ops/conv.py).
     """
     (batch,) = jax.export.symbolic_shape("b")
     size = network.preprocessing.size
@@ -91,7 +91,7 @@ def to_stablehlo(network: Network, *, uint8: bool = False) -> bytes:
 
 @contextlib.contextmanager
 def _for_other_machines() -> Iterator[None]:
-    """What is exported meanwhile calls nothing that was compiled for this machine, and names no file of it."""
+    """Makes exports portable: no calls of kernels built on this machine, and no paths of this machine in locations."""
     name, lines = "XCEPTION_JAX_CPU_KERNELS", "jax_traceback_in_locations_limit"
     before, limit = os.environ.get(name), getattr(jax.config, lines)
     os.environ[name] = "0"

@@ -1,9 +1,10 @@
-"""A network as one function of images, with BatchNorm folded into the convolutions: what an export holds."""
+"""Turns a network into one function from images to logits, with BatchNorm folded into the convolutions."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
@@ -14,24 +15,25 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from xception_jax.config import InceptionV3Config
-from xception_jax.export.fusion import fuse
+from xception_jax.export.fusion import Affine, fuse
 from xception_jax.models import create_model
 from xception_jax.models.layers import BatchNorm, Conv
 from xception_jax.ops import cpu_kernels
 from xception_jax.ops.padding import explicit_padding
 from xception_jax.weights.network import Network, Preprocessing
 
+_Context = nn.module.InterceptorContext
 Infer = Callable[[Shaped[Array, "b s s 3"]], Float[Array, "b num_classes"]]
 
 
 def make_reference(network: Network) -> Infer:
-    """Returns the network as `create_model` makes it: what an export is compared with."""
+    """Returns the network as `create_model` builds it, for comparison with an export."""
     model = create_model(network.model)
     return lambda images: jax.jit(model.apply)(network.variables, images)[0]
 
 
 def in_float32(network: Network) -> Network:
-    """Returns a network that computes in float32, whatever it was trained in, and has no auxiliary head."""
+    """Returns the network converted to float32 and without its auxiliary head."""
     model = network.model.replace(dtype="float32")
     if isinstance(model, InceptionV3Config):
         model = model.replace(aux_head=False)
@@ -41,22 +43,22 @@ def in_float32(network: Network) -> Network:
 
 
 def make_inference(network: Network, *, uint8: bool = False, native: bool = False) -> Infer:
-    """Returns the function of images that an export holds.
+    """Returns the function of images that an export contains.
 
-    A BatchNorm directly behind a convolution goes into its kernel, with only its constant left to add; any other
-    (behind a ReLU, or a concatenation) becomes one factor and one constant for each channel.
+    The factor of a BatchNorm that directly follows a convolution is folded into its kernel, and only a constant is
+    added. Any other BatchNorm, such as after a ReLU or a concatenation, becomes a factor and a constant per channel.
 
     Args:
-      network: what to export.
-      uint8: take pixels of 0 to 255 in place of preprocessed images, and scale them inside.
-      native: lower each convolution to one `conv_general_dilated`, for other formats than XLA's.
+      network: the network.
+      uint8: whether the function takes pixels from 0 to 255, which it scales itself, or preprocessed images.
+      native: whether each convolution is lowered to one `conv_general_dilated`, for formats other than XLA's.
     """
     network = in_float32(network)
     model = create_model(network.model)
     params, affine = fold_batch_norm(model, network.variables, network.preprocessing.size)
     scale, shift = scaling(network.preprocessing)
 
-    def replace(next_method, args, kwargs, context):
+    def replace(next_method: Callable, args: tuple, kwargs: dict[str, Any], context: _Context) -> Any:
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, BatchNorm):
             factor, constant = affine["/".join(layer.path)]
@@ -65,7 +67,7 @@ def make_inference(network: Network, *, uint8: bool = False, native: bool = Fals
             return _native_conv(layer, args[0])
         return next_method(*args, **kwargs)
 
-    def infer(images):
+    def infer(images: Array) -> Array:
         if uint8:
             images = images.astype(jnp.float32) * scale + shift
         with nn.intercept_methods(replace):
@@ -77,8 +79,7 @@ def make_inference(network: Network, *, uint8: bool = False, native: bool = Fals
 def compile_inference(network: Network) -> Infer:
     """Returns `make_inference(network)`, compiled for the devices of this process.
 
-    On a CPU, where its kernels can be built, each convolution takes what stands around it into its pass over the
-    activations: `fusion.py`.
+    On a CPU with our kernels, each convolution is fused with the operations around it (fusion.py).
     """
     if not cpu_kernels.folded_available():
         return jax.jit(make_inference(network))
@@ -89,21 +90,19 @@ def compile_inference(network: Network) -> Infer:
     return fuse(lambda params, images: model.apply({"params": params}, images, train=False)[0], images, params, affine)
 
 
-def fold_batch_norm(
-    model: nn.Module, variables: dict, image_size: int
-) -> tuple[dict, dict[str, tuple[np.ndarray | None, np.ndarray]]]:
-    """Multiplies the factor of each BatchNorm into the convolution whose output it takes.
+def fold_batch_norm(model: nn.Module, variables: dict[str, Any], image_size: int) -> tuple[dict[str, Any], Affine]:
+    """Multiplies the factor of each BatchNorm into the convolution that precedes it.
 
-    Computed in float64 and rounded once.
+    Computes in float64 and rounds once.
 
     Args:
-      model: a network of `create_model`.
+      model: a network from `create_model`.
       variables: {'params', 'batch_stats'}.
-      image_size: side of an image that it takes, in pixels.
+      image_size: side of an image, in pixels.
 
     Returns:
-      The parameters, and by the name of each BatchNorm what is left of it: (factor, constant) for each channel, where
-      the factor is None if a convolution took it.
+      (parameters, rest). `rest` has (factor, constant) per channel for each BatchNorm, by its name. The factor is None
+      if it was folded into a convolution.
     """
     params = flax.traverse_util.flatten_dict(variables["params"], sep="/")
     statistics = flax.traverse_util.flatten_dict(variables["batch_stats"], sep="/")
@@ -120,12 +119,12 @@ def fold_batch_norm(
     return flax.traverse_util.unflatten_dict(params, sep="/"), affine
 
 
-def _batch_norms(model: nn.Module, variables: dict, image_size: int) -> dict[str, tuple[float, str | None]]:
-    """Returns the epsilon of each BatchNorm, and the convolution whose very output it takes, if it does."""
+def _batch_norms(model: nn.Module, variables: dict[str, Any], image_size: int) -> dict[str, tuple[float, str | None]]:
+    """Returns the epsilon of each BatchNorm, and the convolution that directly precedes it, if any."""
     outputs: list[tuple[object, str]] = []
     norms = {}
 
-    def record(next_method, args, kwargs, context):
+    def record(next_method: Callable, args: tuple, kwargs: dict[str, Any], context: _Context) -> Any:
         layer, output = context.module, next_method(*args, **kwargs)
         if context.method_name == "__call__" and isinstance(layer, Conv):
             outputs.append((output, "/".join(layer.path)))
@@ -134,7 +133,7 @@ def _batch_norms(model: nn.Module, variables: dict, image_size: int) -> dict[str
             norms["/".join(layer.path)] = (layer.epsilon, conv)
         return output
 
-    def trace(images):
+    def trace(images: Array) -> Any:
         with nn.intercept_methods(record):
             return model.apply(variables, images, train=False)
 
@@ -142,7 +141,7 @@ def _batch_norms(model: nn.Module, variables: dict, image_size: int) -> dict[str
     return norms
 
 
-def _native_conv(layer: Conv, x):
+def _native_conv(layer: Conv, x: Array) -> Array:
     kernel: Array = layer.get_variable("params", "kernel")
     pads = explicit_padding(layer.padding, x.shape[1:3], layer.kernel_size, layer.stride)
     y = lax.conv_general_dilated(
@@ -157,6 +156,6 @@ def _native_conv(layer: Conv, x):
 
 
 def scaling(preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (factor, constant), [3] each, that make pixels of 0 to 255 what the network takes."""
+    """Returns (factor, constant), [3] each, that turn pixels from 0 to 255 into the input of the network."""
     mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

@@ -1,8 +1,8 @@
-"""A network as an ONNX graph, translated from its jaxpr.
+"""Translates a network from its jaxpr to an ONNX graph.
 
-Images are NHWC, as everywhere here. Inside, every activation of four axes is kept as NCHW, the layout of ONNX'
-convolutions, so the graph has one transposition, at its start. Whatever does not depend on the images is computed
-while translating.
+Images are NHWC, as in the whole package. Inside the graph all activations with four axes are NCHW, the layout of ONNX
+convolutions, so there is one transposition at the start. All values that do not depend on the images are computed
+during translation.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.export.inference import make_inference
+from xception_jax.ops.padding import Pads
 from xception_jax.weights.network import Network
 
 try:
@@ -29,18 +30,18 @@ except ImportError:
     ) from None
 
 OPSET = 18
-_IR_VERSION = 8  # what came with opset 18: a runtime that knows the one reads the other
-_MAX_BYTES = 2**31 - 1  # of a protocol buffer
+_IR_VERSION = 8  # introduced with opset 18, so a runtime that supports the opset supports it
+_MAX_BYTES = 2**31 - 1  # limit of protocol buffers
 
 _ELEMENTWISE = {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max"}
-_ACTIVATIONS = {"relu": "Relu", "elu": "Elu"}  # functions of jax.nn, which a jaxpr calls by their names
+_ACTIVATIONS = {"relu": "Relu", "elu": "Elu"}  # functions of jax.nn, which a jaxpr calls by name
 
 
 def to_onnx(network: Network, *, uint8: bool = False) -> bytes:
-    """Returns an ONNX model: 'images' [b, s, s, 3] to 'logits' [b, num_classes], for any b.
+    """Returns an ONNX model from 'images' [b, s, s, 3] to 'logits' [b, num_classes], for any b.
 
     Raises:
-      UsageError: it has more than 2 GB.
+      UsageError: the model has more than 2 GB.
     """
     size, num_classes = network.preprocessing.size, network.model.num_classes
     (batch,) = jax.export.symbolic_shape("b")
@@ -63,7 +64,7 @@ def to_onnx(network: Network, *, uint8: bool = False) -> bytes:
         producer_name="xception_jax",
     )
     if model.ByteSize() > _MAX_BYTES:
-        what = f"the network has {model.ByteSize():,} bytes, more than an ONNX file of one piece can hold"
+        what = f"the network has {model.ByteSize():,} bytes, which exceeds the limit of a single ONNX file"
         raise UsageError(what, "--format=onnx", "use --format=stablehlo or --format=safetensors")
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
@@ -72,8 +73,8 @@ def to_onnx(network: Network, *, uint8: bool = False) -> bytes:
 class _Graph:
     """Nodes and constants of a graph under construction.
 
-    A value is the name (str) of what a node gives, or an array that does not depend on the images. Names stand for
-    NCHW where they have four axes; arrays are as in the jaxpr, NHWC, until a node takes them.
+    A value is either the name (str) of the output of a node, or an array that does not depend on the images. Outputs
+    of nodes with four axes are NCHW. Arrays are NHWC, as in the jaxpr, until a node uses them.
     """
 
     def __init__(self) -> None:
@@ -81,14 +82,14 @@ class _Graph:
         self.initializers: list[onnx.TensorProto] = []
 
     def add(self, op: str, *inputs: Any, **attributes: Any) -> str:
-        """Adds a node with one output and returns the name of that."""
+        """Adds a node with one output and returns the name of the output."""
         names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         output = f"{op.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, names, [output], output, **attributes))
         return output
 
     def constant(self, array: np.ndarray) -> str:
-        """Stores an array as it is and returns its name."""
+        """Stores an array and returns its name."""
         name = f"constant_{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
@@ -132,12 +133,12 @@ class _Graph:
         return [_TRANSLATIONS[name](self, inputs, params, equation)]
 
 
-# What `lax.platform_dependent` finds here: none of the platforms that have a lowering of their own.
+# The platform that `lax.platform_dependent` sees here: none of those with their own lowering.
 _DEFAULT_PLATFORM = object()
 
 
 def _channels_first(array: np.ndarray, rank: int) -> np.ndarray:
-    """Returns an operand of an activation with `rank` axes in the layout of that."""
+    """Returns an operand in the layout of an activation with `rank` axes."""
     if rank != 4 or array.ndim == 0:
         return array
     return array.reshape((1,) * (4 - array.ndim) + array.shape).transpose(0, 3, 1, 2)
@@ -147,7 +148,7 @@ def _axis(axis: int, rank: int) -> int:
     return (0, 2, 3, 1)[axis] if rank == 4 else axis
 
 
-def _pads(padding) -> list[int]:
+def _pads(padding: Pads) -> list[int]:
     """Returns ((top, bottom), (left, right)) in the order of ONNX."""
     (top, bottom), (left, right) = padding
     return [top, left, bottom, right]

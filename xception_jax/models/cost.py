@@ -1,9 +1,10 @@
-"""What a network costs: parameters and multiply-adds, counted from the layers themselves."""
+"""Counts the parameters and multiply-adds of a network from its layers."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,12 +15,12 @@ from xception_jax.models.trace import trace_layers
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cost of one network at one image size.
+    """Cost of a network at one image size.
 
     Attributes:
-      parameters: trainable ones.
-      statistics: running averages of BatchNorm.
-      multiply_adds: for one image, in convolutions and dense layers; padded positions count in full.
+      parameters: number of trainable parameters.
+      statistics: number of running averages of BatchNorm.
+      multiply_adds: of convolutions and dense layers, for one image. Products with padding are included.
       multiply_adds_by_layer: the same by layer name.
     """
 
@@ -30,17 +31,17 @@ class Cost:
 
 
 def count_cost(model: nn.Module, image_size: int) -> Cost:
-    """Traces the forward pass on one image of `image_size` x `image_size` pixels, without computing it."""
+    """Counts the cost of a forward pass on one image of `image_size` x `image_size` pixels, without running it."""
     by_layer: dict[str, int] = {}
 
-    def visit(layer, images, output):
+    def visit(layer: nn.Module, images: Any, output: Any) -> None:
         if isinstance(layer, Conv | nn.Dense):
             positions = math.prod(output.shape[1:-1])
             by_layer["/".join(layer.path)] = positions * layer.get_variable("params", "kernel").size
 
     variables = trace_layers(model, image_size, visit)
 
-    def size(tree):
+    def size(tree: Any) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     return Cost(size(variables["params"]), size(variables["batch_stats"]), sum(by_layer.values()), by_layer)

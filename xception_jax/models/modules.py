@@ -1,8 +1,8 @@
-"""The modules of the paper's figures 1 to 4, and the separable convolution that Xception is built of.
+"""The modules of figures 1 to 4 of the paper, and the separable convolution of Xception.
 
-Figures 1, 2 and 3 are Inception modules; figure 4 is the "extreme" one. All of them first look at correlations
-across channels (1 x 1), then at spatial ones (3 x 3), and differ in how many segments the channels are cut into
-in between: `SeparableConv` is that axis, from a regular convolution to a depthwise one.
+Figures 1, 2 and 3 show Inception modules, figure 4 the "extreme" one. All of them first map correlations across
+channels (1 x 1), then spatial ones (3 x 3). They differ in the number of segments into which the channels are divided
+for the spatial convolution. `SeparableConv` covers this axis from a regular convolution to a depthwise one.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ ACTIVATIONS: dict[str, Callable] = {"none": lambda x: x, "relu": nn.relu, "elu":
 class SeparableConv(nn.Module):
     """A spatial convolution on channel segments, and a pointwise convolution across all channels.
 
-    With the defaults this is the depthwise separable convolution of figure 5. `order='pointwise_first'` with all
-    channels as segments is figure 4, with three segments figure 3.
+    The defaults give the depthwise separable convolution of figure 5. `order='pointwise_first'` gives figure 4 with a
+    segment for each channel, and figure 3 with three segments.
 
     Attributes:
       features: output channels.
-      segments: channel segments of the spatial convolution, or 'depthwise' for one each.
-      group_width: channels in each segment instead, the same in every layer.
+      segments: number of channel segments of the spatial convolution, or 'depthwise' for one per channel.
+      group_width: number of channels in each segment, which replaces `segments`.
       order: 'depthwise_first' (spatial, then pointwise) or 'pointwise_first'.
-      intermediate_activation: between the two: 'none', 'relu' or 'elu' (figure 10).
-      depth_multiplier: spatial filters for each channel that enters the spatial convolution. With
-        'pointwise_first' the pointwise convolution makes features / depth_multiplier channels.
+      intermediate_activation: activation between the two convolutions: 'none', 'relu' or 'elu' (figure 10).
+      depth_multiplier: number of spatial filters per input channel of the spatial convolution. With 'pointwise_first'
+        the pointwise convolution has features / depth_multiplier output channels.
       kernel_size: side of the spatial convolution.
+      dtype: of the computation.
     """
 
     features: int
@@ -58,7 +59,7 @@ class SeparableConv(nn.Module):
         x = activation(self._spatial(x))
         return Conv(self.features, dtype=self.dtype, name="pointwise")(x)
 
-    def _spatial(self, x):
+    def _spatial(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
         channels = x.shape[-1]
         if self.group_width is not None:
             segments = channels // self.group_width
@@ -70,16 +71,16 @@ class SeparableConv(nn.Module):
 
 
 class InceptionModule(nn.Module):
-    """Figure 1: the canonical Inception module, four towers of equal width, concatenated.
+    """Figure 1: the canonical Inception module with four concatenated towers of equal width.
 
-    Inside a tower every convolution is followed by BN and ReLU as in Inception V3. The last one of each tower is
-    left linear and without BN, so that the module can stand where a separable convolution stands in Xception
-    (which has its BN and ReLU outside), and only the module changes.
+    Inside a tower, BN and ReLU follow every convolution as in Inception V3, except the last one. The module can
+    therefore replace a separable convolution in Xception, where BN and ReLU follow outside.
 
     Attributes:
-      features: output channels; with a remainder modulo 4 the last tower is the wider one.
+      features: output channels. If it is not divisible by 4, the last tower is wider.
       norm: constructor of BatchNorm.
       kernel_size: side of the spatial convolutions.
+      dtype: of the computation.
     """
 
     features: int
@@ -93,7 +94,7 @@ class InceptionModule(nn.Module):
         pointwise = partial(Conv, dtype=self.dtype)
         spatial = partial(Conv, kernel_size=(self.kernel_size, self.kernel_size), dtype=self.dtype)
 
-        def reduce(name):
+        def reduce(name: str) -> Array:
             return nn.relu(self.norm(name=f"{name}_bn")(pointwise(width, name=name)(x), train))
 
         tower_1x1 = pointwise(width, name="tower_1x1")(x)
@@ -106,10 +107,15 @@ class InceptionModule(nn.Module):
 
 
 class SimplifiedInceptionModule(nn.Module):
-    """Figure 2: towers of 1 x 1 then 3 x 3, concatenated, without activations.
+    """Figure 2: concatenated towers of a 1 x 1 and a 3 x 3 convolution, without activations.
 
-    As a function it equals `SeparableConv` with as many segments and the pointwise convolution first (figure 3);
-    `figure_3_from_figure_2` maps the weights.
+    It computes the same function as `SeparableConv` with as many segments as towers and the pointwise convolution
+    first (figure 3). `figure_3_from_figure_2` converts the weights.
+
+    Attributes:
+      features: output channels.
+      towers: number of towers.
+      dtype: of the computation.
     """
 
     features: int
@@ -127,16 +133,16 @@ class SimplifiedInceptionModule(nn.Module):
 
 
 def figure_3_from_figure_2(params: dict) -> dict:
-    """Returns the `SeparableConv` parameters that make figure 3 compute what figure 2 does with `params`."""
+    """Returns the `SeparableConv` parameters with which figure 3 equals figure 2 with `params`."""
     towers = range(sum(name.endswith("_1x1") for name in params))
 
-    def concatenate(suffix):
+    def concatenate(suffix: str) -> dict[str, Array]:
         return {"kernel": jnp.concatenate([params[f"tower{t}_{suffix}"]["kernel"] for t in towers], axis=-1)}
 
     return {"pointwise": concatenate("1x1"), "spatial": concatenate("3x3")}
 
 
 def channel_divisor(segments: int | str, group_width: int | None, order: str, depth_multiplier: int) -> int:
-    """Returns what the channels of a layer must be divisible by for `SeparableConv` to have equal segments."""
+    """Returns the number by which the channels of a layer must be divisible for equal segments in `SeparableConv`."""
     divisor = group_width or (1 if segments == "depthwise" else int(segments))
     return divisor * depth_multiplier if order == "pointwise_first" else divisor

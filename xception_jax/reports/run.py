@@ -1,4 +1,4 @@
-"""report.html: what a run was, what came out and what it cost, in one file that needs nothing else."""
+"""Writes the report of a run: its results, curves, errors, examples, cost and config in one HTML file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.files import write_atomically
-from xception_jax.logs.console import format_count, format_duration
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import (
     Predictions,
@@ -27,31 +25,33 @@ from xception_jax.metrics.predictions import (
     expected_calibration_error,
     most_confused,
 )
-from xception_jax.reports.curves import BLUE, GREY, VERMILION, Line, line_figure
+from xception_jax.reports.curves import Line, line_figure
+from xception_jax.reports.environment import make_environment
+from xception_jax.reports.figure import BLUE, GREY, VERMILION
 
-_MAX_CLASSES = 30  # a larger confusion matrix cannot be read
+_MAX_CLASSES = 30  # a larger confusion matrix is not readable
 _MAX_ROWS = 20
 _THUMBNAIL = 160  # pixels
 
 
 class RunInfo(TypedDict, total=False):
-    """What a report tells about a run besides its config and metrics. What is absent is left out."""
+    """Facts about a run besides its config and metrics. Absent keys are left out of the report."""
 
     devices: str  # '8 x NVIDIA H100'
     parameters: int
-    multiply_adds: int  # per image, forward
+    multiply_adds: int  # of a forward pass on one image
     total_steps: int
-    wall_seconds: float  # over all starts of the run
+    wall_seconds: float  # total over all starts of the run
     seconds_to_first_step: float  # of the last start
     eval_images_per_second: float
-    peak_memory_bytes: int  # on one device
+    peak_memory_bytes: int  # of one device
     command: str
     commit: str
     versions: dict[str, str]
 
 
 def choose_examples(predictions: Predictions, count: int = 12) -> tuple[list[int], list[int]]:
-    """Returns the indices of the examples that a report shows: an even sample, and the surest of the mistakes."""
+    """Returns the indices of the examples in a report: an even sample, and the most confident mistakes."""
     number = min(count, len(predictions.index))
     sample = np.linspace(0, len(predictions.index), number, endpoint=False).astype(int)
     wrong = np.flatnonzero(predictions.labelled & ~predictions.right)
@@ -69,31 +69,23 @@ def write_report(
     class_names: Sequence[str] = (),
     images: Mapping[int, np.ndarray] | None = None,
 ) -> Path:
-    """Writes `workdir`/report.html. A part for which there is no input, as after an interruption, is left out.
+    """Writes `workdir`/report.html. Parts without input, such as after an interruption, are left out.
 
     Args:
       workdir: the work directory.
-      config: resolved.
+      config: the config of the run.
       metrics: the entries of metrics.jsonl.
-      info: see `RunInfo`.
-      predictions: those on the test split.
-      class_names: in the order of the classes; a class without a name appears with its number.
-      images: uint8 [h, w, 3] by index, best those of `choose_examples`; others are not shown.
+      info: further facts.
+      predictions: predictions on the test split.
+      class_names: names in the order of the classes; a class without a name is shown with its number.
+      images: uint8 [h, w, 3] by index; only those of `choose_examples` are shown.
 
     Returns:
       The path of the report.
 
     Raises:
-      OSError: it could not be written; an older report is then untouched.
+      OSError: the report could not be written. An older report is then unchanged.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "number": _number, "duration": format_duration, "count": format_count}
     names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.model.num_classes))]
     multi_label = config.loss.multi_label
     last_step = max((entry["step"] for entry in metrics), default=0)
@@ -113,16 +105,8 @@ def write_report(
         "train_images_per_second": _median(metrics, "images_per_second"),
     }
     path = Path(workdir) / "report.html"
-    write_atomically(path, environment.get_template("run.html").render(context).encode())
+    write_atomically(path, make_environment(Path(__file__).parent).get_template("run.html").render(context).encode())
     return path
-
-
-def _percent(share: float | None, digits: int = 2) -> str:
-    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
@@ -132,7 +116,7 @@ def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _changes(config: ExperimentConfig) -> list[tuple[str, Any, Any, str]]:
-    """Returns (field, value, default, where the default comes from) of what this run sets otherwise."""
+    """Returns (field, value, default, source of the default) of each field that differs from its default."""
     changes = []
     for name, value in flatten(config).items():
         field = FIELDS[name]
@@ -142,13 +126,13 @@ def _changes(config: ExperimentConfig) -> list[tuple[str, Any, Any, str]]:
 
 
 def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the rows of the result: of the test split, else of the last time on the development split."""
+    """Returns the result on the test split, or else the last one on the development split, as rows of a table."""
     entries = [entry for split in ("dev", "test") for entry in metrics if entry["split"] == split]
     if not entries:
         return None
     entry = entries[-1]
     rows = []
-    # The average comes first, as it is what the paper evaluates: the better of the two would be a choice on the test.
+    # The Polyak average comes first because the paper evaluates it. Taking the better one would select on test data.
     for label, prefix in (("Polyak average", "ema_"), ("last weights", "")):
         values = {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
         main = values.get("map_at_k" if config.loss.multi_label else "top1")
@@ -176,20 +160,20 @@ def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> lis
         ]
 
     smoothing = config.loss.label_smoothing
-    loss_note = "The training loss is that of augmented images" + (
-        f", with labels smoothed by {smoothing:g}" * bool(smoothing)
+    loss_note = "The training loss is over augmented images" + (
+        f" with label smoothing {smoothing:g}" * bool(smoothing)
     )
     figures = [
         ("Loss", loss_note + ".", line_figure(metrics, lines("loss"))),
         (title, "", line_figure(metrics, lines(quality), percent=True)),
         ("Learning rate", "", line_figure(metrics, [Line("train", "learning_rate", "", raw)])),
     ]
-    # The only markup that is not escaped: no name or value from outside is in it.
+    # Not escaped: the figures contain no names or values from outside.
     return [{"title": t, "note": note, "svg": Markup(svg)} for t, note, svg in figures if svg]
 
 
 def _errors(predictions: Predictions, names: list[str]) -> dict[str, Any]:
-    """Returns what is right and wrong, class by class: a matrix, a list of pairs, or average precisions."""
+    """Returns the errors by class: a confusion matrix, the most confused pairs, or average precisions."""
     n, right = int(predictions.labelled.sum()), int(predictions.right.sum())
     errors: dict[str, Any] = {"n": n, "right": right, "share": right / n if n else math.nan, "depth": 0}
     if predictions.multi_label:
@@ -210,7 +194,7 @@ def _errors(predictions: Predictions, names: list[str]) -> dict[str, Any]:
         return errors | {"kind": "pairs", "rows": pairs}
     matrix = confusion_matrix(predictions, len(names))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # How strongly a cell is tinted. Mistakes are few: the root makes them visible beside the diagonal.
+    # Opacity of the cells. Mistakes are rare, and the square root makes them visible beside the diagonal.
     tints = np.where(np.eye(len(names), dtype=bool), shares, np.sqrt(shares)).round(3)
     cells = [list(zip(*row, strict=True)) for row in zip(matrix.tolist(), tints.tolist(), strict=True)]
     return errors | {"kind": "matrix", "rows": list(zip(names, cells, strict=True))}
@@ -219,6 +203,7 @@ def _errors(predictions: Predictions, names: list[str]) -> dict[str, Any]:
 def _examples(
     predictions: Predictions, names: list[str], images: Mapping[int, np.ndarray]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Returns groups of examples, each with its heading and one card per image."""
     position = {int(index): i for i, index in enumerate(predictions.index)}
 
     def card(index: int) -> dict[str, Any]:
@@ -237,17 +222,18 @@ def _examples(
         }
 
     sample, mistakes = choose_examples(predictions)
-    groups = [("An even sample", sample), ("The surest mistakes", mistakes)]
+    groups = [("Even sample", sample), ("Most confident mistakes", mistakes)]
     shown = [(title, [card(index) for index in chosen if index in images]) for title, chosen in groups]
     return [(title, cards) for title, cards in shown if cards]
 
 
 def _data_uri(pixels: np.ndarray) -> str:
+    """Returns a small version of an image for the `src` of an <img> element."""
     image = Image.fromarray(pixels.squeeze())
     buffer = io.BytesIO()
     if max(image.size) <= 64:
         image.save(buffer, "PNG")
-    else:  # a photograph is ten times smaller as JPEG
+    else:  # JPEG makes photographs ten times smaller
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         image.save(buffer, "JPEG", quality=85)
     kind = "png" if max(pixels.shape[:2]) <= 64 else "jpeg"

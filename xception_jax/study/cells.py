@@ -1,4 +1,4 @@
-"""The cells of a study, arm x seed: their configs, their directories, and what each of them came to."""
+"""The cells of a study (arm x seed): their configs, directories, states and outcomes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import shutil
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xception_jax.config import ExperimentConfig, from_json, to_json
-from xception_jax.errors import ConfigError
+from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, ConfigError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
@@ -24,6 +24,25 @@ from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK
 RECORD = "cell.json"
 LOG = "log.txt"
 
+State = Literal["waiting", "done", "stopped", "failed"]
+
+
+def state_of(exit_code: int | None) -> State:
+    """Returns the state of a cell whose process last ended with `exit_code`.
+
+    Args:
+      exit_code: as `subprocess` reports it, negative for a process that a signal killed; None if no process has ended.
+
+    Returns:
+      'waiting': the cell has not ended yet; 'done': it is complete; 'stopped': it was preempted or killed, and the
+      next run of the study resumes it; 'failed': it ended with an error, and only --retry runs it again.
+    """
+    if exit_code is None:
+        return "waiting"
+    if exit_code == SUCCESS_EXIT_CODE:
+        return "done"
+    return "stopped" if exit_code < 0 or exit_code in RESUMABLE_EXIT_CODES else "failed"
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -31,10 +50,10 @@ class Cell:
 
     Attributes:
       arm: name of its arm.
-      seed: of everything random in it.
+      seed: of its training run.
       directory: its work directory.
-      config: resolved.
-      trial: which trial of a search it is, if any.
+      config: its config.
+      trial: number of the trial if it belongs to a search.
     """
 
     arm: str
@@ -45,30 +64,34 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """How a person calls it."""
+        """Returns its name in messages."""
         return f"{self.arm} seed {self.seed}" if self.trial is None else f"{self.arm} trial {self.trial}"
 
     @property
     def config_hash(self) -> str:
-        """The first digits of the SHA-256 over config.json."""
+        """Returns the first 16 hexadecimal digits of the SHA-256 of its config.json."""
         return hashlib.sha256(to_json(self.config).encode()).hexdigest()[:16]
 
     def record(self) -> dict[str, Any]:
-        """Returns what was noted when the cell last ended: exit_code, attempts, seconds, reused_from; {} before."""
+        """Returns the record of its last end: exit_code, attempts, seconds, reused_from; {} if it has not ended yet."""
         try:
             return json.loads((self.directory / RECORD).read_text())
         except (FileNotFoundError, ValueError):
             return {}
 
+    def state(self) -> State:
+        """Returns its state according to its record."""
+        return state_of(self.record().get("exit_code"))
+
     def write_record(self, **values: Any) -> None:
-        """Notes how the cell ended."""
+        """Updates the record with `values`."""
         write_atomically(self.directory / RECORD, json.dumps(self.record() | values) + "\n")
 
     def prepare(self) -> None:
-        """Creates the directory with the config, which is all that the cell's process reads.
+        """Creates the directory with config.json, the only input of the cell's process.
 
         Raises:
-          ConfigError: the directory has another config.
+          ConfigError: the directory has a different config.
         """
         path = self.directory / CONFIG
         if not path.exists():
@@ -76,19 +99,19 @@ class Cell:
             write_atomically(path, to_json(self.config))
         elif to_json(from_json(path.read_text())) != to_json(self.config):
             raise ConfigError(
-                f"cell {self.name} was started with another config",
+                f"cell {self.name} was started with a different config",
                 str(path),
                 "move its directory away, or choose another study directory",
             )
 
     def take_over(self, other: Cell) -> None:
-        """Copies what another cell of the same config has measured, without its checkpoints, as this one's result."""
+        """Copies the result of another cell with an equal config. Checkpoints are not copied."""
         self.prepare()
         shutil.copyfile(other.directory / "metrics.jsonl", self.directory / "metrics.jsonl")
         self.write_record(**other.record() | {"config_hash": self.config_hash, "reused_from": other.config.name})
 
     def is_held(self) -> bool:
-        """Whether a process trains in its directory: one that an earlier runner started, perhaps."""
+        """Returns whether a process is training in its directory, such as one that an earlier runner started."""
         try:
             lock = os.open(self.directory / LOCK, os.O_RDWR)
         except FileNotFoundError:
@@ -103,9 +126,9 @@ class Cell:
 
 
 def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
-    """Returns the cells that have not begun, each with the first finished one among the others of the same config.
+    """Pairs each cell that has not begun with the first finished one of `others` that has an equal config.
 
-    The name of the run does not count: equal configs have equal results.
+    The name of the run is ignored, because equal configs give equal results. Cells without such a partner are left out.
     """
 
     def key(cell: Cell) -> str:
@@ -113,7 +136,7 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
 
     finished: dict[str, Cell] = {}
     for cell in others:
-        if cell.record().get("exit_code") == 0:
+        if cell.state() == "done":
             finished.setdefault(key(cell), cell)
     begun = (CHECKPOINTS, RECORD)
     new = (cell for cell in cells if not any((cell.directory / name).exists() for name in begun))
@@ -124,13 +147,13 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
 def study_cells(
     study: Study, costs: Mapping[str, ArmCost], root: Path, tuned: Mapping[str, Mapping[str, Any]]
 ) -> list[Cell]:
-    """Returns all cells, seed by seed, so that an unfinished study has whole pairs.
+    """Returns all cells seed by seed, so that an unfinished study has complete pairs.
 
     Args:
-      study: with its arms and seeds.
+      study: the study.
       costs: by arm.
       root: the study directory.
-      tuned: by arm, what the search chose; empty without one.
+      tuned: the overrides that the search chose, by arm; empty without a search.
     """
     cells = []
     for seed in study.seeds:
@@ -141,7 +164,7 @@ def study_cells(
 
 
 def search_cells(study: Study, costs: Mapping[str, ArmCost], root: Path) -> list[Cell]:
-    """Returns the trials of the study's search; they never see the test split."""
+    """Returns the trials of the study's search. They have no test split."""
     if study.search is None:
         return []
     cells = []
@@ -164,15 +187,16 @@ def _cell_config(
 
 
 def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
-    """Returns what the search found best for each arm: the accuracy on the development split decides.
+    """Returns the overrides of the best trial of each arm, by accuracy on the development split.
 
-    A trial that diverged loses; of equals the first is taken. An arm without any finished trial is left out.
+    Trials that are not done are ignored. Of equal trials the first one is chosen. Arms without a finished trial are
+    left out.
     """
     assert study.search is not None
     best: dict[str, tuple[float, int]] = {}
     for cell in cells:
         assert cell.trial is not None
-        if cell.record().get("exit_code") != 0:
+        if cell.state() != "done":
             continue
         accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
         if accuracy is not None and (cell.arm not in best or (accuracy, -cell.trial) > best[cell.arm]):
@@ -181,11 +205,11 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
 
 
 def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
-    """Returns what a cell's metrics.jsonl says so far; None for what is not there.
+    """Reads the outcome of a cell so far from its metrics.jsonl.
 
     Returns:
-      steps; test_accuracy and dev_accuracy (the metric at the last step of each split); images_per_second (median over
-      the training); seconds of wall time.
+      steps; test_accuracy and dev_accuracy (the metric in the last entry of each split); images_per_second (median over
+      training); seconds of wall time. Values that are not known yet are None.
     """
     entries = read_metrics(cell.directory / "metrics.jsonl")
     last: dict[str, dict[str, Any]] = {entry["split"]: entry for entry in entries}

@@ -1,7 +1,7 @@
-"""Controls: the width at which an arm costs what the reference costs, and where it lies on the segment axis.
+"""Controls: finds the width at which an arm costs as much as the reference, and its position on the segment axis.
 
-At a fixed width the segment axis compares networks of very different size: one segment costs nine times the
-parameters of a depthwise convolution. Costs are counted from abstract shapes; nothing is computed.
+At a fixed width the segment axis would compare networks of very different size. A separable convolution with one
+segment has about ten times the parameters of a depthwise one. Costs are counted from abstract shapes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from xception_jax.models.modules import SeparableConv
 from xception_jax.models.trace import trace_layers
 from xception_jax.study.design import Arm, Study
 
-# Widths that are tried: this share apart, from an eighth of the reference's to eight times it.
-_OCTAVE = 512
+# The search tries widths from 1/8 to 8 times that of the reference, on a logarithmic grid.
+_OCTAVE = 512  # grid steps for a factor of two
 _STEP = 2 ** (1 / _OCTAVE)
 _RANGE = 3 * _OCTAVE
 
@@ -34,11 +34,11 @@ class ArmCost:
     """The width of an arm and what it costs.
 
     Attributes:
-      width_multiplier: as chosen by the control.
-      parameters: trainable ones.
-      multiply_adds: for one image, forward.
-      channels_per_segment: geometric mean over the separable layers of the channels that a spatial filter sees; NaN
-        where there is no such layer.
+      width_multiplier: chosen by the control.
+      parameters: number of trainable parameters.
+      multiply_adds: of one forward pass on one image.
+      channels_per_segment: geometric mean, over the separable layers, of the channels that a spatial filter sees; NaN
+        if there is no such layer.
     """
 
     width_multiplier: float
@@ -53,12 +53,12 @@ def solve_costs(
     """Chooses the width of every arm of a study according to its control.
 
     Args:
-      study: checked.
-      solved: what is known from an earlier time, by name of the arm.
-      report: takes a line while there is something to wait for.
+      study: the study.
+      solved: costs that are already known, by arm.
+      report: called with a line of progress for each arm.
 
     Returns:
-      The costs by name of the arm.
+      The costs by arm.
 
     Raises:
       ConfigError: no width brings an arm within the study's tolerance of the reference.
@@ -67,7 +67,7 @@ def solve_costs(
 
     def cost_at(arm: Arm, width: float) -> Cost:
         config = study.arm_config(arm, {"model.width_multiplier": width})
-        # Arms that differ in what costs nothing, an activation or a learning rate, are counted once.
+        # Arms that differ only in what costs nothing, such as an activation or a learning rate, are counted once.
         key = repr((_without(config.model, "intermediate_activation", "dropout_rate"), config.data.image_size))
         if key not in known:
             known[key] = count_cost(create_model(config.model), config.data.image_size)
@@ -93,6 +93,7 @@ def solve_costs(
 
 
 def _match(study: Study, arm: Arm, reference: Cost, cost_at: Callable[[Arm, float], Cost]) -> float:
+    """Returns the width at which the controlled cost of an arm is closest to that of the reference."""
     target, width = getattr(reference, study.control), study.config.model.width_multiplier
 
     def width_at(k: int) -> float:
@@ -103,39 +104,38 @@ def _match(study: Study, arm: Arm, reference: Cost, cost_at: Callable[[Arm, floa
 
     if cost(0) == target:
         return width
-    # Outwards until the target lies between: a network an eighth as wide may have layers without channels.
+    # Widen the bracket step by step: a network 1/8 as wide may have layers without channels.
     low = high = best = 0
     while high < _RANGE and cost(high) < target:
         low, high = high, high + _OCTAVE
     while low > -_RANGE and cost(low) > target:
         low, high = low - _OCTAVE, low
-    for turn in itertools.count():  # costs never fall as the width grows
+    for turn in itertools.count():  # costs never decrease as the width grows
         best = min((best, low, high), key=lambda k: abs(cost(k) - target))
         error = cost(best) / target - 1
         if high - low <= 1 or abs(error) < study.tolerance / 10:
             break
         middle = (low + high) // 2
         if turn % 2 == 0 and cost(low) < target < cost(high):
-            # Costs are nearly powers of the width: a straight line between logarithms comes close.
+            # Costs are nearly powers of the width, so interpolate between logarithms.
             share = math.log(target / cost(low)) / math.log(cost(high) / cost(low))
             middle = min(max(round(low + share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if cost(middle) <= target else (low, middle)
     if abs(error) > study.tolerance:
         raise ConfigError(
             f"no width gives arm {arm.name} the {target:,} {study.control} of {study.reference} within "
-            f"{study.tolerance:.1%}: the nearest, {width_at(best):g}, has {cost(best):,} ({error:+.1%})",
+            f"{study.tolerance:.1%}; the closest, {width_at(best):g}, has {cost(best):,} ({error:+.1%})",
             f"arm {arm.name} of {study.name}",
-            "channels are rounded to multiples of the segments: take a wider reference, fewer segments, or a larger "
-            "tolerance, which the report states",
+            "channels are rounded to multiples of the segments; use a wider reference, fewer segments, more tolerance",
         )
     return width_at(best)
 
 
 def channels_per_segment(model: nn.Module, image_size: int) -> float:
-    """Returns the geometric mean, over separable layers, of the channels that a spatial filter sees."""
+    """Returns the geometric mean, over the separable layers, of the channels that a spatial filter sees."""
     sizes: list[int] = []
 
-    def visit(layer, inputs, output):
+    def visit(layer: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(layer, Conv) and layer.name == "spatial" and isinstance(layer.parent, SeparableConv):
             sizes.append(layer.get_variable("params", "kernel").shape[2])
 

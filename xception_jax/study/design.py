@@ -1,7 +1,7 @@
-"""What a study is: its question, what was expected beforehand, its arms, controls and seeds.
+"""Defines a study: its question, the expectations stated beforehand, its arms, controls and seeds.
 
-A file of configs/studies/ defines `get_study(size='cpu', control=...)` and returns a `Study`; like a config it is
-Python, and it runs. A study directory keeps the study as data in study.json, which is all that a report reads.
+A file in configs/studies/ defines `get_study(size='cpu', control=...)`, which returns a `Study`. Like a config, it is
+Python code that is run. A study directory stores the study as data in study.json, and a report reads only that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ class Arm:
     """One variant of the network or its training.
 
     Attributes:
-      name: names a directory.
-      overrides: fields of the config that make the difference, such as {'model.segments': 4}.
-      line: arms with the same are one line in the figures over the axis.
+      name: also the name of its directory.
+      overrides: the config fields that define it, such as {'model.segments': 4}.
+      line: arms with the same value form one line in the figures over the axis.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A paired difference, accuracy of `arm` minus that of `baseline`, and what was expected of it beforehand."""
+class PlannedComparison:
+    """A paired difference, accuracy of `arm` minus that of `baseline`, with the expectation stated beforehand."""
 
     arm: str
     baseline: str
@@ -51,18 +51,18 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """How it is called in reports."""
+        """Returns its name in reports."""
         return f"{self.arm} \N{MINUS SIGN} {self.baseline}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Interaction:
-    """The effect of one change at several points of the axis, and how it was expected to go along it.
+    """The effect of one change at several points of the axis, with the expectation stated beforehand.
 
     Attributes:
       name: of the effect, such as 'relu - none'.
       pairs: (arm, baseline) at each point.
-      expected: 'rises through zero', 'falls through zero' or 'no' change of sign.
+      expected: 'rises through zero', 'falls through zero', or 'no' for no change of sign.
     """
 
     name: str
@@ -72,11 +72,11 @@ class Interaction:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Tuning of each arm by itself, on the development split, with the same trials for all.
+    """Tuning of each arm on the development split, with the same trials for all arms.
 
     Attributes:
-      trials: overrides that each arm is trained with in turn; of equals the first is chosen.
-      seed: of all trials; not one of the study's.
+      trials: the overrides that each arm is trained with. Of equally good trials the first one is chosen.
+      seed: of all trials; it must not be one of the study's seeds.
     """
 
     trials: tuple[Mapping[str, Any], ...]
@@ -90,18 +90,19 @@ class Study:
     Attributes:
       name: names the study.
       question: in one sentence.
-      hypothesis: what is expected and why, stated before anything was measured on the test split.
-      config: of every cell, before its arm changes it; resolved.
-      arms, comparisons, interactions, seeds: see there.
-      margin: the difference in accuracy that matters, as a share (0.005 is half a percentage point).
-      reference: the arm whose width is that of `config`.
-      control: 'parameters' or 'multiply_adds' chooses the width of every other arm so that it costs as much as the
-        reference; 'width' leaves it.
-      tolerance: how far, as a share, such a cost may be from the reference's.
+      hypothesis: what is expected and why, stated before anything is measured on the test split.
+      config: the base config, to which each arm adds its overrides.
+      arms, comparisons, interactions: see their classes.
+      seeds: every arm is trained once with each.
+      margin: the smallest difference in accuracy that matters, as a share (0.005 is half a percentage point).
+      reference: the arm that has the width of `config`.
+      control: 'parameters' or 'multiply_adds' chooses the width of every other arm such that it costs as much as the
+        reference; 'width' keeps the width.
+      tolerance: the largest relative deviation from the cost of the reference.
       axis: 'channels_per_segment', or a field such as 'model.kernel_size', for figures and interactions.
-      metric: of the test split, a name of metrics.jsonl.
+      metric: the metric on the test split, as named in metrics.jsonl.
       search: tuning of each arm, if any.
-      budget: what it costs, in words.
+      budget: the cost of the study in words.
     """
 
     name: str
@@ -112,7 +113,7 @@ class Study:
     seeds: tuple[int, ...]
     margin: float
     reference: str
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[PlannedComparison, ...] = ()
     interactions: tuple[Interaction, ...] = ()
     control: str = "parameters"
     tolerance: float = 0.01
@@ -122,24 +123,27 @@ class Study:
     budget: str = ""
 
     def arm(self, name: str) -> Arm:
-        """Returns the arm of this name."""
+        """Returns the arm with this name."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def arm_config(self, arm: Arm, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
-        """Returns the resolved config of an arm, with further overrides.
+        """Returns the config of an arm, with additional overrides.
 
         Raises:
-          ConfigError: the arm's config is not valid.
+          ConfigError: the config of the arm is not valid.
         """
         return override(self.config, {**arm.overrides, **(overrides or {})})
 
 
 def load_study(spec: str) -> Study:
-    """Returns the study of a file, 'FILE.py' or 'FILE.py:size' or 'FILE.py:size,control'.
+    """Loads a study from its file.
+
+    Args:
+      spec: 'FILE.py', 'FILE.py:size' or 'FILE.py:size,control'.
 
     Raises:
       InputMissingError: there is no such file.
-      ConfigError: it does not run, or what it describes is no valid study.
+      ConfigError: the file does not run, or the study is not valid.
     """
     path, _, arguments = spec.partition(":")
     if not Path(path).is_file():
@@ -163,7 +167,7 @@ def load_study(spec: str) -> Study:
         raise ConfigError(
             f"the study does not run: {type(error).__name__}: {error}",
             where,
-            "correct the file, or the size and control after the colon: see its docstring",
+            "correct the file, or the size and control after the colon (see its docstring)",
         ) from None
     return check_study(dataclasses.replace(study, config=resolve(study.config)), path)
 
@@ -171,51 +175,58 @@ def load_study(spec: str) -> Study:
 def check_study(study: Study, where: str) -> Study:
     """Returns the study if it is consistent.
 
+    Args:
+      study: the study.
+      where: the file that describes it, for messages.
+
     Raises:
-      ConfigError: names that repeat or that no arm has, a field that the study sets itself, no margin.
+      ConfigError: two arms have the same name, a name refers to no arm, an arm sets a field that the study sets itself,
+        or another part of the study is not valid.
     """
+    for what, fix in _problems(study):
+        raise ConfigError(what, where, fix)
+    for arm in study.arms:  # a mistake in the last arm must not show only after the first ninety cells
+        study.arm_config(arm)
+    return study
 
-    def refuse(condition: bool, what: str, fix: str) -> None:
-        if condition:
-            raise ConfigError(what, where, fix)
 
+def _problems(study: Study) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it)."""
     names = [arm.name for arm in study.arms]
     for name in names:
-        refuse(not _NAME.fullmatch(name), f"an arm is called {name!r}", "name arms by letters, digits, _ . and -")
-        refuse(names.count(name) > 1, f"two arms are called {name!r}", "give each arm a name of its own")
+        if not _NAME.fullmatch(name):
+            yield f"an arm is called {name!r}", "name arms with letters, digits, _ . and -"
+        if names.count(name) > 1:
+            yield f"two arms are called {name!r}", "give each arm its own name"
     used = [study.reference, *(name for c in study.comparisons for name in (c.arm, c.baseline))]
     used += [name for interaction in study.interactions for pair in interaction.pairs for name in pair]
     for name in used:
-        refuse(name not in names, f"there is no arm {name!r}", f"choose among {', '.join(names)}")
+        if name not in names:
+            yield f"there is no arm {name!r}", f"choose one of {', '.join(names)}"
     for comparison in study.comparisons:
-        refuse(
-            comparison.expected not in EXPECTATIONS,
-            f"{comparison.name} is expected to be {comparison.expected!r}",
-            f"set it to one of {', '.join(EXPECTATIONS)}",
-        )
+        if comparison.expected not in EXPECTATIONS:
+            what = f"{comparison.name} is expected to be {comparison.expected!r}"
+            yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
     own = [*_SET_BY_THE_STUDY, *(["model.width_multiplier"] if study.control != "width" else [])]
     for arm in study.arms:
         for name in set(own) & set(arm.overrides):
-            refuse(True, f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides")
-    refuse(study.control not in CONTROLS, f"the control is {study.control!r}", f"set it to one of {CONTROLS}")
-    refuse(not study.seeds or len(set(study.seeds)) < len(study.seeds), "seeds repeat, or are none", "list each once")
-    refuse(not study.margin > 0, f"the margin is {study.margin}", "set it to the smallest difference that matters")
-    refuse(
-        bool(study.interactions) and not study.axis,
-        "there is an interaction, but no axis",
-        "set axis to 'channels_per_segment' or to a field",
-    )
-    refuse(
-        study.axis not in ("", CHANNELS_PER_SEGMENT, *FIELDS),
-        f"the axis is {study.axis!r}",
-        f"set it to {CHANNELS_PER_SEGMENT!r} or to a field of the config",
-    )
-    if study.search is not None:
-        refuse(study.search.seed in study.seeds, "the search shares a seed with the study", "give it one of its own")
-        refuse(not study.search.trials, "the search has no trials", "list some, or leave it out")
-    for arm in study.arms:  # a mistake in the last arm must not wait for the first ninety cells
-        study.arm_config(arm)
-    return study
+            yield f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides"
+    if study.control not in CONTROLS:
+        yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
+    if not study.seeds:
+        yield "there are no seeds", "list at least two"
+    if len(set(study.seeds)) < len(study.seeds):
+        yield "seeds repeat", "list each seed once"
+    if not study.margin > 0:
+        yield f"the margin is {study.margin}", "set it to the smallest difference that matters"
+    if study.interactions and not study.axis:
+        yield "there is an interaction, but no axis", "set axis to 'channels_per_segment' or to a config field"
+    if study.axis not in ("", CHANNELS_PER_SEGMENT, *FIELDS):
+        yield f"the axis is {study.axis!r}", f"set it to {CHANNELS_PER_SEGMENT!r} or to a config field"
+    if study.search is not None and study.search.seed in study.seeds:
+        yield "the search shares a seed with the study", "give it its own seed"
+    if study.search is not None and not study.search.trials:
+        yield "the search has no trials", "list some, or remove the search"
 
 
 def study_to_json(study: Study) -> dict[str, Any]:
@@ -224,10 +235,10 @@ def study_to_json(study: Study) -> dict[str, Any]:
 
 
 def study_from_json(data: dict[str, Any]) -> Study:
-    """Returns the study that `study_to_json` described.
+    """Returns the study that `study_to_json` converted.
 
     Raises:
-      ConfigError: it is no study.
+      ConfigError: the data do not describe a valid study.
     """
     try:
         search = data["search"]
@@ -237,7 +248,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
                 "config": from_json(json.dumps(data["config"])),
                 "arms": tuple(Arm(**arm) for arm in data["arms"]),
                 "seeds": tuple(data["seeds"]),
-                "comparisons": tuple(Comparison(**comparison) for comparison in data["comparisons"]),
+                "comparisons": tuple(PlannedComparison(**comparison) for comparison in data["comparisons"]),
                 "interactions": tuple(
                     Interaction(**entry | {"pairs": tuple(map(tuple, entry["pairs"]))})
                     for entry in data["interactions"]
@@ -246,16 +257,16 @@ def study_from_json(data: dict[str, Any]) -> Study:
             }
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the stored study cannot be read: {error}", "study.json", "restore it") from None
+        raise ConfigError(f"cannot read the stored study: {error}", "study.json", "restore it from a copy") from None
     return check_study(study, "study.json")
 
 
 def changes(stored: Study, now: Study) -> tuple[list[str], list[str]]:
-    """Compares a study with what is stored of it.
+    """Compares a study with its stored version.
 
     Returns:
-      (additions, refused): a line for each seed or arm that was added, which is allowed at any time; and a line for
-      everything else that differs. A comparison may be added if one of its arms was.
+      (additions, refused): one line for each added seed or arm, which are always allowed, and one line for every other
+      difference. A comparison may be added together with one of its arms.
     """
     additions: list[str] = []
     refused: list[str] = []
@@ -263,19 +274,19 @@ def changes(stored: Study, now: Study) -> tuple[list[str], list[str]]:
     new_names = [arm.name for arm in now.arms if arm.name not in old_arms]
     additions += [f"arm {name}" for name in new_names]
     additions += [f"seed {seed}" for seed in now.seeds if seed not in stored.seeds]
-    refused += [f"seed {seed} is gone" for seed in stored.seeds if seed not in now.seeds]
+    refused += [f"seed {seed} was removed" for seed in stored.seeds if seed not in now.seeds]
     now_arms = {arm.name: arm for arm in now.arms}
     for name, arm in old_arms.items():
         if name not in now_arms:
-            refused.append(f"arm {name} is gone")
+            refused.append(f"arm {name} was removed")
         elif arm != now_arms[name]:
             refused.append(f"arm {name}: {dict(arm.overrides)} -> {dict(now_arms[name].overrides)}")
     for comparison in now.comparisons:
         if comparison not in stored.comparisons and not {comparison.arm, comparison.baseline} & set(new_names):
-            refused.append(f"comparison {comparison.name} ({comparison.expected}) is new between old arms")
-    refused += [f"comparison {c.name} is gone" for c in stored.comparisons if c not in now.comparisons]
+            refused.append(f"comparison {comparison.name} ({comparison.expected}) is new, but its arms are not")
+    refused += [f"comparison {c.name} was removed" for c in stored.comparisons if c not in now.comparisons]
     if to_json(stored.config) != to_json(now.config):
-        refused.append("the config of all cells")
+        refused.append("the base config")
     for field in dataclasses.fields(Study):
         if field.name in ("arms", "seeds", "comparisons", "interactions", "config", "budget"):
             continue
@@ -287,14 +298,15 @@ def changes(stored: Study, now: Study) -> tuple[list[str], list[str]]:
 
 
 def _changed_interactions(stored: Study, now: Study, new_names: set[str]) -> list[str]:
+    """Returns one line for each interaction that was changed in another way than by adding new arms."""
     before = {entry.name: entry for entry in stored.interactions}
     after = {entry.name: entry for entry in now.interactions}
-    lines = [f"interaction {name} is gone" for name in before if name not in after]
+    lines = [f"interaction {name} was removed" for name in before if name not in after]
     for name, entry in after.items():
         old = before.get(name)
         if old and (old.expected != entry.expected or not set(old.pairs) <= set(entry.pairs)):
-            lines.append(f"interaction {name} is another")
+            lines.append(f"interaction {name} was changed")
         added = set(entry.pairs) - set(old.pairs if old else ())
         if any(not new_names & set(pair) for pair in added) or (not old and not added):
-            lines.append(f"interaction {name} has new pairs of old arms")
+            lines.append(f"interaction {name} has new pairs, but their arms are not new")
     return lines

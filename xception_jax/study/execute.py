@@ -1,4 +1,4 @@
-"""Runs a whole study or one cell of it on this machine, or writes the script that runs it on a cluster."""
+"""Runs a study or one cell of it on this machine, or writes a script that runs it on a cluster."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from pathlib import Path
 
 from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.prepare.datasets import open_dataset
-from xception_jax.errors import InputMissingError, StorageError, UsageError
+from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
 from xception_jax.logs.console import format_count
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import solve_costs
 from xception_jax.study.design import Study
-from xception_jax.study.progress import StudyProgress
-from xception_jax.study.runner import Runner, is_resumable, make_slots, visible_gpus
+from xception_jax.study.progress_table import ProgressTable
+from xception_jax.study.runner import Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
 
 
 def run_study(
     stored: StoredStudy, environment: Mapping[str, str], *, jobs: int, retry: bool, reuse: Sequence[StoredStudy] = ()
 ) -> int:
-    """Runs what is left of a study, the search first, and writes its report.
+    """Runs the cells that are left, those of the search first, and writes the report.
 
     Args:
       stored: an open study.
-      environment: of the cells.
-      jobs: processes at a time.
-      retry: whether cells that failed are run once more.
-      reuse: studies whose finished cells need not be trained again here, where their configs are the same.
+      environment: of the cells' processes.
+      jobs: number of processes that run at a time.
+      retry: whether failed cells are run again.
+      reuse: studies whose finished cells are copied instead of trained, where the configs are equal.
 
     Returns:
-      0 if every cell is done, else the exit code of the first that failed.
+      0 if every cell is done, else the exit code of the first one that is not.
 
     Raises:
-      PreemptedError: it was told to stop.
-      InputMissingError: a dataset or a split of it is missing.
+      PreemptedError: on SIGTERM or SIGINT.
+      InputMissingError: a dataset or one of its splits is missing.
     """
     search, trained = stored.search(), stored.cells()
     _reuse(search, reuse)
-    failures = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
+    codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
     if search:
         tuned = stored.tuned()
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
         for arm in (arm.name for arm in stored.study.arms if arm.name not in tuned):
-            print(f"arm {arm}: no trial of the search has finished, so it is left out", file=sys.stderr)
+            print(f"arm {arm} is left out: no trial of its search has finished", file=sys.stderr)
     _reuse(trained, reuse)
-    failures += _run_phase(stored, trained, environment, jobs, retry, later=0)
+    codes += _run_phase(stored, trained, environment, jobs, retry, later=0)
 
     from xception_jax.study.report import format_results, write_study_report
 
     print(format_results(write_study_report(stored.root)))
-    return failures[0] if failures else 0
+    return next(filter(None, codes), SUCCESS_EXIT_CODE)
 
 
 def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
@@ -61,59 +61,69 @@ def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
         pairs = find_equal(cells, [*study.search(), *study.cells()])
         for cell, other in pairs:
             cell.take_over(other)
-        print(f"{len(pairs)} cells are those of {study.root}", file=sys.stderr)
+        print(f"{len(pairs)} finished cells were taken from {study.root}", file=sys.stderr)
 
 
 def _run_phase(
     stored: StoredStudy, cells: Sequence[Cell], environment: Mapping[str, str], jobs: int, retry: bool, later: int
 ) -> list[int]:
-    """Runs those cells that have not ended, and returns the exit codes of all that failed."""
+    """Runs the cells that are left, and returns the exit codes of all cells of the phase."""
     left = [cell for cell in cells if _is_left(cell, retry)]
     if left:
         steps = _total_steps(cells)
         slots = make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
-        progress = StudyProgress(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr)
-        Runner(left, slots, _cell_environment(stored.root, environment), progress.show).run()
-    codes = [cell.record().get("exit_code", 0) for cell in cells]
-    return [code if code > 0 else StorageError.exit_code for code in codes if code]
+        table = ProgressTable(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr)
+        Runner(left, slots, _cell_environment(stored.root, environment), table.show).run()
+    return [_own_exit_code(cell.record().get("exit_code", SUCCESS_EXIT_CODE)) for cell in cells]
+
+
+def _own_exit_code(code: int) -> int:
+    """Returns the exit code of the command for that of a cell, which is negative if a signal killed the cell."""
+    return code if code >= 0 else StorageError.exit_code
 
 
 def _is_left(cell: Cell, retry: bool) -> bool:
-    code = cell.record().get("exit_code")
-    return code is None or is_resumable(code) or (retry and code != 0)
+    return cell.state() in ("waiting", "stopped") or (retry and cell.state() == "failed")
 
 
 def _cell_environment(root: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Lets cells share what they compile (seeds of an arm run the same step), and find this package."""
+    """Returns the environment of cells: they find this package, and share their compilations.
+
+    All seeds of an arm run the same training step.
+    """
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH", ""))))
     return {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), **environment, "PYTHONPATH": path}
 
 
 def _total_steps(cells: Sequence[Cell]) -> dict[Path, int]:
-    """Opens the data of all cells, so that what is missing is found before the first of them starts."""
+    """Returns the steps of each cell by its directory. Opens all data, so that none is missing once cells run."""
     examples: dict[DataConfig, int] = {}
     steps = {}
     for cell in cells:
-        config = cell.config
-        key = config.data
-        if key not in examples:
-            for split in filter(None, (config.data.eval_split, config.data.test_split)):
-                open_dataset(config.data, split)
-            examples[key] = len(open_dataset(config.data, config.data.train_split))
-        steps[cell.directory] = duration_in_steps(config.duration, config.batch_size, examples[key])
+        config, data = cell.config, cell.config.data
+        if data not in examples:
+            for split in filter(None, (data.eval_split, data.test_split)):
+                open_dataset(data, split)
+            examples[data] = len(open_dataset(data, data.train_split))
+        steps[cell.directory] = duration_in_steps(config.duration, config.batch_size, examples[data])
     return steps
 
 
 def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
-    """Runs one cell as a job of an array does: search trials come first in the numbering.
+    """Runs one cell, as each job of a job array does.
+
+    Args:
+      root: the study directory.
+      number: of the cell; the trials of a search come first.
+      environment: of the cell's process.
 
     Returns:
       The exit code of the cell.
 
     Raises:
-      UsageError: there is no cell of this number.
-      InputMissingError: the search of its arm has not been run.
+      UsageError: there is no cell with this number.
+      InputMissingError: no trial of the arm's search has finished.
     """
     stored = read_study(root)
     search, cells = stored.search(), stored.cells()
@@ -122,26 +132,29 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
     cell = [*search, *cells][number]
     if search and number >= len(search) and cell.arm not in stored.tuned():
         raise InputMissingError(
-            f"the search of arm {cell.arm} has no finished trial", str(root), f"run the cells below {len(search)} first"
+            f"no trial of the search of arm {cell.arm} has finished",
+            str(root),
+            f"run cells 0 to {len(search) - 1} first",
         )
     if not _is_left(cell, retry=False):
         return cell.record()["exit_code"]
     slots = make_slots(1, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
     runner = Runner([cell], slots, _cell_environment(stored.root, environment), lambda runner: None)
     runner.run()
-    return next((code if code >= 0 else StorageError.exit_code for _, code in runner.finished), 0)
+    return _own_exit_code(cell.record()["exit_code"])
 
 
 def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
-    """Returns a Slurm array script of all cells.
+    """Returns a Slurm script that runs all cells as a job array.
 
     Args:
-      stored: the study; its directory is on a file system that all nodes share.
-      command: that starts `study run` with the study's file.
-      jobs: at most so many at a time.
+      stored: the study; its directory must be on a file system that all nodes share.
+      command: `study run` with the study's file, without further arguments.
+      jobs: the largest number of jobs that run at a time.
     """
     search, cells = len(stored.search()), len(stored.cells())
     last = search + cells - 1
+    resumable = "|".join(map(str, RESUMABLE_EXIT_CODES))
     submit = ["#   sbatch FILE"]
     if search:
         submit = [
@@ -163,15 +176,17 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
         f"{command} --workdir {shlex.quote(str(stored.root))} --cell $SLURM_ARRAY_TASK_ID &",
         "trap 'kill -TERM $!' TERM",
         "wait $! || { code=$?; wait $!; code=$?; }",
-        "# 75: stopped before its end, with its state saved",
-        '[ "${code:-0}" -eq 75 ] && scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
+        "# stopped before its end: the next job resumes it",
+        f'case "${{code:-0}}" in {resumable})',
+        '  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}";;',
+        "esac",
         "exit ${code:-0}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def list_cells(study: Study) -> str:
-    """Returns the cells of a study and what they cost, as a table; nothing is trained, no data are opened."""
+    """Returns a table of the arms of a study and their costs. Nothing is trained, and no data are opened."""
     costs = solve_costs(study, {})
     trials = len(study.search.trials) if study.search else 0
     cells = len(study.arms) * len(study.seeds)

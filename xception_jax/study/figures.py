@@ -1,44 +1,33 @@
-"""The figures of a study's report, as SVG: every mean with its interval over the seeds."""
+"""Draws the figures of a study's report as SVG, each mean with its interval over the seeds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from xception_jax.reports.curves import BLUE, STYLE, VERMILION, to_svg
+from xception_jax.reports.figure import BLUE, COLORS, GREEN, MARGIN, QUIET, VERMILION, ZERO, draw_svg
 from xception_jax.study.results import ArmResult, Results
 
-# Okabe and Ito (2008), in an order in which neighbours differ in lightness too; with markers and dashes of their own.
-_COLORS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Lines differ in colour, marker and dash.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 2)))
-_QUIET = "#555"
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {"color": _COLORS[number % 7], "marker": _MARKERS[number % 7], "linestyle": _DASHES[number % 7]}
+    return {"color": COLORS[number % 7], "marker": _MARKERS[number % 7], "linestyle": _DASHES[number % 7]}
 
 
 def _half(mean: float, low: float) -> float:
     return mean - low if math.isfinite(low) else 0.0
 
 
-def _draw(width: float, height: float, draw: Callable[[Axes], None], box: tuple[float, float, float, float]) -> str:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width / 72, height / 72))
-        draw(figure.add_axes(box))
-        return to_svg(figure)
-
-
 def forest(results: Results) -> str | None:
-    """Draws each comparison with its interval, against zero and the margin."""
+    """Draws each comparison with its interval, with zero and the margin."""
     shown = [entry for entry in results.comparisons if entry.difference.n]
     if not shown:
         return None
@@ -48,11 +37,11 @@ def forest(results: Results) -> str | None:
     width = left + 440
 
     def draw(axes: Axes) -> None:
-        axes.axvspan(-margin, margin, color="#eee", zorder=0, linewidth=0)
-        axes.axvline(0, color="#999", linewidth=1)
+        axes.axvspan(-margin, margin, color=MARGIN, zorder=0, linewidth=0)
+        axes.axvline(0, color=ZERO, linewidth=1)
         for y, entry in enumerate(shown):
             d = entry.difference
-            color = {"better": BLUE, "worse": VERMILION, "equivalent": "#009e73"}.get(entry.verdict, _QUIET)
+            color = {"better": BLUE, "worse": VERMILION, "equivalent": GREEN}.get(entry.verdict, QUIET)
             half = 100 * _half(d.mean, d.low)
             axes.errorbar(100 * d.mean, y, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
         axes.set_yticks(range(len(shown)), names)
@@ -60,9 +49,9 @@ def forest(results: Results) -> str | None:
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("difference in test accuracy, percentage points", color=_QUIET)
+        axes.set_xlabel("difference in test accuracy, percentage points", color=QUIET)
 
-    return _draw(width, height, draw, (left / width, 42 / height, 425 / width, 1 - 54 / height))
+    return draw_svg(width, height, (left / width, 42 / height, 425 / width, 1 - 54 / height), draw)
 
 
 def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:
@@ -70,15 +59,15 @@ def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("channels per segment, mean over layers (1: depthwise)", color=_QUIET)
+        axes.set_xlabel("channels per segment, mean over layers (1: depthwise)", color=QUIET)
     else:
         axes.set_xticks(sorted(set(x)))
-        axes.set_xlabel(results.stored.study.axis.removeprefix("model.").replace("_", " "), color=_QUIET)
+        axes.set_xlabel(results.stored.study.axis.removeprefix("model.").replace("_", " "), color=QUIET)
     axes.tick_params(length=3)
 
 
 def over_axis(results: Results) -> str | None:
-    """Draws the accuracy over the study's axis, a line for each group of arms."""
+    """Draws the accuracy over the study's axis, with a line for each group of arms."""
     arms = [arm for arm in results.arms if math.isfinite(arm.x) and arm.accuracy.n]
     if len({arm.x for arm in arms}) < 2:
         return None
@@ -88,29 +77,29 @@ def over_axis(results: Results) -> str | None:
             points = sorted((arm for arm in arms if arm.line == line), key=lambda arm: arm.x)
             mean = [arm.accuracy.mean for arm in points]
             half = [_half(arm.accuracy.mean, arm.accuracy.low) for arm in points]
-            # A little apart, so that intervals at the same place do not cover each other.
+            # Shift the lines slightly, so that intervals at the same position do not cover each other.
             shift = 1.035 ** (number - 1) if results.logarithmic else 1.0
             x = [arm.x * shift for arm in points]
             axes.errorbar(x, mean, half, label=line or None, capsize=2.5, markersize=4.5, **_style(number))
         _axis(axes, results, [arm.x for arm in arms])
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("test accuracy", color=_QUIET)
+        axes.set_ylabel("test accuracy", color=QUIET)
         if any(arm.line for arm in arms):
             axes.legend(title="between the convolutions" if results.logarithmic else None)
 
-    return _draw(420, 270, draw, (0.14, 0.17, 0.84, 0.79))
+    return draw_svg(420, 270, (0.14, 0.17, 0.84, 0.79), draw)
 
 
 def effects(results: Results) -> str | None:
-    """Draws paired effects over the axis, with the margin."""
+    """Draws paired effects over the axis, with zero and the margin."""
     shown = [entry for entry in results.interactions if any(effect.n for effect in entry.effects)]
     if not shown:
         return None
     margin = 100 * results.stored.study.margin
 
     def draw(axes: Axes) -> None:
-        axes.axhspan(-margin, margin, color="#eee", zorder=0, linewidth=0)
-        axes.axhline(0, color="#999", linewidth=1)
+        axes.axhspan(-margin, margin, color=MARGIN, zorder=0, linewidth=0)
+        axes.axhline(0, color=ZERO, linewidth=1)
         for number, entry in enumerate(shown):
             shift = 1.035 ** (number - 0.5) if results.logarithmic else 1.0
             mean = [100 * effect.mean for effect in entry.effects]
@@ -119,10 +108,10 @@ def effects(results: Results) -> str | None:
             style = _style(number + 1)
             axes.errorbar(x, mean, half, label=entry.interaction.name, capsize=2.5, markersize=4.5, **style)
         _axis(axes, results, [x for entry in shown for x in entry.x])
-        axes.set_ylabel("paired difference in test accuracy, points", color=_QUIET)
+        axes.set_ylabel("paired difference in test accuracy, points", color=QUIET)
         axes.legend()
 
-    return _draw(420, 270, draw, (0.14, 0.17, 0.84, 0.79))
+    return draw_svg(420, 270, (0.14, 0.17, 0.84, 0.79), draw)
 
 
 def over_cost(results: Results, name: str, label: str) -> str | None:
@@ -162,23 +151,23 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
                     textcoords="offset points",
                     horizontalalignment="right" if right else "left",
                     fontsize=7,
-                    color=_QUIET,
+                    color=QUIET,
                 )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.margins(x=0.15)
-        axes.set_xlabel(label, color=_QUIET)
-        axes.set_ylabel("test accuracy", color=_QUIET)
+        axes.set_xlabel(label, color=QUIET)
+        axes.set_ylabel("test accuracy", color=QUIET)
         axes.tick_params(length=3)
         if len(lines) > 1:
             axes.legend(fontsize=8)
 
-    return _draw(340, 230, draw, (0.18, 0.18, 0.79, 0.76))
+    return draw_svg(340, 230, (0.18, 0.18, 0.79, 0.76), draw)
 
 
 def learning_curves(arms: Sequence[ArmResult]) -> str | None:
-    """Draws the development accuracy over the steps, as in the paper's figures 6 to 10: mean and interval."""
+    """Draws the development accuracy over the steps, mean and interval, as in figures 6 to 10 of the paper."""
     shown = [arm for arm in arms if len(arm.curve[0])]
     if not shown:
         return None
@@ -191,13 +180,13 @@ def learning_curves(arms: Sequence[ArmResult]) -> str | None:
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
         ends = np.array([arm.curve[1][-1] for arm in shown])
         starts = np.concatenate([arm.curve[1] for arm in shown])
-        # The first evaluations of a run, near chance, would press the rest into the upper margin.
+        # The first evaluations are near chance. Including them would squeeze the rest into the upper margin.
         axes.set_ylim(bottom=max(float(starts.min()), float(ends.min()) - 0.15))
-        axes.set_xlabel("step", color=_QUIET)
-        axes.set_ylabel("development accuracy", color=_QUIET)
+        axes.set_xlabel("step", color=QUIET)
+        axes.set_ylabel("development accuracy", color=QUIET)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.tick_params(length=3)
         axes.legend(fontsize=8, loc="lower right")
 
-    return _draw(340, 250, draw, (0.17, 0.16, 0.8, 0.79))
+    return draw_svg(340, 250, (0.17, 0.16, 0.8, 0.79), draw)

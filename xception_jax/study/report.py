@@ -1,20 +1,20 @@
-"""The report of a study: report.html in one file, report.md with figures/, cells.csv, the lines a run ends with."""
+"""Writes the report of a study: report.html, report.md with figures/, cells.csv, and a summary for the terminal."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from xception_jax.config import to_json
+from xception_jax.errors import DivergedError
 from xception_jax.files import write_atomically
-from xception_jax.logs.console import format_count, format_duration
+from xception_jax.reports.environment import format_interval, format_p, format_points, make_environment
 from xception_jax.study import figures
+from xception_jax.study.cells import State, state_of
 from xception_jax.study.results import COLUMNS, Results, collect
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
@@ -22,8 +22,8 @@ from xception_jax.study.store import read_study
 _MAX_CURVES = 7  # in one figure
 _COSTS = {
     "parameters": ("Against parameters", "parameters"),
-    "multiply_adds": ("Against multiply-adds", "multiply-adds for an image"),
-    "images_per_second": ("Against measured speed", "images/s while training"),
+    "multiply_adds": ("Against multiply-adds", "multiply-adds per image"),
+    "images_per_second": ("Against measured speed", "training speed, images/s"),
 }
 
 
@@ -31,40 +31,26 @@ def write_study_report(root: Path) -> Results:
     """Analyses a study directory and writes report.html, report.md, figures/*.svg and cells.csv into it.
 
     Raises:
-      InputMissingError, BadDataError: there is no study, or it is damaged.
+      InputMissingError: there is no study in the directory.
+      BadDataError: the study is damaged.
       OSError: a file could not be written.
     """
     results = collect(read_study(root))
     drawn = _figures(results)
     context = _context(results, drawn)
-    for name, escape in (("report.html", True), ("report.md", False)):
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            autoescape=escape,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {
-            "percent": _percent,
-            "points": _points,
-            "interval": _interval,
-            "p": _p,
-            "count": format_count,
-            "number": _number,
-            "duration": format_duration,
-        }
+    environment = make_environment(Path(__file__).parent)
+    for name in ("report.html", "report.md"):
         write_atomically(root / name, environment.get_template(name).render(context))
     (root / "figures").mkdir(exist_ok=True)
     for name, figure in drawn.items():
-        standing_alone = str(figure["svg"]).replace("<svg ", '<svg style="background: white" ', 1)
-        write_atomically(root / "figures" / f"{name}.svg", standing_alone)
+        on_white = str(figure["svg"]).replace("<svg ", '<svg style="background: white" ', 1)
+        write_atomically(root / "figures" / f"{name}.svg", on_white)
     write_atomically(root / "cells.csv", cells_csv(results))
     return results
 
 
 def cells_csv(results: Results) -> str:
-    """Returns the raw data: a row for each cell, empty where nothing is known yet."""
+    """Returns the raw data as CSV: a row for each cell, with empty fields for unknown values."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -73,42 +59,50 @@ def cells_csv(results: Results) -> str:
 
 
 def format_results(results: Results) -> str:
-    """Returns the results in a few lines, for a terminal."""
-    done = sum(row["exit_code"] == 0 for row in results.rows)
+    """Returns a summary in a few lines, for a terminal."""
+    done = len(_cells_in(results, "done"))
     lines = [f"{results.stored.study.name}: {done} of {len(results.rows)} cells done"]
     for entry in results.comparisons:
         d = entry.difference
         outcome = f" ({entry.outcome})" if entry.outcome else ""
         lines.append(
-            f"  {entry.comparison.name}: {_points(d.mean)} {_interval(d)} points, n={d.n}, Holm p {_p(entry.p_holm)}: "
+            f"  {entry.comparison.name}: {_difference(d)} points, n={d.n}, Holm p {format_p(entry.p_holm)}: "
             f"{entry.verdict}{outcome}"
         )
     for interaction in results.interactions:
         if interaction.trend is not None:
-            slope = interaction.trend.slope
             lines.append(
-                f"  {interaction.interaction.name}: slope {_points(slope.mean)} {_interval(slope)} points "
+                f"  {interaction.interaction.name}: slope {_difference(interaction.trend.slope)} points "
                 f"{_unit(results)}, change of sign: {interaction.trend.flips} ({interaction.outcome})"
             )
     lines.append(f"report: {results.stored.root / 'report.html'}")
     return "\n".join(lines)
 
 
+def _difference(estimate: Estimate) -> str:
+    return f"{format_points(estimate.mean)} {format_interval((estimate.low, estimate.high))}"
+
+
 def _unit(results: Results) -> str:
-    return "a doubling" if results.logarithmic else f"a unit of {results.stored.study.axis}"
+    return "per doubling" if results.logarithmic else f"per unit of {results.stored.study.axis}"
+
+
+def _cells_in(results: Results, state: State) -> list[dict[str, Any]]:
+    return [row for row in results.rows if state_of(row["exit_code"]) == state]
 
 
 def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, Any]:
     study = results.stored.study
-    codes = [row["exit_code"] for row in results.rows]
     return {
         "study": study,
         "stored": results.stored,
         "results": results,
         "config_json": to_json(study.config),
         "columns": COLUMNS,
-        "done": codes.count(0),
-        "failed": [row for row in results.rows if row["exit_code"] not in (None, 0, 75)],
+        "done": len(_cells_in(results, "done")),
+        "failed": _cells_in(results, "failed"),
+        "stopped": _cells_in(results, "stopped"),
+        "diverged": DivergedError.exit_code,
         "reference": results.stored.costs[study.reference],
         "unit": _unit(results),
         "seconds": sum(row["seconds"] for row in results.rows if not row["reused_from"]),
@@ -122,7 +116,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
 
 
 def _figures(results: Results) -> dict[str, dict[str, Any]]:
-    """Returns the figures for which there are results, by the name of their file."""
+    """Returns the figures for which there are results, by file name."""
     drawn = {
         "axis": ("Accuracy over the axis", figures.over_axis(results)),
         "effects": ("Effects over the axis", figures.effects(results)),
@@ -134,6 +128,7 @@ def _figures(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _curves(results: Results) -> list[tuple[str, str | None]]:
+    """Returns learning curves: all in one figure if they fit, else one or more figures for each line of arms."""
     lines = list(dict.fromkeys(arm.line for arm in results.arms))
     groups = [(line, [arm for arm in results.arms if arm.line == line]) for line in lines]
     if len(results.arms) <= _MAX_CURVES:
@@ -146,28 +141,5 @@ def _curves(results: Results) -> list[tuple[str, str | None]]:
 
 
 def _marked(title: str, svg: str) -> dict[str, Any]:
-    # matplotlib escapes the names in an SVG's text; everything else in it is drawn from numbers.
+    # Safe without escaping: matplotlib escapes the names in the text of an SVG, and draws the rest from numbers.
     return {"title": title, "svg": Markup(svg)}
-
-
-def _percent(share: float | None, digits: int = 2) -> str:
-    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.2f}" if math.isfinite(share) else "-"
-
-
-def _interval(estimate: Estimate, kind: str = "t") -> str:
-    ends = (estimate.low, estimate.high) if kind == "t" else (estimate.bootstrap_low, estimate.bootstrap_high)
-    return f"[{_points(ends[0])}, {_points(ends[1])}]" if math.isfinite(ends[0]) else "[-, -]"
-
-
-def _p(value: float) -> str:
-    return "-" if not math.isfinite(value) else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
-def _number(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

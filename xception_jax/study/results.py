@@ -1,18 +1,19 @@
-"""What a study has found so far: a row for each cell, estimates for each arm, comparisons and interactions."""
+"""Computes the results of a study so far: a row for each cell, estimates for each arm, comparisons, interactions."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
-from xception_jax.study.cells import Cell, read_outcome
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Comparison, Interaction
+from xception_jax.study.cells import Cell, read_outcome, state_of
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, Interaction, PlannedComparison
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 
@@ -25,18 +26,18 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """An arm over its seeds.
+    """The results of an arm over its seeds.
 
     Attributes:
       name, line: of the arm.
-      x: where it lies on the study's axis; NaN without one.
+      x: its position on the study's axis; NaN if there is no axis.
       accuracy: on the test split.
-      images_per_second: while training.
+      images_per_second: training speed.
       parameters, multiply_adds, width_multiplier: of its network.
-      tuned: what the search chose, by field.
-      tuned_at_edge: fields whose best value was the smallest or largest tried.
-      failed: exit codes by seed, of the cells that failed.
-      curve: (steps, mean, half width of the 95 % interval) of the development accuracy over the training.
+      tuned: the values that the search chose, by field.
+      tuned_at_edge: the fields for which the search chose the smallest or the largest value that it tried.
+      failed: exit codes of the failed cells, by seed.
+      curve: (steps, mean, half width of the 95 % interval) of the development accuracy during training.
     """
 
     name: str
@@ -58,16 +59,16 @@ class ComparisonResult:
     """A paired difference in test accuracy.
 
     Attributes:
-      comparison: what is compared.
-      difference: over the seeds that both arms have.
+      comparison: the comparison as planned.
+      difference: over the seeds for which both arms are done.
       p_holm: its p-value, corrected for all comparisons of the study.
-      p_equivalent: of the two one-sided tests against the margin.
+      p_equivalent: the p-value of the two one-sided tests against the margin.
       verdict: see `statistics.verdict`.
-      outcome: 'as expected', 'against it', 'undecided'; '' where nothing was expected.
-      detectable: the true difference that so many seeds find in 80 % of studies.
+      outcome: 'as expected', 'against it' or 'undecided'; '' if nothing was expected.
+      detectable: the true difference that this number of seeds detects with a power of 80 %.
     """
 
-    comparison: Comparison
+    comparison: PlannedComparison
     difference: Estimate
     p_holm: float
     p_equivalent: float
@@ -78,16 +79,16 @@ class ComparisonResult:
 
 @dataclasses.dataclass(frozen=True)
 class InteractionResult:
-    """How an effect goes along the axis.
+    """An effect along the axis.
 
     Attributes:
-      interaction: what was expected.
-      x: the points, where they lie in figures.
-      effects: the paired difference at each.
-      trend: slope (a doubling of x where the axis is logarithmic), ends and their contrast; None with fewer than two
-        points or seeds.
-      seeds: that have every point.
-      outcome: 'as expected', 'against it', 'undecided'.
+      interaction: the interaction as planned.
+      x: the positions of its points on the axis.
+      effects: the paired difference at each point.
+      trend: slope (per doubling of x if the axis is logarithmic), ends and their contrast; None if there are fewer than
+        two points or two seeds.
+      seeds: number of seeds for which all arms are done.
+      outcome: 'as expected', 'against it' or 'undecided'.
     """
 
     interaction: Interaction
@@ -100,7 +101,7 @@ class InteractionResult:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Everything that a report shows."""
+    """All that a report shows."""
 
     stored: StoredStudy
     rows: tuple[dict[str, Any], ...]
@@ -110,11 +111,11 @@ class Results:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the axis is one of doublings."""
+        """Whether the axis is logarithmic."""
         return self.stored.study.axis == CHANNELS_PER_SEGMENT
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the results as plain data; what is not known is null."""
+        """Returns the results as plain data, with null for unknown values."""
         study = self.stored.study
         return json_ready(
             {
@@ -133,80 +134,116 @@ class Results:
         )
 
 
-def collect(stored: StoredStudy) -> Results:
-    """Reads all cells of a study directory, finished or not, and analyses those that have a test accuracy.
+class _Values:
+    """Values of the cells of a study, as one array of seeds for each arm.
 
-    A cell counts only if it ended with exit code 0: an accuracy from before a failure would be a choice.
+    Args:
+      rows: of the cells that count.
+      seeds: of the study.
+      name: the column.
     """
-    study = stored.study
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], seeds: Sequence[int], name: str):
+        self._values = {(row["arm"], row["seed"]): row[name] for row in rows if row[name] is not None}
+        self._seeds = seeds
+
+    def of(self, arm: str) -> Float[np.ndarray, " seeds"]:
+        """Returns the value for each seed, NaN where there is none."""
+        return np.array([self._values.get((arm, seed), math.nan) for seed in self._seeds], float)
+
+    def difference(self, arm: str, baseline: str) -> Float[np.ndarray, " seeds"]:
+        """Returns the paired differences, NaN where a seed lacks either value."""
+        return self.of(arm) - self.of(baseline)
+
+
+def collect(stored: StoredStudy) -> Results:
+    """Reads all cells of a study directory and analyses those that are done.
+
+    A cell counts only if it ended with exit code 0. Counting an accuracy from before a failure would be a choice.
+    """
     cells = stored.cells()
     rows = tuple(_row(stored, cell) for cell in cells)
-    accuracy = {(row["arm"], row["seed"]): row["test_accuracy"] if row["exit_code"] == 0 else None for row in rows}
-    speeds = {(row["arm"], row["seed"]): row["images_per_second"] for row in rows}
+    done = [row for row in rows if state_of(row["exit_code"]) == "done"]
+    accuracy = _Values(done, stored.study.seeds, "test_accuracy")
+    return Results(
+        stored,
+        rows,
+        _arms(stored, cells, rows, accuracy),
+        _comparisons(stored, accuracy),
+        _interactions(stored, accuracy),
+    )
 
-    def values(table: Mapping[tuple[str, int], Any], arm: str) -> np.ndarray:
-        return np.array([math.nan if (v := table.get((arm, seed))) is None else v for seed in study.seeds], float)
 
-    tuned = stored.tuned()
+def _arms(
+    stored: StoredStudy, cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], accuracy: _Values
+) -> tuple[ArmResult, ...]:
+    study, tuned = stored.study, stored.tuned()
+    speeds = _Values(rows, study.seeds, "images_per_second")
     arms = []
     for arm in study.arms:
-        cost = stored.costs[arm.name]
-        own = [cell for cell in cells if cell.arm == arm.name]
+        cost, chosen = stored.costs[arm.name], tuned.get(arm.name, {})
         codes = {row["seed"]: row["exit_code"] for row in rows if row["arm"] == arm.name}
         arms.append(
             ArmResult(
                 name=arm.name,
                 line=arm.line,
                 x=_axis_value(stored, arm.name),
-                accuracy=statistics.estimate(values(accuracy, arm.name)),
-                images_per_second=statistics.estimate(values(speeds, arm.name)),
+                accuracy=statistics.estimate(accuracy.of(arm.name)),
+                images_per_second=statistics.estimate(speeds.of(arm.name)),
                 parameters=cost.parameters,
                 multiply_adds=cost.multiply_adds,
                 width_multiplier=cost.width_multiplier,
-                tuned=tuned.get(arm.name, {}),
-                tuned_at_edge=_at_edge(study.search.trials if study.search else (), tuned.get(arm.name, {})),
-                failed={seed: code for seed, code in codes.items() if code not in (None, 0, 75)},
-                curve=_curve(own, study.metric),
+                tuned=chosen,
+                tuned_at_edge=_at_edge(study.search.trials if study.search else (), chosen),
+                failed={seed: code for seed, code in codes.items() if state_of(code) == "failed"},
+                curve=_curve([cell for cell in cells if cell.arm == arm.name], study.metric),
             )
         )
+    return tuple(arms)
 
-    differences = [values(accuracy, c.arm) - values(accuracy, c.baseline) for c in study.comparisons]
-    estimates = [statistics.estimate(difference) for difference in differences]
+
+def _comparisons(stored: StoredStudy, accuracy: _Values) -> tuple[ComparisonResult, ...]:
+    planned, margin = stored.study.comparisons, stored.study.margin
+    differences = [accuracy.difference(entry.arm, entry.baseline) for entry in planned]
+    estimates = [statistics.estimate(values) for values in differences]
     adjusted = statistics.holm([difference.p for difference in estimates])
-    comparisons = []
-    for c, values_of, difference, p in zip(study.comparisons, differences, estimates, adjusted, strict=True):
-        verdict = statistics.verdict(difference, study.margin, p)
-        comparisons.append(
+    results = []
+    for comparison, values, difference, p in zip(planned, differences, estimates, adjusted, strict=True):
+        verdict = statistics.verdict(difference, margin, p)
+        results.append(
             ComparisonResult(
-                comparison=c,
+                comparison=comparison,
                 difference=difference,
                 p_holm=p,
-                p_equivalent=statistics.equivalence_p(values_of, study.margin),
+                p_equivalent=statistics.equivalence_p(values, margin),
                 verdict=verdict,
-                outcome=_outcome(c.expected, verdict),
+                outcome=_outcome(comparison.expected, verdict),
                 detectable=statistics.smallest_effect(difference.sd, difference.n),
             )
         )
+    return tuple(results)
 
-    interactions = []
+
+def _interactions(stored: StoredStudy, accuracy: _Values) -> tuple[InteractionResult, ...]:
+    study, results = stored.study, []
     for interaction in study.interactions:
         pairs = sorted(interaction.pairs, key=lambda pair: _axis_value(stored, pair[0]))
         x = [_axis_value(stored, arm) for arm, _ in pairs]
-        effects = np.stack([values(accuracy, arm) - values(accuracy, base) for arm, base in pairs], axis=1)
-        whole = np.isfinite(effects).all(1)
-        places = np.log2(x) if study.axis == CHANNELS_PER_SEGMENT else x
-        trend = statistics.trend(places, effects) if whole.sum() >= 2 and len(set(x)) > 1 else None
-        interactions.append(
+        effects = np.stack([accuracy.difference(*pair) for pair in pairs], axis=1)
+        complete = int(np.isfinite(effects).all(1).sum())
+        positions = np.log2(x) if study.axis == CHANNELS_PER_SEGMENT else x
+        trend = statistics.trend(positions, effects) if complete >= 2 and len(set(x)) > 1 else None
+        results.append(
             InteractionResult(
                 interaction=interaction,
                 x=tuple(x),
                 effects=tuple(statistics.estimate(column) for column in effects.T),
                 trend=trend,
-                seeds=int(whole.sum()),
+                seeds=complete,
                 outcome=_interaction_outcome(interaction.expected, trend, study.margin),
             )
         )
-    return Results(stored, rows, tuple(arms), tuple(comparisons), tuple(interactions))
+    return tuple(results)
 
 
 def _row(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
@@ -241,10 +278,13 @@ def _axis_value(stored: StoredStudy, arm: str) -> float:
 
 
 def _curve(cells: list[Cell], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the development accuracy at the steps that all finished cells have, its mean and half interval."""
+    """Returns (steps, mean, half width of the interval) of the development accuracy of an arm.
+
+    Only steps that all finished cells have are included.
+    """
     curves = []
     for cell in cells:
-        if cell.record().get("exit_code") == 0:
+        if cell.state() == "done":
             entries = read_metrics(cell.directory / "metrics.jsonl")
             curves.append({e["step"]: e[metric] for e in entries if e["split"] == "dev" and metric in e})
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
@@ -273,9 +313,10 @@ def _outcome(expected: str, verdict: str) -> str:
 
 
 def _interaction_outcome(expected: str, trend: Trend | None, margin: float) -> str:
-    """Compares what was expected with what was found.
+    """Compares the expected course of an effect with the result.
 
-    A flip needs the slope and both ends. Against it speak a slope the other way, or ends settled otherwise.
+    A change of sign is 'as expected' only if the slope and both ends are significant. It is 'against it' if the slope
+    is significant in the other direction, or if both ends are decided otherwise.
     """
     if trend is None:
         return "undecided"

@@ -1,4 +1,4 @@
-"""Runs cells in processes of their own, a few at a time, until all are done or have failed."""
+"""Runs the cells of a study, each in its own process and a few at a time, until none is left."""
 
 from __future__ import annotations
 
@@ -13,30 +13,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from xception_jax.errors import PreemptedError, StorageError
-from xception_jax.study.cells import LOG, Cell
+from xception_jax.errors import SUCCESS_EXIT_CODE, PreemptedError, StorageError, WorkdirError
+from xception_jax.study.cells import LOG, Cell, state_of
 
-ATTEMPTS = 3
+ATTEMPTS = 3  # of a cell that is preempted or killed
 _POLL_SECONDS = 0.25
-_RESUMABLE = (75, 130)
-_HELD = 73  # another process trains there: one that an earlier runner started, until it has saved
-
-
-def is_resumable(exit_code: int) -> bool:
-    """Whether the same command goes on where it stopped: preempted, or killed by a signal."""
-    return exit_code in _RESUMABLE or exit_code < 0
 
 
 @dataclasses.dataclass
 class Slot:
-    """Where one process at a time runs: CPU cores, and the environment that gives it its share of the GPUs."""
+    """The resources of one process at a time.
+
+    Attributes:
+      cores: CPU cores.
+      environment: variables that give the process its share of the GPUs.
+    """
 
     cores: tuple[int, ...]
     environment: dict[str, str]
 
 
 def make_slots(jobs: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Slot]:
-    """Shares cores and GPUs among `jobs` processes; where there are more processes than GPUs, they share memory too."""
+    """Divides cores and GPUs among `jobs` processes. If there are more processes than GPUs, they share GPU memory."""
     slots = []
     for job in range(jobs):
         own_cores = tuple(cores[job::jobs]) if jobs <= len(cores) else (cores[job % len(cores)],)
@@ -52,7 +50,7 @@ def make_slots(jobs: int, cores: Sequence[int], gpus: Sequence[str]) -> list[Slo
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Returns the NVIDIA GPUs that a process may use, without starting any."""
+    """Returns the NVIDIA GPUs that a process may use, without initialising any of them."""
     if (given := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in given.split(",") if gpu]
     if environment.get("JAX_PLATFORMS", "").startswith("cpu") or shutil.which("nvidia-smi") is None:
@@ -63,7 +61,14 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 @dataclasses.dataclass
 class Running:
-    """A cell whose process is alive."""
+    """A cell whose process is running.
+
+    Attributes:
+      cell: the cell.
+      slot: the resources of its process.
+      process: the process.
+      started: when it was started, by `time.monotonic`.
+    """
 
     cell: Cell
     slot: Slot
@@ -72,13 +77,13 @@ class Running:
 
 
 class Runner:
-    """Runs cells until none is left. It holds nothing that its own death would lose: see `Cell.record`.
+    """Runs cells until none is left. Nothing is lost if it dies, because every result is in `Cell.record`.
 
     Args:
-      cells: those to run, in their order.
-      slots: one process at a time in each.
+      cells: the cells to run, in this order.
+      slots: each runs one process at a time.
       environment: of the cells' processes.
-      show: called now and then and after each end, with the runner.
+      show: called repeatedly with the runner, to show its progress.
     """
 
     def __init__(
@@ -95,10 +100,10 @@ class Runner:
         self._stop: signal.Signals | None = None
 
     def run(self) -> None:
-        """Runs until every cell is done or has failed; the codes are in `finished` and in the cells' records.
+        """Runs until every cell has ended. The exit codes are in `finished` and in the cells' records.
 
         Raises:
-          PreemptedError: SIGTERM or SIGINT came; the cells saved their state and stopped.
+          PreemptedError: on SIGTERM or SIGINT, after the cells have saved their state and stopped.
           StorageError: a record could not be written.
         """
         signals = (signal.SIGTERM, signal.SIGINT)
@@ -112,43 +117,45 @@ class Runner:
                 time.sleep(_POLL_SECONDS)
         except OSError as error:
             raise StorageError(
-                f"the study directory cannot be written: {error.strerror}", str(error.filename), "free space, run again"
+                f"cannot write the study directory: {error.strerror}",
+                str(error.filename),
+                "free some space, then run the same command again",
             ) from error
         finally:
-            for running in self.running:  # after an error of its own; else there are none
+            for running in self.running:  # only after an error of the runner itself
                 running.process.terminate()
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if self._stop is not None:
             raise PreemptedError(
-                f"stopped by {self._stop.name}; {len(self.waiting)} cells are left, what runs was saved",
+                f"stopped by {self._stop.name}; running cells were saved, {len(self.waiting)} cells are left",
                 "the study",
-                "run the same command to go on",
+                "run the same command again to continue",
             )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop = signal.Signals(number)
         for running in self.running:
-            running.process.terminate()  # a second signal makes the cells end at once: they count too
+            running.process.terminate()  # cells end at once on their second signal, and so on the runner's second
 
     def _start_next(self) -> bool:
-        """Starts the first waiting cell that no other process trains."""
+        """Starts the first waiting cell that no other process is training; returns whether there was one."""
         for position, cell in enumerate(self.waiting):
             if cell.is_held():
                 continue
             del self.waiting[position]
             slot = self._free.pop(0)
             cell.prepare()
-            command = [sys.executable, "-m", "xception_jax.study.cell", str(cell.directory)]
+            command = [sys.executable, "-m", "xception_jax.study.train_cell", str(cell.directory)]
             command += ["--cores", ",".join(map(str, slot.cores)), "--end-with-stdin"]
             with open(cell.directory / LOG, "ab") as log:
                 process = subprocess.Popen(
                     command,
                     env={**self._environment, **slot.environment},
-                    stdin=subprocess.PIPE,  # never written to: it is closed by the death of this process
+                    stdin=subprocess.PIPE,  # never written to; it closes when this process dies
                     stdout=log,
                     stderr=log,
-                    start_new_session=True,  # Ctrl-C reaches the runner alone, which asks the cells to stop, once
+                    start_new_session=True,  # Ctrl-C reaches only the runner, which then stops the cells
                 )
             self.running.append(Running(cell, slot, process, time.monotonic()))
             return True
@@ -166,7 +173,7 @@ class Runner:
 
     def _note(self, running: Running, code: int) -> None:
         cell = running.cell
-        if code == _HELD and cell.is_held():
+        if code == WorkdirError.exit_code and cell.is_held():  # by a process of an earlier runner that is still saving
             self.waiting.append(cell)
             return
         attempts = self._attempts[cell.directory] = self._attempts.get(cell.directory, 0) + 1
@@ -176,16 +183,16 @@ class Runner:
             seconds=round(record.get("seconds", 0.0) + time.monotonic() - running.started, 1),
             attempts=record.get("attempts", 0) + 1,
             config_hash=cell.config_hash,
-            message="" if code == 0 else last_error(cell.directory / LOG),
+            message="" if code == SUCCESS_EXIT_CODE else last_error(cell.directory / LOG),
         )
-        if is_resumable(code) and (attempts < ATTEMPTS or self._stop is not None):
+        if state_of(code) == "stopped" and (attempts < ATTEMPTS or self._stop is not None):
             self.waiting.insert(0, cell)
         else:
             self.finished.append((cell, code))
 
 
 def last_error(log: Path) -> str:
-    """Returns what a cell's log says of its end: the three lines of an error, or its last line."""
+    """Returns the last error in a cell's log (three lines), or the last line if there is none."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:

@@ -1,15 +1,15 @@
-"""How separable trained regular convolutions are: the question of the paper, asked of weights instead of accuracies.
+"""Measures how separable the kernels of trained regular convolutions are.
 
-A regular kernel [k, k, c, f] is a depthwise separable convolution where it has rank one in one of two ways:
+A regular kernel [k, k, c, f] equals a depthwise separable convolution if it has rank one in one of two ways:
 
-- pointwise first (figure 4): each filter is one spatial blueprint times a weight for each input channel. How much of
-  a filter's squared norm its best blueprint holds is what BSConv measures (Haase and Amthor 2020, arXiv 2003.13549),
-  here without subtracting a mean, so that one minus it is the squared relative error of that replacement.
-- depthwise first: for each input channel, all filters share one spatial kernel. With r kernels for each channel this
-  is a sum of r depthwise separable convolutions, the decomposition of Network Decoupling (Guo et al. 2018, arXiv
+- Pointwise first (figure 4): each filter is one spatial pattern (a blueprint) times a weight for each input channel.
+  BSConv (Haase and Amthor 2020, arXiv 2003.13549) measures the share of a filter's squared norm in its best blueprint.
+  Here no mean is subtracted, so that one minus this share is the squared relative error of the replacement.
+- Depthwise first: for each input channel, all filters share one spatial kernel. With r kernels per channel this is a
+  sum of r depthwise separable convolutions, the decomposition of Network Decoupling (Guo et al. 2018, arXiv
   1808.05517), which is exact at r = k * k.
 
-Both are singular value decompositions. Kernels drawn at random are the null: they have a first component, too.
+Both are singular value decompositions. Random kernels also have a first component, so they are the null hypothesis.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from xception_jax.runs import open_network
 from xception_jax.study.store import STUDY, read_study
 from xception_jax.training.workdir import CONFIG
 
-_DRAWS = 20  # of random kernels for each layer
+_DRAWS = 20  # random kernels for each kernel shape
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSeparability:
-    """One regular convolution of one network.
+    """The separability of one regular convolution of one network.
 
     Attributes:
-      network: the arm and seed in a study, or the work directory or file.
+      network: the arm and seed in a study, or the name of the work directory or weight file.
       layer: path of the layer.
       shape: of its kernel, [k, k, c, f].
       first_component: mean over filters of the share of the squared norm in the best blueprint (pointwise first).
-      null: the same of random kernels: mean, and the range of their middle 95 %.
-      rank_errors: relative error (Frobenius) of a sum of r depthwise separable convolutions, r = 1 to k * k.
-      null_rank_errors: the same of random kernels, their mean.
+      null: the same for random kernels: their mean and the ends of their central 95 % range.
+      rank_errors: relative error (Frobenius norm) of a sum of r depthwise separable convolutions, r = 1 to k * k.
+      null_rank_errors: the mean of the same over random kernels.
     """
 
     network: str
@@ -60,12 +60,12 @@ class LayerSeparability:
     null_rank_errors: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data."""
+        """Returns the attributes as plain data."""
         return dataclasses.asdict(self)
 
 
 def first_component(kernel: Float[np.ndarray, "k k c f"]) -> Float[np.ndarray, " f"]:
-    """Returns for each filter the share of its squared norm in its best rank-one approximation, in [1/k², 1]."""
+    """Returns the share of each filter's squared norm in its best rank-one approximation, in [1/k², 1]."""
     k, _, c, f = kernel.shape
     values = np.linalg.svd(kernel.reshape(k * k, c, f).transpose(2, 0, 1), compute_uv=False)
     energy = np.square(values)
@@ -84,10 +84,10 @@ def rank_errors(kernel: Float[np.ndarray, "k k c f"]) -> Float[np.ndarray, " ran
 
 
 def regular_kernels(model: nn.Module, params: Mapping[str, Any], image_size: int) -> dict[str, np.ndarray]:
-    """Returns the kernels of all convolutions with one segment, several channels, and a side above one, by path."""
+    """Returns the kernels of all regular convolutions with several input channels and a side above one, by path."""
     found: list[tuple[str, ...]] = []
 
-    def visit(layer, inputs, output):
+    def visit(layer: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(layer, Conv) and layer.segments == 1 and max(layer.kernel_size) > 1:
             found.append(layer.path)
 
@@ -104,21 +104,24 @@ def regular_kernels(model: nn.Module, params: Mapping[str, Any], image_size: int
 
 
 def analyse(source: Path) -> list[LayerSeparability]:
-    """Analyses a trained network, or every finished one of a study; layers in the order of the forward pass.
+    """Analyses a trained network, or each finished network of a study.
 
     Args:
-      source: a weight file, a run's work directory or a study directory.
+      source: a weight file, the work directory of a run or a study directory.
+
+    Returns:
+      The layers of each network in the order of its forward pass.
 
     Raises:
-      InputMissingError: there is none of these, no checkpoint, or no regular convolution.
-      BadDataError: a checkpoint or the file is damaged.
+      InputMissingError: there is no network, no checkpoint or no regular convolution.
+      BadDataError: a checkpoint or the weight file is damaged.
     """
     if (source / STUDY).exists():
-        cells = [cell for cell in read_study(source).cells() if cell.record().get("exit_code") == 0]
+        cells = [cell for cell in read_study(source).cells() if cell.state() == "done"]
         networks = {cell.name: cell.directory for cell in cells}
     elif source.is_dir() and not (source / CONFIG).exists():
         raise InputMissingError(
-            "there is no run and no study", str(source), "give a work directory: it holds config.json or study.json"
+            "there is no run and no study", str(source), "name a directory with config.json or study.json"
         )
     else:
         networks = {source.name or str(source): source}
@@ -153,7 +156,7 @@ def analyse(source: Path) -> list[LayerSeparability]:
 
 
 def _null(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (first components, mean rank errors) of kernels drawn by the initialiser."""
+    """Returns (first components, mean rank errors) of random kernels drawn by the initializer."""
     keys = jax.random.split(jax.random.key(0), _DRAWS)
     kernels = [np.asarray(glorot_uniform(key, shape, jnp.float32), np.float64) for key in keys]
     firsts = np.array([first_component(kernel).mean() for kernel in kernels])
@@ -161,7 +164,7 @@ def _null(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def format_separability(layers: list[LayerSeparability]) -> str:
-    """Returns a table of the layers, means over the networks of an arm with their standard deviation."""
+    """Returns a table of the layers: means over the networks of an arm, with standard deviations in brackets."""
     groups: dict[tuple[str, str], list[LayerSeparability]] = {}
     for layer in layers:
         groups.setdefault((layer.network.partition(" seed ")[0], layer.layer), []).append(layer)
@@ -184,6 +187,6 @@ def format_separability(layers: list[LayerSeparability]) -> str:
         shape = "x".join(map(str, entries[0].shape))
         row = f"{path:{width}} {shape:>16} {len(entries):>3} {share:>17} {entries[0].null[0]:>7.1%} "
         lines.append(row + " ".join(f"{error:>13}" for error in errors))
-    lines.append("first component: share of a filter's squared norm in one blueprint; error of a sum of r depthwise")
-    lines.append("separable convolutions, that of random kernels in brackets; both relative")
+    lines.append("first component: share of a filter's squared norm in its best blueprint (SD over networks)")
+    lines.append("error, rank r: relative error of a sum of r depthwise separable convolutions (random kernels)")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The three sizes of a study: a small network on two cores, the same on one GPU, and the paper's on a pod."""
+"""The three sizes of a study: small networks for a CPU, larger ones for one GPU, and the paper's for a pod."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from xception_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a study of one size has in common with the others of that size.
+    """The parts that all studies of one size share.
 
     Attributes:
-      config: of every cell.
+      config: the base config.
       seeds: paired over the arms.
-      margin: the difference in accuracy that matters, as a share.
-      budget: what a cell costs, in words.
+      margin: the smallest difference in accuracy that matters, as a share.
+      budget: the cost of a cell in words.
     """
 
     config: ConfigDict
@@ -28,7 +28,7 @@ class Size:
 
 
 def study_size(size: str) -> Size:
-    """Returns the size called 'cpu', 'cifar' or 'imagenet'.
+    """Returns the size named 'cpu', 'cifar' or 'imagenet'.
 
     Raises:
       ConfigError: there is no such size.
@@ -46,7 +46,7 @@ def _small(num_classes: int) -> ConfigDict:
     config.data.image_size = 32
     config.data.augmentation = "shift"
     config.data.eval_crop = 1.0
-    config.data.threads = 1  # for images this small, handing work over costs more than it
+    config.data.threads = 1  # for small images, passing work between threads costs more than the work
     config.data.cache = True
     config.data.test_split = "test"
     config.loss.label_smoothing = 0.0
@@ -58,7 +58,7 @@ def _small(num_classes: int) -> ConfigDict:
 
 
 def _cpu() -> Size:
-    """Fashion-MNIST, two passes over 55,000 images, figure 5 at a fifth of its width with one middle module."""
+    """Returns the size for Fashion-MNIST: two epochs of 55,000 images, a fifth of the width, one middle module."""
     config = _small(num_classes=10)
     config.model.width_multiplier = 0.2
     config.model.middle_blocks = 1
@@ -74,11 +74,11 @@ def _cpu() -> Size:
     config.log_every = "50 steps"
     config.evaluation.every = "430 steps"
     config.checkpoint.every = "860 steps"
-    return Size(config, (0, 1, 2, 3, 4), 0.005, "two to four minutes a cell on two cores")
+    return Size(config, (0, 1, 2, 3, 4), 0.005, "two to four minutes per cell on two cores")
 
 
 def _cifar() -> Size:
-    """CIFAR-10, 60 epochs, half the width with four middle modules and a stem that keeps the size."""
+    """Returns the size for CIFAR-10: 60 epochs, half the width, four middle modules, a stem without strides."""
     config = _small(num_classes=10)
     config.model.width_multiplier = 0.5
     config.model.middle_blocks = 4
@@ -96,11 +96,11 @@ def _cifar() -> Size:
     config.ema.decay = 0.999
     config.evaluation.every = "2 epochs"
     config.checkpoint.every = "5 epochs"
-    return Size(config, (0, 1, 2, 3, 4), 0.005, "1.1 PFLOP a cell (3.6 M parameters), on one GPU")
+    return Size(config, (0, 1, 2, 3, 4), 0.005, "1.1 PFLOP per cell (3.6 M parameters), on one GPU")
 
 
 def _imagenet() -> Size:
-    """ImageNet at 299, the paper's network, 30 epochs instead of its 169."""
+    """Returns the size for ImageNet at 299 x 299: the paper's network, 30 epochs instead of 169."""
     config = default_config()
     config.model.dtype = "bfloat16"
     config.model.batch_norm.statistics = "device"
@@ -112,4 +112,4 @@ def _imagenet() -> Size:
     config.schedule.learning_rate = 0.6
     config.schedule.warmup = "5 epochs"
     config.ema.decay = 0.999
-    return Size(config, (0, 1, 2), 0.005, "1.1 to 2.4 H100-hours a cell by the roofline, docs/study.md")
+    return Size(config, (0, 1, 2), 0.005, "1.1 to 2.4 H100-hours per cell, estimated by a roofline (docs/study.md)")

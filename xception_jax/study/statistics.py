@@ -1,7 +1,7 @@
-"""Paired comparisons over seeds: intervals, corrections for several, verdicts, and an interaction along an axis.
+"""Statistics of paired comparisons over seeds: intervals, multiple comparisons, verdicts, interactions along an axis.
 
-The unit is the seed: the networks of two arms that share a seed saw the same images in the same order, so what is
-analysed is their difference. An interval says how it would vary with other seeds, for the same test images.
+The unit is the seed. Networks of two arms that share a seed saw the same images in the same order, so their difference
+is analysed. An interval describes the variation over seeds, for the same test images.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and how well it is known. What cannot be computed from so few values is NaN.
+    """A mean over seeds and its uncertainty. Attributes that need more values than there are, are NaN.
 
     Attributes:
       mean, sd: of the values; `sd` has n - 1 in the denominator.
       n: number of values.
       low, high: Student's t interval of the mean, 95 %.
       bootstrap_low, bootstrap_high: percentile bootstrap interval, 95 %; too narrow for few seeds (docs/study.md).
-      p: two-sided t test against zero.
+      p: p-value of the two-sided t test against zero.
     """
 
     mean: float
@@ -45,7 +45,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float] | Float[Array, " n"]) -> Estimate:
-    """Estimates the mean that `values`, one for each seed, are drawn around; what is not finite is left out."""
+    """Estimates the mean of `values`, one for each seed; values that are not finite are ignored."""
     x = np.asarray(values, float)
     x = x[np.isfinite(x)]
     n = len(x)
@@ -58,9 +58,9 @@ def estimate(values: Sequence[float] | Float[Array, " n"]) -> Estimate:
 
 
 def t_intervals(x: Float[Array, "k n"]) -> tuple[Float[Array, " k"], Float[Array, " k"], Float[Array, " k"]]:
-    """Returns the ends of the 95 % t intervals of k means of n values each, and the two-sided p against zero.
+    """Returns (low, high, p): the 95 % t intervals of k means of n values each, and their two-sided p against zero.
 
-    Equal values have an interval of no width, and p = 0 unless they are zero, where it is 1.
+    For n equal values the interval has zero width, and p is 0, or 1 if the values are zero.
     """
     n = x.shape[1]
     mean, error = x.mean(1), x.std(1, ddof=1) / math.sqrt(n)
@@ -71,12 +71,12 @@ def t_intervals(x: Float[Array, "k n"]) -> tuple[Float[Array, " k"], Float[Array
 
 
 def bootstrap_intervals(x: Float[Array, "k n"], seed: int = 0) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Returns the ends of the 95 % percentile bootstrap intervals of k means of n values each.
+    """Returns (low, high): the 95 % percentile bootstrap intervals of k means of n values each.
 
-    The same resamples serve all rows, so that the same values always have the same interval.
+    All rows use the same resamples, so that equal values always have the same interval.
     """
     n = x.shape[1]
-    # How often each value is drawn: means of resamples are then one product of matrices.
+    # Number of times that each value is drawn. The means of all resamples are then one matrix product.
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     chunks = [np.quantile(part @ counts.T / n, tails, axis=1) for part in np.array_split(x, max(1, len(x) // 200))]
@@ -85,9 +85,10 @@ def bootstrap_intervals(x: Float[Array, "k n"], seed: int = 0) -> tuple[Float[Ar
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Returns p-values adjusted for being several (Holm 1979): rejecting those below 0.05 errs in 5 % of families.
+    """Returns p-values corrected for multiple comparisons (Holm 1979).
 
-    NaN, of a comparison that could not be made, stays NaN and does not count.
+    Rejecting those below 0.05 makes an error in at most 5 % of families. NaN, for a comparison without enough values,
+    stays NaN and does not count as a comparison.
     """
     adjusted = np.full(len(p), math.nan)
     given = np.asarray(p, float)
@@ -99,7 +100,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def equivalence_p(values: Sequence[float] | Float[Array, " n"], margin: float) -> float:
-    """Returns the p-value of two one-sided t tests (TOST): small if the mean lies within -margin to margin."""
+    """Returns the p-value of two one-sided t tests (TOST), which is small if the mean is between -margin and margin."""
     x = np.asarray(values, float)
     x = x[np.isfinite(x)]
     if len(x) < 2:
@@ -111,11 +112,16 @@ def equivalence_p(values: Sequence[float] | Float[Array, " n"], margin: float) -
 
 
 def verdict(difference: Estimate, margin: float, adjusted_p: float) -> Verdict:
-    """Decides what a difference in accuracy amounts to.
+    """Returns the verdict on a difference in accuracy.
 
-    'equivalent': both ends of the 95 % interval are inside the margin, so it is too small to matter (two one-sided
-    tests at 2.5 % each). Otherwise 'better' or 'worse': zero is outside the interval, and Holm's p is below 0.05.
-    Everything else is 'undecided', which more seeds may settle.
+    Args:
+      difference: the estimate.
+      margin: the smallest difference that matters.
+      adjusted_p: p-value after Holm's correction.
+
+    Returns:
+      'equivalent': both ends of the 95 % interval are inside the margin (two one-sided tests at 2.5 % each); otherwise
+      'better' or 'worse': zero is outside the interval and Holm's p is below 0.05; otherwise 'undecided'.
     """
     if -margin < difference.low and difference.high < margin:
         return "equivalent"
@@ -126,11 +132,11 @@ def verdict(difference: Estimate, margin: float, adjusted_p: float) -> Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
-    """How an effect changes along an axis.
+    """The change of an effect along an axis.
 
     Attributes:
-      slope: change of the effect for a unit of the axis, estimated over the least-squares slopes of the seeds.
-      contrast: the effect at the upper end of the axis minus that at the lower.
+      slope: change of the effect per unit of the axis, estimated from the least-squares slopes of the seeds.
+      contrast: the effect at the upper end of the axis minus that at the lower end.
       first, last: the effect at the lower and at the upper end.
     """
 
@@ -141,10 +147,10 @@ class Trend:
 
     @property
     def flips(self) -> Literal["rises through zero", "falls through zero", "no"]:
-        """Whether the effect changes its sign: the slope and both ends, each by its own 95 % interval.
+        """Returns whether the effect changes its sign, according to the 95 % intervals of the slope and of both ends.
 
-        All three must hold, so the chance of claiming a flip that is none stays below that of a single test
-        (Berger 1982, intersection-union), and needs no correction.
+        All three must exclude zero in the required direction. The probability of a false claim is therefore at most
+        that of a single test, and needs no correction (intersection-union test, Berger 1982).
         """
         if self.first.high < 0 < self.last.low and self.slope.low > 0:
             return "rises through zero"
@@ -154,35 +160,35 @@ class Trend:
 
 
 def trend(x: Sequence[float] | Float[Array, " points"], effects: Float[Array, "seeds points"]) -> Trend:
-    """Tests the interaction of an effect with an axis: slope and contrast of each seed, then t intervals over them.
+    """Tests the interaction of an effect with an axis: slope and contrast of each seed, then t intervals over seeds.
 
-    Seeds are independent of each other, points of one seed need not be. A seed that lacks a point is left out.
+    Seeds are independent of each other; the points of one seed need not be. Seeds that lack a point are ignored.
 
     Args:
-      x: where the points lie; at least two different values.
+      x: positions of the points on the axis, with at least two different values.
       effects: the paired difference for each seed at each point.
 
     Raises:
-      ValueError: all points lie at the same place.
+      ValueError: all points have the same position.
     """
-    places = np.asarray(x, float)
+    positions = np.asarray(x, float)
     effects = effects[np.isfinite(effects).all(1)]
-    centred = places - places.mean()
+    centred = positions - positions.mean()
     if not centred.any():
-        raise ValueError("a trend needs points at different places of its axis")
+        raise ValueError("a trend needs points at different positions of its axis")
     slopes = effects @ centred / (centred @ centred)
-    first, last = effects[:, int(places.argmin())], effects[:, int(places.argmax())]
+    first, last = effects[:, int(positions.argmin())], effects[:, int(positions.argmax())]
     return Trend(estimate(slopes), estimate(last - first), estimate(first), estimate(last))
 
 
 def smallest_effect(sd: float, n: int, power: float = 0.8) -> float:
-    """Returns the true difference that n pairs find with this probability (p < 0.05), if differences vary by `sd`."""
+    """Returns the true difference that n pairs with standard deviation `sd` detect (p < 0.05) with this power."""
     if n < 2 or not sd > 0:
         return math.nan
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
     low, high = 0.0, 100.0  # in standard errors
     while high - low > 1e-6:
         middle = (low + high) / 2
-        # The other tail, a difference found with the wrong sign, is below 1e-5 there, and NaN in places.
+        # The other tail (significant, with the wrong sign) is below 1e-5 here. SciPy returns NaN for some.
         low, high = (low, middle) if stats.nct.sf(critical, n - 1, middle) > power else (middle, high)
     return high * sd / math.sqrt(n)

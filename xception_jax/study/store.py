@@ -1,8 +1,8 @@
-"""A study directory: study.json, which is all that is known of the study, and its cells.
+"""Reads and writes a study directory.
 
-study.json                   the study as data, the width and cost of each arm, what was added when
-cells/<arm>/seed<seed>/      a work directory each, with cell.json (how it ended) and log.txt
-search/<arm>/trial<number>/  the same for the trials of a search
+study.json                   the study as data, the width and cost of each arm, the history of additions
+cells/<arm>/seed<seed>/      the work directory of a cell, with cell.json (how it ended) and log.txt
+search/<arm>/trial<number>/  the same for a trial of a search
 report.html, report.md, figures/, cells.csv
 """
 
@@ -28,12 +28,13 @@ STUDY = "study.json"
 
 @dataclasses.dataclass(frozen=True)
 class StoredStudy:
-    """A study as its directory holds it.
+    """A study as its directory stores it.
 
     Attributes:
       root: the directory.
-      study, costs: the study, and the width and cost of each arm.
-      history: what happened to the design, oldest first: {'time', 'change', 'cells_done'}.
+      study: the study.
+      costs: the width and cost of each arm.
+      history: changes of the design, oldest first: {'time', 'change', 'cells_done'}.
     """
 
     root: Path
@@ -42,20 +43,20 @@ class StoredStudy:
     history: tuple[Mapping[str, Any], ...]
 
     def search(self) -> list[Cell]:
-        """The trials of the search, if there is one."""
+        """Returns the trials of the search, if there is one."""
         return search_cells(self.study, self.costs, self.root)
 
     def tuned(self) -> dict[str, dict[str, Any]]:
-        """What the search has found so far, by arm; empty without a search."""
+        """Returns the overrides that the search has chosen so far, by arm; empty without a search."""
         return choose_trials(self.study, self.search()) if self.study.search else {}
 
     def cells(self) -> list[Cell]:
-        """All cells, with what the search has found so far."""
+        """Returns all cells, with the overrides that the search has chosen so far."""
         return study_cells(self.study, self.costs, self.root, self.tuned())
 
 
 def read_study(root: Path) -> StoredStudy:
-    """Reads a study directory; nothing of it runs.
+    """Reads a study directory. No code from it is run.
 
     Raises:
       InputMissingError: there is no study.
@@ -68,7 +69,7 @@ def read_study(root: Path) -> StoredStudy:
         return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputMissingError(
-            "there is no study", str(root), "give the --workdir of `python -m xception_jax study run`"
+            "there is no study", str(root), "name the --workdir of `python -m xception_jax study run`"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadDataError(f"{STUDY} cannot be read: {error}", str(root / STUDY), "restore it from a copy") from None
@@ -76,22 +77,22 @@ def read_study(root: Path) -> StoredStudy:
 
 @contextlib.contextmanager
 def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Iterator[StoredStudy]:
-    """Creates a study directory or opens it, and holds it while the context lasts.
+    """Creates or opens a study directory, and holds its lock while the context lasts.
 
     Args:
       root: the directory.
-      study: as its file describes it now.
-      report: takes a line for each thing that was added since the last time.
+      study: the study as its file describes it now.
+      report: called with a line for each addition since the last run, and with the progress of the control.
 
     Raises:
-      WorkdirError: another runner holds it, or it cannot be written.
-      ConfigError: it has cells of another study, or no width satisfies the control.
+      WorkdirError: another runner holds the directory, or it cannot be written.
+      ConfigError: the directory has cells of a different study, or no width satisfies the control.
     """
     root = root.absolute()
     with hold_directory(root):
         stored = read_study(root) if (root / STUDY).exists() else None
         if stored is not None and not _has_cells(root):
-            stored = None  # nothing was measured: the design is still free
+            stored = None  # nothing was measured, so the design may still change
         additions: list[str] = []
         if stored is not None:
             additions, refused = changes(stored.study, study)
@@ -99,7 +100,7 @@ def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Itera
                 raise ConfigError(
                     f"the study has changed since its first cells: {len(refused)} differences",
                     "\n    ".join([str(root / STUDY), *refused]),
-                    "take them back, or choose another study directory; seeds and arms may be added",
+                    "undo the changes or choose another study directory; only seeds and arms may be added",
                 )
         for line in additions:
             report(f"added since the last run here: {line}")

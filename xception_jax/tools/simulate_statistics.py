@@ -1,8 +1,8 @@
-"""How often the statistics of a study are right, measured on simulated studies whose truth is known.
+"""Measures how often the statistics of a study are right, on simulated studies with known true effects.
 
     python -m xception_jax.tools.simulate_statistics [--studies 100000]
 
-The table in docs/study.md comes from it.
+It prints the table in docs/study.md.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from scipy import stats
 
 from xception_jax.study.statistics import CONFIDENCE, bootstrap_intervals, t_intervals
 
-_POINTS = np.array([0.0, 2.7, 3.4, 4.2, 4.9, 5.4])  # log2 of the channels per segment in the spectrum at its cpu size
+_POINTS = np.array([0.0, 2.7, 3.4, 4.2, 4.9, 5.4])  # log2 of the channels per segment in the spectrum study, size cpu
 
 
 def measure(*, studies: int, seeds: int, comparisons: int, noise: str = "normal") -> dict[str, float]:
-    """Simulates studies and returns shares of them.
+    """Simulates studies and returns the share in which each statistic is right or wrong.
 
     Args:
-      studies: how many.
-      seeds: pairs in each.
-      comparisons: in the family of each study, arms against one baseline, so that their differences are correlated.
-      noise: of an accuracy, in units of its standard deviation: 'normal', 'skewed' (exponential) or 'heavy' (t with 3
-        degrees of freedom).
+      studies: number of studies.
+      seeds: number of pairs in each comparison.
+      comparisons: number of comparisons in each study, all against the same baseline. Their differences are therefore
+        correlated.
+      noise: distribution of an accuracy, with unit standard deviation: 'normal', 'skewed' (exponential) or 'heavy' (t
+        with 3 degrees of freedom).
 
     Returns:
-      coverage_t, coverage_bootstrap: 95 % intervals of a true difference that hold it;
-      family_error_uncorrected, family_error_holm: studies without any true difference in which one is claimed;
-      false_equivalence_at_margin: pairs at a true difference of exactly the margin that are called equivalent;
-      false_flip: studies in which a change of sign is claimed of an effect that reaches zero at one end only;
-      flip_found: of those with a true one, whose ends are 4 standard deviations of a difference from zero.
+      coverage_t, coverage_bootstrap: share of 95 % intervals that contain the true difference;
+      family_error_uncorrected, family_error_holm: share of studies without any true difference that claim one;
+      false_equivalence_at_margin: share of pairs called equivalent when the true difference equals the margin;
+      false_flip: share of studies that claim a change of sign when the effect reaches zero at one end only;
+      flip_found: share of studies that find a true change of sign, with ends 4 standard deviations from zero.
     """
     rng = np.random.default_rng(0)
 
@@ -60,7 +61,7 @@ def measure(*, studies: int, seeds: int, comparisons: int, noise: str = "normal"
         return (slope_low > 0) & (first_high < 0) & (last_low > 0)
 
     rise = (_POINTS - _POINTS[0]) / _POINTS[-1]
-    far = 4 * np.sqrt(2)  # standard deviations of a difference are the square root of two
+    far = 4 * np.sqrt(2)  # the standard deviation of a difference is the square root of two
     return {
         "coverage_t": float(((low <= 0) & (high >= 0)).mean()),
         "coverage_bootstrap": float(((bootstrap_low <= 0) & (bootstrap_high >= 0)).mean()),
@@ -74,9 +75,9 @@ def measure(*, studies: int, seeds: int, comparisons: int, noise: str = "normal"
 
 
 def main() -> None:
-    """Prints the measurements for several numbers of seeds and kinds of noise, as a Markdown table."""
+    """Prints the measurements for several numbers of seeds and noise distributions, as a Markdown table."""
     parser = argparse.ArgumentParser(prog="python -m xception_jax.tools.simulate_statistics", description=__doc__)
-    parser.add_argument("--studies", type=int, default=100_000)
+    parser.add_argument("--studies", type=int, default=100_000, help="number of simulated studies in each row")
     studies = parser.parse_args().studies
     rows = [(noise, seeds) for noise in ("normal", "skewed", "heavy") for seeds in (3, 5, 10)]
     for number, (noise, seeds) in enumerate(rows):
@@ -86,7 +87,7 @@ def main() -> None:
             print("|---" * (len(found) + 2) + "|")
         print(f"| {noise} | {seeds} | {' | '.join(f'{share:.3f}' for share in found.values())} |", flush=True)
     error = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(0.05 * 0.95 / studies)
-    print(f"\n{studies:,} studies of six comparisons in each row; a share of 0.05 is known to {error:.4f}.")
+    print(f"\n{studies:,} studies of six comparisons per row; a share of 0.05 has a 95 % interval of +-{error:.4f}.")
 
 
 if __name__ == "__main__":

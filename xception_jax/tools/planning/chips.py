@@ -1,4 +1,4 @@
-"""Data sheets: what one chip of each kind can do at most, with the public source of each figure."""
+"""Data sheets of chips: memory, peak speed and links, with the public source of each figure."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip (what JAX calls a device; on a TPU v4 and v5p with both of its cores).
+    """One chip, which is one device in JAX. On TPU v4 and v5p it includes both cores.
 
     Attributes:
-      name: as it is sold.
-      hbm_bytes: memory.
-      hbm_bandwidth: bytes a second, to and from memory.
-      peak_flops: floating-point operations a second in bfloat16, dense.
-      float32_share: share of `peak_flops` that convolutions in float32 reach at JAX's default precision. A TPU
-        multiplies them in bfloat16, a GPU in TensorFloat-32.
-      link_bandwidth: bytes a second that one link sends in one direction.
-      axes: of the torus (TPU); 0 where all chips of a node are connected to a switch (GPU).
-      links: of one chip.
-      wrap: chips along an axis from which its ends are linked (TPU): a multiple of this number.
-      network_bandwidth: bytes a second that a chip sends to other nodes (GPU).
+      name: product name.
+      hbm_bytes: size of the memory.
+      hbm_bandwidth: bytes per second to and from memory.
+      peak_flops: dense floating-point operations per second in bfloat16.
+      float32_share: share of `peak_flops` that float32 convolutions reach at JAX's default precision. A TPU multiplies
+        them in bfloat16, a GPU in TensorFloat-32.
+      link_bandwidth: bytes per second that one link sends in one direction.
+      axes: number of axes of the torus (TPU); 0 if the chips of a node are connected by a switch (GPU).
+      links: number of links of one chip.
+      wrap: the ends of an axis are linked if its number of chips is a multiple of this (TPU).
+      network_bandwidth: bytes per second that a chip sends to other nodes (GPU).
       source: of these figures.
     """
 
@@ -59,7 +59,7 @@ CHIPS = {
         hbm_bytes=16 * _GIB,
         hbm_bandwidth=819 * _GB,
         peak_flops=197 * _TERA,
-        link_bandwidth=50 * _GB,  # 400 GB/s a chip, both directions of four ports
+        link_bandwidth=50 * _GB,  # 400 GB/s per chip, both directions of four ports
         axes=2,
         links=4,
         wrap=16,
@@ -70,7 +70,7 @@ CHIPS = {
         hbm_bytes=95 * _GIB,
         hbm_bandwidth=2765 * _GB,
         peak_flops=459 * _TERA,
-        link_bandwidth=100 * _GB,  # 1,200 GB/s a chip, both directions of six ports
+        link_bandwidth=100 * _GB,  # 1,200 GB/s per chip, both directions of six ports
         axes=3,
         links=6,
         wrap=4,
@@ -81,7 +81,7 @@ CHIPS = {
         hbm_bytes=32 * _GIB,
         hbm_bandwidth=1638 * _GB,
         peak_flops=918 * _TERA,
-        link_bandwidth=100 * _GB,  # 800 GB/s a chip, both directions of four ports
+        link_bandwidth=100 * _GB,  # 800 GB/s per chip, both directions of four ports
         axes=2,
         links=4,
         wrap=16,
@@ -93,11 +93,11 @@ CHIPS = {
         hbm_bandwidth=2039 * _GB,
         peak_flops=312 * _TERA,
         float32_share=0.5,
-        link_bandwidth=25 * _GB,  # NVLink 3: 600 GB/s a chip, both directions of twelve links
+        link_bandwidth=25 * _GB,  # NVLink 3: 600 GB/s per chip, both directions of twelve links
         axes=0,
         links=12,
         wrap=0,
-        network_bandwidth=25 * _GB,  # DGX A100: one 200 Gb/s adapter for each GPU
+        network_bandwidth=25 * _GB,  # DGX A100: one 200 Gb/s adapter per GPU
         source="NVIDIA A100 data sheet (2021); DGX A100 data sheet",
     ),
     "h100": Chip(
@@ -106,11 +106,11 @@ CHIPS = {
         hbm_bandwidth=3350 * _GB,
         peak_flops=989 * _TERA,
         float32_share=0.5,
-        link_bandwidth=25 * _GB,  # NVLink 4: 900 GB/s a chip, both directions of eighteen links
+        link_bandwidth=25 * _GB,  # NVLink 4: 900 GB/s per chip, both directions of eighteen links
         axes=0,
         links=18,
         wrap=0,
-        network_bandwidth=50 * _GB,  # DGX H100: one 400 Gb/s adapter for each GPU
+        network_bandwidth=50 * _GB,  # DGX H100: one 400 Gb/s adapter per GPU
         source="NVIDIA H100 data sheet (2023); DGX H100 data sheet",
     ),
 }

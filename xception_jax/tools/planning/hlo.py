@@ -1,9 +1,8 @@
-"""What a compiled program does besides computing, read from its text: communication, and arrays in memory."""
+"""Reads the communication and the arrays in memory of a compiled program from its text."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from collections import Counter
@@ -14,12 +13,11 @@ from xception_jax.logs.profile import layer_of
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_USED = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -29,11 +27,11 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      layer, direction: where it comes from, as in `xception_jax.logs.profile.layer_of`; of several arrays that XLA has
-        joined, those of one.
-      bytes: of the whole array (all arrays), on each device, before it is scattered or after it is gathered.
-      arrays: that are sent together.
-      devices: that take part in one group.
+      layer, direction: its origin, as in `xception_jax.logs.profile.layer_of`. XLA may combine several arrays; this is
+        the origin of one of them.
+      bytes: size of all its arrays on each device, before a scatter or after a gather.
+      arrays: number of arrays that are sent together.
+      devices: number of devices in one group.
     """
 
     kind: str
@@ -45,7 +43,7 @@ class Collective:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that each device sends at least: a ring passes (n - 1) / n of the array, for an all-reduce twice."""
+        """Returns the bytes that each device sends in a ring: (n - 1) / n of the array, twice for an all-reduce."""
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
         return (2 if self.kind == "all-reduce" else 1) * self.bytes * (self.devices - 1) / self.devices
@@ -53,20 +51,20 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-    name: str
     shape: str
     opcode: str
     rest: str
 
 
 def collectives(hlo: str, num_devices: int) -> Counter[Collective]:
-    """Returns how often each collective takes place when a program is run once.
+    """Counts the collectives of one run of a program.
 
-    Those in a loop count as often as the loop runs, if XLA knows how often; those in a branch as if it were taken.
+    A collective in a loop counts once per iteration if XLA knows their number. A collective in a branch counts as if
+    the branch were taken.
 
     Args:
       hlo: `compiled.as_text()`.
-      num_devices: that the program is compiled for.
+      num_devices: number of devices that the program is compiled for.
     """
     computations, entry = _parse(hlo)
     times = _times(computations, entry)
@@ -89,35 +87,12 @@ def collectives(hlo: str, num_devices: int) -> Counter[Collective]:
     return found
 
 
-def rounds(hlo: str) -> int:
-    """Returns the longest chain of collectives of which each waits for the one before.
-
-    Those that do not wait for each other can be sent together, so this is how many a program needs at least. In a loop,
-    each turn waits for the last.
-
-    Args:
-      hlo: `compiled.as_text()`.
-    """
-    computations, entry = _parse(hlo)
-
-    @functools.cache
-    def longest(name: str) -> int:
-        chain: dict[str, int] = {}
-        for one in computations.get(name, ()):
-            inside = max((trips * longest(called) for called, trips in _calls(one)), default=0)
-            own = 1 if one.opcode.removesuffix("-start") in KINDS else inside
-            chain[one.name] = own + max((chain.get(used, 0) for used in _USED.findall(one.rest)), default=0)
-        return max(chain.values(), default=0)
-
-    return longest(entry)
-
-
 def arrays_in_memory(hlo: str, dtype: str) -> Counter[tuple[int, ...]]:
-    """Returns the shapes of the arrays of a type that operations write to memory; those inside a fusion are not.
+    """Counts the arrays of a type that operations write to memory, by shape. Arrays inside a fusion are excluded.
 
     Args:
       hlo: `compiled.as_text()`.
-      dtype: in XLA's words, such as 'f32'.
+      dtype: XLA's name of the type, such as 'f32'.
     """
     computations, _ = _parse(hlo)
     fused = {
@@ -140,7 +115,7 @@ def arrays_in_memory(hlo: str, dtype: str) -> Counter[tuple[int, ...]]:
 
 
 def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Returns the instructions of each computation, and the name of the one that is run."""
+    """Returns the instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", []
     for line in hlo.splitlines():
@@ -153,7 +128,7 @@ def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _calls(instruction: _Instruction) -> Iterator[tuple[str, int]]:
-    """Yields the computations that an instruction runs, and how often."""
+    """Yields the computations that an instruction calls, and how often."""
     trips = _TRIPS.search(instruction.rest) if instruction.opcode == "while" else None
     for name in _CALLED.findall(instruction.rest):
         yield name, int(trips[1]) if trips else 1
@@ -163,7 +138,7 @@ def _calls(instruction: _Instruction) -> Iterator[tuple[str, int]]:
 
 
 def _times(computations: dict[str, list[_Instruction]], entry: str) -> Counter[str]:
-    """Returns how often each computation is run when the entry is run once."""
+    """Returns how often each computation runs when the entry runs once."""
     times: Counter[str] = Counter()
 
     def run(name: str, count: int) -> None:
@@ -183,7 +158,7 @@ def _group_size(rest: str, num_devices: int) -> int:
         return int(iota[2])
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest):
         sides = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-        # An axis may be given in part: 'x':(1)2 is two devices of it.
+        # Part of an axis may be given: 'x':(1)2 is two of its devices.
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part or sides[axis]) for axis, part in parts)
     return num_devices

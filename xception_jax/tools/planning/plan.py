@@ -1,4 +1,4 @@
-"""What a config will need on chips that nobody owns yet: its training step is compiled for them, and read."""
+"""Plans a training run: compiles its step for TPUs that you do not have, and reads memory and communication off it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SyntheticSource
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
-from xception_jax.models.cost import count_cost
+from xception_jax.models.cost import Cost, count_cost
 from xception_jax.parallel import check_batch, make_mesh
 from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives
 from xception_jax.tools.planning.roofline import StepTime, Traffic, count_traffic, step_time
 from xception_jax.tools.planning.topology import Topology
 from xception_jax.training.experiment import build_experiment
 
-# Images in the training split, for planning where the dataset is not: the figures of the TFDS catalogue.
+# Images in the training split according to the TFDS catalogue, for planning without the dataset.
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "open_images_v4": 1_743_042, "fashion_mnist": 60_000}
-# On one core (Xeon, 2.8 GHz): read a record, decode a JPEG of 500 x 375, crop and resize it.
+# To read a record, decode a JPEG of 500 x 375 pixels, crop and resize it on one core (Xeon, 2.8 GHz).
 _INPUT_SECONDS = 2.2e-3
-_TRIES = 8  # of the search for the largest batch: each takes minutes
-_MASTER_COPIES = 3  # float32 arrays of a parameter's size: weight, momentum, gradient
+_TRIES = 8  # compilations in the search for the largest batch; each takes minutes
+_MASTER_COPIES = 3  # float32 arrays of the size of a parameter: weight, momentum, gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Memory:
 
     Attributes:
       arguments: state and batch.
-      temporaries: activations above all.
-      output: the new state; `alias` of it takes the place of the old one.
-      program: the step itself.
+      temporaries: mostly activations.
+      output: the new state.
+      alias: the part of the output that reuses the memory of arguments.
+      program: the compiled step.
     """
 
     arguments: int
@@ -54,21 +55,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Returns the total, in which aliased memory counts once."""
         return self.arguments + self.temporaries + self.output - self.alias + self.program
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What XLA says of the step that it has compiled, for one chip.
+    """XLA's analysis of the compiled step, for one chip.
 
     Attributes:
-      memory: that it needs.
-      flops: by XLA's count, which takes in padding.
-      bytes_accessed: by XLA's count: what every fusion reads and writes, as if nothing stayed on the chip in between.
-      collectives: and how often each takes place in a step.
-      float32_activations: bytes of float32 arrays with a value for each pixel of some layer that are written to memory.
-      seconds: that compiling took.
+      memory: required memory.
+      flops: counted by XLA, including padding.
+      bytes_accessed: counted by XLA: all that fusions read and write, as if nothing stayed on the chip between them.
+      collectives: with their counts in one step.
+      float32_activations: bytes of activations that are written to memory in float32.
+      seconds: compilation time.
     """
 
     memory: Memory
@@ -81,15 +82,15 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training run needs on a topology.
+    """The needs of a training run on a topology.
 
     Attributes:
       topology, config: as given.
       epoch_examples: images in an epoch.
       steps: of the whole run.
-      flops: of one step on one chip, counted from the layers: 6 for each multiply-add of the forward pass.
-      compiled: None where there is no compiler for the topology here.
-      time: of a step.
+      flops: of one step on one chip, counted from the layers: 6 per multiply-add of the forward pass.
+      compiled: None for GPUs, which are not compiled for.
+      time: of one step.
     """
 
     topology: Topology
@@ -102,11 +103,11 @@ class Plan:
 
     @property
     def batch_per_chip(self) -> int:
-        """Images in a step, on each chip."""
+        """Returns the images per chip and step."""
         return self.config.batch_size // self.topology.size
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything as JSON takes it; seconds, bytes, and pairs of (least, most)."""
+        """Returns the plan as plain data. Times are in seconds, sizes in bytes; pairs are (least, most)."""
         seconds = self.time.interval
         chips, chip = self.topology.size, self.topology.chip
         run = [self.steps * value / 3600 for value in seconds]
@@ -156,25 +157,25 @@ def _by_bytes(found: Counter[Collective]) -> list[tuple[Collective, int]]:
 
 
 def _batch_that_fits(batch_per_chip: int, memory: Memory, hbm_bytes: int) -> int:
-    """Returns the images a chip that fill the memory, if temporaries grow in proportion."""
-    # Activations so small that they stay on the chip are no temporaries; the batch is among the arguments.
+    """Returns the images per chip that fill the memory, if temporaries grow in proportion."""
+    # Small activations stay on the chip and are no temporaries. Then only the batch, an argument, grows.
     growing = memory.temporaries or memory.arguments
     return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // growing
 
 
 def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | None = None) -> Plan:
-    """Compiles the training step of a config for a topology (TPU), or counts what it needs (GPU).
+    """Compiles the training step of a config for a topology (TPU), or counts its needs from the layers (GPU).
 
     Args:
-      config: a whole resolved config.
-      topology: of chips that need not be here.
-      examples: in an epoch, where the dataset is not here.
+      config: the config.
+      topology: the chips; they need not be present.
+      examples: images in an epoch; required if neither the dataset nor its size is known.
 
     Raises:
-      ConfigError: batch or mesh do not fit the topology.
+      ConfigError: the batch or the mesh does not fit the topology.
       DeviceMemoryError: the step does not fit into the memory of the chips.
       InputMissingError: libtpu is missing, or the size of the dataset is not known.
-      UsageError: libtpu knows no such topology.
+      UsageError: libtpu does not know the topology.
     """
     check_batch("batch_size", config.batch_size, topology.size, config.accumulation_steps)
     devices = topology.devices() if topology.is_tpu else []
@@ -184,7 +185,7 @@ def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | N
     traffic = count_traffic(model, config.data.image_size)
     per_chip = config.batch_size // topology.size
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize
-    # The optimiser reads and writes weights and momentum, reads the gradient; averages come on top.
+    # The optimizer reads and writes weights and momentum, and reads gradients. Polyak averages add to that.
     update = 2 * 4 * cost.parameters * (_MASTER_COPIES + (config.ema.decay > 0)) / config.mesh.fsdp
     least, most = (width * per_chip * values + update for values in (traffic.fused, traffic.unfused))
     flops = 6.0 * cost.multiply_adds * per_chip
@@ -204,7 +205,7 @@ def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | N
 
 
 def _epoch_examples(config: ExperimentConfig) -> int:
-    """Returns the size of the training split, from the dataset if it is here, else from what is known of it."""
+    """Returns the size of the training split, from the dataset if it is present, else from the table above."""
     data = config.data
     try:
         return len(open_dataset(data, data.train_split))
@@ -212,7 +213,7 @@ def _epoch_examples(config: ExperimentConfig) -> int:
         name = re.split("[/:]", data.name)[0]
         if name not in _TRAIN_EXAMPLES:
             raise InputMissingError(
-                f"the dataset {data.name} is not here, so the length of an epoch is not known",
+                f"the dataset {data.name} is missing, so the length of an epoch is unknown",
                 "config.data",
                 "add --examples=N, the number of training images, or set config.data.data_dir",
             ) from None
@@ -226,8 +227,9 @@ def _epoch_examples(config: ExperimentConfig) -> int:
 def _compile(
     config: ExperimentConfig, topology: Topology, devices: Sequence[jax.Device], num_examples: int
 ) -> Compiled:
+    """Compiles the training step and reads XLA's analysis of it."""
     mesh = make_mesh(config.mesh, devices)
-    # The step does not depend on what the images are.
+    # The content of the images does not matter.
     sources: dict[str, Source] = {"train": SyntheticSource(num_examples, config.data.train_split)}
     with jax.set_mesh(mesh):
         experiment = build_experiment(config, sources, mesh)
@@ -241,7 +243,7 @@ def _compile(
     costs: Any = step.cost_analysis()
     hlo = step.as_text() or ""
     images = config.batch_size // topology.size // config.accumulation_steps
-    pixels = images * 100  # the last layers have 10 x 10
+    smallest = images * 100 * 128  # values of an activation: the last layers have 10 x 10 pixels
     return Compiled(
         memory=Memory(
             analysis.argument_size_in_bytes,
@@ -256,25 +258,28 @@ def _compile(
         float32_activations=sum(
             4 * int(np.prod(shape)) * count
             for shape, count in arrays_in_memory(hlo, "f32").items()
-            if len(shape) >= 4 and images in shape[:2] and np.prod(shape) >= pixels * 128
+            if len(shape) >= 4 and images in shape[:2] and np.prod(shape) >= smallest
         ),
         seconds=seconds,
     )
 
 
 def _too_large(error: DeviceMemoryError, config: ExperimentConfig, topology: Topology) -> DeviceMemoryError:
+    """Returns the error for a step that does not fit, with the sizes that the compiler reports."""
     # libtpu: 'the total memory required for HLO temporaries (27.97G) exceeds available HBM (15.75G)'
     sizes = re.findall(r"\b\d+\.\d+[KMGT]\b", str(error.__cause__))
     needs = f": {sizes[0]} of {sizes[1]}" if len(sizes) > 1 else ""
     return DeviceMemoryError(
         f"the training step does not fit into the memory of a {topology.chip.name}{needs}",
-        f"{config.batch_size // topology.size} images a chip, dtype={config.model.dtype}",
+        f"{config.batch_size // topology.size} images per chip, dtype={config.model.dtype}",
         f"lower config.batch_size ({config.batch_size}), raise config.accumulation_steps, or search with --fit",
     )
 
 
-def _expected_collectives(config: ExperimentConfig, topology: Topology, cost, traffic: Traffic) -> Counter[Collective]:
-    """Returns what data parallelism needs: a sum of all gradients, and of BatchNorm's statistics if they are global."""
+def _expected_collectives(
+    config: ExperimentConfig, topology: Topology, cost: Cost, traffic: Traffic
+) -> Counter[Collective]:
+    """Returns the collectives of data parallelism: sums of all gradients, and of BatchNorm statistics if global."""
     devices = topology.size
     found: Counter[Collective] = Counter()
     if devices > 1:
@@ -289,18 +294,20 @@ def _expected_collectives(config: ExperimentConfig, topology: Topology, cost, tr
 def find_largest_batch(
     config: ExperimentConfig, topology: Topology, *, examples: int | None = None, report: Callable[[str], None] = print
 ) -> Plan:
-    """Returns the plan for the most images a chip that fit, in multiples of eight; compiles up to `_TRIES` times.
+    """Returns the plan for the largest batch that fits, in multiples of eight images per chip.
+
+    Compiles up to `_TRIES` times.
 
     Args:
-      config, topology, examples: as for `make_plan`; the search starts near the batch of the config.
-      report: takes a line for each try.
+      config, topology, examples: as for `make_plan`. The search starts near the batch of the config.
+      report: called with one line per compilation.
 
     Raises:
-      DeviceMemoryError: nothing that was tried fits.
-      UsageError: for GPUs, whose memory is not known here.
+      DeviceMemoryError: no batch that was tried fits.
+      UsageError: the topology has GPUs, which are not compiled for.
     """
     if not topology.is_tpu:
-        raise UsageError("what fits is found by compiling, for TPUs only", f"--topology={topology.name}", "leave --fit")
+        raise UsageError("--fit works for TPUs only", f"--topology={topology.name}", "remove --fit")
     unit = 8 * config.accumulation_steps
     batch = max(unit, config.batch_size // topology.size // unit * unit)
     best: Plan | None = None
@@ -312,18 +319,18 @@ def find_largest_batch(
             plan = make_plan(tried, topology, examples=examples)
             assert plan.compiled is not None
             best, memory = plan, plan.compiled.memory
-            report(f"{batch} images a chip fit: {memory.total / 2**30:.2f} GiB")
-            # By half at least: short of memory, the compiler computes activations anew instead of keeping them.
+            report(f"{batch} images per chip fit: {memory.total / 2**30:.2f} GiB")
+            # At least half more: when memory is short, the compiler recomputes activations instead of keeping them.
             following = max(_batch_that_fits(batch, memory, topology.chip.hbm_bytes), batch * 3 // 2)
         except DeviceMemoryError as error:
             failure, limit = error, batch
-            report(f"{batch} images a chip do not fit")
+            report(f"{batch} images per chip do not fit")
             following = ((best.batch_per_chip if best else 0) + batch) // 2
         batch = int(min(following, limit - unit)) // unit * unit
         if batch <= (best.batch_per_chip if best else 0):
             break
     else:
-        report(f"more may fit: {batch} images a chip were not tried, after {_TRIES} compilations")
+        report(f"more may fit; stopped after {_TRIES} compilations, before {batch} images per chip")
     if best is None:
         assert failure is not None
         raise failure

@@ -1,14 +1,15 @@
-"""How long a training step takes at best and at worst, from what it must compute, move and send.
+"""Estimates the shortest and longest time of a training step from its arithmetic, memory traffic and communication.
 
-A roofline (Williams et al. 2009): a step takes as long as the slowest of arithmetic, memory and communication. Both
-ends of the interval assume that each of the three runs at the speed of the data sheet; what is uncertain is how often
-an activation travels to memory, and whether communication is hidden behind computing.
+This is a roofline model (Williams et al. 2009): a step takes as long as the slowest of the three. All three are assumed
+to run at the speed of the data sheet. The interval covers two unknowns: how often activations go to memory, and whether
+communication overlaps with computation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 
@@ -17,7 +18,7 @@ from xception_jax.models.trace import trace_layers
 from xception_jax.tools.planning.hlo import Collective
 from xception_jax.tools.planning.topology import Topology
 
-_HOP_SECONDS = 1e-6  # https://jax-ml.github.io/scaling-book/sharding: about a microsecond for each hop
+_HOP_SECONDS = 1e-6  # https://jax-ml.github.io/scaling-book/sharding: about one microsecond per hop
 _SWITCH_SECONDS = 10e-6  # a small NCCL all-reduce within a node takes 10 to 20 microseconds
 
 
@@ -26,9 +27,10 @@ class Traffic:
     """Activations of one image, in values (not bytes).
 
     Attributes:
-      read, written: by convolutions and dense layers in the forward pass.
-      normalised: by BatchNorm.
-      batch_norms: BatchNorm layers.
+      read: values that convolutions and dense layers read in the forward pass.
+      written: values that they write.
+      normalised: outputs of BatchNorm.
+      batch_norms: number of BatchNorm layers.
     """
 
     read: int
@@ -38,28 +40,28 @@ class Traffic:
 
     @property
     def fused(self) -> int:
-        """Values that a training step moves when everything else happens on the way in or out of a convolution.
+        """Returns the values that a training step moves if all other operations are fused into convolutions.
 
-        Forward each convolution reads its input and writes its output. Backward it reads its input and its output's
-        gradient, once for both of its gradients, and writes its input's gradient.
+        In the forward pass each convolution reads its input and writes its output. In the backward pass it reads its
+        input and the gradient of its output once, for both of its gradients, and writes the gradient of its input.
         """
         return 3 * self.read + 2 * self.written
 
     @property
     def unfused(self) -> int:
-        """The same when the two gradients of a convolution, and each pass of BatchNorm, go to memory on their own.
+        """Returns the values that a training step moves if convolution gradients and BatchNorm are not fused.
 
-        BatchNorm forward: sums (1), normalise (2); backward: sums (2), gradient (3). Pooling, sums of residuals and
-        activations are taken as part of their neighbours.
+        BatchNorm moves each value eight times: sums (1) and normalisation (2) forward, sums (2) and gradient (3)
+        backward. Pooling, residual sums and activations are still assumed to be fused.
         """
         return self.fused + self.written + 8 * self.normalised
 
 
 def count_traffic(model: nn.Module, image_size: int) -> Traffic:
-    """Traces a forward pass on one image, without computing it."""
+    """Counts the activations of a forward pass on one image, without running it."""
     read, written, normalised = [], [], []
 
-    def visit(layer, inputs, output):
+    def visit(layer: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(layer, Conv | nn.Dense):
             read.append(inputs.size)
             written.append(output.size)
@@ -71,7 +73,7 @@ def count_traffic(model: nn.Module, image_size: int) -> Traffic:
 
 
 def communication_seconds(topology: Topology, collectives: dict[Collective, int]) -> float:
-    """Returns the time of all collectives of a step, one after the other: hops, then bytes over all links."""
+    """Returns the time of all collectives of a step in sequence: latency of the hops, then bytes over all links."""
     if topology.is_tpu:
         latency = _HOP_SECONDS * sum(side for side in topology.shape if side > 1)
     else:
@@ -81,12 +83,12 @@ def communication_seconds(topology: Topology, collectives: dict[Collective, int]
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on one chip; each pair is (least, most).
+    """Seconds of one step on one chip. Pairs are (least, most).
 
     Attributes:
-      compute: arithmetic at the peak of the chip.
-      memory: activations, parameters and optimiser state to and from memory.
-      communication: hidden behind computing as far as that lasts, or not at all.
+      compute: arithmetic at the peak speed of the chip.
+      memory: activations, parameters and optimizer state to and from memory.
+      communication: with other chips.
     """
 
     compute: float
@@ -95,7 +97,7 @@ class StepTime:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """(least, most) seconds of the step."""
+        """Returns (least, most) seconds of the step: with communication fully overlapped, and not overlapped at all."""
         least, most = (max(self.compute, memory) for memory in self.memory)
         return max(least, self.communication), most + self.communication
 
@@ -106,10 +108,10 @@ def step_time(
     """Returns the time of a step.
 
     Args:
-      topology: where it runs.
-      flops: of one chip and step.
-      memory: (least, most) bytes that a chip moves in a step.
-      collectives: of a step, and how often each takes place.
+      topology: the chips that it runs on.
+      flops: floating-point operations of one chip in one step.
+      memory: (least, most) bytes that one chip moves in one step.
+      collectives: of one step, with their counts.
       dtype: of the computation.
     """
     chip = topology.chip

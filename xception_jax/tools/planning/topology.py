@@ -1,4 +1,4 @@
-"""A topology by its name, such as v5e:16x16 or h100:8, and the devices that stand for it in a program."""
+"""Parses topologies such as v5e:16x16 or h100:8, and makes the devices that a program is compiled for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xception_jax.tools.planning.chips import CHIPS, NODE, Chip
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind and how they are connected.
+    """Chips of one kind and their connections.
 
     Attributes:
       name: such as 'v5e:16x16'.
@@ -30,20 +30,20 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Number of chips."""
+        """Returns the number of chips."""
         return math.prod(self.shape)
 
     @property
     def is_tpu(self) -> bool:
-        """Whether libtpu can compile for it."""
+        """Whether the chips are TPUs, which libtpu compiles for."""
         return self.chip.axes > 0
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second that one chip sends to the others, over all links that such a slice can use.
+        """Returns the bytes per second that one chip sends to the others, over all links that the slice can use.
 
-        An axis whose ends are linked counts two links, a shorter one a single link: its end chips have no other. GPUs
-        on several nodes are as fast as their network.
+        An axis with linked ends has two usable links. A shorter axis has one, because the chips at its ends have no
+        other. GPUs on several nodes are limited by the network.
         """
         if not self.is_tpu:
             return self.chip.network_bandwidth if self.size > NODE else self.chip.links * self.chip.link_bandwidth
@@ -53,19 +53,19 @@ class Topology:
     def devices(self) -> list[Any]:
         """Returns devices that programs can be compiled for, but not run on.
 
-        `prepare_environment` must have been called before JAX was first used.
+        Call `prepare_environment` before JAX is first used.
 
         Raises:
           InputMissingError: libtpu is not installed.
-          UsageError: there is no such slice.
+          UsageError: libtpu does not know the slice.
         """
         if importlib.util.find_spec("libtpu") is None:
             import jax
 
             raise InputMissingError(
-                "libtpu is not installed: it compiles for TPUs, on any x86 machine with Linux",
+                "libtpu is not installed; it compiles for TPUs on any x86 machine with Linux",
                 "the Python environment",
-                f"pip install 'jax[tpu]=={jax.__version__}', or -r requirements-plan.txt in an environment of its own",
+                f"pip install 'jax[tpu]=={jax.__version__}', or -r requirements-plan.txt in a separate environment",
             )
         from jax.experimental import topologies
 
@@ -78,19 +78,20 @@ class Topology:
             return topologies.get_topology_desc(
                 platform="tpu", topology_name=self.name, chips_per_host_bounds=hosts, **kinds
             ).devices
-        except Exception as error:  # JaxRuntimeError, or whatever a libtpu of another version raises
+        except Exception as error:  # JaxRuntimeError; other versions of libtpu raise others
             reason = str(error).splitlines()[0]
-            raise UsageError(f"libtpu knows no such slice: {reason}", f"--topology={self.name}", _EXAMPLES) from None
+            what = f"libtpu does not know this slice: {reason}"
+            raise UsageError(what, f"--topology={self.name}", _EXAMPLES) from None
 
 
 _EXAMPLES = "name one such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, a100:8, h100:8"
 
 
 def parse_topology(name: str) -> Topology:
-    """Returns the topology of a name.
+    """Returns the topology with a name such as 'v5e:16x16'.
 
     Raises:
-      UsageError: no such chip, or not a shape that it comes in.
+      UsageError: the chip is unknown, or is not available in this shape.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     chip = CHIPS.get(match[1]) if match else None
@@ -99,11 +100,11 @@ def parse_topology(name: str) -> Topology:
     shape = tuple(map(int, match[2].split("x")))
     shapes, fits = _SHAPES[chip.axes]
     if len(shape) != max(1, chip.axes) or not fits(shape):
-        raise UsageError(f"{match[1]} comes in {shapes}, not {match[2]}", f"--topology={name}", _EXAMPLES)
+        raise UsageError(f"{match[1]} is available in {shapes}, not in {match[2]}", f"--topology={name}", _EXAMPLES)
     return Topology(name, chip, shape)
 
 
-# By axes of the torus: the shapes of slices in words, and whether there is such a one; see the sources of the chips.
+# By number of axes: the available shapes in words, and a predicate. Sources: see chips.py.
 _SHAPES: dict[int, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
     0: ("any number of chips from 1", lambda shape: shape[0] > 0),
     2: (
@@ -120,12 +121,12 @@ _SHAPES: dict[int, tuple[str, Callable[[tuple[int, ...]], bool]]] = {
 
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Keeps libtpu from looking for a TPU, and JAX from starting one. To be called before JAX is first used."""
+    """Prevents libtpu from searching for TPUs and JAX from starting them. Call it before JAX is first used."""
     environment.update(
         JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",  # it asks the cloud's metadata server otherwise, and waits for an answer
+        TPU_SKIP_MDS_QUERY="1",  # otherwise libtpu queries the metadata server of the cloud and waits for an answer
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_ACCELERATOR_TYPE="v5litepod-4",  # any: it only complains if there is none
+        TPU_ACCELERATOR_TYPE="v5litepod-4",  # any value: libtpu only complains if it is missing
         TPU_WORKER_HOSTNAMES="localhost",
-        XCEPTION_JAX_CPU_KERNELS="0",  # what a CPU would run is traced and dropped
+        XCEPTION_JAX_CPU_KERNELS="0",  # the CPU branch is traced but not compiled
     )

@@ -1,7 +1,8 @@
-"""What a person sees of a study while it runs: a table of arms and seeds, and the time that is left."""
+"""Shows a study while it runs: a table of arms and seeds, and the remaining time."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -13,26 +14,36 @@ from pathlib import Path
 from typing import TextIO
 
 from xception_jax.logs.console import format_count, format_duration
-from xception_jax.study.cells import Cell, read_outcome
+from xception_jax.study.cells import Cell, State, read_outcome, state_of
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study
 from xception_jax.study.runner import Runner
 
 _SECONDS_BETWEEN_UPDATES = 1.0
+_LEGEND = "development accuracy in %; x: failed with this exit code; -: stopped, will be resumed; .: waiting"
 
 
-class StudyProgress:
-    """Shows the progress of a study: a table kept up to date on a terminal, a line for each end elsewhere.
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """How a cell ended, if it did: its state, the text in the table, and the seconds that it took."""
 
-    Accuracies are those on the development split: what comes out on the test split is for the report.
+    state: State
+    text: str
+    seconds: float
+
+
+class ProgressTable:
+    """Shows the progress of a study: a table that is redrawn on a terminal, one line for each ended cell elsewhere.
+
+    It shows accuracies on the development split only. The test split is for the report.
 
     Args:
-      study: whose cells run.
+      study: the study.
       costs: by arm.
-      cells: all of this phase, also those that were done before.
+      cells: all cells of this phase, including those that ended in an earlier run.
       total_steps: of each cell, by its directory.
-      jobs: processes at a time.
-      later: cells of a phase that comes after this one.
+      jobs: number of processes that run at a time.
+      later: number of cells in the phases after this one.
       stream: usually standard error.
     """
 
@@ -49,15 +60,14 @@ class StudyProgress:
         self._study, self._costs, self._cells, self._total_steps = study, costs, cells, total_steps
         self._jobs, self._later, self._stream = jobs, later, stream
         self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._known: dict[Path, tuple[str, float]] = {}  # what a cell that ended is shown as, and its seconds
+        self._known: dict[Path, _End] = {}  # of cells that will not run again
         self._reported, self._lines, self._updated = 0, 0, -math.inf
 
     def show(self, runner: Runner) -> None:
-        """Takes note of the runner's state and shows it."""
+        """Shows the current state of the runner."""
         if not self._terminal:
             for cell, code in runner.finished[self._reported :]:
-                end = "done" if code == 0 else f"failed with {code}: {cell.record().get('message', '')}"
-                self._write(f"{cell.name}: {end}\n{self.headline(runner)}\n")
+                self._write(f"{cell.name}: {self._end_line(cell, code)}\n{self.headline(runner)}\n")
             self._reported = len(runner.finished)
             return
         now = time.monotonic()
@@ -67,6 +77,13 @@ class StudyProgress:
             self._write((f"\x1b[{self._lines}F\x1b[J" if self._lines else "") + "\n".join(lines) + "\n")
             self._lines = len(lines)
 
+    def _end_line(self, cell: Cell, code: int) -> str:
+        state = state_of(code)
+        if state == "done":
+            return "done"
+        message = cell.record().get("message", "")
+        return f"{state} with {code}{', will be resumed' if state == 'stopped' else ''}: {message}"
+
     def _write(self, text: str) -> None:
         try:
             self._stream.write(text)
@@ -75,23 +92,21 @@ class StudyProgress:
             self._terminal, self._stream = False, io.StringIO()
 
     def headline(self, runner: Runner) -> str:
-        """Returns the one line that says how far the study is."""
-        ends = [self._end(cell) for cell in self._cells]
-        done = sum(end[0] != "" and not end[0].startswith("x") for end in ends)
-        failed = sum(end[0].startswith("x") for end in ends)
-        parts = [f"{self._study.name}: {done} of {len(self._cells)} cells done"]
-        parts += [f"{failed} failed"] * bool(failed) + [f"{len(runner.running)} running"]
+        """Returns one line with the number of cells in each state and the remaining time."""
+        states = [self._end(cell).state for cell in self._cells]
+        parts = [f"{self._study.name}: {states.count('done')} of {len(self._cells)} cells done"]
+        parts += [f"{states.count('failed')} failed"] * ("failed" in states) + [f"{len(runner.running)} running"]
         left = self.seconds_left(runner)
-        parts += [f"about {format_duration(left)} left" if math.isfinite(left) else "time left not known yet"]
+        parts += [f"about {format_duration(left)} left" if math.isfinite(left) else "remaining time unknown"]
         return ", ".join(parts)
 
     def seconds_left(self, runner: Runner) -> float:
-        """Estimates the time until all cells have ended, from those that have, and from the steps of those that run."""
+        """Estimates the time until all cells have ended, from those that have and from the steps of running ones."""
         took: dict[str, list[float]] = {}
         for cell in self._cells:
-            text, seconds = self._end(cell)
-            if text and seconds:
-                took.setdefault(cell.arm, []).append(seconds)
+            end = self._end(cell)
+            if end.state in ("done", "failed") and end.seconds:
+                took.setdefault(cell.arm, []).append(end.seconds)
         expected = {arm: statistics.fmean(seconds) for arm, seconds in took.items()}
         progress = {running.cell.directory: self._share(running.cell) for running in runner.running}
         for running in runner.running:
@@ -107,28 +122,35 @@ class StudyProgress:
         return left / self._jobs
 
     def _share(self, cell: Cell) -> float:
+        """Returns the share of its steps that a cell has done."""
         total = self._total_steps.get(cell.directory, 0)
         return min(read_outcome(cell, self._study.metric)["steps"] / total, 1.0) if total else 0.0
 
-    def _end(self, cell: Cell) -> tuple[str, float]:
-        """Returns how a cell that has ended is shown and its seconds; ('', 0) for one that has not."""
+    def _end(self, cell: Cell) -> _End:
         if cell.directory not in self._known:
-            record = cell.record()
-            code = record.get("exit_code")
-            if code is None or code in (75, 130):
-                return "", 0.0
+            record, state = cell.record(), cell.state()
+            if state in ("waiting", "stopped"):  # it may still run
+                return _End(state, "-" if state == "stopped" else ".", 0.0)
             accuracy = read_outcome(cell, self._study.metric)["dev_accuracy"]
-            text = f"x {code}" if code else "done" if accuracy is None else f"{100 * accuracy:.1f}"
-            self._known[cell.directory] = text, record.get("seconds", 0.0)
+            if state == "failed":
+                text = f"x {record['exit_code']}"
+            else:
+                text = "done" if accuracy is None else f"{100 * accuracy:.1f}"
+            self._known[cell.directory] = _End(state, text, record.get("seconds", 0.0))
         return self._known[cell.directory]
 
     def table(self, runner: Runner, height: int, width: int) -> list[str]:
-        """Returns the lines of the table: a row for each arm, a column for each seed (or trial)."""
+        """Returns the lines of the table: a row for each arm, a column for each seed or trial.
+
+        Args:
+          runner: the runner.
+          height: the largest number of lines. If the arms do not fit, only those with a running cell are shown.
+          width: the largest number of characters in a line.
+        """
         running = {r.cell.directory: f"{self._share(r.cell):.0%}" for r in runner.running}
         columns = list(dict.fromkeys(self._column(cell) for cell in self._cells))
         texts = {
-            (cell.arm, self._column(cell)): running.get(cell.directory) or self._end(cell)[0] or "."
-            for cell in self._cells
+            (cell.arm, self._column(cell)): running.get(cell.directory) or self._end(cell).text for cell in self._cells
         }
         arms = list(dict.fromkeys(cell.arm for cell in self._cells))
         name_width = max(map(len, arms))
@@ -138,12 +160,10 @@ class StudyProgress:
             cost = self._costs[arm]
             cells = "".join(f"{texts.get((arm, column), ''):>7}" for column in columns)
             row = f"{arm:{name_width}} {cost.parameters:>11,} {format_count(cost.multiply_adds):>9} {cells}"
-            # Where there is no room for all arms, those are shown in which something happens.
             rows.append((any(r.cell.arm == arm for r in runner.running), row))
         if len(rows) > height - 3:
             rows = [entry for entry in rows if entry[0]][: max(height - 3, 1)]
-        note = "development accuracy in %; x: exit code of a failure; .: waiting"
-        return [line[:width] for line in (self.headline(runner), head, *(row for _, row in rows), note)]
+        return [line[:width] for line in (self.headline(runner), head, *(row for _, row in rows), _LEGEND)]
 
     def _column(self, cell: Cell) -> str:
         return f"seed {cell.seed}"[-6:] if cell.trial is None else f"try {cell.trial}"

@@ -1,0 +1,75 @@
+"""The jinja environment of all reports: one set of filters, one base page and one style sheet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from xception_jax.logs.console import format_count, format_duration
+
+_SHARED = Path(__file__).parent  # base.html and style.css
+
+
+def make_environment(templates: Path) -> jinja2.Environment:
+    """Builds the environment that renders the templates of one report.
+
+    Values are escaped in .html templates and left as they are in Markdown.
+
+    Args:
+      templates: the directory of the templates, which may extend `base.html`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([templates, _SHARED]),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": format_percent,
+        "points": format_points,
+        "interval": format_interval,
+        "p": format_p,
+        "number": format_number,
+        "integer": format_integer,
+        "count": format_count,
+        "duration": format_duration,
+    }
+    return environment
+
+
+def format_percent(share: float | None, digits: int = 2) -> str:
+    """Returns a share in percent: 0.8 is '80.00 %', with a no-break space; '-' if it is None or not finite."""
+    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def format_points(share: float) -> str:
+    """Returns a difference of two shares in signed percentage points: 0.0125 is '+1.25'; '-' if it is not finite."""
+    return f"{100 * share:+.2f}" if math.isfinite(share) else "-"
+
+
+def format_interval(ends: tuple[float, float]) -> str:
+    """Returns an interval of shares in percentage points, such as '[-0.22, +3.40]'."""
+    return f"[{format_points(ends[0])}, {format_points(ends[1])}]"
+
+
+def format_p(value: float) -> str:
+    """Returns a p-value with four decimals; '-' if it is not finite."""
+    return "-" if not math.isfinite(value) else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def format_number(value: Any) -> str:
+    """Returns a float with four digits, an integer with separators and other values as text; '-' for None and NaN."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return format_integer(value) if isinstance(value, int) else str(value)
+
+
+def format_integer(value: float) -> str:
+    """Returns a number without decimals, with thousands separators: 22855952.0 is '22,855,952'."""
+    return f"{value:,.0f}"
