@@ -25,7 +25,7 @@ class UserError(Exception):
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         """Lets the error travel from a data worker to the trainer, which pickles it on the way."""
         return type(self), (self.what, self.where, self.fix)
 
