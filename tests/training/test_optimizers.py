@@ -121,7 +121,7 @@ OTHER_VALUES = {
     "optimizer.b2": 0.3,
     "optimizer.epsilon": 0.01,
 }
-DECAYED = {"conv": {"kernel": True}, "conv_bn": {"scale": True, "bias": False}}
+DECAYED = {"conv": {"kernel": False}, "conv_bn": {"scale": True, "bias": True}}
 
 
 def fields_of(name: str) -> list[str]:
