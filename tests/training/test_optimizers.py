@@ -112,7 +112,7 @@ def test_rmsprop_is_tensorflows():
 # Other values than the defaults, for all fields that describe the arithmetic of some optimizer.
 OTHER_VALUES = {
     "optimizer.weight_decay": 0.1,
-    "optimizer.decayed": "scale$|kernel$",
+    "optimizer.decayed": "_bn/",
     "optimizer.momentum": 0.8,
     "optimizer.nesterov": True,
     "optimizer.rmsprop_decay": 0.7,
