@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cases, convolutions, report, rounds
 from benchmarks.cases import ALLOCATOR, CASES, CONTESTANTS, Case, Goal
 from configs import fashion_mnist
-from xception_jax.config import resolve
+from xception_jax.config import override, resolve
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 
@@ -133,9 +133,7 @@ def test_users_are_given_the_allocator_that_is_measured(file):
 
 
 def test_convolutions_of_a_network_are_found_and_timed():
-    config = fashion_mnist.get_config()
-    config.batch_size = 2
-    config = resolve(config)
+    config = override(resolve(fashion_mnist.get_config()), {"batch_size": 2})
     found = convolutions.find_convolutions(config)
     by_layer = count_cost(create_model(config.model), config.data.image_size).multiply_adds_by_layer
     in_convolutions = sum(count for layer, count in by_layer.items() if layer != "head/predictions")

@@ -1,10 +1,14 @@
-"""Every check of config.py: what a field may be, what a wrong one is answered with, and which fields contradict."""
+"""Configs: what each field accepts, how a wrong value is refused, which fields contradict, and what is stored."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import re
+from functools import reduce
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -12,44 +16,64 @@ from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import (
     FIELDS,
+    AdamConfig,
+    BatchNormConfig,
+    DataConfig,
+    ExperimentConfig,
+    InceptionV3Config,
+    LionConfig,
+    MeshConfig,
+    SGDConfig,
+    StaircaseConfig,
+    XceptionConfig,
     default_config,
     duration_in_steps,
+    flatten,
     from_json,
+    override,
     resolve,
     resolve_model,
+    to_dict,
     to_json,
     unknown_field,
 )
+from xception_jax.config.convert import _declared
+from xception_jax.config.model import NETWORKS
+from xception_jax.config.training import OPTIMIZERS, SCHEDULES
 from xception_jax.errors import ConfigError
 
 pytestmark = pytest.mark.smoke
 
 LABELS = ("paper", "reference", "inferred", "modern", "local")
+VARIANTS = {"model": NETWORKS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+DEFAULTS = resolve(default_config())
+OF_RELEASES = Path(__file__).parent / "data_of_releases"
 
 
-def changed(**fields) -> ConfigDict:
-    """Returns the default config with fields set, unchecked: `model__segments` is config.model.segments."""
-    config = default_config()
+def changed(**fields) -> dict:
+    """Returns the default config as plain data with fields set, unchecked: `model__segments` is config.model.segments.
+
+    Like a config from a file, it holds the fields of all networks, optimizers and schedules.
+    """
+    config = default_config().to_dict()
     for name, value in fields.items():
-        put(config, name.replace("__", "."), value)
+        *parents, leaf = name.split("__")
+        reduce(lambda node, parent: node[parent], parents, config)[leaf] = value
     return config
-
-
-def put(config, name, value):
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        config = config[parent]
-    with config.unlocked():
-        # ConfigDict itself would turn True into 1.0 beside a float; a file or JSON hands it over as it is.
-        if leaf in config:
-            del config[leaf]
-        config[leaf] = value
 
 
 def get(config, name):
-    for key in name.split("."):
-        config = config[key]
-    return config
+    return reduce(getattr, name.split("."), config)
+
+
+def owned(name: str, owner: str | None = None) -> dict[str, str]:
+    """Returns what makes a network, optimizer or schedule the current one that has the field."""
+    owners = FIELDS[name].owners
+    return {f"{name.partition('.')[0]}__name": owner or owners[0]} if owners else {}
+
+
+def double(name: str) -> str:
+    return name.replace(".", "__")
 
 
 def refused(config) -> ConfigError:
@@ -68,13 +92,39 @@ def refused(config) -> ConfigError:
 
 def test_the_defaults_are_valid_and_labelled():
     resolved = resolve(default_config())
-    for name, field in FIELDS.items():
-        value = get(resolved, name)
-        # None stands for a value that depends on another field.
-        assert value == (True if name == "model.batch_norm.scale" else field.default), name
-        assert field.source.split(":")[0].split(",")[0] in LABELS, name
+    assert resolved == resolve({}) == ExperimentConfig()
+    assert flatten(resolved) == {
+        name: field.default
+        for name, field in FIELDS.items()
+        if not field.owners or get(resolved, name.partition(".")[0]).name in field.owners
+    }
+    for name, field in _declared(ExperimentConfig()):
+        assert field.source.split(":")[0].split(",")[0] in LABELS, (name, field.owners)
         if field.default is not None:
-            assert field.check(field.default) == field.default
+            assert field.check(field.default) == field.default, (name, field.owners)
+
+
+@pytest.mark.parametrize("section", VARIANTS)
+def test_every_field_of_every_variant_is_declared(section):
+    """A field without a check or a source would be accepted as it is, and missing from --help."""
+    for variant, config in VARIANTS[section].items():
+        assert config.name == variant
+        declared = {name for name, field in FIELDS.items() if not field.owners or variant in field.owners}
+        built = flatten(resolve({section: {"name": variant}}))
+        assert {name for name in built if name.startswith(f"{section}.")} == {
+            name for name in declared if name.startswith(f"{section}.")
+        }
+
+
+def test_variants_agree_about_fields_of_one_name():
+    """Else the command line, --help and the check before a variant is chosen would be right for only one of them."""
+    seen = {}
+    for name, field in _declared(ExperimentConfig()):
+        contents = [cell.cell_contents for cell in field.check.__closure__ or ()]
+        described = (field.kind, field.expects, field.check.__code__, contents, field.unless)
+        assert seen.setdefault(name, described) == described, (name, field.owners)
+    assert seen.keys() == FIELDS.keys()
+    assert {"model.padding", "model.batch_norm.momentum", "optimizer.b2"} <= seen.keys()
 
 
 def test_the_papers_recipe_is_the_default():
@@ -116,15 +166,21 @@ def test_every_kind_of_field_has_wrong_values():
 def test_a_wrong_type_is_refused(name):
     field = FIELDS[name]
     for value in NEVER[kind_of(field)]:
-        if value is None and field.default is None:
+        if value is None and field.optional:
             continue
-        error = refused(changed(**{name.replace(".", "__"): value}))
+        error = refused(changed(**owned(name), **{double(name): value}))
         if isinstance(value, dict):  # A section where there is none.
             continue
         assert error.where == f"config.{name}", value
         assert repr(value) in error.what
         assert field.expects in error.fix
         assert repr(field.default) in error.fix
+
+
+def test_a_wrong_value_is_refused_with_the_default_of_the_variant():
+    for variant, default in (("adam", 0.999), ("lion", 0.99)):
+        error = refused(changed(optimizer__name=variant, optimizer__b2=3))
+        assert error.fix == f"set it to a number of at least 0, at most 1 (default: {default})"
 
 
 def numeric_limits():
@@ -145,7 +201,7 @@ def test_limits(name, allowed, not_allowed):
     assert check(allowed) == allowed
     with pytest.raises(ValueError, match=r"^$"):
         check(not_allowed)
-    assert refused(changed(**{name.replace(".", "__"): not_allowed})).where == f"config.{name}"
+    assert refused(changed(**owned(name), **{double(name): not_allowed})).where == f"config.{name}"
 
 
 def test_a_few_limits_in_numbers():
@@ -160,6 +216,7 @@ def test_a_few_limits_in_numbers():
         ("batch_size", -1),
         ("schedule__learning_rate", -0.1),
         ("optimizer__momentum", 1.1),
+        ("schedule__decay_rate", 0.0),
         ("mesh__data", -2),
         ("seed", -1),
     ):
@@ -175,52 +232,63 @@ def test_a_few_limits_in_numbers():
         ("model.segmens", "model.segments"),
         ("model.dropout", "model.dropout_rate"),
         ("model.epsilon", "model.batch_norm.epsilon"),
-        ("optimiser", "optimizer.name"),
         ("schedule.lerning_rate", "schedule.learning_rate"),
         ("data.imagesize", "data.image_size"),
     ],
 )
 def test_an_unknown_field_is_answered_with_the_one_meant(name, meant):
-    if name != "optimiser":
-        error = refused(changed(**{name.replace(".", "__"): 8}))
-        assert error.where == f"config.{name}"
-        assert error.fix == f"did you mean config.{meant}?"
-    assert unknown_field(name).where == f"config.{name}"
+    error = refused(changed(**{double(name): 8}))
+    assert error.where == unknown_field(name).where == f"config.{name}"
+    assert error.fix == f"did you mean config.{meant}?"
 
 
 def test_an_unknown_field_like_no_other():
     error = refused(changed(zzzzzz=1))
-    assert error.fix == "the fields are listed in xception_jax/fields.py"
+    assert error.fix == "train.py --help lists the fields"
 
 
 def test_an_unknown_section():
-    config = default_config()
-    config.optimzer = ConfigDict({"momentum": 0.8})
-    assert refused(config).fix == "did you mean config.optimizer.momentum?"
+    assert refused(changed(optimzer={"momentum": 0.8})).fix == "did you mean config.optimizer.momentum?"
+    assert refused(changed(optimiser="sgd")).where == "config.optimiser"
 
 
-def test_a_value_where_a_section_belongs_is_refused():
-    config = default_config()
-    del config["optimizer"]
-    config.optimizer = "sgd"
-    assert refused(config).where == "config.optimizer"
+@pytest.mark.parametrize(
+    ("section", "value", "field"),
+    [("optimizer", "sgd", "name"), ("model", None, "name"), ("model.batch_norm", 3, "momentum")],
+)
+def test_a_value_where_a_section_belongs_is_refused(section, value, field):
+    error = refused(changed(**{double(section): value}))
+    assert error.where == f"config.{section}"
+    assert error.fix == f"set its fields, such as config.{section}.{field}"
 
 
 def test_what_may_be_none():
-    may = {name for name, field in FIELDS.items() if field.default is None}
-    assert may == {"model.group_width", "model.batch_norm.scale"}
-    assert resolve(changed(model__group_width=None)).model.group_width is None
-    assert resolve(changed(model__batch_norm__scale=None)).model.batch_norm.scale is True
+    """Fields whose default depends on the variant, or that the default variant does not have."""
+    may = {name for name, field in FIELDS.items() if field.optional}
+    assert may == {
+        "model.group_width",
+        "model.batch_norm.scale",
+        "model.aux_head",
+        "optimizer.rmsprop_decay",
+        "optimizer.rmsprop_epsilon",
+        "optimizer.b1",
+        "optimizer.b2",
+        "optimizer.epsilon",
+    }
+    for name in may:
+        section = name.partition(".")[0]
+        for variant in FIELDS[name].owners or VARIANTS[section]:
+            fields = {f"{section}__name": variant, double(name): None}
+            expected = flatten(ExperimentConfig(**{section: VARIANTS[section][variant]}))[name]
+            assert flatten(resolve(changed(**fields)))[name] == expected, (name, variant)
     for network, scale in (("xception", True), ("inception_v3", False), ("inception_v3_2016", True)):
         assert resolve(changed(model__name=network)).model.batch_norm.scale is scale
-        assert (
-            resolve(changed(model__name=network, model__batch_norm__scale=not scale)).model.batch_norm.scale
-            is not scale
-        )
+        other = resolve(changed(model__name=network, model__batch_norm__scale=not scale))
+        assert other.model.batch_norm.scale is not scale
 
 
-def parse(*arguments) -> ConfigDict:
-    """Returns the resolved config of a command line."""
+def parse(*arguments) -> ExperimentConfig:
+    """Returns the typed config of a command line."""
     values = flags.FlagValues()
     command = ["train.py", *arguments]
     config_flags.DEFINE_config_dict("config", default_config(), flag_values=values, sys_argv=command)
@@ -253,6 +321,25 @@ def test_the_command_line(argument, expected):
     assert type(value) is type(expected)
 
 
+@pytest.mark.parametrize(
+    ("variant", "argument", "expected"),
+    [
+        ("optimizer.name=rmsprop", "optimizer.rmsprop_decay=0.8", 0.8),
+        ("optimizer.name=rmsprop", "optimizer.nesterov=True", True),
+        ("optimizer.name=lion", "optimizer.b2=0.98", 0.98),
+        ("optimizer.name=lamb", "optimizer.epsilon=1e-3", 1e-3),
+        ("model.name=inception_v3", "model.aux_head=True", True),
+        ("schedule.name=staircase", "schedule.decay_rate=0.5", 0.5),
+    ],
+)
+def test_fields_of_a_variant_on_the_command_line(variant, argument, expected):
+    """In either order, although the default variant need not have the field."""
+    for arguments in ((variant, argument), (argument, variant)):
+        value = get(parse(*(f"--config.{each}" for each in arguments)), argument.split("=")[0])
+        assert value == expected
+        assert type(value) is type(expected)
+
+
 def test_a_wrong_value_on_the_command_line():
     with pytest.raises(ConfigError, match="'four'"):
         parse("--config.model.segments=four")
@@ -278,22 +365,62 @@ OTHER_VALUES = {
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, OTHER_VALUES, {"model.group_width": 8}], ids=["default", "others", "group_width"]
+    "fields",
+    [
+        {},
+        OTHER_VALUES,
+        {"model.group_width": 8},
+        *({f"{section}.name": variant} for section, table in VARIANTS.items() for variant in table),
+    ],
+    ids=lambda fields: ",".join(map(str, fields.values()))[:20] or "default",
 )
 def test_json_round_trip_is_the_identity(fields):
-    config = resolve(changed(**{name.replace(".", "__"): value for name, value in fields.items()}))
+    config = override(DEFAULTS, fields)
     text = to_json(config)
     again = from_json(text)
-    assert again.to_dict() == config.to_dict()
+    assert again == config
+    assert type(again.model) is type(config.model)
     assert to_json(again) == text
-    for name in FIELDS:
-        assert type(get(again, name)) is type(get(config, name)), name
+    for name, value in flatten(config).items():
+        assert type(get(again, name)) is type(value), name
     assert list(json.loads(text)) == list(dict.fromkeys(name.split(".")[0] for name in FIELDS))
+
+
+@pytest.mark.parametrize("path", sorted(OF_RELEASES.glob("*/*.json")), ids=lambda path: path.stem)
+def test_configs_of_earlier_releases_are_read(path):
+    """4f6f645 wrote the fields of all networks, optimizers and schedules into every config.json."""
+    stored = json.loads(path.read_text())
+    for name, value in flatten(from_json(path.read_text())).items():
+        then = reduce(lambda node, key: node.get(key, {}), name.split("."), stored)
+        assert json.loads(json.dumps(value)) == then, name  # JSON has lists for tuples
+
+
+def test_which_configs_of_earlier_releases_are_read():
+    xception = from_json((OF_RELEASES / "4f6f645" / "xception.json").read_text())
+    inception = from_json((OF_RELEASES / "4f6f645" / "inception_v3.json").read_text())
+    assert type(xception.model) is XceptionConfig
+    assert (xception.optimizer.name, xception.schedule.name, xception.loss.name) == ("sgd", "cosine", "softmax")
+    assert xception.optimizer.multipliers == (("^head/", 10.0), ("_bn/", 0.5))
+    assert type(inception.model) is InceptionV3Config
+    assert (inception.optimizer.name, inception.schedule.name, inception.loss.name) == (
+        "rmsprop",
+        "staircase",
+        "sigmoid",
+    )
+    assert inception.model.batch_norm.scale is False
+    for config in (xception, inception):
+        default = ExperimentConfig(
+            model=NETWORKS[config.model.name],
+            optimizer=OPTIMIZERS[config.optimizer.name],
+            schedule=SCHEDULES[config.schedule.name],
+        )
+        differing = [name for name, value in flatten(config).items() if value != flatten(default)[name]]
+        assert len(differing) >= 20  # a field that is not read would be at its default
 
 
 def test_json_is_read_as_data():
     """No tag, class or reference in it is looked up; text that looks like code stays text."""
-    config = resolve(default_config()).to_dict()
+    config = to_dict(DEFAULTS)
     config["name"] = "!!python/object/apply:os.system ['false']"
     assert from_json(json.dumps(config)).name == config["name"]
     for key in ("__class__", "_fields", "py/object", "__reduce__"):
@@ -312,17 +439,157 @@ def test_a_damaged_file_is_a_config_error(text):
 
 def test_resolving_twice_is_resolving_once_and_leaves_its_argument_alone():
     config = changed(model__segments="4", data__crop_area=[0.1, 1])
-    before = config.to_dict()
+    before = copy.deepcopy(config)
     resolved = resolve(config)
-    assert config.to_dict() == before
-    assert resolve(resolved).to_dict() == resolved.to_dict()
+    assert config == before
+    assert resolve(ConfigDict(config)) == resolved
+    assert resolve(resolved) is resolved
+    assert resolve_model(resolved.model) is resolved.model
     assert resolved.model.segments == 4
     assert resolved.data.crop_area == (0.1, 1.0)
 
 
 def test_fields_that_are_left_out_have_their_defaults():
-    assert resolve(ConfigDict({"model": {"segments": 2}})).to_dict() == resolve(changed(model__segments=2)).to_dict()
-    assert resolve_model(ConfigDict({})).to_dict() == resolve(default_config()).model.to_dict()
+    for config in ({"model": {"segments": 2}}, ConfigDict({"model": {"segments": 2}})):
+        assert resolve(config) == resolve(changed(model__segments=2))
+    for model in ({}, ConfigDict({})):
+        assert resolve_model(model) == DEFAULTS.model
+
+
+@pytest.mark.parametrize(
+    ("build", "where"),
+    [
+        (lambda: SGDConfig(momentum=2), "optimizer.momentum"),
+        (lambda: AdamConfig(b1="much"), "optimizer.b1"),
+        (lambda: LionConfig(decayed="("), "optimizer.decayed"),
+        (lambda: StaircaseConfig(decay_every="soon"), "schedule.decay_every"),
+        (lambda: BatchNormConfig(statistics="local"), "model.batch_norm.statistics"),
+        (lambda: InceptionV3Config(dropout_rate=1.0), "model.dropout_rate"),
+        (lambda: XceptionConfig(kernel_size=4), "model.kernel_size"),
+        (lambda: XceptionConfig(segments=4, group_width=8), "model"),
+        (lambda: XceptionConfig(fc_width=8), "model.fc_width"),
+        (lambda: XceptionConfig(module="inception", segments=2), "model.segments"),
+        (lambda: XceptionConfig().replace(kernel_size=6), "model.kernel_size"),
+        (lambda: DataConfig(crop_area=(0.6, 0.5)), "data.crop_area"),
+        (lambda: MeshConfig(data=0), "mesh.data"),
+        (lambda: ExperimentConfig(batch_size=10, accumulation_steps=4), "batch_size"),
+        (
+            lambda: ExperimentConfig(batch_size=64, model=XceptionConfig(batch_norm=BatchNormConfig(statistics=48))),
+            "model.batch_norm.statistics",
+        ),
+    ],
+)
+def test_sections_check_themselves(build, where):
+    with pytest.raises(ConfigError) as error:
+        build()
+    assert error.value.where == f"config.{where}"
+    assert len(str(error.value).split("\n")) == 3
+
+
+def test_sections_hold_canonical_values_and_are_constants():
+    """Networks are built from them, and JAX caches compiled programs by what they hold."""
+    assert BatchNormConfig(statistics="32").statistics == 32
+    assert type(SGDConfig(momentum=1).momentum) is float
+    first = DataConfig(crop_area=[0.25, 1])
+    assert first.crop_area == (0.25, 1.0)
+    assert hash(first) == hash(DataConfig(crop_area=(0.25, 1.0)))
+    assert hash(SGDConfig(multipliers=[["^head/", 2]])) == hash(SGDConfig(multipliers=(("^head/", 2.0),)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.crop_area = (0.5, 1.0)
+
+
+@pytest.mark.parametrize("section", VARIANTS)
+def test_an_unknown_variant(section):
+    error = refused(changed(**{f"{section}__name": "nonsense"}))
+    assert error.where == f"config.{section}.name"
+    for variant in VARIANTS[section]:
+        assert repr(variant) in error.fix
+
+
+# For each field that only some networks, optimizers or schedules have: a value that is no variant's default.
+OF_OTHERS = {
+    "model.middle_blocks": 3,
+    "model.module": "inception",
+    "model.segments": 4,
+    "model.group_width": 8,
+    "model.order": "pointwise_first",
+    "model.intermediate_activation": "relu",
+    "model.depth_multiplier": 2,
+    "model.residual": False,
+    "model.kernel_size": 5,
+    "model.stem": "small",
+    "model.aux_head": True,
+    "optimizer.momentum": 0.8,
+    "optimizer.nesterov": True,
+    "optimizer.rmsprop_decay": 0.8,
+    "optimizer.rmsprop_epsilon": 0.1,
+    "optimizer.b1": 0.8,
+    "optimizer.b2": 0.95,
+    "optimizer.epsilon": 1e-3,
+    "schedule.decay_rate": 0.5,
+    "schedule.decay_every": "1 epoch",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.owners])
+def test_a_field_of_another_variant_is_refused(name):
+    section, value, owners = name.partition(".")[0], OF_OTHERS[name], FIELDS[name].owners
+    others = set(VARIANTS[section]) - set(owners)
+    assert others
+    for variant in others:
+        error = refused(changed(**{f"{section}__name": variant, double(name): value}))
+        assert error.where == f"config.{name}"
+        assert error.what == f"config.{name}={value!r} has no effect: {variant} has no such field"
+        assert error.fix.endswith(f"it is a field of {', '.join(owners)}")
+        # At the default it is no mistake: files that start from `default_config` hold it.
+        resolve(changed(**{f"{section}__name": variant, double(name): FIELDS[name].default}))
+    for owner in owners:
+        assert get(resolve(changed(**owned(name, owner), **{double(name): value})), name) == value
+
+
+def test_another_variant_has_its_own_defaults():
+    """Fields at the default of the old variant take that of the new one; changed ones are kept."""
+
+    def scale(network: str, base: ExperimentConfig = DEFAULTS) -> bool:
+        return override(base, {"model.name": network}).model.batch_norm.scale
+
+    inception = override(DEFAULTS, {"model.name": "inception_v3", "model.num_classes": 7})
+    assert (scale("xception"), scale("inception_v3"), scale("inception_v3_2016")) == (True, False, True)
+    assert (scale("xception", inception), scale("inception_v3_2016", inception)) == (True, True)
+    assert override(inception, {"model.name": "xception"}).model == XceptionConfig(num_classes=7)
+    unscaled = override(DEFAULTS, {"model.batch_norm.scale": False, "model.batch_norm.momentum": 0.9})
+    assert scale("inception_v3_2016", unscaled) is False
+    assert override(unscaled, {"model.name": "inception_v3"}).model.batch_norm == BatchNormConfig(0.9, scale=False)
+
+    adam = override(DEFAULTS, {"optimizer.name": "adam", "optimizer.b1": 0.8})
+    assert adam.optimizer == AdamConfig(b1=0.8, b2=0.999)
+    assert override(adam, {"optimizer.name": "lion"}).optimizer == LionConfig(b1=0.8, b2=0.99)
+    assert override(adam, {"optimizer.name": "lamb"}).optimizer == AdamConfig("lamb", b1=0.8, b2=0.999, epsilon=1e-6)
+    changed_b2 = override(adam, {"optimizer.b2": 0.95})
+    assert override(changed_b2, {"optimizer.name": "lion"}).optimizer.b2 == 0.95
+    assert override(adam, {"optimizer.name": "lion", "optimizer.b2": 0.999}).optimizer.b2 == 0.999
+
+    momentum = override(DEFAULTS, {"optimizer.momentum": 0.8, "schedule.learning_rate": 0.1})
+    assert override(momentum, {"optimizer.name": "rmsprop"}).optimizer.momentum == 0.8
+    assert override(momentum, {"schedule.name": "cosine"}).schedule.learning_rate == 0.1
+    with pytest.raises(ConfigError, match="adam has no such field") as error:
+        override(momentum, {"optimizer.name": "adam"})
+    assert error.value.where == "config.optimizer.momentum"
+
+
+def test_an_override_changes_what_it_names():
+    base = override(DEFAULTS, {"model.segments": 4, "data.crop_area": (0.25, 1)})
+    config = override(base, {"model.segments": 7, "seed": 3})
+    assert {name for name, value in flatten(config).items() if value != flatten(base)[name]} == {
+        "model.segments",
+        "seed",
+    }
+    assert (config.model.segments, config.seed, base.model.segments, base.seed) == (7, 3, 4, 0)
+    assert override(base, {}) == base
+    with pytest.raises(ConfigError, match=r"no field config\.model\.segmens"):
+        override(base, {"model.segmens": 4})
+    with pytest.raises(ConfigError, match="'sgdd'"):
+        override(base, {"optimizer.name": "sgdd"})
 
 
 @pytest.mark.parametrize(

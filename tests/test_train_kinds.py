@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
-from tests.data.small_imagenet import write_small_imagenet
+from tests.data.small_imagenet import jpeg, photograph, write_small_imagenet
 from tests.tiny_run import TINY, three_lines
+from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.logs.metrics_log import read_metrics
 
 
@@ -49,6 +51,31 @@ def test_many_labels_an_image(run_python, tmp_path):
     assert test["map_at_k_all"] == pytest.approx(test["map_at_k"])  # with 10 classes no ranking is too short
     assert re.search(r"test\[:77\] MAP|test MAP", process.stdout)
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_run_goes_on_where_more_damage_is_allowed(run_python, tmp_path):
+    """The default ends a run at one damaged image in a thousand; `data.max_bad_fraction` is how it goes on."""
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=10)}
+    )
+    images = [jpeg(photograph(number)) for number in range(19)] + [b"no image"]
+    examples = [(str(n), {"image": image, "label": n % 10}) for n, image in enumerate(images)]
+    write_dataset(Dataset("damaged", features, {"train": examples}, "Test images."), tmp_path, progress=False)
+    process = run_python(
+        "train.py",
+        *TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.data_dir={tmp_path}",
+        "--config.data.name=damaged",
+        "--config.data.train_split=train",
+        "--config.data.eval_split=",
+        "--config.data.test_split=",
+        "--config.data.max_bad_fraction=0.06",
+        "--config.batch_size=10",
+        "--config.duration=4 steps",
+    )
+    assert process.returncode == 0, process.stderr
+    assert "damaged" in process.stderr
 
 
 def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):

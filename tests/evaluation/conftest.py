@@ -14,7 +14,7 @@ import pytest
 from configs import multilabel
 from tests.data.small_imagenet import write_small_imagenet
 from tests.models.random_weights import random_variables
-from xception_jax.config import default_config, resolve, resolve_model, to_json
+from xception_jax.config import override, resolve, resolve_model, to_json
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare import fashion_mnist, imagenet
 from xception_jax.data.prepare.writer import write_dataset
@@ -41,9 +41,7 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def network() -> Network:
     """Random weights, which prefer the first four of 1,000 classes."""
-    model = default_config().model
-    model.update(width_multiplier=0.05, middle_blocks=0)
-    model = resolve_model(model)
+    model = resolve_model({"width_multiplier": 0.05, "middle_blocks": 0})
     variables = jax.tree.map(np.array, random_variables(create_model(model), np.zeros((1, 71, 71, 3), np.float32)))
     head = variables["params"]["head"]["predictions"]
     head["bias"][:4] += 6
@@ -70,13 +68,18 @@ def imagenet_dir(tmp_path_factory) -> Path:
 def multilabel_run(tmp_path_factory) -> Path:
     """A run that has saved step 7: random weights, and an average whose classifier is all zeros."""
     directory = tmp_path_factory.mktemp("run")
-    config = multilabel.get_config()
-    config.model.update(width_multiplier=0.05, middle_blocks=0)
     scenes = fashion_mnist.fashion_mnist_scenes()
     few = {split: islice(examples, 41) for split, examples in scenes.splits.items()}
     write_dataset(dataclasses.replace(scenes, name="few_scenes", splits=few), directory / "tfds", progress=False)
-    config.data.update(name="few_scenes", data_dir=str(directory / "tfds"), train_split="train", eval_split="")
-    config = resolve(config)
+    fields = {
+        "model.width_multiplier": 0.05,
+        "model.middle_blocks": 0,
+        "data.name": "few_scenes",
+        "data.data_dir": str(directory / "tfds"),
+        "data.train_split": "train",
+        "data.eval_split": "",
+    }
+    config = override(resolve(multilabel.get_config()), fields)
     (directory / "config.json").write_text(to_json(config))
     experiment = make_experiment(config)
     variables = random_variables(experiment.model, np.zeros((1, 64, 64, 3), np.float32))

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_score
 
 from xception_jax.cli import evaluate as command
-from xception_jax.config import default_config
+from xception_jax.config import DataConfig
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
@@ -38,9 +38,7 @@ def run(*arguments) -> str:
 
 
 def examples(data_dir, name="imagenet2012", split="validation"):
-    data = default_config().data
-    data.update(name=name, data_dir=str(data_dir))
-    source = open_dataset(data, split)
+    source = open_dataset(DataConfig(name=name, data_dir=str(data_dir)), split)
     return source, [source[index] for index in range(len(source))]
 
 

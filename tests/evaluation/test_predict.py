@@ -156,6 +156,18 @@ def test_a_run_with_many_labels_gives_each_class_by_itself(multilabel_run, folde
     assert {"Bag", "Ankle boot"} < {p["name"] for p in best}
 
 
+def test_each_class_by_itself_where_it_is_asked_for(weights, folder, capsys):
+    """The same logits through a sigmoid instead of a softmax: a network does not know what its head was trained for."""
+    found = []
+    for option in ([], ["--sigmoid"]):
+        run("--weights", weights, folder / "0.png", "--top", 5, "--json", *option)
+        found.append(json.loads(capsys.readouterr().out)["predictions"])
+    shares, alone = (np.array([p["probability"] for p in best]) for best in found)
+    assert [p["class"] for p in found[0]] == [p["class"] for p in found[1]]
+    np.testing.assert_allclose(np.diff(np.log(alone / (1 - alone))), np.diff(np.log(shares)), rtol=1e-3)
+    assert alone.sum() > 1 > shares.sum()
+
+
 def test_a_weight_file_knows_too_that_it_has_many_labels(multilabel_run, folder, tmp_path, capsys):
     save_network(tmp_path / "x.safetensors", open_network(str(multilabel_run)))
     run("--weights", tmp_path / "x.safetensors", folder / "0.png", "--top", 10, "--json")

@@ -16,16 +16,19 @@ from flax.errors import (
 )
 from jax.sharding import AbstractMesh, AxisType
 
-from xception_jax.config import FIELDS, XCEPTION_ONLY, default_config
+from xception_jax.config import FIELDS, default_config, override, resolve
 from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
+
+MODEL_FIELDS = {name.removeprefix("model."): field for name, field in FIELDS.items() if name.startswith("model.")}
+XCEPTION_ONLY = [name for name, field in MODEL_FIELDS.items() if field.owners == ("xception",)]
 
 XCEPTION = {"name": "xception", "width_multiplier": 0.25, "middle_blocks": 1, "num_classes": 10}
 INCEPTION = {"name": "inception_v3", "width_multiplier": 0.125, "num_classes": 10}
 
 # For each field: the values to try, and what must be set beside it for it to have a meaning.
 VALUES: dict[str, tuple[list, dict]] = {
-    "name": (["inception_v3", "inception_v3_2016"], {"middle_blocks": 8}),
+    "name": (["inception_v3", "inception_v3_2016"], {}),
     "num_classes": ([11], {}),
     "width_multiplier": ([0.5], {}),
     "middle_blocks": ([0, 2], {}),
@@ -59,10 +62,7 @@ INCEPTION_VALUES = {
 
 
 def model_config(**fields):
-    config = default_config().model
-    for name, value in fields.items():
-        config.update_from_flattened_dict({name: value})
-    return config
+    return override(resolve(default_config()), {f"model.{name}": value for name, value in fields.items()}).model
 
 
 def program(model, variables, side: int) -> str:
@@ -126,12 +126,12 @@ def test_every_field_changes_inception_v3(name, value):
 
 def test_the_lists_above_are_complete():
     """A new field, or a new option of one, needs a value there."""
-    fields = {name.removeprefix("model."): field for name, field in FIELDS.items() if name.startswith("model.")}
-    assert set(VALUES) | {"aux_head"} == set(fields)
-    assert set(INCEPTION_VALUES) == set(fields) - set(XCEPTION_ONLY)
+    assert len(XCEPTION_ONLY) == 10
+    assert set(VALUES) | {"aux_head"} == set(MODEL_FIELDS)
+    assert set(INCEPTION_VALUES) == set(MODEL_FIELDS) - set(XCEPTION_ONLY)
     for name, (values, _) in VALUES.items():
-        options = set(re.findall(r"'(\w+)'", fields[name].expects))
-        assert options <= {*map(str, values), str(fields[name].default)}, name
+        options = set(re.findall(r"'(\w+)'", MODEL_FIELDS[name].expects))
+        assert options <= {*map(str, values), str(MODEL_FIELDS[name].default)}, name
 
 
 NOT_DEFAULT = {name: VALUES[name][0][0] for name in XCEPTION_ONLY}
@@ -144,7 +144,8 @@ def test_inception_v3_refuses_the_fields_of_xception(variant, name):
         create_model(model_config(name=variant, **{name: NOT_DEFAULT[name]}))
     assert error.value.where == f"config.model.{name}"
     assert variant in error.value.what
-    assert repr(default_config().model[name]) in error.value.fix
+    assert repr(MODEL_FIELDS[name].default) in error.value.fix
+    assert error.value.fix.endswith("it is a field of xception")
 
 
 @pytest.mark.parametrize(

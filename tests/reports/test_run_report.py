@@ -67,16 +67,9 @@ class Page(html.parser.HTMLParser):
 
 
 def make_config(num_classes=10, **changes):
-    config = config_lib.default_config()
-    config.name = "first run"
-    config.model.num_classes = num_classes
-    for name, value in changes.items():
-        node = config
-        *parents, leaf = name.split("__")
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return config_lib.resolve(config)
+    fields = {"name": "first run", "model.num_classes": num_classes}
+    fields |= {name.replace("__", "."): value for name, value in changes.items()}
+    return config_lib.override(config_lib.resolve(config_lib.default_config()), fields)
 
 
 def make_metrics(test=True):

@@ -35,7 +35,7 @@ def test_traffic_of_a_small_network():
 
 
 def test_xception_moves_what_its_layers_say():
-    traffic = count_traffic(create_model(default_config().model), 299)
+    traffic = count_traffic(create_model(DEFAULTS.model), 299)
     assert traffic == Traffic(33_053_491, 35_825_968, 21_137_152, 40)
 
 

@@ -1,11 +1,17 @@
+"""Schedules and optimizers beside their formulas and beside optax's building blocks; losses beside their formulas."""
+
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from xception_jax.config import default_config, override, resolve
+from tests.conftest import ROOT
+from xception_jax.config import default_config, flatten, override, resolve
 from xception_jax.training.losses import sigmoid_loss, softmax_loss
-from xception_jax.training.optimizers import make_optimizer, make_schedule
+from xception_jax.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule
 
 PARAMS = {
     "conv": {"kernel": np.array([1.0, -2.0, 0.5])},
@@ -28,9 +34,8 @@ def gradients(step):
     return jax.tree.map(lambda leaf: np.sin(leaf + step), PARAMS)
 
 
-def trajectory(config, steps=5):
+def trajectory_of(optimizer: optax.GradientTransformation, steps: int = 5) -> list:
     """Returns the parameters after each step under `gradients`."""
-    optimizer = make_optimizer(config.optimizer, make_schedule(config, num_examples=config.batch_size * 2))
     params = jax.tree.map(jnp.asarray, PARAMS)
     state, history = optimizer.init(params), []
     for step in range(steps):
@@ -38,6 +43,12 @@ def trajectory(config, steps=5):
         params = jax.tree.map(jnp.add, params, updates)
         history.append(params)
     return history
+
+
+def trajectory(config, steps=5):
+    """Returns the parameters after each step of a config's optimizer under `gradients`."""
+    schedule = make_schedule(config, num_examples=config.batch_size * 2)
+    return trajectory_of(make_optimizer(config.optimizer, schedule), steps)
 
 
 def test_staircase_of_the_paper():
@@ -96,6 +107,115 @@ def test_rmsprop_is_tensorflows():
         )
         params = jax.tree.map(lambda p, m: p - m, params, momentum)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, params)
+
+
+# Other values than the defaults, for all fields that describe the arithmetic of some optimizer.
+OTHER_VALUES = {
+    "optimizer.weight_decay": 0.1,
+    "optimizer.decayed": "_bn/",
+    "optimizer.momentum": 0.8,
+    "optimizer.nesterov": True,
+    "optimizer.rmsprop_decay": 0.7,
+    "optimizer.rmsprop_epsilon": 0.1,
+    "optimizer.b1": 0.1,
+    "optimizer.b2": 0.3,
+    "optimizer.epsilon": 0.01,
+}
+DECAYED = {"conv": {"kernel": False}, "conv_bn": {"scale": True, "bias": True}}
+
+
+def fields_of(name: str) -> list[str]:
+    config = override(DEFAULTS, {"optimizer.name": name})
+    return [field for field in flatten(config) if field.startswith("optimizer.") and field != "optimizer.name"]
+
+
+def by_hand(name: str, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimizer with `OTHER_VALUES`, put together from optax's building blocks."""
+    decay, descend = optax.add_decayed_weights(0.1, DECAYED), optax.scale_by_learning_rate(rate)
+    momentum, adam = optax.trace(0.8, nesterov=True), optax.scale_by_adam(0.1, 0.3, 0.01)
+    rms = optax.scale_by_rms(0.7, 0.1, initial_scale=1.0, eps_in_sqrt=True)
+    return optax.chain(
+        *{
+            "sgd": (decay, momentum, descend),
+            "rmsprop": (decay, rms, descend, momentum),
+            "adam": (decay, adam, descend),
+            "adamw": (adam, decay, descend),
+            "lamb": (adam, decay, optax.scale_by_trust_ratio(), descend),
+            "lion": (optax.scale_by_lion(0.1, 0.3), decay, descend),
+        }[name]
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_its_building_blocks(name):
+    """Bit by bit, with a rate that changes, and with a decay that spares some parameters."""
+    fields = {field: value for field, value in OTHER_VALUES.items() if field in fields_of(name)}
+    config = config_with(**HALVED, **fields, **{"optimizer.name": name})
+    schedule = make_schedule(config, num_examples=config.batch_size * 2)
+    for ours, theirs in zip(trajectory(config), trajectory_of(by_hand(name, schedule)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_field_of_an_optimizer_has_an_effect(name):
+    others = OTHER_VALUES | {
+        "optimizer.frozen": "_bn/",
+        "optimizer.multipliers": (("bias$", 0.5),),
+    }
+    base = {"optimizer.name": name, "optimizer.weight_decay": 0.2, **AT_ONE}
+    steps = 12  # until Lion, which looks at signs, has met a small gradient
+    plain = trajectory(config_with(**base), steps)[-1]
+    for field in set(fields_of(name)) - {"optimizer.clip_norm"}:  # see below; a factor that Lion does not see
+        moved = trajectory(config_with(**base | {field: others[field]}), steps)[-1]
+        same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(plain), strict=True)]
+        assert not all(same), field
+
+
+KERNEL = PARAMS["conv"]["kernel"]
+L2 = 0.1 * KERNEL  # the gradient of weight decay
+# A step without any gradient, at a weight decay of 0.1 and a learning rate of 0.5, from the formulas.
+DECAY_ALONE = {
+    # Coupled: the optimizer takes the decay for a gradient. Adam's first step always has the length of the rate.
+    "sgd": -0.5 * L2,
+    "rmsprop": -0.5 * L2 / np.sqrt(0.9 + 0.1 * L2**2 + 1.0),
+    "adam": -0.5 * np.sign(KERNEL),
+    # Decoupled: a share of the parameter, in proportion to the rate.
+    "adamw": -0.5 * L2,
+    "lion": -0.5 * L2,
+    # LAMB scales the update to the norm of the parameter, here ten times as much.
+    "lamb": -0.5 * KERNEL,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_is_coupled_or_decoupled(name):
+    fields = {"optimizer.name": name, "optimizer.weight_decay": 0.1, **AT_ONE, "schedule.learning_rate": 0.5}
+    config = config_with(**fields)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config, num_examples=1))
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["conv"]["kernel"], DECAY_ALONE[name], rtol=1e-5)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["conv_bn"]))
+
+
+@pytest.fixture(scope="module")
+def sharded(run_python, tmp_path_factory):
+    """What `optimizer_program.py` says of each optimizer."""
+    process = run_python(
+        ROOT / "tests/training/optimizer_program.py", tmp_path_factory.mktemp("checkpoints"), devices=2
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_an_optimizer_is_sharded_and_resumed_bit_by_bit(sharded, name):
+    found = sharded[name]
+    for state in ("trained", "restored"):
+        # As many kernels and biases as are divisible, in each moment.
+        assert found[state]["sharded"] == {"sgd": 3, "rmsprop": 6, "adam": 6, "adamw": 6, "lamb": 6, "lion": 3}[name]
+        assert found[state]["whole"] == []
+    assert found["resumed"] == found["uninterrupted"] != found["saved"]
 
 
 def test_clipping_comes_before_decay():

@@ -93,8 +93,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def unknown_field(name: str) -> ConfigError:
     """Returns the error for a field that no config has, with the field that was probably meant."""
+    inside = [known for known in FIELDS if known.startswith(f"{name}.")]
+    if inside:
+        fix = f"set its fields, such as config.{inside[0]}"
+        return ConfigError(f"config.{name} is a section, not a field", f"config.{name}", fix)
     leaf = name.rsplit(".", 1)[-1]
-    by_leaf = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
+    # Of fields with one last name, the one of the same section counts.
+    by_section = sorted(FIELDS, key=lambda known: known.partition(".")[0] == name.partition(".")[0])
+    by_leaf = {known.rsplit(".", 1)[-1]: known for known in by_section}
     close = difflib.get_close_matches(name, FIELDS, 1, 0.75)
     close = close or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
     fix = f"did you mean config.{close[0]}?" if close else "train.py --help lists the fields"
@@ -112,8 +118,8 @@ def _build(default: Section, given: dict[str, Any]) -> Any:
         elif isinstance(value, Section):
             values[field.name] = _build(value, given)
         elif name in given:
-            new = given.pop(name)
-            values[field.name] = value if new is None and FIELDS[name].optional else new
+            new, spec = given.pop(name), dataclasses.replace(FIELDS[name], default=value)  # the default of the variant
+            values[field.name] = value if new is None and spec.optional else checked(spec, name, new)
     return dataclasses.replace(default, **values)
 
 
