@@ -44,7 +44,7 @@ constexpr int kMostLanes = 16;  // of any processor
 constexpr Size kLineBytes = 64, kLineFloats = kLineBytes / sizeof(float);  // of a cache line
 
 // Caches of a core of the servers that block sizes are made for (Intel since 2023). They are constants, rather than read from
-// the machine, because block sizes decide where sums are cut: all machines shall compute the same bits.
+// the machine, because block sizes decide where sums are cut, and all machines should compute the same bits.
 constexpr Size kL1Bytes = 48 << 10, kL2Bytes = 2 << 20;
 
 constexpr Size RoundDown(Size value, Size multiple) { return value / multiple * multiple; }
