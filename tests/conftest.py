@@ -55,7 +55,7 @@ def pytest_xdist_auto_num_workers():
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first: a worker takes whole files, and a long one at the end would keep the others idle."""
+    """Puts the longest files first. Workers take whole files, and a long one at the end would leave the others idle."""
     items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
