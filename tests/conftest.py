@@ -11,32 +11,38 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# With all of JAX and Keras in memory, looking for garbage as often as by default takes a tenth of the time.
+# With JAX and Keras in memory, garbage collection at its default frequency takes a tenth of the time.
 gc.set_threshold(50_000)
 
-# Most programs of the tests run once: to optimise them would take longer than to run them as they are. Read when JAX
-# compiles for the first time, here and in the processes that tests start.
+# Most programs in the tests run once, so optimising them would take longer than running them unoptimised. JAX reads the
+# flags when it first compiles, here and in the processes that tests start.
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# XLA's older way to machine code takes two thirds of the time for a short run. On one device it computes what the newer
-# one does, to rounding; with several, losses were off by 0.2 % after five steps. jax 0.12 no longer has it.
+# XLA's older code generator takes two thirds of the time for a short run. On one device both compute the same values up
+# to rounding. On several devices, losses differed by 0.2 % after five steps. jax 0.12 has only the newer one.
 OLDER_CODE, NEWER_CODE = (
     f"--xla_cpu_use_fusion_emitters={newer}" if version("jaxlib").startswith("0.10.") else ""
     for newer in ("false", "true")
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION} {OLDER_CODE}"
+# Programs without the Python line of each operation are lowered faster: a short run takes 8 % less CPU time.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
+# Ordered by duration.
 LONG_FILES = (
     "test_train.py",
-    "test_parity_with_keras.py",
     "test_train_kinds.py",
+    "test_configs.py",
+    "test_parity_with_keras.py",
     "test_finetuning.py",
     "test_export.py",
     "test_runner.py",
     "test_cpu_kernels.py",
     "test_keras_files.py",
-    "test_checkpoint.py",
-    "test_configs.py",
     "test_compiled_step.py",
+    "test_checkpoint.py",
+    "test_train_bad_input.py",
+    "test_plan.py",
+    "test_smoke.py",
     "test_step.py",
     "test_networks.py",
     "test_parity_catches.py",
@@ -44,34 +50,38 @@ LONG_FILES = (
 
 
 def pytest_xdist_auto_num_workers():
-    """One more than cores, since a test that has started a process often waits for it."""
+    """Returns one worker more than there are cores, because a test often waits for a process that it started."""
     return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: processes share the tests by file, and none should end with a long one."""
+    """Puts the longest files first. Workers take whole files, and a long one at the end would leave the others idle."""
     items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
 @pytest.fixture(scope="session")
 def shared_environment(tmp_path_factory) -> dict[str, str]:
-    """For processes that tests start: datasets are prepared once, and equal programs compiled once, in a session."""
-    directory = tmp_path_factory.mktemp("shared")
+    """Returns the environment of the processes that tests start.
+
+    All workers of a session share the compiled programs. Each worker prepares datasets in a directory of its own.
+    """
+    worker = tmp_path_factory.getbasetemp()
+    session = worker.parent if "PYTEST_XDIST_WORKER" in os.environ else worker
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(session / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "TFDS_DATA_DIR": str(directory / "tensorflow_datasets"),
+        "TFDS_DATA_DIR": str(worker / "tensorflow_datasets"),
         "PYTHONPATH": str(ROOT),
     }
 
 
 @pytest.fixture(scope="session")
 def run_python(shared_environment):
-    """Returns a function that runs `python ARGUMENTS` in the root of the repository, and returns its end.
+    """Returns a function that runs `python ARGUMENTS` in the root of the repository and waits for it to end.
 
-    `devices` are simulated; `environment` goes before what all such processes have in common. Another `interpreter`
-    is one with other packages.
+    `devices` is the number of simulated devices. `environment` overrides variables of `shared_environment`. Tests that
+    need other packages pass the `interpreter` of another virtual environment.
     """
 
     def run(

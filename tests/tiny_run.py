@@ -1,4 +1,4 @@
-"""A run that takes seconds, and how it says what is wrong."""
+"""Flags of a training run that takes seconds, and a check of error messages."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TINY = [
 
 
 def three_lines(process: subprocess.CompletedProcess) -> list[str]:
+    """Returns the error, where and fix lines that a process printed, and checks that there is no traceback."""
     lines = [line for line in process.stderr.splitlines() if line.startswith(("error: ", "  where: ", "  fix: "))]
     assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], process.stderr
     assert "Traceback" not in process.stderr
