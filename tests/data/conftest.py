@@ -31,7 +31,7 @@ def data(tfds_dir) -> DataConfig:
 
 
 def write_images(data_dir: Path, name: str, images: list[bytes], labels: list[int] | None = None, classes: int = 5):
-    """Writes a dataset whose split 'train' has these images in this order, although TFDS sorts by a hash of the keys."""
+    """Writes a dataset whose split 'train' has these images in this order (TFDS sorts by a hash of the keys)."""
     import hashlib
 
     keys = sorted(map(str, range(len(images))), key=lambda key: hashlib.md5(key.encode()).digest())
