@@ -13,13 +13,13 @@ from xception_jax.data.prepare.writer import Dataset, write_dataset
 
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory) -> Path:
-    """Datasets that no test changes."""
+    """Returns a directory of datasets that tests only read."""
     return tmp_path_factory.mktemp("tensorflow_datasets")
 
 
 @pytest.fixture
 def data(tfds_dir) -> DataConfig:
-    """`config.data` for the shipped images."""
+    """Returns a `config.data` for the shipped images."""
     return DataConfig(
         name="fashion_mnist_subset",
         data_dir=str(tfds_dir),
@@ -31,7 +31,7 @@ def data(tfds_dir) -> DataConfig:
 
 
 def write_images(data_dir: Path, name: str, images: list[bytes], labels: list[int] | None = None, classes: int = 5):
-    """Writes a dataset whose split 'train' holds these images in this order (TFDS sorts by a hash of the keys)."""
+    """Writes a dataset whose split 'train' has these images in this order (TFDS sorts by a hash of the keys)."""
     import hashlib
 
     keys = sorted(map(str, range(len(images))), key=lambda key: hashlib.md5(key.encode()).digest())
@@ -48,7 +48,7 @@ def write_images(data_dir: Path, name: str, images: list[bytes], labels: list[in
 
 @pytest.fixture(scope="session")
 def photographs_dir(tfds_dir) -> Path:
-    """23 photographs, as the dataset 'photographs'."""
+    """Returns a directory with the dataset 'photographs', which has 23 images."""
     write_images(tfds_dir, "photographs", [jpeg(photograph(number)) for number in range(23)])
     return tfds_dir
 

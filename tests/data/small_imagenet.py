@@ -1,4 +1,4 @@
-"""A small ImageNet of real photographs: the two archives in the layout of ILSVRC 2012, with the oddities of the set."""
+"""Writes a small ImageNet of real photographs: archives with the layout and the unusual images of ILSVRC 2012."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 
 @functools.cache
 def photographs() -> tuple[np.ndarray, ...]:
-    """RGB photographs that scikit-image and scikit-learn ship, uint8 [h, w, 3]."""
-    # Imported late: both take seconds, and several tests start processes.
+    """Returns RGB photographs from scikit-image and scikit-learn, uint8 [h, w, 3]."""
+    # Imported here because both take seconds and several tests start processes.
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -29,7 +29,7 @@ def photographs() -> tuple[np.ndarray, ...]:
 
 
 def photograph(number: int, size: int = 120) -> np.ndarray:
-    """Cuts an image out of a photograph: another one for each number; taller than wide if the number is odd."""
+    """Returns a crop of a photograph, different for each number, in portrait format if the number is odd."""
     rng = np.random.default_rng(number)
     source = photographs()[number % len(photographs())]
     height, width = (size, size * 3 // 4) if number % 2 else (size * 3 // 4, size)
@@ -48,7 +48,7 @@ def encoded(image: np.ndarray, image_format: str, mode: str = "RGB", **options) 
 
 
 def odd_image(number: int) -> bytes:
-    """Every fifth image is grey, CMYK or a PNG whose name ends in .JPEG, as some of ImageNet are."""
+    """Returns an encoded image. As in ImageNet, some are grey, CMYK or PNG: here every fifth one."""
     image = photograph(number)
     match number % 15:
         case 4:
@@ -75,7 +75,7 @@ def class_archive(wnid: str, images: list[bytes]) -> bytes:
 
 
 def validation_numbers(classes: int, count: int) -> list[int]:
-    """The first images of the validation set whose label is one of the first classes."""
+    """Returns the numbers of the first validation images that belong to the first classes."""
     labels = {wnid: label for label, wnid in enumerate(class_names())}
     wnids = imagenet.validation_wnids()
     return [number for number, wnid in enumerate(wnids, start=1) if labels[wnid] < classes][:count]
@@ -85,8 +85,8 @@ def write_small_imagenet(directory: Path, *, classes: int = 3, train_per_class: 
     """Writes ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 
     Args:
-      directory: where to; it is made if it is not there.
-      classes: the first so many of the 1,000.
+      directory: directory for the archives; created if it does not exist.
+      classes: number of classes, the first of the 1,000.
       train_per_class: images in the archive of each class.
       validation: images in the validation archive, at most 50 for each class.
 

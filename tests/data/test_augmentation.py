@@ -79,7 +79,7 @@ def test_shifted_view_moves_by_up_to_its_pixels_and_brings_in_black():
 
 
 class Given:
-    """Stands in for a Generator: gives what the test wants to be drawn."""
+    """Replaces a Generator and returns the values that the test chooses."""
 
     def __init__(self, brightness: float, saturation: float, brightness_is_first: int):
         self._uniform, self._first = [brightness, saturation], brightness_is_first
@@ -95,7 +95,7 @@ class Given:
 @pytest.mark.parametrize("saturation", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("brightness_is_first", [0, 1])
 def test_color_is_distorted_as_in_hsv(brightness, saturation, brightness_is_first):
-    noise = rng().integers(0, 256, (200, 200, 3), np.uint8)  # with the photograph more than is distorted at once
+    noise = rng().integers(0, 256, (200, 200, 3), np.uint8)  # with the photograph, more than one band
     image = np.concatenate([cv2.resize(photograph(2), (200, 200)), noise])[::2]
     out = np.full(image.shape, np.nan, np.float32)
     augmentation.to_float_with_distorted_color(image[:, ::-1], out, Given(brightness, saturation, brightness_is_first))

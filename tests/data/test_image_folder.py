@@ -1,4 +1,4 @@
-"""Datasets from folders of images: what belongs to them, what is left out, what is said of it."""
+"""Tests datasets from folders of images, and which files are skipped and reported."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_hidden_and_system_names_are_no_part_of_a_folder(tmp_path, data, capsys)
     assert (report["num_examples"], report["classes"]) == ({"train": 1}, ["daisy"])
     assert report["skipped"] == {"a class without images": [str(folder / "train/tulip")]}
     prepare(*arguments)
-    assert "classes (" not in capsys.readouterr().out  # of the dataset that is there, which may be another
+    assert "classes (" not in capsys.readouterr().out  # the existing dataset may be of another folder
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, data, capsys):

@@ -1,4 +1,4 @@
-"""ImageNet from its two archives, as distributed, as other programs pack them, and damaged."""
+"""Tests ImageNet from its two archives: as distributed, written by other programs, and damaged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(small, tmp_path) -> Path:
-    """A directory of its own with both archives, for tests that change them."""
+    """Returns a separate directory with both archives, for tests that change them."""
     directory = tmp_path / "archives"
     directory.mkdir()
     for name in (imagenet.TRAIN_ARCHIVE, imagenet.VALIDATION_ARCHIVE):

@@ -1,4 +1,4 @@
-"""ImageNet-V2 from its archive and from its folder: labels are numbers, whatever the order of their names."""
+"""Tests ImageNet-V2 from its archive and from its folder; labels must not depend on the order of folder names."""
 
 from __future__ import annotations
 

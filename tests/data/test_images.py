@@ -96,7 +96,7 @@ def test_exif_orientation_is_applied(orientation):
     exif[0x0112] = orientation
     image = images.decode(encoded(PHOTOGRAPH, "JPEG", quality=95, exif=exif))
     np.testing.assert_array_equal(image, transform(images.decode(encoded(PHOTOGRAPH, "JPEG", quality=95))))
-    deep = PHOTOGRAPH[..., 0].astype(np.uint16) * 256 + 55  # 16 bits take a way of their own
+    deep = PHOTOGRAPH[..., 0].astype(np.uint16) * 256 + 55  # 16-bit images are decoded separately
     buffer = io.BytesIO()
     Image.fromarray(deep).save(buffer, "PNG", exif=exif)
     np.testing.assert_array_equal(images.decode(buffer.getvalue())[..., 0], transform(PHOTOGRAPH[..., 0]))

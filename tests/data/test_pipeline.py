@@ -35,7 +35,7 @@ def train(data: DataConfig, count: int, *, batch_size: int = 8, start_step: int 
 
 
 def concatenate(parts: list[list[dict]]) -> list[dict]:
-    """The global batches of several processes, whose lists are given in the order of their process_index."""
+    """Returns the global batches of several processes, given in the order of their process_index."""
     return [
         {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
         for batches in zip(*parts, strict=True)
@@ -81,7 +81,7 @@ def test_memory_is_used_again_once_nobody_refers_to_it():
     others = [buffers.array((4, 300, 300)) for _ in range(3)]
     assert not any(np.shares_memory(view, other) for other in others)
     del view
-    others.append(np.empty((4, 300, 300), np.float32))  # gets what goes back to the allocator
+    others.append(np.empty((4, 300, 300), np.float32))  # would get memory that was returned to the allocator
     assert buffers.array((4, 300, 200)).ctypes.data != address
     assert buffers.array((4, 300, 300)).ctypes.data == address
 
@@ -122,7 +122,7 @@ def test_batches_do_not_depend_on_workers(photographs_data):
 
 
 class Counted:
-    """A source that keeps which examples were read."""
+    """A source that records which examples were read."""
 
     def __init__(self, source):
         self._source, self.info, self.read = source, source.info, []
@@ -142,7 +142,7 @@ def test_a_cache_changes_no_batch_and_saves_reading_again(damaged_data):
     expected = train(damaged_data, 9)
     evaluated = list(EvaluationBatches(damaged_data, open_dataset(damaged_data, "train"), batch_size=5))
     damaged_data = damaged_data.replace(cache=True)
-    whole = (1, 5, 6, 7, 8, 9, 10)  # 0 and 4 are read again where they stand in for a damaged neighbour
+    whole = (1, 5, 6, 7, 8, 9, 10)  # 0 and 4 are also read as replacements of damaged neighbours
 
     source = Counted(open_dataset(damaged_data, "train"))
     with contextlib.closing(train_batches(damaged_data, source, batch_size=8, seed=3, start_step=0)) as batches:
@@ -262,7 +262,7 @@ def test_an_evaluation_shows_the_central_view(photographs_data):
 
 @pytest.fixture
 def damaged_data(photographs_data, tmp_path):
-    """12 images, of which 2, 3 and 11 are damaged."""
+    """Returns a `config.data` for 12 images, of which 2, 3 and 11 are damaged."""
     files = [jpeg(photograph(number)) for number in range(12)]
     files[2], files[3], files[11] = b"", files[3][:500], encoded(photograph(11), "GIF")
     write_images(tmp_path, "damaged", files)
@@ -385,7 +385,7 @@ def test_closing_stops_the_threads(photographs_data):
 
 
 def test_an_error_of_a_worker_process_arrives_as_itself(data, tfds_dir):
-    """Grain pickles it on the way: the exit code must survive."""
+    """Grain pickles the error; the exit code must survive."""
     write_images(tfds_dir, "all_damaged", [b"not an image"] * 4)
     data = data.replace(name="all_damaged", data_dir=str(tfds_dir), workers=1)
     source = open_dataset(data, "train")

@@ -1,4 +1,4 @@
-"""The writer, Fashion-MNIST, TFRECORD copies and the command itself; ImageNet and folders have files of their own."""
+"""Tests the writer, Fashion-MNIST, TFRECORD copies and the command; ImageNet and folders are in separate files."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path):
-    """With a limit on the size of files in place of a full disk: the system refuses the write in the same place."""
+    """A limit on file sizes replaces the full disk: the system refuses the same write."""
     code = (
         "import resource, signal, pathlib, sys; from tests.data.test_prepare import numbered\n"
         "from xception_jax.data.prepare import writer; from xception_jax.errors import StorageError\n"
@@ -228,7 +228,7 @@ def masked(data: bytes) -> bytes:
 
 
 def as_tfrecord(directory: Path) -> Path:
-    """Turns an ArrayRecord dataset into what TFDS writes by default."""
+    """Converts an ArrayRecord dataset to TFRECORD files, the default of TFDS."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     for path in directory.glob("*.array_record-*"):
@@ -250,7 +250,7 @@ def tfrecord_copy(tmp_path) -> Path:
 
 
 def test_crc32c_is_that_of_tfrecord():
-    # The length 24, as it stands in files that TensorFlow has written.
+    # The masked checksum of the length 24 in files written by TensorFlow.
     assert masked(struct.pack("<Q", 24)) == bytes.fromhex("a37f4b22")
 
 
@@ -279,7 +279,7 @@ def test_a_flipped_bit_in_a_tfrecord_file_is_found(tfrecord_copy, tmp_path, at):
 def test_a_truncated_tfrecord_file_is_found(tfrecord_copy, tmp_path):
     path = next(tfrecord_copy.glob("*.tfrecord-*"))
     sizes = [len(record) + 16 for record in tfrecord.read_tfrecord(path)]
-    path.write_bytes(path.read_bytes()[: sum(sizes[:4])])  # at the end of a record, where no checksum tells
+    path.write_bytes(path.read_bytes()[: sum(sizes[:4])])  # after a complete record, where checksums find no error
     with pytest.raises(BadDataError, match="has 4 records"):
         prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path)
 

@@ -231,7 +231,7 @@ def test_two_processes_that_start_at_once_share_one_preparation_without_tensorfl
 
 
 def test_open_images_is_read_as_tfds_writes_it(data, tmp_path):
-    """Its labels are those of `objects_trainable` that a person or a machine found, each once."""
+    """Labels are the classes of `objects_trainable` with a confidence above 0, each once."""
     objects = tfds.features.Sequence(
         {
             "label": tfds.features.ClassLabel(num_classes=7),

@@ -128,7 +128,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
 
 def _verify(data: bytes, checksum: bytes, path: Path, at: int) -> None:
     crc = google_crc32c.value(data)
-    # The format masks (rotates and shifts) checksums, because the CRC of data that contains CRCs is not robust.
+    # The format masks (rotates and shifts) checksums, because a CRC of data that contains CRCs is problematic.
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     if len(checksum) != _CHECKSUM.size or _CHECKSUM.unpack(checksum)[0] != masked:
         raise BadDataError(f"the record at byte {at:,} is damaged or truncated", str(path), "copy the file again")
