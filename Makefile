@@ -1,21 +1,42 @@
-# Everything is set up by the first command that needs it, in .venv; another interpreter: make test PYTHON=python3.12
+# Each target sets up the environment that it needs in .venv. To use another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv$(patsubst python3%,%,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/fashion_mnist
-# Interpreters that have benchmarks/requirements.txt and requirements-plan.txt; by default .venv-peers and .venv-plan, set up
-# by the first target that needs them
+# Interpreters with the packages of benchmarks/requirements.txt and requirements-plan.txt. By default the first target that
+# needs them sets up .venv-peers and .venv-plan.
 PEERS ?=
 PLAN ?=
 
-# Memory in huge pages, and less than 1 GiB of it kept for the next step: a third of a training step on a CPU is otherwise
-# spent on page faults.
+# The lock files hold exact versions and hashes for one Python and one platform. Elsewhere pip takes the newest versions
+# that requirements*.txt allow.
+LOCKED_PLATFORM := 3 11 Linux x86_64
+PLATFORM := $(shell $(PYTHON) -c 'import platform, sys; print(*sys.version_info[:2], platform.system(), platform.machine())')
+ifeq ($(PLATFORM),$(LOCKED_PLATFORM))
+REQUIREMENTS := requirements.lock
+REQUIREMENTS_DEV := requirements-dev.lock
+else
+REQUIREMENTS := requirements.txt
+REQUIREMENTS_DEV := requirements-dev.txt
+endif
+PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
+UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
+	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
+
+# Enables huge pages, and keeps up to 1 GiB of freed memory for the next step. Page faults would otherwise take a third of
+# a training step on a CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x40000000:glibc.malloc.trim_threshold=0x40000000
 
-.PHONY: train test test-peers test-plan check bench format clean
+.PHONY: help train smoke test test-peers test-plan check format lock bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS='--config.seed=1' overrides fields
 	$(BIN)/python train.py --config=configs/fashion_mnist.py --workdir=$(WORKDIR) $(ARGS)
+
+smoke: $(VENV)/.installed-dev ## Run the tests marked `smoke`, in less than a minute
+	$(BIN)/python -m pytest -m smoke $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' selects some
 	$(BIN)/python -m pytest $(ARGS)
@@ -35,24 +56,32 @@ format: $(VENV)/.installed-dev ## Rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+lock: .venv-lock/bin/uv ## Write the lock files from requirements*.txt; ARGS=--upgrade takes the newest versions
+	$(UV_COMPILE) $(ARGS) --output-file requirements.lock requirements.txt
+	$(UV_COMPILE) $(ARGS) --constraints requirements.lock --output-file requirements-dev.lock requirements-dev.txt
+
 bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure beside peers; ARGS='--cases=small,train'
 	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
 
-clean: ## Remove the virtual environments and caches; runs stay
-	rm -rf .venv .venv.* .venv-peers .venv-plan .pytest_cache .ruff_cache .mypy_cache
+clean: ## Remove the virtual environments and caches, but not the runs
+	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .pytest_cache .ruff_cache .mypy_cache
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	$(BIN)/$(PIP_INSTALL) -r $(REQUIREMENTS)
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements-dev.txt $(REQUIREMENTS_DEV) $(VENV)/.installed
+	$(BIN)/$(PIP_INSTALL) -r $(REQUIREMENTS_DEV)
 	touch $@
+
+.venv-lock/bin/uv:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/$(PIP_INSTALL) uv
 
 .venv-peers/.installed: benchmarks/requirements.txt
 .venv-plan/.installed: requirements-plan.txt requirements.txt
 .venv-peers/.installed .venv-plan/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --disable-pip-version-check --progress-bar off -r $<
+	$(@D)/bin/$(PIP_INSTALL) -r $<
 	touch $@

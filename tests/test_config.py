@@ -22,6 +22,8 @@ from xception_jax.config import (
 )
 from xception_jax.errors import ConfigError
 
+pytestmark = pytest.mark.smoke
+
 LABELS = ("paper", "reference", "inferred", "modern", "local")
 
 

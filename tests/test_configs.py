@@ -11,7 +11,7 @@ from xception_jax.config import resolve
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 from xception_jax.training.optimizers import make_optimizer, make_schedule
-from xception_jax.training.state import make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -60,7 +60,8 @@ def test_config(name, variant):
     }
     devices = jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.sharding.use_abstract_mesh(devices):
-        after, metrics = jax.eval_shape(make_train_step(model, optimizer, schedule, config), state, batch)
+        step = make_train_step(model, optimizer, schedule, config)
+        after, metrics = jax.eval_shape(step, state, batch, seed_bits(0, DROPOUT))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.tiny_run import TINY, three_lines
 
 
@@ -23,12 +24,18 @@ from tests.tiny_run import TINY, three_lines
         (["--config=configs/nothing.py"], 66, "configs/imagenet.py"),
         (["--nothing=1"], 64, "--help"),
         (["nothing"], 64, "unexpected argument 'nothing'"),
+        (["--workdir=gs://bucket/run"], 78, "gs://bucket/run"),
+        (["--workdir=s3://bucket/run"], 78, "name a local directory"),
+        (["--workdir="], 78, "is empty"),
+        (["--config.batch_size=2000", "--config.duration=1 epoch"], 78, "at most 640"),
     ],
 )
 def test_bad_input_costs_three_lines(run_python, tmp_path, arguments, code, words):
     process = run_python("train.py", *TINY, f"--workdir={tmp_path / 'run'}", *arguments)
     assert process.returncode == code, process.stderr
     assert words in " ".join(three_lines(process))
+    assert not (ROOT / "gs:").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from xception_jax.errors import ConfigError
 AXES = ("data", "fsdp")
 T = TypeVar("T")
 
+DeviceBatch = dict[str, jax.Array]  # a global batch, sharded over the devices
+
 # Environment variables by which a cluster says that this process is one of several; jax then finds the others.
 _CLUSTER = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", "JAX_NUM_PROCESSES")
 
@@ -33,6 +35,19 @@ def start_distributed(distributed: DistributedConfig) -> None:
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if tasks or pod:
         jax.distributed.initialize()
+
+
+def check_processes() -> None:
+    """Raises ConfigError if this process is one of several that do not know of each other.
+
+    On the hosts of a TPU slice JAX counts all of them, also where nothing has connected them.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"this is process {jax.process_index()} of {jax.process_count()}, but they are not connected",
+            "config.distributed",
+            "set config.distributed.coordinator=HOST:PORT, num_processes and process_id on every host",
+        )
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from xception_jax.config import ExperimentConfig, MeshConfig, from_json
-from xception_jax.data.sources import find_class_names
+from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
 from xception_jax.models import create_model

@@ -17,7 +17,7 @@ from xception_jax.export.inference import compile_inference
 from xception_jax.models import create_model
 from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizers import make_optimizer, make_schedule
-from xception_jax.training.state import abstract_state, make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 from xception_jax.weights.network import Network
 
@@ -64,12 +64,13 @@ def _train(work: dict):
         train_step = jax.jit(
             make_train_step(model, optimizer, schedule, config), donate_argnums=0, out_shardings=(shardings, None)
         )
+    dropout = jax.device_put(seed_bits(0, DROPOUT))
     batch = to_devices(_batch(work, config.model.num_classes), batch_sharding(mesh))
 
     def step():
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, dropout)
         jax.block_until_ready((state, metrics))
 
     return step, _size(state.params)

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
 from tests.data.small_imagenet import jpeg, photograph
-from xception_jax.config import default_config
+from xception_jax.config import DataConfig
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 
 
@@ -19,10 +18,9 @@ def tfds_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def data(tfds_dir) -> ConfigDict:
+def data(tfds_dir) -> DataConfig:
     """`config.data` for the shipped images."""
-    data = default_config().data
-    data.update(
+    return DataConfig(
         name="fashion_mnist_subset",
         data_dir=str(tfds_dir),
         image_size=32,
@@ -30,7 +28,6 @@ def data(tfds_dir) -> ConfigDict:
         eval_crop=1.0,
         threads=2,
     )
-    return data
 
 
 def write_images(data_dir: Path, name: str, images: list[bytes], labels: list[int] | None = None, classes: int = 5):
@@ -57,11 +54,10 @@ def photographs_dir(tfds_dir) -> Path:
 
 
 @pytest.fixture
-def photographs_data(data, photographs_dir) -> ConfigDict:
-    data.update(
+def photographs_data(data, photographs_dir) -> DataConfig:
+    return data.replace(
         name="photographs", data_dir=str(photographs_dir), image_size=48, augmentation="inception", eval_crop=0.875
     )
-    return data
 
 
 def assert_batches_equal(left: list[dict], right: list[dict]) -> None:

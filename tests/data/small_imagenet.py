@@ -11,6 +11,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare import imagenet
 
 VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
@@ -75,7 +76,7 @@ def class_archive(wnid: str, images: list[bytes]) -> bytes:
 
 def validation_numbers(classes: int, count: int) -> list[int]:
     """The first images of the validation set whose label is one of the first classes."""
-    labels = {wnid: label for label, wnid in enumerate(imagenet.class_names())}
+    labels = {wnid: label for label, wnid in enumerate(class_names())}
     wnids = imagenet.validation_wnids()
     return [number for number, wnid in enumerate(wnids, start=1) if labels[wnid] < classes][:count]
 
@@ -94,7 +95,7 @@ def write_small_imagenet(directory: Path, *, classes: int = 3, train_per_class: 
     """
     directory.mkdir(parents=True, exist_ok=True)
     with tarfile.open(directory / imagenet.TRAIN_ARCHIVE, "w") as outer:
-        for label, wnid in enumerate(imagenet.class_names()[:classes]):
+        for label, wnid in enumerate(class_names()[:classes]):
             numbers = range(label * train_per_class, (label + 1) * train_per_class)
             add(outer, f"{wnid}.tar", class_archive(wnid, [odd_image(number) for number in numbers]))
     with tarfile.open(directory / imagenet.VALIDATION_ARCHIVE, "w") as archive:

@@ -33,8 +33,8 @@ def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
     folder = write_folder(tmp_path / "flowers", files)
     prepare("image_folder", "--source", folder, "--name", "flowers", "--data_dir", tmp_path)
     out = capsys.readouterr().out
-    assert f"not an image by its name (1): {folder / 'train/rose/notes.txt'}" in out
-    assert f"not in a folder of a class (1): {folder / 'train/stray.jpg'}" in out
+    assert f"not the name of an image (1): {folder / 'train/rose/notes.txt'}" in out
+    assert f"not in the folder of a class (1): {folder / 'train/stray.jpg'}" in out
     assert f"neither a split nor in one (1): {folder / 'extra'}" in out
     assert "classes (2): daisy, rose\n" in out
     source = opened(data, tmp_path, "flowers")
@@ -51,7 +51,7 @@ def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
 def test_two_folders_of_one_split_are_not_chosen_between(tmp_path):
     image = jpeg(photograph(0))
     folder = write_folder(tmp_path / "two", {f"{split}/a/1.jpg": image for split in ("train", "val", "validation")})
-    with pytest.raises(BadDataError, match="val and validation both mean the split validation"):
+    with pytest.raises(BadDataError, match="val and validation both stand for the split validation"):
         prepare("image_folder", "--source", folder, "--name", "two", "--data_dir", tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path, data, capsys):
     for name, target in links.items():
         (tmp_path / "f" / "train" / name).symlink_to(target)
     prepare("image_folder", "--source", tmp_path / "f", "--name", "f", "--data_dir", tmp_path)
-    assert f"leads nowhere, or no regular file (1): {tmp_path}/f/train/gone\nclasses (2)" in capsys.readouterr().out
+    assert f"a broken link or not a regular file (1): {tmp_path}/f/train/gone\nclasses (2)" in capsys.readouterr().out
     source = opened(data, tmp_path, "f")
     assert {(source[i]["image"], source[i]["label"]) for i in range(2)} == {(pictures[1], 0), (pictures[0], 1)}
 

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import tensorflow_datasets as tfds
 
 from tests.data.small_imagenet import (
     VALIDATION_NAME,
@@ -22,10 +23,11 @@ from tests.data.small_imagenet import (
 )
 from tests.data.test_prepare import opened, prepare
 from xception_jax.data import images
+from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare import imagenet
 from xception_jax.errors import BadDataError, InputMissingError
 
-WNIDS = imagenet.class_names()
+WNIDS = class_names()
 
 
 def run(source: Path, data_dir: Path) -> None:
@@ -62,8 +64,8 @@ def write_train(source: Path, write, mode: str = "w", **options) -> None:
 def test_images_labels_and_names_are_those_of_the_archives(small, tmp_path, data, capsys):
     run(small, tmp_path)
     out = capsys.readouterr().out
-    assert "train: 30 images were found, the full set has 1,281,167" in out
-    assert "validation: 12 images were found, the full set has 50,000" in out
+    assert "train: found 30 images; the complete dataset has 1,281,167" in out
+    assert "validation: found 12 images; the complete dataset has 50,000" in out
     train = opened(data, tmp_path, "imagenet2012")
     assert train.info.num_classes == 1000
     assert train.info.class_names == tuple(sorted(WNIDS))
@@ -75,6 +77,10 @@ def test_images_labels_and_names_are_those_of_the_archives(small, tmp_path, data
     found = {(validation[i]["image"], validation[i]["label"]) for i in range(len(validation))}
     wnids = imagenet.validation_wnids()
     assert found == {(odd_image(n), WNIDS.index(wnids[n - 1])) for n in validation_numbers(3, 12)}
+
+
+def test_classes_are_those_of_tfds_in_its_order():
+    assert class_names() == tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
 
 
 def test_the_labels_of_the_validation_set_are_the_public_ones():
@@ -144,7 +150,7 @@ def test_links_and_devices_are_refused(source, tmp_path, kind, where):
             add(archive, f"{WNIDS[0]}.tar", content.getvalue())
 
     write_train(source, write)
-    with pytest.raises(BadDataError, match="holds") as error:
+    with pytest.raises(BadDataError, match="contains") as error:
         run(source, tmp_path)
     assert "neither links nor devices" in error.value.fix
 
@@ -210,7 +216,7 @@ def test_a_missing_archive_names_both(source, tmp_path, missing):
 )
 def test_unexpected_members_are_refused(source, tmp_path, members):
     write_train(source, lambda archive: [add(archive, *member) for member in members])
-    with pytest.raises(BadDataError, match="the archive holds"):
+    with pytest.raises(BadDataError, match="the archive contains"):
         run(source, tmp_path)
 
 
@@ -230,5 +236,5 @@ def test_unexpected_validation_images_are_refused(source, tmp_path, name):
     path.unlink()
     with tarfile.open(path, "w") as archive:
         add(archive, name, jpeg(photograph(0)))
-    with pytest.raises(BadDataError, match="the archive holds"):
+    with pytest.raises(BadDataError, match="the archive contains"):
         run(source, tmp_path)

@@ -10,10 +10,10 @@ import pytest
 
 from tests.data.small_imagenet import add, jpeg, photograph
 from xception_jax.cli import prepare as command
-from xception_jax.config import default_config
-from xception_jax.data.prepare import imagenet
+from xception_jax.config import DataConfig
+from xception_jax.data.imagenet_classes import class_names
+from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
-from xception_jax.data.sources import open_source
 from xception_jax.errors import BadDataError, InputMissingError
 
 FOLDER = "imagenetv2-matched-frequency-format-val"
@@ -44,9 +44,7 @@ def write_archive(directory: Path, folder: Path) -> Path:
 
 
 def opened(data_dir: Path, name: str = "imagenet_v2/matched-frequency"):
-    data = default_config().data
-    data.update(name=name, data_dir=str(data_dir))
-    return open_source(data, "test")
+    return open_dataset(DataConfig(name=name, data_dir=str(data_dir)), "test")
 
 
 def test_archive_folder_and_inner_folder_give_the_same_dataset(tmp_path):
@@ -65,7 +63,7 @@ def test_archive_folder_and_inner_folder_give_the_same_dataset(tmp_path):
     for name, (label, image) in found[0].items():
         assert label == int(name.split("/")[0])
         assert image == (folder / FOLDER / name).read_bytes()
-    assert examples.info.class_names == tuple(imagenet.class_names())
+    assert examples.info.class_names == tuple(class_names())
 
 
 def test_what_is_not_there_is_named_with_its_command(tmp_path):
@@ -80,7 +78,7 @@ def test_a_folder_that_is_no_label_is_refused(tmp_path):
     folder = write_folder(tmp_path)
     (folder / FOLDER / "cats").mkdir()
     (folder / FOLDER / "cats" / "1.jpeg").write_bytes(b"")
-    with pytest.raises(BadDataError, match="something else"):
+    with pytest.raises(BadDataError, match="not part of ImageNet-V2"):
         prepare("imagenet_v2", "--source", folder, "--data_dir", tmp_path / "tfds")
     with pytest.raises(BadDataError, match="cats"):
         prepare("imagenet_v2", "--source", write_archive(tmp_path / "a", folder), "--data_dir", tmp_path / "tfds")

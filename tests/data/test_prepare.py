@@ -18,14 +18,15 @@ import google_crc32c
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import prepare as command
+from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.prepare import fashion_mnist, tfrecord, writer
-from xception_jax.data.sources import check_labels, open_source
+from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.sources import check_labels
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 
 
@@ -35,9 +36,8 @@ def prepare(*arguments: str) -> int:
     return command.run(parser.parse_args([*map(str, arguments)]))
 
 
-def opened(data: ConfigDict, data_dir: Path, name: str, split: str = "train"):
-    data.update(data_dir=str(data_dir), name=name)
-    return open_source(data, split)
+def opened(data: DataConfig, data_dir: Path, name: str, split: str = "train"):
+    return open_dataset(data.replace(data_dir=str(data_dir), name=name), split)
 
 
 # --- the writer ---------------------------------------------------------------------------------------------------
@@ -280,12 +280,12 @@ def test_a_truncated_tfrecord_file_is_found(tfrecord_copy, tmp_path):
     path = next(tfrecord_copy.glob("*.tfrecord-*"))
     sizes = [len(record) + 16 for record in tfrecord.read_tfrecord(path)]
     path.write_bytes(path.read_bytes()[: sum(sizes[:4])])  # at the end of a record, where no checksum tells
-    with pytest.raises(BadDataError, match="holds 4 records"):
+    with pytest.raises(BadDataError, match="has 4 records"):
         prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path)
 
 
 def test_what_cannot_be_copied_is_refused(tfrecord_copy, tmp_path):
-    with pytest.raises(UsageError, match="take the place of the original"):
+    with pytest.raises(UsageError, match="replace the original"):
         prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path / "tfrecord")
     with pytest.raises(InputMissingError, match="not a TFDS dataset"):
         prepare("tfrecord", "--source", tmp_path, "--data_dir", tmp_path)
@@ -307,7 +307,7 @@ def test_help_has_an_example_for_each_dataset(capsys):
 
 def test_a_second_run_says_that_the_dataset_is_there(tmp_path, capsys):
     write_idx(tmp_path / "idx")
-    for expected in (" written: ", " was there already "):
+    for expected in (" written: ", " already exists "):
         prepare("fashion_mnist", "--source", tmp_path / "idx", "--data_dir", tmp_path)
         assert expected in capsys.readouterr().out
 

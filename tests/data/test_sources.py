@@ -15,12 +15,13 @@ from tests.data.conftest import write_images
 from tests.data.small_imagenet import encoded, jpeg, photograph
 from xception_jax.data import images, sources
 from xception_jax.data.prepare import fashion_mnist
+from xception_jax.data.prepare.datasets import find_class_names, open_dataset
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 
 
 def test_the_shipped_images_need_no_preparation(data, capsys):
-    train, test = sources.open_source(data, "train"), sources.open_source(data, "test")
+    train, test = open_dataset(data, "train"), open_dataset(data, "test")
     assert (len(train), len(test)) == (10_000, 2_000)
     assert train.info.num_classes == 10
     assert train.info.class_names[9] == "Ankle boot"
@@ -31,13 +32,13 @@ def test_the_shipped_images_need_no_preparation(data, capsys):
     assert images.decode(example["image"]).shape == (32, 32, 3)
     counts = np.bincount([train[i]["label"] for i in range(0, len(train), 10)], minlength=10)
     assert counts.min() > 70
-    sources.open_source(data, "train")
+    open_dataset(data, "train")
     assert capsys.readouterr().err.count("\n") <= 1
 
 
 def test_scenes_have_several_labels(data):
-    data.name = "fashion_mnist_scenes"
-    source = sources.open_source(data, "test")
+    data = data.replace(name="fashion_mnist_scenes")
+    source = open_dataset(data, "test")
     assert source.info.multi_label
     sizes = set()
     for index in range(50):
@@ -50,13 +51,13 @@ def test_scenes_have_several_labels(data):
 
 
 def test_a_source_gives_the_bytes_that_were_written(photographs_data):
-    source = sources.open_source(photographs_data, "train")
+    source = open_dataset(photographs_data, "train")
     for index in range(len(source)):
         assert source[index] == {"image": jpeg(photograph(index)), "label": index % 5, "index": index}
 
 
 def test_splits_divide_a_dataset(data):
-    whole, head, tail = (sources.open_source(data, split) for split in ("train", "train[:98%]", "train[98%:]"))
+    whole, head, tail = (open_dataset(data, split) for split in ("train", "train[:98%]", "train[98%:]"))
     assert len(head) == 9800
     assert len(tail) == 200
     assert head[0]["image"] == whole[0]["image"]
@@ -67,8 +68,8 @@ def test_splits_divide_a_dataset(data):
 
 def test_a_source_can_be_pickled(data, photographs_data):
     for name in ("photographs", "synthetic"):
-        photographs_data.name = name
-        source = sources.open_source(photographs_data, "train[:50%]")
+        photographs_data = photographs_data.replace(name=name)
+        source = open_dataset(photographs_data, "train[:50%]")
         copy = pickle.loads(pickle.dumps(source))
         assert copy.info == source.info
         assert copy[3] == source[3]
@@ -84,17 +85,29 @@ def test_the_data_dir_is_the_config_then_the_environment_then_the_home(monkeypat
 
 
 def test_the_newest_version_is_opened_unless_one_is_named(data, tmp_path):
-    data.data_dir, data.name = str(tmp_path), "versions"
+    data = data.replace(data_dir=str(tmp_path), name="versions")
     old = write_images(tmp_path, "versions", [jpeg(photograph(0))])
     features = tfds.builder_from_directory(os.fspath(old)).info.features
     examples = [(str(number), {"image": jpeg(photograph(number)), "label": 0}) for number in range(3)]
     write_dataset(Dataset("versions", features, {"train": examples}, "Newer.", version="10.0.0"), tmp_path)
-    assert len(sources.open_source(data, "train")) == 3
-    data.name = "versions:1.0.0"
-    assert len(sources.open_source(data, "train")) == 1
-    data.name = "versions:2.0.0"
+    assert len(open_dataset(data, "train")) == 3
+    data = data.replace(name="versions:1.0.0")
+    assert len(open_dataset(data, "train")) == 1
+    data = data.replace(name="versions:2.0.0")
     with pytest.raises(InputMissingError):
-        sources.open_source(data, "train")
+        open_dataset(data, "train")
+
+
+def test_class_names_are_found_without_images_and_without_writing_a_shipped_dataset(data, tmp_path):
+    data = data.replace(data_dir=str(tmp_path))
+    assert find_class_names(data) == find_class_names(data.replace(name="fashion_mnist_scenes"))
+    assert find_class_names(data)[9] == "Ankle boot"
+    assert find_class_names(data.replace(name="flowers")) is None
+    assert len(find_class_names(data.replace(name="synthetic"))) == 1000
+    assert not list(tmp_path.iterdir())
+    path = write_images(tmp_path, "flowers", [jpeg(photograph(0))])
+    next(path.glob("*.array_record*")).unlink()
+    assert find_class_names(data.replace(name="flowers")) == ("0", "1", "2", "3", "4")
 
 
 @pytest.mark.parametrize(
@@ -105,9 +118,9 @@ def test_the_newest_version_is_opened_unless_one_is_named(data, tmp_path):
     ],
 )
 def test_a_missing_dataset_names_the_command_that_makes_it(data, tmp_path, name, command):
-    data.name, data.data_dir = name, str(tmp_path)
+    data = data.replace(name=name, data_dir=str(tmp_path))
     with pytest.raises(InputMissingError) as error:
-        sources.open_source(data, "train")
+        open_dataset(data, "train")
     assert command + str(tmp_path) in error.value.fix
     assert len(str(error.value).splitlines()) == 3
 
@@ -115,7 +128,7 @@ def test_a_missing_dataset_names_the_command_that_makes_it(data, tmp_path, name,
 @pytest.mark.parametrize("split", ["validation", "training", "train[100%:]", "train[:0]"])
 def test_a_missing_or_empty_split_names_those_that_are_there(data, split):
     with pytest.raises(InputMissingError) as error:
-        sources.open_source(data, split)
+        open_dataset(data, split)
     assert "train (10,000), test (2,000)" in error.value.fix
     assert len(str(error.value).splitlines()) == 3
 
@@ -123,26 +136,26 @@ def test_a_missing_or_empty_split_names_those_that_are_there(data, split):
 @pytest.mark.parametrize("split", ["train[98%:", "train[a:b]", "train[:98%]]"])
 def test_a_split_that_cannot_be_read_is_a_config_error(data, split):
     with pytest.raises(ConfigError) as error:
-        sources.open_source(data, split)
+        open_dataset(data, split)
     assert len(str(error.value).splitlines()) == 3
 
 
 def test_a_missing_shard_is_found_when_the_source_is_opened(photographs_data, tmp_path):
     shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
-    photographs_data.data_dir = str(tmp_path)
+    photographs_data = photographs_data.replace(data_dir=str(tmp_path))
     next(tmp_path.glob("photographs/1.0.0/*array_record*")).unlink()
     with pytest.raises(InputMissingError, match="1 files of the dataset"):
-        sources.open_source(photographs_data, "train")
+        open_dataset(photographs_data, "train")
 
 
 def test_a_damaged_record_names_its_position(photographs_data, tmp_path):
     shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
-    photographs_data.data_dir = str(tmp_path)
+    photographs_data = photographs_data.replace(data_dir=str(tmp_path))
     shard = next(tmp_path.glob("photographs/1.0.0/*array_record*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0xFF
     shard.write_bytes(content)
-    source = sources.open_source(photographs_data, "train")
+    source = open_dataset(photographs_data, "train")
     with pytest.raises(BadDataError, match=r"record \d+ of photographs"):
         [source[index] for index in range(len(source))]
 
@@ -157,14 +170,14 @@ def test_a_label_out_of_range_is_named_before_training(data, tmp_path):
     labels = [0, 1, 4, 2]
     path = write_images(tmp_path, "labels", [jpeg(photograph(number)) for number in range(4)], labels)
     change_features(path, numClasses="4")
-    data.data_dir, data.name = str(tmp_path), "labels"
+    data = data.replace(data_dir=str(tmp_path), name="labels")
     with pytest.raises(BadDataError, match="label 4 is not one of the 4 classes") as error:
-        sources.check_labels(sources.open_source(data, "train"))
+        sources.check_labels(open_dataset(data, "train"))
     assert error.value.where == "dataset labels, split train, example 2"
 
 
 def test_a_negative_label_is_refused(photographs_data):
-    source = sources.open_source(photographs_data, "train")
+    source = open_dataset(photographs_data, "train")
     sources.check_labels(source)
     with pytest.raises(BadDataError, match="label -1"):
         sources.check_label({"image": b"", "label": -1, "index": 0}, source.info)
@@ -174,24 +187,24 @@ def test_a_dataset_without_labels_names_its_features(data, tmp_path):
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "caption": tfds.features.Text()})
     example = {"image": encoded(photograph(0), "PNG"), "caption": "a photograph"}
     write_dataset(Dataset("captions", features, {"train": [("0", example)]}, "No labels."), tmp_path)
-    data.data_dir, data.name = str(tmp_path), "captions"
+    data = data.replace(data_dir=str(tmp_path), name="captions")
     with pytest.raises(BadDataError, match="caption"):
-        sources.open_source(data, "train")
+        open_dataset(data, "train")
 
 
 def test_the_fingerprint_changes_with_the_dataset_and_only_then(tmp_path, data):
-    data.name = "prints"
+    data = data.replace(name="prints")
     prints = []
     for number, count in enumerate((3, 3, 4)):
-        data.data_dir = str(tmp_path / str(number))
+        data = data.replace(data_dir=str(tmp_path / str(number)))
         write_images(tmp_path / str(number), "prints", [jpeg(photograph(n)) for n in range(count)])
-        prints.append(sources.open_source(data, "train").info.fingerprint)
+        prints.append(open_dataset(data, "train").info.fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
 def test_the_synthetic_source_is_the_same_every_time(data):
-    data.name, data.synthetic_examples = "synthetic", 100_000
-    source = sources.open_source(data, "train")
+    data = data.replace(name="synthetic", synthetic_examples=100_000)
+    source = open_dataset(data, "train")
     assert len(source) == source.info.num_examples == 100_000
     assert images.decode(source[99_999]["image"]).shape == (375, 500, 3)
     labels = [source[index]["label"] for index in range(0, 100_000, 10)]
@@ -203,9 +216,9 @@ def test_the_synthetic_source_is_the_same_every_time(data):
 
 def test_two_processes_that_start_at_once_share_one_preparation_without_tensorflow(tmp_path):
     code = (
-        "from xception_jax.config import default_config; from xception_jax.data.sources import open_source\n"
-        f"data = default_config().data; data.name = 'fashion_mnist_scenes'; data.data_dir = {str(tmp_path)!r}\n"
-        "print(len(open_source(data, 'train'))); import sys; assert 'tensorflow' not in sys.modules"
+        "from xception_jax.config import DataConfig; from xception_jax.data.prepare.datasets import open_dataset\n"
+        f"data = DataConfig(name='fashion_mnist_scenes', data_dir={str(tmp_path)!r})\n"
+        "print(len(open_dataset(data, 'train'))); import sys; assert 'tensorflow' not in sys.modules"
     )
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -235,7 +248,7 @@ def test_open_images_is_read_as_tfds_writes_it(data, tmp_path):
     ]
     examples = [("0", {"image": jpeg(photograph(0)), "objects_trainable": found})]
     write_dataset(Dataset("open_images_v4", features, {"train": examples}, "Test."), tmp_path, progress=False)
-    data.update(name="open_images_v4", data_dir=str(tmp_path))
-    source = sources.open_source(data, "train")
+    data = data.replace(name="open_images_v4", data_dir=str(tmp_path))
+    source = open_dataset(data, "train")
     assert (source.info.multi_label, source.info.num_classes) == (True, 7)
     assert source[0]["label"] == (2, 5)

@@ -15,6 +15,7 @@ from configs import multilabel
 from tests.data.small_imagenet import write_small_imagenet
 from tests.models.random_weights import random_variables
 from xception_jax.config import default_config, resolve, resolve_model, to_json
+from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare import fashion_mnist, imagenet
 from xception_jax.data.prepare.writer import write_dataset
 from xception_jax.models import create_model
@@ -46,7 +47,7 @@ def network() -> Network:
     variables = jax.tree.map(np.array, random_variables(create_model(model), np.zeros((1, 71, 71, 3), np.float32)))
     head = variables["params"]["head"]["predictions"]
     head["bias"][:4] += 6
-    return Network(model, variables, PREPROCESSING, tuple(imagenet.class_names()), "", "")
+    return Network(model, variables, PREPROCESSING, tuple(class_names()), "", "")
 
 
 @pytest.fixture(scope="session")

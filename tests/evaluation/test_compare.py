@@ -10,7 +10,8 @@ from scipy.stats import binomtest, bootstrap
 from xception_jax.cli import evaluate as command
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.compare import compare
-from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions, save_predictions
 
 
 def predictions(right, seed=0):

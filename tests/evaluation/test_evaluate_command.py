@@ -20,9 +20,9 @@ from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_sc
 from xception_jax.cli import evaluate as command
 from xception_jax.config import default_config
 from xception_jax.data.images import Preprocessing, decode
-from xception_jax.data.sources import open_source
+from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
-from xception_jax.evaluation.metrics import load_predictions
+from xception_jax.metrics.predictions import load_predictions
 from xception_jax.models import create_model
 from xception_jax.runs import open_network
 from xception_jax.weights import save_network
@@ -40,7 +40,7 @@ def run(*arguments) -> str:
 def examples(data_dir, name="imagenet2012", split="validation"):
     data = default_config().data
     data.update(name=name, data_dir=str(data_dir))
-    source = open_source(data, split)
+    source = open_dataset(data, split)
     return source, [source[index] for index in range(len(source))]
 
 

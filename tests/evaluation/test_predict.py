@@ -13,8 +13,7 @@ from PIL import Image
 
 from tests.data.small_imagenet import jpeg, photograph, photographs
 from xception_jax.cli import predict as command
-from xception_jax.data import folders
-from xception_jax.data.prepare import imagenet
+from xception_jax.data import folders, imagenet_classes
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import contact_sheet, predict
 from xception_jax.runs import open_network
@@ -49,10 +48,10 @@ def test_every_format_in_a_folder_is_predicted(weights, folder, capsys):
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [str(Path(entry["file"]).relative_to(folder)) for entry in found]
     assert names == ["0.png", "1.png", "2.png", "inner/cmyk.JPEG", "inner/grey.jpg", "inner/rotated.webp"]
-    words = imagenet.class_words()
+    words = imagenet_classes.class_words()
     for entry in found:
         best = entry["predictions"]
-        assert [p["name"] for p in best] == [words[imagenet.class_names()[p["class"]]] for p in best]
+        assert [p["name"] for p in best] == [words[imagenet_classes.class_names()[p["class"]]] for p in best]
         shares = [p["probability"] for p in best]
         assert shares == sorted(shares, reverse=True)
         assert len(best) == 3
@@ -165,7 +164,7 @@ def test_a_weight_file_knows_too_that_it_has_many_labels(multilabel_run, folder,
 
 
 def test_the_words_of_imagenet_are_of_its_classes_and_differ():
-    words = imagenet.class_words()
-    assert list(words) == imagenet.class_names()
+    words = imagenet_classes.class_words()
+    assert list(words) == imagenet_classes.class_names()
     assert len(set(words.values())) == 1000
     assert (words["n01440764"], words["n15075141"]) == ("tench", "toilet tissue")

@@ -8,7 +8,7 @@ from sklearn.metrics import log_loss
 
 from xception_jax.evaluation import tables as result
 from xception_jax.evaluation import temperature as calibration
-from xception_jax.evaluation.metrics import Predictions, expected_calibration_error
+from xception_jax.metrics.predictions import Predictions, expected_calibration_error
 
 
 def predictions(logits, label, index=None):

@@ -26,7 +26,6 @@ from xception_jax.cli import export as command
 from xception_jax.config import default_config, override, resolve
 from xception_jax.data.images import central_view
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation.metrics import wilson_interval
 from xception_jax.export.card import as_markdown, make_card
 from xception_jax.export.formats import PLATFORMS, to_stablehlo
 from xception_jax.export.inference import (
@@ -37,6 +36,7 @@ from xception_jax.export.inference import (
     make_reference,
     scaling,
 )
+from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.models import create_model
 from xception_jax.ops import cpu_kernels
 from xception_jax.weights import Network, Preprocessing, load_network, save_network

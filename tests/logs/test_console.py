@@ -1,9 +1,13 @@
+from __future__ import annotations
+
+import dataclasses
 import fcntl
-import io
 import logging
 import math
 import os
+import select
 import struct
+import sys
 import termios
 
 import pytest
@@ -16,17 +20,11 @@ from xception_jax.logs.console import (
     format_count,
     format_duration,
     format_header,
-    format_progress,
+    say,
 )
 
 PROGRESS = Progress(1250, 46_900, 2.667, 0.43219, 0.045, 612.3, 0.031, 4330)
-LINE = "step 1,250/46,900  epoch 2.67  loss 0.4322  612 images/s  input 3%  lr 0.045  1h 12m left"
-CLEAR = "\r\x1b[K"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+LINE = "loss 0.4322  1h 12m left  612 images/s  epoch 2.67  lr 0.045  input 3%"
 
 
 # --- formatting ------------------------------------------------------------------------------------------------------
@@ -62,123 +60,111 @@ def test_format_header_aligns_values():
     )
 
 
-def test_format_progress():
-    assert format_progress(PROGRESS) == LINE
-    assert format_progress(Progress(1, 10, 0.1, math.nan, 1e-5)) == "step 1/10  epoch 0.10  loss nan  lr 1e-05"
-
-
-def test_a_narrow_line_leaves_out_what_matters_least():
-    order = ["lr", "input", "epoch", "images/s", "left", "loss"]  # the first goes first
-    kept = []
-    for width in range(1, len(LINE) + 1):
-        line = format_progress(PROGRESS, width)
-        assert len(line) <= width
-        assert line == LINE[:width] or set(line.split("  ")) <= set(LINE.split("  "))
-        present = [name in line for name in order]
-        assert present == sorted(present), line
-        kept.append(sum(present))
-    assert sorted(set(kept)) == [0, 1, 2, 3, 4, 5, 6]
-    assert line == LINE
+def test_progress_as_text():
+    assert str(PROGRESS) == LINE
+    assert str(Progress(1, 10, 0.1, math.nan, 1e-5)) == "loss nan  epoch 0.10  lr 1e-05"
 
 
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_only_log_points_make_plain_lines():
-    stream = io.StringIO()
-    line = ProgressLine(stream)
-    line.show(PROGRESS, log_point=False)
-    line.show(PROGRESS, log_point=True)
-    line.message("evaluating")
-    line.close()
-    assert stream.getvalue() == f"{LINE}\nevaluating\n"
-
-
-def test_a_terminal_shows_one_line_cleared_before_other_output(monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
+    """Returns a function that makes a pseudo-terminal of 100 columns standard error, and one that reads from it."""
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(ProgressLine, "_SECONDS_BETWEEN_UPDATES", 0.0)
-    stream = Terminal()
-    line = ProgressLine(stream)
-    shown = format_progress(PROGRESS, 79)
-    line.show(PROGRESS, log_point=False)
-    line.show(PROGRESS, log_point=True)
-    line.message("saved")
-    line.message("again")
-    line.show(PROGRESS, log_point=False)
-    line.close()
-    line.close()
-    assert stream.getvalue() == f"{CLEAR}{shown}{CLEAR}{shown}{CLEAR}saved\nagain\n{CLEAR}{shown}\n"
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    stream = open(slave, "w", encoding="utf-8")  # noqa: SIM115
+
+    def begin() -> None:  # in the test, since pytest sets sys.stderr between a fixture and its test
+        monkeypatch.setattr(sys, "stderr", stream)
+
+    def read() -> str:
+        stream.flush()
+        received = b""
+        while select.select([master], [], [], 0.2)[0]:  # a terminal passes on what it gets in pieces
+            received += os.read(master, 100_000)
+        return received.decode()
+
+    yield begin, read
+    stream.close()
+    os.close(master)
 
 
-def test_a_terminal_is_not_flooded_between_log_points(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    line = ProgressLine(stream)
-    for _ in range(100):
+def screen(text: str) -> list[str]:
+    """Returns the lines that a person sees after this text: a carriage return goes back to the start of the line."""
+    lines = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_without_a_terminal_only_log_points_make_plain_lines(capsys):
+    with ProgressLine(46_900, 0) as line:
         line.show(PROGRESS, log_point=False)
-    assert stream.getvalue().count(CLEAR) < 5
-    line.show(PROGRESS, log_point=True)
-    assert stream.getvalue().count(CLEAR) > 1
-    line.close()
+        line.show(PROGRESS, log_point=True)
+        say("evaluating")
+    assert capsys.readouterr().err == f"step 1,250/46,900  {LINE}\nevaluating\n"
 
 
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    stream = Terminal()
-    ProgressLine(stream).show(PROGRESS, log_point=True)
-    assert stream.getvalue() == LINE + "\n"
-
-
-def test_records_of_logging_clear_the_line_first(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    handler = logging.StreamHandler(stream)
+def test_messages_and_records_stand_on_lines_of_their_own_above_the_bar(terminal):
+    begin, read = terminal
+    begin()
+    handler = logging.StreamHandler(sys.stderr)
     logging.root.addHandler(handler)
     try:
-        line = ProgressLine(stream)
-        line.show(PROGRESS, log_point=True)
-        logging.getLogger("somewhere").warning("disk full")
-        assert stream.getvalue().endswith(f"left{CLEAR}disk full\n")
-        line.show(PROGRESS, log_point=True)
-        record = logging.LogRecord("absl", logging.WARNING, __file__, 1, "from absl", (), None)
-        absl_logging.get_absl_handler().python_handler.filter(record)
-        assert stream.getvalue().endswith(f"left{CLEAR}")
-        line.close()
+        with ProgressLine(46_900, 0) as line:
+            line.show(PROGRESS, log_point=True)
+            say("saved checkpoint 1250")
+            line.show(PROGRESS, log_point=True)
+            logging.getLogger("somewhere").warning("disk full")
+            line.show(dataclasses.replace(PROGRESS, step=1300), log_point=True)
+            say("SIGINT: stopping")
         assert handler.filters == []
         assert absl_logging.get_absl_handler().python_handler.filters == []
     finally:
         logging.root.removeHandler(handler)
+    text = read()
+    lines = screen(text)
+    assert lines[:3] == ["saved checkpoint 1250", "disk full", "SIGINT: stopping"], repr(text)
+    assert lines[3].startswith("  3%  step 1300/46900  loss 0.4322")
+    assert len(lines[3]) <= 100
+    assert lines[4:] == [""]
 
 
-@pytest.mark.parametrize("columns", [30, 60, 200])
-def test_the_line_fits_a_real_terminal(columns, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "7")  # of another terminal
-    master, slave = os.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with open(slave, "w", encoding="utf-8") as stream:
-        line = ProgressLine(stream)
+def test_a_terminal_is_not_flooded_between_log_points(terminal):
+    begin, read = terminal
+    begin()
+    with ProgressLine(46_900, 0) as line:
+        for step in range(1000):
+            line.show(dataclasses.replace(PROGRESS, step=step), log_point=False)
+    assert read().count("\r") < 30
+
+
+def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
+    begin, read = terminal
+    begin()
+    monkeypatch.setenv("TERM", "dumb")
+    with ProgressLine(46_900, 0) as line:
         line.show(PROGRESS, log_point=True)
-        shown = os.read(master, 1000).decode().removeprefix(CLEAR)
-        line.close()
-    os.close(master)
-    assert shown == format_progress(PROGRESS, columns - 1)
+    assert read() == f"step 1,250/46,900  {LINE}\r\n"
 
 
-def test_a_stream_that_fails_does_not_stop_the_run():
-    reader, writer = os.pipe()
-    os.close(reader)
-    stream = open(writer, "w", encoding="utf-8")  # noqa: SIM115
-    line = ProgressLine(stream)
-    line.show(PROGRESS, log_point=True)
-    line.message("still here")
-    line.close()
-    with pytest.raises(BrokenPipeError):
+@pytest.mark.parametrize("terminal_type", ["xterm", "dumb"])
+def test_a_stream_that_fails_does_not_stop_the_run(terminal_type, monkeypatch):
+    monkeypatch.setenv("TERM", terminal_type)
+    master, slave = os.openpty()
+    stream = open(slave, "w", encoding="utf-8")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ProgressLine(46_900, 0) as line:
         stream.close()
-    closed = io.StringIO()
-    closed_line = ProgressLine(closed)
-    closed.close()
-    closed_line.message("still here")
+        line.show(PROGRESS, log_point=True)
+        say("still here")
+        logging.getLogger("somewhere").debug("and here")
+    os.close(master)
 
 
 # --- throughput ------------------------------------------------------------------------------------------------------

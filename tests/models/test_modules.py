@@ -20,6 +20,8 @@ from xception_jax.models.modules import (
     figure_3_from_figure_2,
 )
 
+pytestmark = pytest.mark.smoke
+
 CHANNELS = 6
 FLOAT64 = jnp.dtype("float64")
 

@@ -1,4 +1,4 @@
-"""Every lowering of `ops.conv` against XLA's own convolution, in float64: values and both gradients."""
+"""Compares every lowering of `ops.conv` with XLA's own convolution, in float64: values and both gradients."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SEGMENTS = ((1, 6), (2, 6), (4, 8), (8, 8), (8, 16), (4, 16))
 
 
 def covering_cases():
-    """All pairs of (segments, kernel), (segments, stride), (kernel, padding) and so on, not all combinations."""
+    """Yields cases with all pairs of (segments, kernel), (segments, stride), (kernel, padding) and so on."""
     for s, k in itertools.product(range(len(SEGMENTS)), range(len(KERNELS))):
         stride, padding, size = (s + k) % 3, (s // 2 + 2 * k) % 3, (s + k // 2) % 3
         yield *SEGMENTS[s], KERNELS[k], STRIDES[stride], PADDINGS[padding], SIZES[size]
 
 
 def reference_conv(x, kernel, *, segments, stride, padding):
-    """XLA's convolution; it gets SAME and VALID by name, so that our padding is tested too."""
+    """Calls XLA's convolution, with SAME and VALID by name, so that this also tests our padding."""
     if padding == "SYMMETRIC":
         padding = [(k // 2, k // 2) for k in kernel.shape[:2]]
     return lax.conv_general_dilated(
@@ -54,7 +54,7 @@ def value_and_gradients(f, *args):
 
 @pytest.fixture
 def lowered_for(monkeypatch):
-    """Makes `platform_dependent` take one branch, whatever this machine is."""
+    """Returns a function that makes `platform_dependent` take one branch on any machine."""
 
     def choose(branch):
         monkeypatch.setattr(
@@ -81,7 +81,7 @@ def assert_equals_xla(x, weights, **arguments):
 
 
 CASES = [(branch, *case) for branch in ("cpu", "default", "cuda") for case in covering_cases()]
-# In between regular and depthwise the first two branches are the same; elsewhere the last two, but for 1 x 1 kernels.
+# Between regular and depthwise the first two branches are the same; elsewhere the last two, except for 1 x 1 kernels.
 CASES = [
     (branch, *case)
     for branch, *case in CASES
@@ -118,7 +118,7 @@ def test_regular_conv_by_channels(lowered_for, branch, channels, filters, side, 
 
 def test_patches_end_where_the_kernel_has_many_channels():
     def count(channels):
-        # In float32 the kernels of cpu_kernels may take both.
+        # In float32 `cpu_kernels` may compute both.
         x, kernel = jnp.ones((1, 5, 5, channels), jnp.bfloat16), jnp.ones((3, 3, channels, 2), jnp.bfloat16)
         return jax.jit(ops.conv).trace(x, kernel).lower(lowering_platforms=("cpu",)).as_text().count(CONVOLUTION)
 
@@ -140,7 +140,7 @@ LOWERED = {
 @pytest.mark.parametrize("kind", LOWERED)
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_each_platform_gets_its_lowering(kind, platform):
-    """Whatever this process runs on: `plan` and `export` lower for other platforms than their own."""
+    """`plan` and `export` lower for other platforms than that of the process."""
     kernel, segments, stride, *convolutions = LOWERED[kind]
 
     def step(x, kernel):
@@ -155,7 +155,7 @@ def test_each_platform_gets_its_lowering(kind, platform):
 
 
 def test_depthwise_filter_gradient_in_bfloat16_is_summed_in_float32():
-    """Its sum runs over all rows of the image: in bfloat16 the small late terms would be lost."""
+    """The sum runs over all rows of the image: in bfloat16 late terms would be lost."""
     x, dy = draw((2, 128, 8, 4), 0, "float32"), draw((2, 128, 8, 4), 1, "float32")
     kernel = draw((3, 3, 1, 4), 2, "float32")
 

@@ -1,8 +1,7 @@
-"""The C++ kernels, in float32, against XLA's own operations in float64: values and gradients, through `ops`."""
+"""Compares the C++ kernels in float32 with XLA's operations in float64: values and gradients, through `ops`."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -18,10 +17,11 @@ from tests.ops.test_pooling import CASES as POOLS
 from tests.ops.test_pooling import reference_max_pool
 from xception_jax import ops
 from xception_jax.ops import cpu_kernels
+from xception_jax.ops.cpu_kernels import build
 
-# Not `cpu_kernels.available`: kernels that a compiler refuses are to fail here.
+# Not `cpu_kernels.available`: kernels that do not compile shall fail here.
 pytestmark = pytest.mark.skipif(
-    cpu_kernels._compiler() is None
+    not build.compiler()
     or os.environ.get("XCEPTION_JAX_CPU_KERNELS") == "0"
     or (jax.default_backend(), jax.device_count()) != ("cpu", 1),
     reason="needs a C++ compiler and a CPU as the only device",
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_kernels_can_be_built():
-    assert all(cpu_kernels._library(source) for source in cpu_kernels._NAMES)
+    assert all(build.library(source) for source in build.HANDLERS)
 
 
 def custom_calls(f, *args) -> int:
@@ -52,49 +52,45 @@ def assert_equals_xla(x_shape, kernel_shape, calls=3, **arguments):
 def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
     calls = 2 + min(stride, kernel[0]) * min(stride, kernel[1])  # the input gradient is computed phase by phase
     if segments == filters and (stride > 1 or kernel not in ((3, 3), (5, 5))):
-        calls = 0  # a depthwise convolution that XLA computes faster than products for each channel would be
+        calls = 0  # a depthwise convolution that the kernels do not support
     shapes = (2, *size, 8), (*kernel, 8 // segments, filters)
     assert_equals_xla(*shapes, calls, segments=segments, stride=stride, padding=padding)
 
 
 @pytest.fixture(params=["fma", "amx"])
-def product(request):
-    """Which kind of products the kernels take; AMX's only for matrices that are large enough."""
-    switch = ctypes.c_int64.in_dll(cpu_kernels._library("kernels"), "may_use_amx")
-    allowed = switch.value
-    if request.param == "amx" and not (allowed and "amx_bf16" in cpu_kernels._processor()):
+def product(request, monkeypatch):
+    """Which matrix products the kernels use; AMX only for matrices that are large enough."""
+    if request.param == "amx" and not (cpu_kernels._amx_permitted() and "amx_bf16" in build.processor()):
         pytest.skip("needs a processor with AMX")
-    switch.value = request.param == "amx"
+    monkeypatch.setattr(cpu_kernels, "_use_amx", lambda: request.param == "amx")
+    jax.clear_caches()  # of programs that were traced with the other ones
     yield request.param
-    switch.value = allowed
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
     ("x", "kernel", "segments"),
     [
         ((2, 31, 29, 3), (3, 3, 3, 32), 1),  # the stem: few channels at many taps, sums in parts
-        ((1, 10, 10, 800), (1, 1, 800, 40), 1),  # deeper than what is summed between two stores
-        ((1, 5, 5, 150), (3, 3, 150, 17), 1),  # the same with taps cut in the middle
-        ((3, 7, 9, 60), (3, 3, 20, 57), 3),  # several panels and a part of one in each segment
-        ((2, 30, 29, 70), (3, 3, 70, 40), 1),  # a filter gradient in several blocks, parts and rounds
+        ((1, 10, 10, 800), (1, 1, 800, 40), 1),  # several blocks of the depth
+        ((1, 5, 5, 150), (3, 3, 150, 17), 1),  # the same, cut within a tap
+        ((3, 7, 9, 60), (3, 3, 20, 57), 3),  # several panels, the last one cut, in each segment
+        ((2, 30, 29, 70), (3, 3, 70, 40), 1),  # a filter gradient in several blocks and parts
         ((1, 1, 1, 5), (1, 1, 5, 1), 1),
-        # From 64 channels on, AMX has products of its own:
+        # From 64 channels on, products may use AMX.
         ((2, 13, 11, 64), (1, 1, 64, 64), 1),  # whole registers; several blocks of pixels
-        (
-            (1, 10, 10, 1601),
-            (1, 1, 1601, 75),
-            1,
-        ),  # three stores, depths that are no multiple of a step, a part of a half panel
-        ((1, 5, 5, 150), (3, 3, 150, 81), 1),  # taps cut in the middle, one pixel more than whole registers have rows
+        # Three blocks of the depth, which are not multiples of a step; half a panel.
+        ((1, 10, 10, 1601), (1, 1, 1601, 75), 1),
+        ((1, 5, 5, 150), (3, 3, 150, 81), 1),  # cut within a tap; one pixel more than whole registers have rows
         ((2, 7, 9, 140), (3, 3, 70, 194), 2),  # segments
-        ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks, parts and rounds
+        ((2, 30, 29, 100), (3, 3, 100, 66), 1),  # a filter gradient in several blocks and parts
         ((1, 1, 1, 65), (1, 1, 65, 64), 1),
-        # Many small images, most of whose taps lie outside, gone through together:
+        # Many small images, most of whose taps lie in the padding: they are interleaved.
         ((70, 4, 3, 24), (3, 3, 12, 42), 2),  # in two groups, whose last tiles are cut
         ((33, 1, 2, 96), (3, 3, 48, 100), 2),
         ((67, 5, 4, 100), (5, 5, 100, 66), 1),
         ((16, 1, 1, 91), (3, 3, 91, 17), 1),
-        # A result that is written past the caches:
+        # A result that is written with non-temporal stores, unless the last-level cache is larger than 32 MB.
         ((1, 300, 232, 3), (3, 3, 3, 64), 1),
     ],
 )
@@ -104,9 +100,9 @@ def test_conv_of_odd_sizes_equals_xla(product, x, kernel, segments):
 
 @pytest.mark.parametrize("draw", ["normal", "positive", "wide"])
 def test_products_are_as_exact_as_float32(product, draw):
-    """Against float64: three parts and six products lose nothing that products of float32 keep.
+    """Compares with float64: three parts and six products are as exact as products of float32.
 
-    XLA's product is off by 2e-7 to 4e-7 of the values here, by its version; without one of the six products, 3e-6.
+    Relative errors of XLA's product are 2e-7 to 4e-7, depending on its version; without one of the six products, 3e-6.
     """
     rng = np.random.default_rng(0)
     values = {
@@ -135,7 +131,7 @@ def test_nan_stays_nan_in_products(product, bits):
     assert np.isnan(ops.conv(jnp.ones_like(x), kernel)).sum() == 4
 
 
-# Channels below, at and past whole registers; widths below and past whole tiles; more rows than are summed together.
+# Channels below, at and above whole vectors; widths below and above whole tiles; more rows than a part has.
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
 @pytest.mark.parametrize("shape", [(2, 9, 10, 3), (1, 7, 24, 16), (3, 13, 8, 37), (2, 70, 11, 8), (1, 7, 7, 64)])
@@ -147,8 +143,7 @@ def test_a_large_depthwise_result_equals_xla():
     assert_equals_xla((1, 300, 232, 64), (3, 3, 1, 64), segments=64, stride=1, padding="SAME")
 
 
-# Whole vectors, and vectors that whole segments do not fill; widths below, at and past what is computed together; more
-# rows than a part has.
+# Whole vectors, and vectors that whole segments do not fill; widths below, at and above whole tiles; many rows.
 @pytest.mark.parametrize(
     ("per_segment", "channels", "filters"),
     [
@@ -186,12 +181,51 @@ def test_nan_stays_nan():
     assert bool(jnp.isnan(ops.conv(x, jnp.ones((3, 3, 1, 9)), segments=9)[0, :, :, 4]).any())
 
 
+@pytest.fixture
+def run_tests_with(run_python, tmp_path):
+    """Returns a function that runs tests of this file and of the fused layers, with kernels from another compiler.
+
+    `options` are added to what the kernels are compiled with, `environment` to that of the tests.
+    """
+
+    def run(compiler: str, options: str, tests: str, environment: dict[str, str] | None = None):
+        script = tmp_path / "c++"
+        script.write_text(f'#!/bin/sh\nexec {compiler} "$@" {options}\n')
+        script.chmod(0o755)
+        environment = {"CXX": str(script), "XDG_CACHE_HOME": str(tmp_path)} | (environment or {})
+        files = ("tests/ops/test_cpu_kernels.py", "tests/export/test_export.py")
+        process = run_python(
+            "-m", "pytest", "--numprocesses=0", "--capture=no", "-k", tests, *files, environment=environment
+        )
+        assert process.returncode == 0, process.stdout + process.stderr
+
+    return run
+
+
+# Of each kind of kernel the cases that reach all of its code; the last is of the fused layers.
+REPRESENTATIVE = "odd_sizes or large or (SAME and (depthwise or small_segments and size0)) or lets_nan_through"
+WARNINGS = "-Wall -Wextra -Werror"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_the_kernels_have_no_warnings(run_tests_with):
+    run_tests_with("g++", WARNINGS, "can_be_built")
+
+
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
+def test_the_kernels_of_clang_equal_xla(run_tests_with):
+    run_tests_with("clang++", WARNINGS, f"can_be_built or {REPRESENTATIVE}")
+
+
+@pytest.mark.skipif(not shutil.which("g++") or " avx2 " not in build.processor(), reason="needs g++ and AVX2")
+def test_the_kernels_for_avx2_equal_xla(run_tests_with):
+    """Vectors of 8 lanes, which no machine with AVX-512 would compile."""
+    run_tests_with("g++", f"-march=x86-64-v3 {WARNINGS}", f"can_be_built or {REPRESENTATIVE}")
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs the address sanitizer of g++")
-def test_nothing_outside_of_an_array_is_read_or_written(run_python, tmp_path):
-    """The tests above, and a network for inference, once more with kernels that end the process if they do."""
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0 -fsanitize=address\n')
-    compiler.chmod(0o755)
+def test_nothing_outside_of_an_array_is_read_or_written(run_tests_with):
+    """Runs tests with kernels that end the process if they do."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -199,13 +233,7 @@ def test_nothing_outside_of_an_array_is_read_or_written(run_python, tmp_path):
     if not all(map(os.path.isabs, libraries)):
         pytest.skip("g++ has no address sanitizer here")
     environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
-    environment |= {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
-    some = "odd_sizes or large or (SAME and (depthwise or small_segments and size0)) or lets_nan_through"
-    files = ("tests/ops/test_cpu_kernels.py", "tests/export/test_export.py")
-    process = run_python(
-        "-m", "pytest", "--numprocesses=0", "--capture=no", "-k", some, *files, environment=environment
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
+    run_tests_with("g++", "-O0 -fsanitize=address", REPRESENTATIVE, environment)
 
 
 def test_the_same_bits_every_time():
@@ -224,6 +252,7 @@ import os
 {before}
 import hashlib, jax, numpy as np
 from xception_jax.ops import cpu_kernels
+from xception_jax.ops.cpu_kernels import build
 for channels in (24, 64):
     x, dy = np.random.default_rng(0).normal(size=(2, 4, 50, 50, channels)).astype("float32")
     kernel = (3, 3, channels, channels)
@@ -262,9 +291,11 @@ print(f.lower(x, k).as_text().count("custom_call @"), float(f(x, k).sum()))
     ("environment", "calls", "warning"),
     [
         ({}, 2, None),
+        ({"CXX": "env c++ -pipe"}, 2, None),  # with arguments, and by way of another program, as with ccache
         ({"XCEPTION_JAX_CPU_KERNELS": "0"}, 0, None),
         ({"CXX": "/nowhere/c++"}, 0, "could not be built"),
         ({"CXX": "/bin/false"}, 0, "could not be built"),
+        ({"CXX": "c++ '"}, 0, "could not be built"),
         ({"PATH": "/nowhere"}, 0, "No C++ compiler"),
     ],
 )

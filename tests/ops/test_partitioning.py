@@ -1,4 +1,4 @@
-"""On eight devices, a convolution between regular and depthwise must stay local to each device (openxla/xla#47945)."""
+"""Convolutions between regular and depthwise stay local to each of eight devices (openxla/xla#47945)."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def test_only_the_filter_gradient_is_communicated(collectives, segments):
 
 
 def test_xla_still_gathers_the_batch(collectives):
-    """Says when the way round is no longer needed: then `_per_tap` may become `_native` on TPU and GPU."""
+    """Fails once the workaround is no longer needed: `lowerings._per_tap` may then become `_native` on TPU and GPU."""
     assert "all-gather" in collectives["native"]

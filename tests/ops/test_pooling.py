@@ -1,4 +1,4 @@
-"""Max and average pooling against `lax.reduce_window` and numpy, values and gradients."""
+"""Compares max and average pooling with `lax.reduce_window` and NumPy: values and gradients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def reference_max_pool(x, window, stride, padding):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("window", "stride", "padding", "size"), CASES)
 def test_max_pool_equals_xla(monkeypatch, branch, ties, window, stride, padding, size):
-    """With ties, which ReLU makes everywhere, all the gradient goes to the first of the largest values."""
+    """With ties, which ReLU makes common, the first of the largest values gets the whole gradient."""
     monkeypatch.setattr(lax, "platform_dependent", lambda *x, default, **others: others.get(branch, default)(*x))
     rng = np.random.default_rng(0)
     values = rng.integers(-1, 2, (2, *size, 3)) if ties else rng.normal(size=(2, *size, 3))
@@ -122,7 +122,7 @@ def test_gradient_of_avg_pool_is_its_transpose(window, stride, padding, size):
 
 
 def test_gradient_of_avg_pool():
-    """Each pixel receives, from every window that holds it, the window's share."""
+    """Each pixel receives its share from every window that contains it."""
     with jax.enable_x64(True):
         gradient = jax.jit(jax.grad(lambda x: ops.avg_pool(x).sum()))(jnp.ones((1, 3, 3, 1)))[0, :, :, 0]
     # Corner windows hold 4 pixels, edges 6, the centre 9.

@@ -11,7 +11,7 @@ from matplotlib import _pylab_helpers
 from PIL import Image
 
 from xception_jax import config as config_lib
-from xception_jax.evaluation.metrics import Predictions
+from xception_jax.metrics.predictions import Predictions
 from xception_jax.reports.curves import Line, _series, _thin, line_figure
 from xception_jax.reports.run import choose_examples, write_report
 

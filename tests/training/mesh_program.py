@@ -13,7 +13,7 @@ import numpy as np
 from tests.training.test_step import Short, make_batch, tiny_config
 from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.training.optimizers import make_optimizer, make_schedule
-from xception_jax.training.state import abstract_state, make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 jax.config.update("jax_enable_x64", True)
@@ -32,7 +32,7 @@ for count, fields in zip(map(int, sys.argv[1::2]), map(json.loads, sys.argv[2::2
         losses = []
         for number in range(3):
             batch = {name: np.asarray(part) for name, part in make_batch(config, number).items()}
-            state, metrics = step(state, to_devices(batch, batch_sharding(mesh)))
+            state, metrics = step(state, to_devices(batch, batch_sharding(mesh)), seed_bits(0, DROPOUT))
             losses.append(float(metrics["loss"]))
         fsdp = mesh.shape["fsdp"]
         leaves = jax.tree.leaves(state)

@@ -21,7 +21,7 @@ from xception_jax.models import create_model
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.initial_weights import _for_our_images
 from xception_jax.training.optimizers import make_optimizer, make_schedule
-from xception_jax.training.state import make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 from xception_jax.training.workdir import open_workdir
 from xception_jax.weights import Network, Preprocessing, load_network, save_network
@@ -69,7 +69,7 @@ def after_steps(saved_config: str, steps: int = 2):
             "image": jnp.asarray(rng.normal(size=(8, 16, 16, 3)), jnp.float32),
             "label": jnp.asarray(rng.integers(0, 5, 8), jnp.int32),
         }
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, seed_bits(0, DROPOUT))
     return first, state, metrics
 
 

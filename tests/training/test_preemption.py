@@ -12,7 +12,7 @@ import time
 import pytest
 
 from xception_jax.errors import PreemptedError
-from xception_jax.training.preemption import Preemption
+from xception_jax.training.preemption import ONE_REQUEST_SECONDS, Preemption
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -77,6 +77,18 @@ def test_first_signal_finishes_the_step_and_exits_75(signum):
     assert "Traceback" not in errors
 
 
+def test_two_signals_at_once_are_one_request():
+    """As `timeout` sends them: to its child and to the group of the child."""
+    process = start(LOOP)
+    read_until(process, "step 3")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == 75, errors
+    assert (output + errors).count("stopping after this step") == 1
+
+
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_second_signal_exits_130_while_the_main_thread_is_inside_c(signum):
     process = start(BUSY_IN_C)
@@ -84,6 +96,7 @@ def test_second_signal_exits_130_while_the_main_thread_is_inside_c(signum):
     time.sleep(0.2)
     process.send_signal(signum)
     read_until(process, "stopping after this step")
+    time.sleep(ONE_REQUEST_SECONDS + 0.1)
     start_time = time.monotonic()
     process.send_signal(signum)
     _, errors = process.communicate(timeout=20)
@@ -108,7 +121,7 @@ def test_handlers_and_wakeup_are_restored(signum):
         assert str(error).splitlines()[1:] == ["  where: runs/a", "  fix:   run the same command to resume"]
         assert received == []
         assert len(lines) == 1
-        os.kill(os.getpid(), signum)  # would be the second, and end this process
+        os.kill(os.getpid(), signum)  # would otherwise be the second, and end this process a second later
         assert received == [signum]
         assert signal.set_wakeup_fd(-1) == -1
     finally:

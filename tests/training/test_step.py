@@ -14,7 +14,7 @@ from xception_jax.models.layers import Conv, Head, norm_of
 from xception_jax.models.modules import SeparableConv
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.optimizers import make_optimizer, make_schedule
-from xception_jax.training.state import make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 # Most of the time here goes into compiling.
@@ -59,8 +59,9 @@ class Short(nn.Module):
 
 def make(config, state=None):
     """Returns the first state (or the given one) and the jitted step of a config; equal configs are compiled once."""
-    init, step = _make(to_json(config))
-    return (init(seed_bits(config.seed)) if state is None else state), step
+    init, jitted = _make(to_json(config))
+    bits = seed_bits(config.seed, DROPOUT)
+    return (init(seed_bits(config.seed)) if state is None else state), lambda state, batch: jitted(state, batch, bits)
 
 
 @cache
@@ -88,6 +89,7 @@ def without_counters(state):
     return state.replace(step=zero, bad_steps=zero, skipped_steps=zero)
 
 
+@pytest.mark.smoke
 def test_a_step_lowers_the_loss_and_moves_everything():
     config = tiny_config()
     state, step = make(config)
@@ -109,6 +111,7 @@ def test_a_step_lowers_the_loss_and_moves_everything():
     assert still == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_bad_batch_leaves_every_bit_and_the_next_one_counts(poison):
     config = tiny_config()
@@ -129,6 +132,7 @@ def test_a_bad_batch_leaves_every_bit_and_the_next_one_counts(poison):
     assert state_fingerprint(without_counters(after)) != state_fingerprint(without_counters(state))
 
 
+@pytest.mark.smoke
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     microbatches = 2
     whole = tiny_config(**{"model.batch_norm.statistics": 8 // microbatches, "ema.decay": 0.0})
@@ -145,6 +149,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got.params, expected.params)
 
 
+@pytest.mark.smoke
 def test_polyak_average_of_weights_and_statistics():
     config = tiny_config()
     state, step = make(config)
@@ -158,6 +163,7 @@ def test_polyak_average_of_weights_and_statistics():
     assert make(tiny_config(**{"ema.decay": 0.0}))[0].ema is None
 
 
+@pytest.mark.smoke
 def test_dropout_follows_from_seed_and_step():
     config = tiny_config(**{"model.dropout_rate": 0.5})
     state, step = make(config)
@@ -165,6 +171,37 @@ def test_dropout_follows_from_seed_and_step():
     loss = float(step(state, batch)[1]["loss"])
     assert float(step(state, batch)[1]["loss"]) == loss
     assert float(step(state.replace(step=jnp.int32(1)), batch)[1]["loss"]) != loss
+
+
+def test_each_seed_has_a_dropout_key_of_its_own_and_all_share_one_program():
+    config = tiny_config(**{"model.dropout_rate": 0.5})
+    init, jitted = _make(to_json(config))
+    state, batch = init(seed_bits(0)), make_batch(config)
+    keys = [seed_bits(seed, DROPOUT) for seed in range(4)]
+    losses = {float(jitted(state, batch, key)[1]["loss"]) for key in keys}
+    assert len(losses) == 4
+    assert jitted._cache_size() == 1
+    # Not the key that another seed initialises with.
+    assert not {tuple(key) for key in keys} & {tuple(seed_bits(seed)) for seed in range(8)}
+
+
+def test_the_logged_learning_rate_is_the_applied_one_also_after_skipped_steps():
+    fields = {"schedule.name": "constant", "schedule.warmup": "10 steps", "optimizer.momentum": 0.0}
+    config = tiny_config(**fields, **{"optimizer.weight_decay": 0.0, "schedule.learning_rate": 1.0})
+    state, step = make(config)
+    bad = make_batch(config)
+    bad["image"] = bad["image"].at[0, 0, 0, 0].set(np.nan)
+    logged = []
+    for batch in [make_batch(config), bad, bad, bad, make_batch(config, 1), make_batch(config, 2)]:
+        before = state
+        state, metrics = step(state, batch)
+        logged.append(float(metrics["learning_rate"]))
+    assert logged == pytest.approx([0.0, 0.1, 0.1, 0.1, 0.1, 0.2])
+    # Without momentum the length of the update over that of the gradient is the rate that was applied.
+    moved = jax.tree.map(jnp.subtract, state.params, before.params)
+    length = float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(moved))))
+    assert length / float(metrics["grad_norm"]) == pytest.approx(logged[-1], rel=1e-4)
+    assert (int(state.step), int(state.updates)) == (6, 3)
 
 
 def test_bfloat16_keeps_the_state_in_float32():

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from xception_jax.config import ModelConfig, from_json, resolve_model
-from xception_jax.data.prepare.imagenet import class_names
+from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
 from xception_jax.weights import tree

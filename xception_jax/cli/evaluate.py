@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from tqdm import tqdm
 
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
-from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
+from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation import compare, tables
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-from xception_jax.evaluation.metrics import Predictions, save_predictions, wilson_interval
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
 from xception_jax.evaluation.temperature import calibrate
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.metrics import Metric, metrics_of
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.models import create_model
 from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
 from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
@@ -81,16 +85,16 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.predictions, args.per_class)):
         _require_directory(path)
     subject = _open_subject(args)
-    metrics, predictions, info = _evaluate(args, subject)
+    values, measured, predictions, info = _evaluate(args, subject)
     rows = tables.class_rows(predictions, info.class_names)
     if args.predictions:
         save_predictions(args.predictions, predictions)
     if args.per_class:
         tables.write_csv(args.per_class, rows)
     if args.json:
-        print(json.dumps(json_ready(metrics | {"per_class": rows})))
+        print(json.dumps(json_ready(values | {"per_class": rows})))
     else:
-        print(tables.as_text(metrics, list(subject.variables), subject.config.evaluation.map_at))
+        print(tables.as_text(values, list(subject.variables), measured))
     return 0
 
 
@@ -138,7 +142,7 @@ def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[Data
         raise UsageError("it has to be said which images to evaluate on", "--dataset and --split", fix)
     data_dir = args.data_dir if args.data_dir is not None else data.data_dir
     data = data.replace(name=args.dataset or data.name, data_dir=data_dir)
-    return data, open_source(data, args.split or data.test_split or data.eval_split)
+    return data, open_dataset(data, args.split or data.test_split or data.eval_split)
 
 
 def _check_classes(network: Network, info: SourceInfo) -> None:
@@ -162,7 +166,9 @@ def _check_classes(network: Network, info: SourceInfo) -> None:
     print(f"network and dataset name their classes differently ({names}): taken by their number", file=sys.stderr)
 
 
-def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, Any], Predictions, SourceInfo]:
+def _evaluate(
+    args: argparse.Namespace, subject: _Subject
+) -> tuple[dict[str, Any], Sequence[Metric], Predictions, SourceInfo]:
     network, config = subject.network, subject.config
     data, source = _open_data(args, config)
     info = source.info
@@ -170,9 +176,10 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     check_labels(source)
     real_labels = load_real_labels(args.real, info.num_classes) if args.real else []
     numbers = image_numbers(source, real_labels) if args.real else []
-    config = override(config, {"loss.name": "sigmoid" if info.multi_label else "softmax"})
+    loss = "sigmoid" if info.multi_label else "softmax"
+    config = override(config, {"loss.name": loss, "model.num_classes": info.num_classes})
 
-    mesh = make_mesh(MeshConfig())
+    metrics, mesh = metrics_of(config), make_mesh(MeshConfig())
     usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * mesh.size
     batch_size = -(-usual // mesh.size) * mesh.size if args.batch_size is None else args.batch_size
     if batch_size < 1:
@@ -182,8 +189,9 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     batches = EvaluationBatches(data, source, batch_size=batch_size, view=view)
     damaged = DamagedImages(info, data.max_bad_fraction)
     with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
-        metrics, predictions = evaluate(
+        values, predictions = evaluate(
             make_evaluation_step(create_model(network.model), config, keep_logits=not info.multi_label),
+            metrics,
             jax.device_put(subject.variables, NamedSharding(mesh, PartitionSpec())),
             tqdm(iterator, "evaluating", len(batches), unit="batch", disable=None),
             len(source),
@@ -194,19 +202,19 @@ def _evaluate(args: argparse.Namespace, subject: _Subject) -> tuple[dict[str, An
     last = list(subject.variables)[-1]
     named: dict[str, Any] = {"source": args.source, "sha256": network.sha256}
     named |= {"step": subject.step} if subject.step is not None else {}
-    named |= {"dataset": info.name, "split": info.split} | metrics
+    named |= {"dataset": info.name, "split": info.split} | values
     if damaged.indices:
         named["damaged"] = len(damaged.indices)
     for prefix in subject.variables:
         for name in (f"{prefix}top1", f"{prefix}top5"):
-            if name in metrics:
-                named[f"{name}_interval"] = wilson_interval(metrics[name], metrics["count"])
+            if name in values:
+                named[f"{name}_interval"] = wilson_interval(values[name], values["count"])
     if not info.multi_label:
         calibration = calibrate(predictions)
         named |= {f"{last}{name}": value for name, value in dataclasses.asdict(calibration).items()}
     if numbers:
         named |= {f"{last}{key}": value for key, value in real_accuracy(predictions, numbers, real_labels).items()}
-    return named, predictions, info
+    return named, metrics, predictions, info
 
 
 def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""The files below a folder, as its owner sees them: without hidden ones, and with those that links lead to."""
+"""Lists the files in a folder as its owner sees them: follows links and ignores hidden files."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from xception_jax.errors import StorageError
 
 
 def entries(folder: Path) -> list[tuple[Path, bool]]:
-    """Returns what a folder holds, each with whether it is (a link to) a folder, in alphabetical order.
+    """Returns the entries of a folder in alphabetical order, each with whether it is a folder or a link to one.
 
-    What systems put there by themselves is left out: hidden names ('.DS_Store', '.ipynb_checkpoints', '._photo.jpg')
-    and the folder __MACOSX of archives.
+    Hidden names ('.DS_Store', '.ipynb_checkpoints', '._photo.jpg') and the folder __MACOSX of archives are ignored.
 
     Raises:
       StorageError: the folder cannot be read.
     """
     try:
         paths = sorted(folder.iterdir())
-        seen = [path for path in paths if not path.name.startswith(".") and path.name != "__MACOSX"]
-        return [(path, path.is_dir()) for path in seen]
+        visible = [path for path in paths if not path.name.startswith(".") and path.name != "__MACOSX"]
+        return [(path, path.is_dir()) for path in visible]
     except OSError as error:
         raise StorageError(
-            f"the folder cannot be read: {error.strerror}", str(folder), "allow reading it, or move it elsewhere"
+            f"the folder cannot be read: {error.strerror}", str(folder), "grant read permission or use another folder"
         ) from None
 
 
 def files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yields everything below a folder that is no folder, in alphabetical order of the whole path.
+    """Yields all files below a folder in alphabetical order of their paths.
 
-    Links are followed, but not into a folder that they are in, which would never end.
+    Links are followed, except those that lead to a folder above them, which would never end.
 
     Args:
-      folder: where to begin.
-      above: the folders that it is in, without links.
+      folder: the folder.
+      above: resolved paths of the folders above it, for the recursion.
 
     Raises:
       StorageError: a folder cannot be read.

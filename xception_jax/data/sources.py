@@ -1,7 +1,7 @@
-"""Where examples come from: TFDS datasets on disk, and synthetic images for measuring throughput.
+"""Sources of examples: TFDS datasets on disk, and synthetic images for measuring throughput.
 
-A source is a sequence of {'image': bytes of a file, 'label': int or tuple of ints, 'index': its own position}. It can
-be pickled, so that Grain's worker processes can have it, and read from many threads at a time.
+A source is a sequence of {'image': bytes of an image file, 'label': int or tuple of ints, 'index': position}. Any
+number of threads may read it, and it can be pickled, so that worker processes can open it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import functools
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,37 +20,29 @@ import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
 
-from xception_jax.config import DataConfig
-from xception_jax.data.prepare import fashion_mnist
-from xception_jax.data.prepare.writer import Dataset, is_complete, write_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 
 SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
-OPEN_IMAGES_LABELS = "objects_trainable"  # of TFDS' open_images_v4: the 7,186 classes with enough images to learn from
+OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 64
 _SYNTHETIC_SHAPE = (375, 500)  # height and width of a typical ImageNet photograph
-_PREPARED_ON_FIRST_USE: dict[str, Callable[[], Dataset]] = {
-    "fashion_mnist_subset": fashion_mnist.fashion_mnist_subset,
-    "fashion_mnist_scenes": fashion_mnist.fashion_mnist_scenes,
-}
-_NEEDS_SOURCE = ("fashion_mnist", "imagenet2012", "imagenet_v2")
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a source without reading its examples.
+    """Describes a source without reading its examples.
 
     Attributes:
-      name: of the dataset.
-      split: as it was asked for.
+      name: name of the dataset.
+      split: the split as requested, such as 'train[:98%]'.
       num_classes: labels are 0 to num_classes - 1.
-      class_names: one for each class.
+      class_names: one name for each class.
       multi_label: whether 'label' is a tuple of ints, the set of classes in the image.
-      fingerprint: SHA-256 over dataset_info.json and features.json; of all splits.
-      num_examples: in this split.
+      fingerprint: SHA-256 of dataset_info.json and features.json; the same for all splits.
+      num_examples: number of examples in this split.
     """
 
     name: str
@@ -77,66 +68,22 @@ class Source(Protocol):
         ...
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Reads some examples, which can be much cheaper than one by one."""
+        """Reads several examples, which can be much cheaper than one by one."""
         ...
 
 
-def open_source(data: DataConfig, split: str) -> Source:
-    """Opens one split of `config.data.name`.
-
-    'fashion_mnist_subset' and 'fashion_mnist_scenes' are written from the images that are shipped with this package
-    when they are first asked for. A name may carry a builder config and a version: 'name/config:1.0.0'; without a
-    version the newest is taken.
-
-    Args:
-      data: `config.data`; name, data_dir and synthetic_examples are read.
-      split: such as 'train', 'train[:98%]', 'validation'.
-
-    Raises:
-      InputMissingError: the dataset or the split is not there, or is empty.
-      BadDataError: the dataset has no image with a label (or labels).
-      ConfigError: the split cannot be understood.
-    """
-    if data.name == SYNTHETIC:
-        return SyntheticSource(data.synthetic_examples, split)
-    data_dir = resolve_data_dir(data.data_dir)
-    directory = _find(data.name, data_dir)
-    if directory is None and data.name in _PREPARED_ON_FIRST_USE:
-        print(f"{data.name} is not in {data_dir} yet: writing it from the images shipped here, once", file=sys.stderr)
-        directory = write_dataset(_PREPARED_ON_FIRST_USE[data.name](), data_dir, progress=False).path
-    if directory is None:
-        raise InputMissingError(
-            f"the dataset {data.name} is not in {data_dir}",
-            str(data_dir),
-            f"run {_prepare_command(data.name, data_dir)}",
-        )
-    return TfdsSource(directory, split)
-
-
-def find_class_names(data: DataConfig) -> tuple[str, ...] | None:
-    """Returns the names of the classes of `config.data.name`, or None if the dataset is not on this machine.
-
-    Its features.json is read, the images need not be there.
-
-    Raises:
-      BadDataError: the dataset has no image with a label.
-    """
-    if data.name == SYNTHETIC:
-        return SyntheticSource(1, "train").info.class_names
-    directory = _find(data.name, resolve_data_dir(data.data_dir))
-    if directory is not None:
-        features = tfds.builder_from_directory(os.fspath(directory)).info.features
-        return tuple(_label_feature(features, directory)[1].names)
-    return fashion_mnist.CLASS_NAMES if data.name in _PREPARED_ON_FIRST_USE else None
-
-
 def resolve_data_dir(data_dir: str) -> Path:
-    """Returns the directory that holds all datasets: as given, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """Returns the directory of all datasets: `data_dir` if set, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
 
 
-def _find(name: str, data_dir: Path) -> Path | None:
-    """Returns the directory of a complete dataset: name[/config][:version], by default of the newest version."""
+def find_dataset(name: str, data_dir: Path) -> Path | None:
+    """Returns the directory of a complete dataset, or None.
+
+    Args:
+      name: name[/config][:version]; without a version, the newest is found.
+      data_dir: the directory of all datasets.
+    """
     name, _, version = name.partition(":")
     parent = data_dir / name
     if version:
@@ -145,24 +92,22 @@ def _find(name: str, data_dir: Path) -> Path | None:
     return max(found, key=lambda path: tfds.core.Version(path.name), default=None)
 
 
-def _prepare_command(name: str, data_dir: Path) -> str:
-    name = name.partition(":")[0]
-    command = (
-        f"{name} --source DIR"
-        if name.partition("/")[0] in _NEEDS_SOURCE
-        else f"image_folder --name {name} --source DIR"
-    )
-    if name in _PREPARED_ON_FIRST_USE:
-        command = name
-    return f"python -m xception_jax prepare {command} --data_dir {data_dir}"
+def is_complete(directory: Path) -> bool:
+    """Returns whether a directory holds a finished dataset."""
+    return (directory / "dataset_info.json").is_file() and (directory / "features.json").is_file()
 
 
 class TfdsSource:
-    """One split of a TFDS dataset of ArrayRecord files; images stay as the bytes of their files.
+    """Reads one split of a TFDS dataset in ArrayRecord files. Images stay encoded.
 
     Args:
-      directory: of one version, with dataset_info.json.
+      directory: directory of one version of the dataset, with dataset_info.json.
       split: such as 'train[:98%]'.
+
+    Raises:
+      InputMissingError: the split is missing or empty, files are missing, or the dataset is not in ArrayRecord files.
+      BadDataError: the dataset has no image with a label (or labels).
+      ConfigError: the split cannot be parsed.
     """
 
     def __init__(self, directory: Path, split: str):
@@ -170,7 +115,7 @@ class TfdsSource:
         builder = tfds.builder_from_directory(os.fspath(directory))
         self._check_format(builder)
         self._check_split(builder)
-        self._label_name, label = _label_feature(builder.info.features, directory)
+        self._label_name, label = label_feature(builder.info.features, directory)
         self._names_files = "file_name" in builder.info.features
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         self.info = SourceInfo(
@@ -183,8 +128,8 @@ class TfdsSource:
             num_examples=len(self._records),
         )
 
-    def __reduce__(self):
-        """Opens the files anew in the process that unpickles: TFDS' own objects are large, and not made for it."""
+    def __reduce__(self) -> tuple:
+        """Pickles as its arguments: the objects of TFDS are large and not made for pickling."""
         return TfdsSource, (self.directory, self.split)
 
     def __len__(self) -> int:
@@ -200,28 +145,27 @@ class TfdsSource:
         return self._example(index, self._read(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Reads some examples at once; raises like `__getitem__`."""
+        """Reads several examples in one call; raises like `__getitem__`."""
         try:
             records = self._records.__getitems__(indices)
         except Exception:
-            records = [self._read(index) for index in indices]  # says which of them is damaged
+            records = [self._read(index) for index in indices]  # the error names the damaged one
         return [self._example(index, record) for index, record in zip(indices, records, strict=True)]
 
     def _example(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         label = record[self._label_name]
         if self._label_name == OPEN_IMAGES_LABELS:
-            # A confidence of zero says that a person has looked and has not found the class.
+            # Confidence 0 means that a person verified the absence of the class.
             present = zip(label["label"], label["confidence"], strict=True)
             label = sorted({int(value) for value, confidence in present if confidence > 0})
         label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
         return {"image": record["image"], "label": label, "index": index}
 
     def _read(self, index: int) -> dict[str, Any]:
-        """Returns one record, or raises BadDataError."""
         try:
             return self._records[index]
         except Exception as error:
-            # array_record raises bare RuntimeErrors, protobuf DecodeErrors and TFDS whatever comes first.
+            # array_record raises RuntimeError, protobuf raises DecodeError, and TFDS passes on any error.
             raise BadDataError(
                 f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
                 f"{self.directory}, split {self.split}",
@@ -229,19 +173,16 @@ class TfdsSource:
             ) from error
 
     def file_names(self) -> list[str] | None:
-        """Returns the names that the images had as files, in the order of the split; None if they were not kept.
-
-        All records are read.
-        """
+        """Reads all records and returns the original file names of the images; None if the dataset has none."""
         if not self._names_files:
             return None
         return [self._read(index)["file_name"].decode() for index in range(len(self))]
 
     def _check_format(self, builder: tfds.core.DatasetBuilder) -> None:
-        # as_data_source() names the format in a message of its own, which sends the reader to download_and_prepare().
+        # Without this check as_data_source() fails and suggests download_and_prepare(), which does not help here.
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise InputMissingError(
-                f"the dataset is stored as {builder.info.file_format.value}, which has no random access",
+                f"the dataset is stored as {builder.info.file_format.value}, which does not allow random access",
                 str(self.directory),
                 f"run python -m xception_jax prepare tfrecord --source {self.directory}",
             )
@@ -249,15 +190,15 @@ class TfdsSource:
     def _check_split(self, builder: tfds.core.DatasetBuilder) -> None:
         name = builder.info.name
         splits = {split: info.num_examples for split, info in builder.info.splits.items()}
-        held = ", ".join(f"{split} ({count:,})" for split, count in splits.items()) or "none"
-        fix = f"the splits are {held}; to write the dataset again: {_prepare_command(name, self.directory.parents[1])}"
+        available = ", ".join(f"{split} ({count:,})" for split, count in splits.items()) or "none"
+        fix = f"the splits are {available}; python -m xception_jax prepare --help shows how to write the dataset again"
         if self.split.partition("[")[0] not in splits and "+" not in self.split:
             raise InputMissingError(f"the dataset {name} has no split {self.split!r}", str(self.directory), fix)
         try:
             selected = builder.info.splits[self.split]
         except (ValueError, KeyError, AssertionError) as error:
             how = f"write it as train, train[:98%] or train[98%:]; {fix}"
-            raise ConfigError(f"the split {self.split!r} cannot be understood", "config.data", how) from error
+            raise ConfigError(f"the split {self.split!r} cannot be parsed", "config.data", how) from error
         if selected.num_examples == 0:
             raise InputMissingError(f"the split {self.split!r} of {name} is empty", str(self.directory), fix)
         missing = [file.filename for file in selected.file_instructions if not Path(file.filename).exists()]
@@ -265,8 +206,16 @@ class TfdsSource:
             raise InputMissingError(f"{len(missing)} files of the dataset {name} are missing", missing[0], fix)
 
 
-def _label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tuple[str, tfds.features.ClassLabel]:
-    """Returns the name of the feature that labels the images, and the ClassLabel in it."""
+def label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tuple[str, tfds.features.ClassLabel]:
+    """Returns the name of the feature that labels the images, and its ClassLabel.
+
+    Args:
+      features: the features of the dataset.
+      directory: its directory, for the error message.
+
+    Raises:
+      BadDataError: the dataset has no image with a label (or labels).
+    """
     found = dict(features.items())
     label = found.get("label")
     if isinstance(found.get("image"), tfds.features.Image):
@@ -279,7 +228,7 @@ def _label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tup
         if objects is not None:
             return OPEN_IMAGES_LABELS, objects["label"]
     raise BadDataError(
-        f"the dataset has the features {sorted(found)}, but no image with a label",
+        f"the dataset has no image with a label; its features are {sorted(found)}",
         str(directory),
         "it needs 'image' and 'label' (a ClassLabel), or 'image' and 'labels' (a Sequence of ClassLabel)",
     )
@@ -293,10 +242,10 @@ def _fingerprint(directory: Path) -> str:
 
 
 def check_labels(source: Source) -> None:
-    """Checks that labels are in range, before anything is compiled.
+    """Checks a sample of the labels before anything is compiled.
 
-    Reads `LABELS_CHECKED_BEFORE_TRAINING` examples at even distances: all of a small dataset, a sample of ImageNet,
-    whose 1.28 million would take minutes. The pipeline checks every label again (`check_label`) as it loads it.
+    Reads up to `LABELS_CHECKED_BEFORE_TRAINING` evenly spaced examples; all of ImageNet would take minutes. The
+    pipeline checks every label when it loads the example.
 
     Raises:
       BadDataError: a label is negative or not below the number of classes.
@@ -307,10 +256,10 @@ def check_labels(source: Source) -> None:
 
 
 def check_label(example: dict[str, Any], info: SourceInfo) -> None:
-    """Checks the label, or each of the labels, of one example.
+    """Checks the label, or all labels, of one example.
 
     Raises:
-      BadDataError: it is negative or not below the number of classes.
+      BadDataError: a label is negative or not below the number of classes.
     """
     labels = example["label"] if info.multi_label else (example["label"],)
     for label in labels:
@@ -323,11 +272,11 @@ def check_label(example: dict[str, Any], info: SourceInfo) -> None:
 
 
 class SyntheticSource:
-    """Random JPEG images of the size of ImageNet's, made once and used again and again, with random labels.
+    """Serves 64 random JPEG images as large as those of ImageNet over and over, with random labels.
 
     Args:
-      num_examples: length of the source.
-      split: for `info`; all splits are alike.
+      num_examples: number of examples.
+      split: name of the split in `info`; it does not change the examples.
     """
 
     def __init__(self, num_examples: int, split: str):
@@ -348,12 +297,12 @@ class SyntheticSource:
         return self.info.num_examples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns one of the images; the label follows from the index alone."""
+        """Returns an example; image and label depend only on the index."""
         label = index * 2_654_435_761 % 2**32 * _SYNTHETIC_CLASSES >> 32
         return {"image": self._images[index % _SYNTHETIC_IMAGES], "label": label, "index": index}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns some of the images."""
+        """Returns several examples."""
         return [self[index] for index in indices]
 
 
@@ -363,7 +312,7 @@ def _synthetic_images() -> tuple[bytes, ...]:
     height, width = _SYNTHETIC_SHAPE
     images = []
     for _ in range(_SYNTHETIC_IMAGES):
-        # Smooth shapes and a little noise: as many bytes as a photograph, so as expensive to decode.
+        # Smooth shapes with a little noise have as many bytes as a photograph, so decoding is as expensive.
         shapes = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
         noise = rng.integers(0, 24, (height, width, 1), np.uint8)
         images.append(simplejpeg.encode_jpeg(cv2.add(shapes, np.repeat(noise, 3, 2)), quality=90, colorspace="RGB"))

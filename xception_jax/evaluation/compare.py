@@ -13,7 +13,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from xception_jax.errors import BadDataError
-from xception_jax.evaluation.metrics import Predictions, load_predictions, wilson_interval
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions, load_predictions
 
 RESAMPLES = 10_000
 SEED = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,56 +12,65 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xception_jax.config import ExperimentConfig
-from xception_jax.evaluation.metrics import Predictions, Sums, multi_label_sums, single_label_sums, summarise
-from xception_jax.parallel import gathered
-
-Batch = dict[str, Any]
+from xception_jax.data.pipeline import Batch
+from xception_jax.metrics import Metric, metrics_of
+from xception_jax.metrics.metric import State, masked_count
+from xception_jax.metrics.predictions import Predictions
+from xception_jax.parallel import DeviceBatch, gathered
 
 # Classes of each image that are saved with a prediction: enough for top-5.
 SAVED_CLASSES = 5
 
+_COUNTS = "counts"  # beside the states of the metrics
 
-def make_evaluation_step(
-    model: nn.Module, config: ExperimentConfig, *, keep_logits: bool = False
-) -> Callable[[dict, Batch], tuple[Sums, Batch]]:
-    """Returns a jitted `step(variables, batch)`: sums over the batch's mask, and the best classes of each image.
+EvaluationStep = Callable[[dict, DeviceBatch], tuple[dict[str, State], DeviceBatch]]
+
+
+def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_logits: bool = False) -> EvaluationStep:
+    """Returns a jitted `step(variables, batch)`: the states of the metrics, and the best classes of each image.
 
     Args:
       model: from `create_model`.
-      config: loss.name and evaluation.map_at are read.
-      keep_logits: predictions have the logits of all classes too, 200 MB for ImageNet's validation set.
+      config: of the experiment; the loss, the number of classes and `evaluation.map_at` choose the metrics.
+      keep_logits: predictions also have the logits of all classes, 200 MB for ImageNet's validation set.
     """
-    multi_label = config.loss.multi_label
+    metrics, multi_label = metrics_of(config), config.loss.multi_label
 
     @jax.jit
-    def step(variables, batch):
+    def step(variables: dict, batch: DeviceBatch) -> tuple[dict[str, State], DeviceBatch]:
         logits, _ = model.apply(gathered(variables), batch["image"], train=False)
-        if multi_label:
-            sums = multi_label_sums(logits, batch["label"], batch["mask"], config.evaluation.map_at)
-            probabilities, saved = jax.nn.sigmoid(logits), config.evaluation.map_at
-        else:
-            sums = single_label_sums(logits, batch["label"], batch["mask"])
-            probabilities, saved = jax.nn.softmax(logits), SAVED_CLASSES
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        mask = batch["mask"].astype(bool)
+        states = {metric.name: metric.measure(logits, batch["label"], mask) for metric in metrics}
+        probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+        saved = config.evaluation.map_at if multi_label else SAVED_CLASSES
         probabilities, classes = jax.lax.top_k(probabilities, min(saved, logits.shape[-1]))
         predictions = {"classes": classes, "probabilities": probabilities}
-        return sums, predictions | ({"logits": logits.astype(jnp.float32)} if keep_logits else {})
+        if keep_logits:
+            predictions["logits"] = logits.astype(jnp.float32)
+        counts = {"count": masked_count(mask)}
+        if multi_label:
+            counts["unlabelled"] = masked_count(mask & ~batch["label"].astype(bool).any(axis=-1))
+        return states | {_COUNTS: counts}, predictions
 
     return step
 
 
 def evaluate(
-    step: Callable[[dict, Batch], tuple[Sums, Batch]],
+    step: EvaluationStep,
+    metrics: Sequence[Metric],
     variables: dict[str, dict],
     batches: Iterable[Batch],
     num_examples: int,
     *,
-    to_devices: Callable[[Batch], Batch],
+    to_devices: Callable[[Batch], DeviceBatch],
     poll: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[dict[str, float], Predictions]:
     """Evaluates several sets of variables in one pass over the images.
 
     Args:
       step: from `make_evaluation_step`.
+      metrics: from `metrics_of` the same config.
       variables: by the prefix of their metrics: {'': of this step, 'ema_': Polyak-averaged}.
       batches: of this process; padded, with a mask.
       num_examples: what the masks of all processes must sum to.
@@ -69,37 +78,45 @@ def evaluate(
       poll: called with each batch before it is used; what it raises ends the evaluation.
 
     Returns:
-      The metrics, prefixed, with one `count`; and the predictions of the last set of variables.
+      The metrics, prefixed, with one `count` of images (with any number of labels an image also `unlabelled`, those
+      without any); and the predictions of the last set of variables.
 
     Raises:
       RuntimeError: the masks do not sum to `num_examples`: an image was dropped or counted twice.
     """
-    totals: dict[str, Sums] = {}
-    parts: list[Batch] = []
+    measured: dict[str, list[dict[str, State]]] = {prefix: [] for prefix in variables}
+    parts: list[DeviceBatch] = []
     for batch in batches:
         poll(batch)
         index = {"index": batch["index"].astype(np.int32)}
         global_batch = to_devices({name: batch[name] for name in ("image", "label", "mask")} | index)
-        for prefix, values in variables.items():
-            sums, predictions = step(values, global_batch)
-            totals[prefix] = jax.tree.map(jnp.add, totals[prefix], sums) if prefix in totals else sums
+        for prefix, chosen in variables.items():
+            states, predictions = step(chosen, global_batch)
+            measured[prefix].append(states)
         parts.append(predictions | {name: global_batch[name] for name in ("index", "label", "mask")})
 
-    metrics: dict[str, float] = {}
-    for prefix, sums in totals.items():
-        means = summarise(jax.device_get(sums))
-        if means["count"] != num_examples:
-            raise RuntimeError(f"the evaluation counted {means['count']:.0f} images of {num_examples}")
-        metrics |= {f"{prefix}{name}": value for name, value in means.items() if name not in ("count", "unlabelled")}
-        metrics |= {name: int(means[name]) for name in ("count", "unlabelled") if name in means}
-    return metrics, _gather(parts)
+    values: dict[str, Any] = {}
+    for prefix, batches_of_states in measured.items():
+        fetched = _fetch(batches_of_states)
+        counts = {name: sum(int(states[_COUNTS][name]) for states in fetched) for name in fetched[0][_COUNTS]}
+        if counts["count"] != num_examples:
+            raise RuntimeError(f"the evaluation counted {counts['count']} images of {num_examples}")
+        for metric in metrics:
+            merged = metric.merge([states[metric.name] for states in fetched])
+            values[f"{prefix}{metric.name}"] = metric.compute(merged)
+        values |= counts
+    return values, _predictions(_fetch(parts))
 
 
-def _gather(parts: list[Batch]) -> Predictions:
-    """Brings the predictions of all processes together, without the padding."""
-    fetched = [multihost_utils.process_allgather(part, tiled=True) for part in parts]
-    columns = {name: np.concatenate([part[name] for part in fetched]) for name in fetched[0]}
-    mask = columns.pop("mask")
+def _fetch(parts: list[Any]) -> list[Any]:
+    """Returns trees of global arrays as NumPy arrays, of all processes."""
+    return [jax.tree.map(np.asarray, multihost_utils.process_allgather(part, tiled=True)) for part in parts]
+
+
+def _predictions(parts: list[Batch]) -> Predictions:
+    """Joins the predictions of all batches, without the padding."""
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    mask = columns.pop("mask").astype(bool)
     if columns["label"].ndim == 2:
         columns["label"] = columns["label"].astype(bool)
     return Predictions(**{name: column[mask] for name, column in columns.items()})

@@ -12,8 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from xception_jax.data import folders, images
-from xception_jax.data.prepare import imagenet
+from xception_jax.data import folders, imagenet_classes, images
 from xception_jax.errors import InputMissingError
 from xception_jax.models import create_model
 from xception_jax.weights import Network
@@ -71,11 +70,11 @@ def class_names(network: Network) -> list[str]:
     A file that names none is taken for ImageNet's if it has as many: those of Keras and timm are in this order.
     Otherwise classes have numbers.
     """
-    words = imagenet.class_words()
+    words = imagenet_classes.class_words()
     names = network.classes
     if names is None and network.model.num_classes == len(words):
         print("the weights do not name their 1,000 classes: they are taken for ImageNet's", file=sys.stderr)
-        names = tuple(imagenet.class_names())
+        names = tuple(imagenet_classes.class_names())
     if names is None:
         return [f"class {number}" for number in range(network.model.num_classes)]
     return [words.get(name, name) for name in names]

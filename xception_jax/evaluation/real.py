@@ -16,7 +16,8 @@ import numpy as np
 
 from xception_jax.data.sources import Source, TfdsSource
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation.metrics import Predictions, wilson_interval
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions
 
 _FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 _FETCH = "get real.json from github.com/google-research/reassessed-imagenet"

@@ -11,31 +11,23 @@ from typing import Any
 import numpy as np
 
 from xception_jax.errors import StorageError
-from xception_jax.evaluation.metrics import (
-    Predictions,
-    class_average_precision,
-    most_confused,
-    wilson_interval,
-)
 from xception_jax.files import write_atomically
+from xception_jax.metrics import Metric
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
 
 _SETS = {"": "weights", "ema_": "Polyak average"}
 
 
-def as_text(metrics: dict[str, Any], prefixes: Sequence[str], map_at: int) -> str:
+def as_text(metrics: dict[str, Any], prefixes: Sequence[str], measured: Sequence[Metric]) -> str:
     """Returns the metrics as lines for a reader.
 
     Args:
       metrics: as `evaluate --json` prints them.
       prefixes: of the sets of variables, one column each.
-      map_at: depth of the rankings of several labels.
+      measured: the metrics of the evaluation.
     """
-    rows = {
-        "top1": "top-1",
-        "top5": "top-5",
-        "map_at_k": f"MAP@{map_at}",
-        "map_at_k_all": f"MAP@{map_at} over all labels",
-        "loss": "loss",
+    rows = {metric.name: metric.title for metric in measured} | {
         "real_top1": "ReaL top-1",
         "real_top5": "ReaL top-5",
         "calibration_error": "calibration error",

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 
-from xception_jax.evaluation.metrics import Predictions, expected_calibration_error
+from xception_jax.metrics.predictions import Predictions, expected_calibration_error
 
 LOWEST, HIGHEST = 0.02, 50.0
 

@@ -14,11 +14,11 @@ from typing import Any
 from xception_jax.config import to_dict
 from xception_jax.environment import installed_versions
 from xception_jax.errors import BadDataError, InputMissingError
-from xception_jax.evaluation.metrics import wilson_interval
 from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, loading_code
 from xception_jax.export.inference import in_float32
 from xception_jax.logs.metrics_log import read_metrics
+from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 from xception_jax.weights.network import Network

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: what was found at the start, then one line that is kept up to date."""
+"""Console output of a run: a header, messages, and a progress line; and the throughput that it shows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import logging
 import math
 import os
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
 
 from absl import logging as absl_logging
+from tqdm import tqdm
 
 
 def format_count(count: float) -> str:
@@ -40,11 +41,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_header(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Returns the block that opens a run: a title, then rows of name and value, the values aligned.
-
-    What belongs there is what a mistake would show in: devices and mesh, parameters and multiply-adds, dataset and
-    its sizes, steps, the work directory.
-    """
+    """Returns a title, then rows of name and value with the values aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     lines = (f"  {name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 4)) for name, value in rows)
     return "\n".join([title, *lines])
@@ -52,7 +49,7 @@ def format_header(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is. None is what is not known yet.
+    """Where a run is. None stands for what is not known yet.
 
     Attributes:
       step, total_steps: steps done and to do.
@@ -73,109 +70,87 @@ class Progress:
     input_share: float | None = None
     seconds_left: float | None = None
 
+    def __str__(self) -> str:
+        """Returns what follows the step in a line, the most important first: a narrow terminal cuts the end off."""
+        parts = [f"loss {self.loss:.4g}"]
+        if self.seconds_left is not None:
+            parts.append(f"{format_duration(self.seconds_left)} left")
+        if self.images_per_second is not None:
+            digits = 1 if self.images_per_second < 100 else 0
+            parts.append(f"{self.images_per_second:,.{digits}f} images/s")
+        parts += [f"epoch {self.epoch:.2f}", f"lr {self.learning_rate:.3g}"]
+        if self.input_share is not None:
+            parts.append(f"input {self.input_share:.0%}")
+        return "  ".join(parts)
 
-def format_progress(progress: Progress, width: int | None = None) -> str:
-    """Returns the progress as one line, of at most `width` characters: what matters least is left out first."""
-    p = progress
-    # In the order of the line; the number says how long a part stays when there is little room.
-    parts = [(9, f"step {p.step:,}/{p.total_steps:,}"), (4, f"epoch {p.epoch:.2f}"), (8, f"loss {p.loss:.4g}")]
-    if p.images_per_second is not None:
-        digits = 1 if p.images_per_second < 100 else 0
-        parts.append((6, f"{p.images_per_second:,.{digits}f} images/s"))
-    if p.input_share is not None:
-        parts.append((3, f"input {p.input_share:.0%}"))
-    parts.append((2, f"lr {p.learning_rate:.3g}"))
-    if p.seconds_left is not None:
-        parts.append((7, f"{format_duration(p.seconds_left)} left"))
-    while True:
-        line = "  ".join(text for _, text in parts)
-        if width is None or len(line) <= width:
-            return line
-        if len(parts) == 1:
-            return line[:width]
-        parts.remove(min(parts))
+
+def say(line: str) -> None:
+    """Prints a line to standard error, above a progress bar if there is one; a closed stream is ignored."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+        tqdm.write(line, file=sys.stderr)
 
 
 class ProgressLine:
-    """Shows the progress: a line rewritten in place on a terminal, plain lines elsewhere.
+    """Shows the progress: a bar that is updated in place on a terminal, plain lines at log points elsewhere.
 
-    On a terminal the line is cleared before anything else appears: text given to `message` and records of logging.
-    A stream that fails (a closed pipe) is not written to again; it never stops the run.
+    Whatever `say` prints and records of logging appear above the bar. Used as a context manager.
 
     Args:
-      stream: usually standard error.
+      total_steps: of the whole run.
+      step: that the run starts from.
     """
 
-    _SECONDS_BETWEEN_UPDATES = 0.1
-
-    def __init__(self, stream: TextIO):
-        self._stream: TextIO | None = stream
-        self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._shown = False
-        self._last_update = -math.inf
+    def __init__(self, total_steps: int, step: int):
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            file=sys.stderr,
+            disable=not terminal,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%  step {n_fmt}/{total_fmt}  {desc}",
+        )
         # absl's own handler passes records on without asking its filters, so the one inside gets the filter too.
-        python_handler = absl_logging.get_absl_handler().python_handler
-        handlers = [*logging.root.handlers, logging.lastResort, python_handler] if self._terminal else []
-        self._handlers = [handler for handler in handlers if handler is not None]
+        handlers = [*logging.root.handlers, logging.lastResort, absl_logging.get_absl_handler().python_handler]
+        self._handlers = [handler for handler in handlers if handler is not None and terminal]
         for handler in self._handlers:
-            handler.addFilter(self._clear_before)
+            handler.addFilter(self._clear)
 
-    def _clear_before(self, record: logging.LogRecord) -> bool:
-        self._clear()
+    def __enter__(self) -> ProgressLine:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves the last line where it is and the terminal as it was found."""
+        for handler in self._handlers:
+            handler.removeFilter(self._clear)
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.close()
+
+    def _clear(self, record: logging.LogRecord) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.clear()
         return True
-
-    def _write(self, text: str) -> None:
-        if self._stream is not None:
-            try:
-                self._stream.write(text)
-                self._stream.flush()
-            except (OSError, ValueError):  # ValueError: it was closed
-                self._stream = None
-
-    def _clear(self) -> None:
-        if self._shown:
-            self._write("\r\x1b[K")
-            self._shown = False
-
-    def _width(self) -> int:
-        try:
-            # A line that fills the last column may already have wrapped.
-            return max(os.get_terminal_size(self._stream.fileno()).columns, 20) - 1 if self._stream else 79
-        except (OSError, ValueError):
-            return 79
 
     def show(self, progress: Progress, *, log_point: bool) -> None:
         """Shows the progress now; where there is no terminal, only at log points."""
-        if not self._terminal:
+        if self._bar.disable:
             if log_point:
-                self._write(format_progress(progress) + "\n")
+                say(f"step {progress.step:,}/{progress.total_steps:,}  {progress}")
             return
-        now = time.monotonic()
-        if log_point or now - self._last_update >= self._SECONDS_BETWEEN_UPDATES:
-            self._last_update = now
-            self._write("\r\x1b[K" + format_progress(progress, self._width()))
-            self._shown = True
-
-    def message(self, text: str) -> None:
-        """Prints lines of their own."""
-        self._clear()
-        self._write(text + "\n")
-
-    def close(self) -> None:
-        """Leaves the last line where it is and the terminal as it was found."""
-        if self._shown:
-            self._write("\n")
-            self._shown = False
-        for handler in self._handlers:
-            handler.removeFilter(self._clear_before)
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.set_description_str(str(progress), refresh=False)
+            self._bar.update(progress.step - self._bar.n)
+            if log_point:
+                self._bar.refresh()
 
 
 class Throughput:
-    """The speed of training, from the time between marks, which are set where a step is known to have finished.
+    """Measures the speed of training from the time between marks, set where a step is known to have finished.
 
     The first mark only starts the clock, so that compiling does not count, and neither does what runs in `paused`.
-    The speed is that of the median interval: one in which the process was stopped or the machine was busy changes
-    nothing.
+    The speed is that of the median interval, so that an interval in which the process was stopped or the machine was
+    busy changes nothing.
 
     Args:
       batch_size: images per step.
@@ -191,7 +166,7 @@ class Throughput:
         self._paused_seconds, self._steps = 0.0, 0
 
     def mark(self, step: int) -> None:
-        """Says that `step` steps have finished by now."""
+        """Notes that `step` steps have finished by now."""
         now = self._clock()
         if self._step is not None and step > self._step:
             steps, seconds = step - self._step, max(now - self._since, 1e-9)
@@ -201,7 +176,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what happens within: an evaluation, a save. `seconds_left` expects more of it."""
+        """Excludes what happens within, an evaluation or a save; `seconds_left` expects more of it."""
         start = self._clock()
         try:
             yield
@@ -238,6 +213,6 @@ class Throughput:
         return statistics.fmean(share for _, share in self._intervals) if self._intervals else None
 
     def seconds_left(self, steps: int) -> float | None:
-        """The time that `steps` more steps take, with as many pauses per step as there were so far."""
+        """Returns the time that `steps` more steps take, with as many pauses per step as there were so far."""
         seconds = self._seconds_per_step
         return steps * (seconds + self._paused_seconds / self._steps) if seconds else None

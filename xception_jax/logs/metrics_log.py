@@ -25,6 +25,8 @@ def _plain(value: Any) -> Any:
     """Returns a scalar of Python, NumPy or JAX as what JSON can hold."""
     if value is None or isinstance(value, str | bool | int):
         return value
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     return json_ready(np.asarray(value).item())  # ValueError for more than one element
 
 
@@ -35,6 +37,12 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_ready(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_nan(entry) for entry in value]
+    return math.nan if value is None else value
 
 
 def _parse(content: bytes) -> Iterator[dict[str, Any] | None]:
@@ -61,7 +69,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     entries = [entry for entry in _parse(content) if entry is not None]
-    return [{name: math.nan if value is None else value for name, value in entry.items()} for entry in entries]
+    return [{name: _with_nan(value) for name, value in entry.items()} for entry in entries]
 
 
 class MetricsLog:
@@ -115,10 +123,10 @@ class MetricsLog:
         return (step, split) in self._written
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Appends one entry; values are scalars (Python, NumPy, JAX) or strings.
+        """Appends one entry; values are scalars (Python, NumPy, JAX), strings, or lists of them.
 
         Raises:
-          ValueError: a value is not a scalar.
+          ValueError: a value is an array.
         """
         entry = {"step": int(step), "split": split} | {name: _plain(value) for name, value in values.items()}
         self._waiting.append(_encode(entry))

@@ -1,4 +1,4 @@
-"""Convolutions and pooling, one function each, lowered for the platform that the program is compiled for."""
+"""Convolution and pooling, lowered for the platform that the program is compiled for."""
 
 from xception_jax.ops.conv import conv
 from xception_jax.ops.pooling import avg_pool, max_pool

@@ -1,4 +1,4 @@
-"""What SAME, VALID and SYMMETRIC mean, in rows and columns of zeros."""
+"""Padding, output sizes and strided slices of images, NHWC."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def explicit_padding(padding: Padding, size: tuple[int, ...], window: tuple[int,
     """Returns ((top, bottom), (left, right)) for an image of `size` (height, width).
 
     SAME is TensorFlow's: the output has ceil(size / stride) rows, and where the number of padded rows is odd
-    the extra one is at the bottom. SYMMETRIC pads `window // 2` on each side, as PyTorch ports do. They differ
-    for stride 2 wherever the side is even.
+    the extra one is at the bottom. SYMMETRIC pads `window // 2` on each side, as PyTorch ports do. The two differ
+    for stride 2 wherever the side is even. VALID does not pad.
     """
     if padding == "VALID":
         return (0, 0), (0, 0)
@@ -31,21 +31,27 @@ def explicit_padding(padding: Padding, size: tuple[int, ...], window: tuple[int,
 
 
 def output_size(size: tuple[int, ...], window: tuple[int, ...], stride: int, pads: Pads) -> tuple[int, int]:
-    """Returns (rows, columns) of what windows over a padded image of `size` (height, width) give."""
+    """Returns (rows, columns) of the output of windows over a padded image of `size` (height, width)."""
     rows, columns = ((n + sum(ends) - k) // stride + 1 for n, k, ends in zip(size, window, pads, strict=True))
     return rows, columns
 
 
-def strided(x, top: int, left: int, rows: int, columns: int, stride: int):
+def strided(x: Array, top: int, left: int, rows: int, columns: int, stride: int) -> Array:
     """Returns every `stride`-th row and column of x [b, h, w, c] from (top, left): [b, rows, columns, c]."""
     limits = (x.shape[0], top + (rows - 1) * stride + 1, left + (columns - 1) * stride + 1, x.shape[3])
     return lax.slice(x, (0, top, left, 0), limits, (1, stride, stride, 1))
 
 
-def from_phases(phase: Callable[[int, int], Array], shape: tuple[int, ...], stride: int, top: int = 0, left: int = 0):
-    """Returns an array of `shape` [b, h, w, c], cut at (top, left) out of one that is put together from its phases.
+def from_phases(
+    phase: Callable[[int, int], Array], shape: tuple[int, ...], stride: int, top: int = 0, left: int = 0
+) -> Array:
+    """Interleaves stride x stride phases and crops the result.
 
-    Rows i, i + stride, ... and columns j, j + stride, ... of that are phase(i, j).
+    Args:
+      phase: phase(i, j) returns rows i, i + stride, ... and columns j, j + stride, ... of the interleaved array.
+      shape: [b, h, w, c] of the result.
+      stride: number of phases along each axis.
+      top, left: where the result begins in the interleaved array.
     """
     phases = jnp.stack([jnp.stack([phase(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
     batch, down, _, across, _, channels = phases.shape
@@ -53,6 +59,6 @@ def from_phases(phase: Callable[[int, int], Array], shape: tuple[int, ...], stri
     return lax.slice(whole, (0, top, left, 0), (batch, top + shape[1], left + shape[2], channels))
 
 
-def pad(x, pads: Pads, value: float = 0.0):
+def pad(x: Array, pads: Pads, value: float = 0.0) -> Array:
     """Returns x [b, h, w, c] with rows and columns of `value` around it."""
     return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), (*pads[0], 0), (*pads[1], 0), (0, 0, 0)))

@@ -21,17 +21,17 @@ def max_pool(
     return _max_pool(x, window, stride, explicit_padding(padding, x.shape[1:3], (window, window), stride))
 
 
-def _reduce_window_max(x, window: int, stride: int, pads: Pads):
+def _reduce_window_max(x: Array, window: int, stride: int, pads: Pads) -> Array:
     return lax.reduce_window(
         x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0))
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x, window: int, stride: int, pads: Pads):
+def _max_pool(x: Array, window: int, stride: int, pads: Pads) -> Array:
     reduce_window = partial(_reduce_window_max, window=window, stride=stride, pads=pads)
 
-    def on_cpu(x):
+    def on_cpu(x: Array) -> Array:
         if cpu_kernels.available(x):
             return cpu_kernels.max_pool(x, window, stride, pads)
         return reduce_window(x)
@@ -39,36 +39,36 @@ def _max_pool(x, window: int, stride: int, pads: Pads):
     return lax.platform_dependent(x, cpu=on_cpu, default=reduce_window)
 
 
-def _max_pool_forward(x, window: int, stride: int, pads: Pads):
+def _max_pool_forward(x: Array, window: int, stride: int, pads: Pads) -> tuple[Array, tuple[Array, Array]]:
     y = _max_pool(x, window, stride, pads)
     return y, (x, y)
 
 
-def _max_pool_backward(window: int, stride: int, pads: Pads, residuals, dy):
-    def select_and_scatter(x, y, dy):
+def _max_pool_backward(window: int, stride: int, pads: Pads, residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    def select_and_scatter(x: Array, y: Array, dy: Array) -> Array:
         return jax.vjp(lambda x: _reduce_window_max(x, window, stride, pads), x)[1](dy)[0]
 
     first_hit = partial(_first_hit_gradient, window=window, stride=stride, pads=pads)
 
-    # XLA's CPU backend runs select-and-scatter one element at a time; on a GPU it adds in no fixed order and takes four
-    # times as long.
-    def on_cpu(x, y, dy):
+    # XLA's CPU backend runs select-and-scatter one element at a time. On a GPU it takes four times as long, and its
+    # additions have no fixed order.
+    def on_cpu(x: Array, y: Array, dy: Array) -> Array:
         if cpu_kernels.available(x, dy):
             return cpu_kernels.max_pool_gradient(x, y, dy, window, stride, pads)
         return first_hit(x, y, dy)
 
-    return (
-        lax.platform_dependent(*residuals, dy, cpu=on_cpu, cuda=first_hit, rocm=first_hit, default=select_and_scatter),
-    )
+    dx = lax.platform_dependent(*residuals, dy, cpu=on_cpu, cuda=first_hit, rocm=first_hit, default=select_and_scatter)
+    return (dx,)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
-    """The first tap of each window that equals the maximum takes dy; an element sums what its windows give it.
+def _first_hit_gradient(x: Array, y: Array, dy: Array, window: int, stride: int, pads: Pads) -> Array:
+    """Gives dy to the first tap of each window that equals the maximum.
 
-    Each of the stride x stride phases of dx is a sum of shifted copies of dy; at the end they are laid side by side.
+    Each of the stride x stride phases of dx is a sum of shifted copies of dy, masked by that tap; `from_phases`
+    interleaves them.
     """
     batch, rows, columns, channels = y.shape
     padded = pad(x, pads, -jnp.inf)
@@ -78,12 +78,12 @@ def _first_hit_gradient(x, y, dy, window: int, stride: int, pads: Pads):
     for i, j in reversed(taps):
         hit = strided(padded, i, j, rows, columns, stride) == y
         first = jnp.where(hit, jnp.asarray(i * window + j, number), first)
-    first = lax.optimization_barrier(first)  # found once, not again for each tap
+    first = lax.optimization_barrier(first)  # so that XLA does not compute it again for each tap
 
     zero = jnp.zeros((), dy.dtype)
     down, across = (-(-size // stride) for size in padded.shape[1:3])
 
-    def phase(top: int, left: int):
+    def phase(top: int, left: int) -> Array:
         dx = jnp.zeros((batch, down, across, channels), dy.dtype)
         for i in range(top, window, stride):
             for j in range(left, window, stride):
@@ -111,30 +111,34 @@ def avg_pool(
     return _window_sum(x, window, stride, pads) / counts
 
 
-def _reduce_window_sum(x, window: int, stride: int, pads: Pads):
+def _reduce_window_sum(x: Array, window: int, stride: int, pads: Pads) -> Array:
     return lax.reduce_window(x, 0.0, lax.add, (1, window, window, 1), (1, stride, stride, 1), ((0, 0), *pads, (0, 0)))
 
 
-def _window_sum(x, window: int, stride: int, pads: Pads):
+def _window_sum(x: Array, window: int, stride: int, pads: Pads) -> Array:
     reduce_window = partial(_reduce_window_sum, window=window, stride=stride, pads=pads)
-    # XLA's CPU backend goes through a window one element at a time.
+    # XLA's CPU backend computes reduce_window one element at a time.
     on_cpu = partial(_shifted_sum, window=window, pads=pads) if stride == 1 else reduce_window
     return lax.platform_dependent(x, cpu=on_cpu, default=reduce_window)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _shifted_sum(x, window: int, pads: Pads):
-    """The sum over the taps of a window of the shifted input."""
+def _shifted_sum(x: Array, window: int, pads: Pads) -> Array:
+    """Sums the shifted input over the taps of a window."""
     rows, columns = output_size(x.shape[1:3], (window, window), 1, pads)
     padded = lax.optimization_barrier(pad(x, pads))
-    return sum(strided(padded, i, j, rows, columns, 1) for i in range(window) for j in range(window))
+    y = jnp.zeros((), x.dtype)
+    for i in range(window):
+        for j in range(window):
+            y = y + strided(padded, i, j, rows, columns, 1)
+    return y
 
 
-def _shifted_sum_forward(x, window: int, pads: Pads):
+def _shifted_sum_forward(x: Array, window: int, pads: Pads) -> tuple[Array, None]:
     return _shifted_sum(x, window, pads), None
 
 
-def _shifted_sum_backward(window: int, pads: Pads, _, dy):
+def _shifted_sum_backward(window: int, pads: Pads, _: None, dy: Array) -> tuple[Array]:
     (top, bottom), (left, right) = pads
     last = window - 1
     return (_shifted_sum(dy, window, ((last - top, last - bottom), (last - left, last - right))),)

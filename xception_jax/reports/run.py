@@ -16,15 +16,15 @@ from markupsafe import Markup
 from PIL import Image
 
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
-from xception_jax.evaluation.metrics import (
+from xception_jax.files import write_atomically
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import (
     Predictions,
     class_average_precision,
     confusion_matrix,
     expected_calibration_error,
     most_confused,
-    wilson_interval,
 )
-from xception_jax.files import write_atomically
 from xception_jax.reports.curves import Line, line_figure
 from xception_jax.reports.environment import make_environment
 from xception_jax.reports.style import BLUE, GREY, VERMILION

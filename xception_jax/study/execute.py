@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.config import DataConfig, duration_in_steps
-from xception_jax.data.sources import open_source
+from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
 from xception_jax.logs.console import format_count
 from xception_jax.study.cells import Cell, find_equal
@@ -104,8 +104,8 @@ def _total_steps(cells: Sequence[Cell]) -> dict[Path, int]:
         config, data = cell.config, cell.config.data
         if data not in examples:
             for split in filter(None, (data.eval_split, data.test_split)):
-                open_source(data, split)
-            examples[data] = len(open_source(data, data.train_split))
+                open_dataset(data, split)
+            examples[data] = len(open_dataset(data, data.train_split))
         steps[cell.directory] = duration_in_steps(config.duration, config.batch_size, examples[data])
     return steps
 

@@ -47,7 +47,7 @@ def _from_primary(value: int) -> int:
 
 @dataclasses.dataclass
 class _LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest steps and those with the highest scores.
+    """Keeps the newest steps, the newest regular one, and those with the highest scores.
 
     Not Orbax's own pair of policies: they read the metrics of earlier runs from files that no digest covers, and a
     damaged one ends the constructor of the manager.
@@ -55,12 +55,14 @@ class _LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
 
     keep_latest: int
     keep_best: int
+    regular_every: int
     scores: dict[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = sorted(info.step for info in checkpoints)
         scored = sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
         kept = set(steps[-self.keep_latest :]) | set(scored[len(scored) - self.keep_best :] if self.keep_best else ())
+        kept |= set([step for step in steps if step % self.regular_every == 0][-1:])
         return [info.step in kept for info in checkpoints]
 
 
@@ -83,7 +85,9 @@ class Checkpoints:
       directory: where the steps are; created if it is not there.
       keep_latest: how many of the newest steps to keep, at least 1.
       keep_best: how many of the steps with the highest `best_metric` to keep besides.
-      best_metric: a key of the metrics given to `save`; higher is better.
+      best_metric: a key of the metrics given to `save`.
+      higher_is_better: whether a high `best_metric` is a good one.
+      regular_every: steps that this divides are regular: saved by every run of the config, interrupted or not.
       identity: what the run is: 'dataset' is compared on restoring, everything is recorded.
       allow_dataset_change: restore although the dataset has changed.
       read_only: for evaluation beside a running trainer: nothing is created, moved, repaired or deleted.
@@ -100,13 +104,15 @@ class Checkpoints:
         keep_latest: int = 2,
         keep_best: int = 0,
         best_metric: str | None = None,
+        higher_is_better: bool = True,
+        regular_every: int = 1,
         identity: Mapping[str, str] | None = None,
         allow_dataset_change: bool = False,
         read_only: bool = False,
         report: Callable[[str], None] = print,
     ):
         self._directory = Path(directory).absolute()  # Orbax takes no relative path
-        self._best_metric = best_metric
+        self._best_metric, self._sign = best_metric, 1 if higher_is_better else -1
         self._identity = dict(identity or {})
         self._allow_dataset_change = allow_dataset_change
         self._read_only = read_only
@@ -114,7 +120,7 @@ class Checkpoints:
         self._primary = jax.process_index() == 0
         self._pending: _Pending | None = None
         self._held_step = -1  # the step whose state this object has last saved or restored
-        self._policy = _LatestOrBest(keep_latest, keep_best if best_metric else 0, {})
+        self._policy = _LatestOrBest(keep_latest, keep_best if best_metric else 0, regular_every, {})
         options = ocp.CheckpointManagerOptions(
             read_only=read_only,  # also turns the next line off
             cleanup_tmp_directories=True,  # what a killed process was writing
@@ -229,12 +235,13 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # a failed save: raised by `wait`, and once more by Orbax
                 self._manager.close()
 
-    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+    def restore_latest(self, abstract_state: Any, *, regular: bool = False) -> tuple[int, Any] | None:
         """Restores the newest step that is intact, and sets aside the damaged ones that are newer.
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings, which need not be those of the save. Without
             one, an array comes back as it was sharded, or on one device where there are others than then.
+          regular: leave out the steps that only an interrupted run has.
 
         Returns:
           The step and its state, or None if nothing was saved yet.
@@ -245,9 +252,14 @@ class Checkpoints:
         """
         self.wait()
         damaged = {}
-        step = _from_primary(max(self.steps(), default=-1))
+        every = self._policy.regular_every if regular else 1
+
+        def newest(below: float) -> int:
+            return _from_primary(max((s for s in self.steps() if s < below and s % every == 0), default=-1))
+
+        step = newest(math.inf)
         while step >= 0:
-            older = _from_primary(max((s for s in self.steps() if s < step), default=-1))
+            older = newest(step)
             try:
                 return step, self._restore(step, abstract_state)
             except DamagedError as error:
@@ -356,7 +368,7 @@ class Checkpoints:
         self._policy.scores.pop(step, None)
         score = metrics.get(self._best_metric, math.nan) if self._best_metric else math.nan
         if math.isfinite(score):
-            self._policy.scores[step] = score
+            self._policy.scores[step] = self._sign * score
 
     def _finish(self, record: dict[str, Any]) -> None:
         """Runs in the background: the manifest of a step once Orbax has committed it."""

@@ -10,18 +10,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
-from xception_jax.data.sources import Source, SourceInfo, check_labels, open_source
+from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, DeviceMemoryError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.parallel import batch_sharding, check_batch, make_mesh
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.optimizers import make_optimizer, make_schedule
-from xception_jax.training.state import TrainState, abstract_state, make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, TrainState, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 
@@ -52,6 +54,14 @@ class Experiment:
         """Returns a duration of the config in steps."""
         return duration_in_steps(duration, self.config.batch_size, len(self.sources["train"]))
 
+    def every(self, duration: str) -> int:
+        """Returns the steps between events that are this far apart, at least 1."""
+        return max(1, self.steps(duration))
+
+    def replicate(self, value: np.ndarray | np.generic) -> jax.Array:
+        """Returns a value of the host on every device of the mesh."""
+        return jax.device_put(value, NamedSharding(self.mesh, PartitionSpec()))
+
     @property
     def data(self) -> SourceInfo:
         """What is known of the training data."""
@@ -63,7 +73,7 @@ class Experiment:
         return self.steps(self.config.duration)
 
     def compile_step(self) -> jax.stages.Compiled:
-        """Compiles the training step for the mesh, (state, batch) -> (state, metrics); the state is donated.
+        """Compiles the training step for the mesh: (state, batch, key_bits) -> (state, metrics). It donates the state.
 
         Raises:
           DeviceMemoryError: the compiler finds that the step does not fit.
@@ -72,11 +82,13 @@ class Experiment:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        bits = seed_bits(0, DROPOUT)
+        key_bits = jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=replicated)
         options: dict[str, str | bool] = {}
         if self.config.profile and self.mesh.devices.flat[0].platform == "gpu":
             options = {"xla_gpu_enable_command_buffer": ""}  # in a CUDA graph a kernel does not say whose it is
         try:
-            return jitted.lower(self.abstract, self.abstract_batch()).compile(compiler_options=options)
+            return jitted.lower(self.abstract, self.abstract_batch(), key_bits).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, self.config) from error
 
@@ -114,7 +126,7 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
       InputMissingError, BadDataError: the data are missing or wrong.
     """
     splits = {"train": config.data.train_split, "dev": config.data.eval_split, "test": config.data.test_split}
-    sources = {name: open_source(config.data, split) for name, split in splits.items() if split}
+    sources = {name: open_dataset(config.data, split) for name, split in splits.items() if split}
     check_data(config, sources)
     mesh = make_mesh(config.mesh)
     check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh.size)
@@ -134,6 +146,7 @@ def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh:
     init = make_state_init(model, optimizer, image_size=config.data.image_size, ema=config.ema.decay > 0)
     abstract = abstract_state(init, mesh)
     check_patterns(config.optimizer, abstract.params)
+    _check_duration(config, len(sources["train"]))
     seeded = jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))
     return Experiment(
         config=config,
@@ -146,6 +159,17 @@ def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh:
         abstract=abstract,
         init=lambda: seeded(seed_bits(config.seed)),  # the mesh may be of devices that cannot compute
     )
+
+
+def _check_duration(config: ExperimentConfig, num_examples: int) -> None:
+    """Raises ConfigError if the run would end before its first step."""
+    if duration_in_steps(config.duration, config.batch_size, num_examples) == 0:
+        raise ConfigError(
+            f"config.duration='{config.duration}' is less than one step of {config.batch_size:,} images: "
+            f"an epoch has {num_examples:,}",
+            "config.duration",
+            f"lower config.batch_size, to at most {num_examples:,}, or set a longer config.duration",
+        )
 
 
 def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:

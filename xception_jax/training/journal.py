@@ -1,9 +1,8 @@
-"""What a run tells while it goes on: metrics.jsonl, the trackers, and the line on the screen."""
+"""Records a run: metrics.jsonl, trackers, console progress."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +13,22 @@ from jax.experimental import multihost_utils
 
 from xception_jax.config import to_dict
 from xception_jax.logs import trackers
-from xception_jax.logs.console import Progress, ProgressLine, Throughput, format_count, format_header
+from xception_jax.logs.console import Progress, ProgressLine, Throughput, format_count, format_header, say
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
+from xception_jax.metrics import describe, metrics_of
 from xception_jax.training.experiment import Experiment
+
+# Splits of metrics.jsonl beside 'train', 'dev' and 'test'.
+INTERVAL = "interval"  # steps before a checkpoint that no 'train' entry covers yet, so that a resumed run can
+RECOVERY = "recovery"  # the run went back to a checkpoint and passed over the batches in between
+
+_AVERAGED = ("loss", "top1", "grad_norm")
+
+
+def print_once(line: str) -> None:
+    """Prints a line, by process 0."""
+    if jax.process_index() == 0:
+        say(line)
 
 
 class Journal:
@@ -33,48 +45,52 @@ class Journal:
         config = experiment.config
         self._experiment, self._path, self._started = experiment, workdir / "metrics.jsonl", started
         self._log_every = max(1, experiment.steps(config.log_every))
-        self._interval: list[dict[str, float]] = []
         self.throughput = Throughput(config.batch_size)
+        self._interval: list[dict[str, float]] = []
+        self._trackers: list[trackers.Tracker] = []
+        self._last_step = step
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
         self._log = MetricsLog(self._path, step)
-        self._seconds_before = max((entry.get("seconds", 0.0) for entry in self.entries()), default=0.0)
-        self._line = ProgressLine(sys.stderr)
-        self._trackers = []
+        entries = self.entries()
+        self._seconds_before = max((entry.get("seconds", 0.0) for entry in entries), default=0.0)
+        self._interval = _unfinished_interval(entries, step)
+        self._exit = contextlib.ExitStack()
+        self._exit.callback(self._log.close)
         if config.logs.tensorboard:
-            self._trackers.append(trackers.tensorboard(workdir / "tensorboard"))
+            self._add_tracker(trackers.tensorboard(workdir / "tensorboard"))
         if config.logs.wandb_project:
             name = config.name or workdir.name
-            self._trackers.append(trackers.wandb(workdir, config.logs.wandb_project, name, to_dict(config)))
+            self._add_tracker(trackers.wandb(workdir, config.logs.wandb_project, name, to_dict(config)))
+        self._line = self._exit.enter_context(ProgressLine(experiment.total_steps, step))
+
+    def _add_tracker(self, tracker: trackers.Tracker) -> None:
+        self._exit.callback(tracker.close)
+        self._trackers.append(tracker)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._writes:
-            self._line.close()
-            self._log.close()
-            for tracker in self._trackers:
-                tracker.close()
+            self._exit.close()
 
     def entries(self) -> list[dict[str, Any]]:
         """Returns all entries of metrics.jsonl so far."""
         return read_metrics(self._path)
 
     def has(self, step: int, split: str) -> bool:
-        """Whether there is an entry for this step and split; every process gets the answer of process 0."""
-        found = self._writes and self._log.has(step, split)
-        if jax.process_count() > 1:
-            return bool(multihost_utils.broadcast_one_to_all(found))
-        return found
+        """Returns whether there is an entry for this step and split; every process gets the answer of process 0."""
+        return self._agree(self._writes and self._log.has(step, split))
 
-    def restart(self, step: int) -> None:
-        """Drops the entries after `step`, as the run goes back to it."""
-        self._interval.clear()
-        if self._writes:
-            self._log.close()
-            self._log = MetricsLog(self._path, step)
+    @property
+    def has_recovered(self) -> bool:
+        """Whether the run went back to a checkpoint, at any earlier step; the same on every process."""
+        return self._agree(self._writes and any(entry["split"] == RECOVERY for entry in self.entries()))
+
+    def _agree(self, found: bool) -> bool:
+        return bool(multihost_utils.broadcast_one_to_all(found)) if jax.process_count() > 1 else found
 
     @property
     def seconds(self) -> float:
@@ -89,7 +105,7 @@ class Journal:
     def message(self, text: str) -> None:
         """Prints a line."""
         if self._writes:
-            self._line.message(text)
+            say(text)
 
     def header(self, workdir: Path, step: int) -> None:
         """Prints what a run consists of, where a mistake would show."""
@@ -97,6 +113,8 @@ class Journal:
         config, cost, data = experiment.config, experiment.cost, experiment.data
         sizes = ", ".join(f"{source.info.split} {len(source):,}" for source in experiment.sources.values())
         start = f", resumed at {step:,}" if step else ""
+        n = config.accumulation_steps
+        flops = 6.0 * cost.multiply_adds * config.batch_size * experiment.total_steps
         rows = [
             ("devices", f"{experiment.mesh.size} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
             ("mesh", "  ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())),
@@ -106,38 +124,25 @@ class Journal:
                 f"{format_count(cost.multiply_adds)} multiply-adds an image at {config.data.image_size}",
             ),
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
-            ("batch", f"{config.batch_size:,} images" + self._microbatches()),
+            ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
-            ("cost", f"{format_count(self._training_flops())}FLOP: 3 forward passes of 2 x multiply-adds an image"),
+            ("cost", f"{format_count(flops)}FLOP: 3 forward passes of 2 x multiply-adds an image"),
             ("workdir", str(workdir)),
         ]
         self.message(format_header(config.name or "xception_jax", rows))
 
-    def _microbatches(self) -> str:
-        n = self._experiment.config.accumulation_steps
-        return f" in {n} microbatches" if n > 1 else ""
-
-    def _training_flops(self) -> float:
-        return (
-            6.0
-            * self._experiment.cost.multiply_adds
-            * self._experiment.config.batch_size
-            * self._experiment.total_steps
-        )
-
     def train(self, step: int, metrics: dict[str, float]) -> None:
-        """Takes the metrics of a step that has finished; writes their mean over the interval at a log point."""
+        """Records the metrics of a step that has finished; writes their mean over the interval at a log point."""
         self.throughput.mark(step)
-        self._interval.append(metrics)
+        self._interval.append({name: metrics[name] for name in _AVERAGED if name in metrics})
+        self._last_step = step
         log_point = step % self._log_every == 0 or step == self._experiment.total_steps
         speed = {
             "images_per_second": self.throughput.images_per_second,
             "input_share": self.throughput.input_share,
         }
         if log_point:
-            means = {name: fmean(entry[name] for entry in self._interval) for name in ("loss", "top1", "grad_norm")}
-            if self._experiment.config.loss.multi_label:
-                del means["top1"]
+            means = {name: fmean(entry[name] for entry in self._interval) for name in self._interval[0]}
             latest = {name: metrics[name] for name in ("learning_rate", "skipped_steps")}
             self._interval.clear()
             self._write(step, "train", means | latest | speed)
@@ -157,10 +162,14 @@ class Journal:
     def evaluation(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Writes and prints the metrics of an evaluation."""
         self._write(step, split, metrics)
-        shares = "  ".join(
-            f"{name} {value:.4f}" for name, value in metrics.items() if "top" in name or "map" in name or "loss" in name
+        self.message(f"step {step:,}  {split}: {describe(metrics, metrics_of(self._experiment.config), ('', 'ema_'))}")
+
+    def recovery(self, step: int, restored_step: int) -> None:
+        """Records that the state of an earlier checkpoint goes on at `step`."""
+        self._write(step, RECOVERY, {"restored_step": restored_step})
+        self.message(
+            f"went back to the checkpoint of step {restored_step:,}, once; batches up to {step:,} are left out"
         )
-        self.message(f"step {step:,}  {split}: {shares}")
 
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
         if self._writes:
@@ -172,8 +181,20 @@ class Journal:
     def sync(self) -> None:
         """Makes what is written survive a power failure; called before a checkpoint refers to it."""
         if self._writes:
+            if self._interval and not self._log.has(self._last_step, INTERVAL):
+                columns = {name: [entry[name] for entry in self._interval] for name in self._interval[0]}
+                self._log.write(self._last_step, INTERVAL, columns)
             self._log.sync()
 
     def pause(self) -> contextlib.AbstractContextManager:
         """Returns a context whose time does not count as training."""
         return self.throughput.paused()
+
+
+def _unfinished_interval(entries: list[dict[str, Any]], step: int) -> list[dict[str, float]]:
+    """Returns the metrics of the steps up to `step` that the next 'train' entry has to cover."""
+    found = [entry for entry in entries if entry["split"] == INTERVAL and entry["step"] == step]
+    if not found:
+        return []
+    columns = {name: values for name, values in found[-1].items() if name in _AVERAGED}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+from ml_collections import ConfigDict
 
 from xception_jax.config import ExperimentConfig, resolve, to_json
-from xception_jax.data.pipeline import BatchIterator, DamagedImages, EvaluationBatches, train_batches
+from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-from xception_jax.evaluation.metrics import Predictions, save_predictions
 from xception_jax.logs.profile import StepTrace
-from xception_jax.parallel import batch_sharding, start_distributed, to_devices
+from xception_jax.metrics import main_metric, metrics_of
+from xception_jax.metrics.predictions import Predictions, save_predictions
+from xception_jax.parallel import DeviceBatch, batch_sharding, check_processes, start_distributed, to_devices
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
+from xception_jax.training.feed import Feed
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.initial_weights import first_state
-from xception_jax.training.journal import Journal
+from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
-from xception_jax.training.workdir import open_workdir
+from xception_jax.training.state import DROPOUT, TrainState, seed_bits
+from xception_jax.training.workdir import check_path, open_workdir
 
 if TYPE_CHECKING:
     from xception_jax.training.summary import Summary
 
-_POLL_SECONDS = 0.5
 
-
-def train(config: ExperimentConfig, workdir: str) -> Summary:
+def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str) -> Summary:
     """Trains what the config describes in `workdir`, from its last checkpoint if it has one.
 
     Args:
@@ -48,11 +51,12 @@ def train(config: ExperimentConfig, workdir: str) -> Summary:
     """
     started = time.monotonic()
     config = resolve(config)
+    path = check_path(workdir)
     start_distributed(config.distributed)
-    path = Path(workdir).absolute()
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(path, config))
-        preemption = stack.enter_context(Preemption())
+        preemption = stack.enter_context(Preemption(print_once))
+        check_processes()
         experiment = make_experiment(config)
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, path))
@@ -67,29 +71,23 @@ def train(config: ExperimentConfig, workdir: str) -> Summary:
             raise out_of_memory(error, config) from error
 
 
-def open_checkpoints(experiment: Experiment, workdir: Path, *, read_only: bool = False) -> Checkpoints:
-    """Opens the checkpoints of a run, ranked by the accuracy on the development split."""
+def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+    """Opens the checkpoints of a run, ranked by its main metric on the development split."""
     config = experiment.config
-    quality = "map_at_k" if config.loss.multi_label else "top1"
     return Checkpoints(
         workdir / "checkpoints",
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best if "dev" in experiment.sources else 0,
-        best_metric=f"ema_{quality}" if config.ema.decay > 0 else quality,
+        best_metric=("ema_" if config.ema.decay > 0 else "") + main_metric(config).name,
+        higher_is_better=main_metric(config).higher_is_better,
+        regular_every=experiment.every(config.checkpoint.every),
         identity={
             "config": hashlib.sha256(to_json(config).encode()).hexdigest(),
             "dataset": experiment.data.fingerprint,
         },
         allow_dataset_change=config.checkpoint.allow_dataset_change,
-        read_only=read_only,
         report=print_once,
     )
-
-
-def print_once(line: str) -> None:
-    """Prints a line, by process 0."""
-    if jax.process_index() == 0:
-        print(line)
 
 
 @dataclasses.dataclass
@@ -103,16 +101,16 @@ class _Dispatched:
 class Loop:
     """Takes steps, and between them evaluates, saves and stops when it is due.
 
-    What is due at a step is decided from the step and the journal alone, so that a run that resumes at a step does
-    there what the interrupted one would have done.
+    What is due at a step follows from the step and the journal only, so that a run that resumes at a step does there
+    what the interrupted run would have done.
     """
 
     def __init__(
         self, experiment: Experiment, workdir: Path, checkpoints: Checkpoints, journal: Journal, preemption: Preemption
     ):
-        self.experiment, self.workdir = experiment, workdir
+        self.experiment, self.workdir, self.config = experiment, workdir, experiment.config
         self.checkpoints, self.journal, self.preemption = checkpoints, journal, preemption
-        self.config = experiment.config
+        self.metrics = metrics_of(self.config)
         self.evaluation_step = make_evaluation_step(experiment.model, self.config)
         self.damaged = {
             name: DamagedImages(source.info, self.config.data.max_bad_fraction)
@@ -129,40 +127,43 @@ class Loop:
             for name, source in experiment.sources.items()
             if name != "train"
         }
-        self.dev_metrics: dict[str, float] = {}
+        self.step = 0
+        self.state: TrainState = experiment.abstract
+        self.feed: Feed | None = None
         self.dispatched: _Dispatched | None = None
-        self.went_back = False
+        self.dev_metrics: dict[str, float] = {}  # of the state that the next checkpoint holds
         self.seconds_to_first_step: float | None = None
-        self.batches: BatchIterator | None = None
-        self.fetcher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
 
-    def run(self, step: int, state: Any) -> Summary:
+    def run(self, step: int, state: TrainState) -> Summary:
         """Trains from `step` to the end of the config's duration, evaluates on the test split and reports."""
         self.step, self.state = step, state
-        total = self.experiment.total_steps
-        if step < total:
-            self._open_batches()  # they load while the step compiles
+        every, total = self.experiment.every, self.experiment.total_steps
+        evaluation, checkpoint = every(self.config.evaluation.every), every(self.config.checkpoint.every)
+        trains = step < total
+        if trains:
+            self._open_feed()  # batches load while the step compiles
             train_step = self.experiment.compile_step()
+            dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
             trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
         while True:
-            if self.step and self._due(self.config.evaluation.every):
+            if self._is_due(evaluation):
                 self._evaluate_dev()
             if self.step >= total:
                 break
-            if self.step and self._due(self.config.checkpoint.every):
+            if self._is_due(checkpoint):
                 self._save()
             if self.preemption.should_stop(self.step):
                 self._stop()
             batch = self._next_batch()
             before, self.dispatched = self.dispatched, None
             trace.before_step(self.state)
-            self.state, metrics = train_step(self.state, batch)
+            self.state, metrics = train_step(self.state, batch, dropout)
             self.step += 1
             self.dispatched = _Dispatched(self.step, metrics)
             # Read only now: the devices compute this step while the host waits for the metrics of the last one.
             self._read(before)
             self.checkpoints.poll()
-        if step < total:
+        if trains:
             trace.end(self.state)
         self._save()
         self.checkpoints.wait()
@@ -180,16 +181,14 @@ class Loop:
 
     def close(self) -> None:
         """Stops the threads that load batches."""
-        if self.batches is not None:
-            self.batches.close()
-        self.fetcher.shutdown(wait=False, cancel_futures=True)
+        if self.feed is not None:
+            self.feed.close()
 
     # --- the steps ---------------------------------------------------------------------------------------------------
 
-    def _open_batches(self) -> None:
-        if self.batches is not None:
-            self.batches.close()
-        self.batches = train_batches(
+    def _open_feed(self) -> None:
+        self.close()
+        batches = train_batches(
             self.config.data,
             self.experiment.sources["train"],
             batch_size=self.config.batch_size // jax.process_count(),
@@ -198,37 +197,27 @@ class Loop:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.next_batch = self.fetcher.submit(self._fetch, self.batches)
+        self.feed = Feed(batches, self._to_devices)
 
-    def _fetch(self, batches) -> tuple[dict, dict]:
-        batch = next(batches)
-        return batch, self._to_devices({name: batch[name] for name in ("image", "label")})
-
-    def _to_devices(self, batch: dict) -> dict:
+    def _to_devices(self, batch: Batch) -> DeviceBatch:
         return to_devices(batch, batch_sharding(self.experiment.mesh))
 
-    def _next_batch(self) -> dict:
-        """Waits for the next batch, but not longer than until a signal comes."""
+    def _next_batch(self) -> DeviceBatch:
+        """Waits for the next batch, or until a signal comes."""
+        assert self.feed is not None
         with self.journal.throughput.waiting():
-            while True:
-                try:
-                    batch, on_devices = self.next_batch.result(timeout=_POLL_SECONDS)
-                    break
-                except concurrent.futures.TimeoutError:
-                    if self.preemption.requested:
-                        self._stop()
-        self.next_batch = self.fetcher.submit(self._fetch, self.batches)
+            batch, on_devices = self.feed.next(self._stop_if_requested)
         self._note_damaged("train", batch)
         return on_devices
 
-    def _note_damaged(self, split: str, batch: dict) -> None:
+    def _note_damaged(self, split: str, batch: Batch) -> None:
         damaged = self.damaged[split]
         for index in damaged.add(batch):
             if len(damaged.indices) <= damaged.NAMED:
-                self.journal.message(f"image {index} of {split} is damaged: the next one stands in for it")
+                self.journal.message(f"image {index} of {split} is damaged; the next image replaces it")
 
     def _read(self, dispatched: _Dispatched | None) -> None:
-        """Takes note of a step's metrics; a run of bad ones sends the run back to its last checkpoint."""
+        """Records a step's metrics; too many bad steps in a row send the run back to a checkpoint."""
         if dispatched is None:
             return
         metrics = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
@@ -238,40 +227,41 @@ class Loop:
             self.journal.message(f"step {dispatched.step}: loss or gradient is not finite; the state stays as it was")
         self.journal.train(dispatched.step, metrics)
         if metrics["bad_steps"] >= self.config.max_bad_steps:
-            self._go_back(dispatched.step)
+            self._recover(dispatched.step)
 
     def _flush(self) -> None:
-        """Reads what is still out; before anything that refers to the present step."""
+        """Reads the metrics that are still out, which may send the run back; before anything uses the state."""
         dispatched, self.dispatched = self.dispatched, None
         self._read(dispatched)
 
-    def _go_back(self, bad_step: int) -> None:
-        restored = None if self.went_back else self.checkpoints.restore_latest(self.experiment.abstract)
+    def _recover(self, bad_step: int) -> None:
+        """Goes on from the last regular checkpoint with the batches after `bad_step`; once in a run.
+
+        The steps in between count as skipped, so that the position in the data still follows from the step, and a run
+        that is interrupted anywhere recovers in the same way. The same batches would lead to the same divergence.
+        """
+        has_recovered = self.journal.has_recovered
+        restored = None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
         if restored is None:
             raise DivergedError(
-                f"the loss was not finite for {self.config.max_bad_steps} steps in a row"
-                + (
-                    ", also after going back to a checkpoint"
-                    if self.went_back
-                    else ", with no checkpoint to go back to"
-                ),
+                f"the loss was not finite for {self.config.max_bad_steps} steps in a row, "
+                + ("also after a recovery" if has_recovered else "and there is no checkpoint to go back to"),
                 f"step {bad_step}; the last checkpoint is kept in {self.workdir / 'checkpoints'}",
                 "lower config.schedule.learning_rate, or add a config.schedule.warmup",
             )
-        self.went_back, self.dispatched = True, None
-        self.step, self.state = restored
-        self.journal.message(f"going back to the checkpoint of step {self.step}, once")
-        self.journal.restart(self.step)
-        self._open_batches()
+        restored_step, state = restored
+        skipped = int(jax.device_get(state.skipped_steps)) + bad_step - restored_step
+        counters = {"step": bad_step, "skipped_steps": skipped, "bad_steps": 0}
+        self.state = state.replace(**{name: self.experiment.replicate(np.int32(n)) for name, n in counters.items()})
+        self.step, self.dispatched, self.dev_metrics = bad_step, None, {}
+        self.journal.recovery(bad_step, restored_step)
+        self._open_feed()
 
     # --- between the steps -------------------------------------------------------------------------------------------
 
-    def _due(self, duration: str) -> bool:
-        every = max(1, self.experiment.steps(duration))
-        if self.step % every and self.step != self.experiment.total_steps:
-            return False
-        self._flush()
-        return True
+    def _is_due(self, every: int) -> bool:
+        """Returns whether something due every so many steps, and at the end, is due now."""
+        return self.step > 0 and (self.step % every == 0 or self.step == self.experiment.total_steps)
 
     def _save(self) -> None:
         self._flush()
@@ -279,6 +269,10 @@ class Loop:
         with self.journal.pause():
             self.checkpoints.save(self.step, self.state, self.dev_metrics)
         self.dev_metrics = {}
+
+    def _stop_if_requested(self) -> None:
+        if self.preemption.requested:
+            self._stop()
 
     def _stop(self) -> None:
         """Saves and ends the run, to be resumed."""
@@ -289,16 +283,16 @@ class Loop:
     def _evaluate(self, split: str) -> tuple[dict[str, float], Predictions]:
         source = self.experiment.sources[split]
 
-        def poll(batch):
+        def poll(batch: Batch) -> None:
             self._note_damaged(split, batch)
-            if self.preemption.requested:
-                self._stop()
+            self._stop_if_requested()
 
         variables = self.state.all_variables()
         start = time.monotonic()
         with self.journal.pause(), contextlib.closing(iter(self.evaluation_batches[split])) as iterator:
             metrics, predictions = evaluate(
                 self.evaluation_step,
+                self.metrics,
                 variables,
                 iterator,
                 len(source),
@@ -311,12 +305,13 @@ class Loop:
         return metrics, predictions
 
     def _evaluate_dev(self) -> None:
+        self._flush()
         if "dev" in self.experiment.sources and not self.journal.has(self.step, "dev"):
             self.dev_metrics, _ = self._evaluate("dev")
             self.journal.evaluation(self.step, "dev", self.dev_metrics)
 
     def _evaluate_test(self) -> Predictions:
-        """Evaluates on the test split, once a run: what is in the journal is not measured again."""
+        """Evaluates on the test split and saves the predictions; the journal keeps the first result."""
         metrics, predictions = self._evaluate("test")
         if not self.journal.has(self.step, "test"):
             self.journal.evaluation(self.step, "test", metrics)

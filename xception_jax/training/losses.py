@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Scalar
 
-from xception_jax.evaluation.metrics import sigmoid_loss as sigmoid_cross_entropy
+from xception_jax.metrics.multi_label import sigmoid_cross_entropy
 
 
 def softmax_loss(
@@ -21,6 +22,7 @@ def sigmoid_loss(
     logits: Float[Array, "b c"], labels: Float[Array, "b c"], label_smoothing: float = 0.0
 ) -> Float[Scalar, ""]:
     """Logistic loss summed over the classes; labels are 0 or 1, any number of ones an image."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return sigmoid_cross_entropy(logits, labels * (1 - label_smoothing) + label_smoothing / 2).mean()
 
 

@@ -1,4 +1,4 @@
-"""Stopping on request: the first SIGTERM or SIGINT ends the run after its step, the second ends it at once."""
+"""Stops on request: the first SIGTERM or SIGINT ends the run after its step, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -17,6 +18,8 @@ from xception_jax.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_AT_ONCE = 130
+# A program such as `timeout` signals its child and the group that the child belongs to: both signals are one request.
+ONE_REQUEST_SECONDS = 1.0
 
 # signal(2) itself: Python's module neither tells of nor restores a handler that a C++ library has installed.
 _set_handler = ctypes.CDLL(None).signal
@@ -27,8 +30,8 @@ class Preemption:
     """Context manager that turns SIGTERM and SIGINT into a request to stop.
 
     The loop asks `should_stop(step)` once after each step; told to stop, it saves and raises `error(step)`.
-    A second signal ends the process with code 130, also while the main thread is inside a compilation; what was
-    saved before stays as it is.
+    A second signal, at least a second later, ends the process with code 130, even while the main thread is inside a
+    compilation; what was saved before stays as it is.
 
     On several processes a signal to one of them stops all of them after the same step. JAX sees to that: its
     distributed runtime has a SIGTERM handler of its own, which tells the others. Therefore
@@ -109,18 +112,20 @@ class Preemption:
                 ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)(signal.SIGTERM)
 
     def _listen(self, listener: socket.socket) -> None:
-        first = None
+        first, first_time = None, 0.0
         with listener:
             while numbers := listener.recv(64):
                 for number in numbers:
                     if number not in SIGNALS:
                         continue
                     name = signal.Signals(number).name
+                    if first is not None and time.monotonic() - first_time < ONE_REQUEST_SECONDS:
+                        continue
                     if first is not None:
                         # Not through print: the main thread may hold the lock of its buffer for good.
                         os.write(2, f"{name} after {first}: ended at once, the last checkpoint is intact\n".encode())
                         os._exit(EXIT_AT_ONCE)
-                    first = name
+                    first, first_time = name, time.monotonic()
                     self._report(f"{name}: stopping after this step; a second signal ends the run at once")
 
 

@@ -15,19 +15,24 @@ from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.state import TrainState
 
+TrainStep = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
 
 def make_train_step(
     model: nn.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ExperimentConfig
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """Returns `step(state, batch) -> (state, metrics)`; `batch` has 'image' [b, h, w, 3] and 'label'.
+) -> TrainStep:
+    """Returns `step(state, batch, key_bits) -> (state, metrics)`.
 
-    Metrics are float32 scalars: loss, grad_norm, learning_rate, top1 (for one label an image), and the counters
-    bad_steps and skipped_steps.
+    `batch` has 'image' [b, h, w, 3] and 'label'; `key_bits` are `seed_bits(seed, DROPOUT)`, an argument so that one
+    program serves all seeds. Metrics are float32 scalars: loss, grad_norm, learning_rate, top1 (only with one label an
+    image), and the counters bad_steps and skipped_steps.
     """
     loss_function = LOSSES[config.loss.name]
     frozen = config.optimizer.frozen
 
-    def loss_and_aux(params, batch_stats, images, labels, dropout_key):
+    def loss_and_aux(
+        params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict, dict]]:
         params, batch_stats = gathered((params, batch_stats))
         with norms_at_rest(params, frozen):
             (logits, endpoints), updates = model.apply(
@@ -41,10 +46,12 @@ def make_train_step(
         if "aux_logits" in endpoints:
             aux_loss = loss_function(endpoints["aux_logits"], labels, config.loss.label_smoothing)
             loss += config.loss.aux_weight * aux_loss
-        top1 = (logits.argmax(-1) == labels).mean() if config.loss.name == "softmax" else jnp.nan
-        return loss, (updates["batch_stats"], {"loss": loss, "top1": top1})
+        metrics = {"loss": loss}
+        if not config.loss.multi_label:
+            metrics["top1"] = (logits.argmax(-1) == labels).mean()
+        return loss, (updates["batch_stats"], metrics)
 
-    def accumulated(state: TrainState, batch, key):
+    def accumulated(state: TrainState, batch: dict, key: jax.Array) -> tuple[dict, dict, dict]:
         """Averages gradients and metrics over microbatches; BatchNorm sees one microbatch after the other."""
         gradient = jax.value_and_grad(loss_and_aux, has_aux=True)
         n = config.accumulation_steps
@@ -54,7 +61,7 @@ def make_train_step(
             )
             return grads, batch_stats, metrics
 
-        def one(carry, inputs):
+        def one(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             grads, batch_stats, metrics = carry
             images, labels, i = inputs
             (_, (batch_stats, new)), new_grads = gradient(
@@ -66,11 +73,12 @@ def make_train_step(
         # Every n-th image goes into one microbatch, so that each device cuts its own share.
         images, labels = (x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        start = (zeros, state.batch_stats, {"loss": jnp.zeros(()), "top1": jnp.zeros(())})
+        names = ("loss",) if config.loss.multi_label else ("loss", "top1")
+        start = (zeros, state.batch_stats, {name: jnp.zeros(()) for name in names})
         return jax.lax.scan(one, start, (images, labels, jnp.arange(n)))[0]
 
-    def train_step(state: TrainState, batch) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+    def train_step(state: TrainState, batch: dict, key_bits: jax.Array) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_bits), state.step)
         grads, batch_stats, metrics = accumulated(state, batch, key)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -79,7 +87,7 @@ def make_train_step(
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
-        # A bad step leaves everything as it was, but it is past: the next step gets the next batch.
+        # A bad step leaves everything as it was, but it counts as a step: the next one gets the next batch.
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         new = new.replace(
             step=state.step + 1,
@@ -87,16 +95,16 @@ def make_train_step(
             skipped_steps=state.skipped_steps + ~finite,
         )
         counters = {"bad_steps": new.bad_steps, "skipped_steps": new.skipped_steps}
-        return new, metrics | counters | {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        return new, metrics | counters | {"grad_norm": grad_norm, "learning_rate": schedule(state.updates)}
 
     return train_step
 
 
-def _polyak_average(state: TrainState, params, batch_stats, decay: float):
+def _polyak_average(state: TrainState, params: dict, batch_stats: dict, decay: float) -> dict | None:
     """Averages weights and BN statistics; the decay starts low so that the first weights are soon forgotten."""
     if state.ema is None:
         return None
-    kept = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
     return jax.tree.map(
         lambda average, new: average + (1 - kept).astype(new.dtype) * (new - average),
         state.ema,

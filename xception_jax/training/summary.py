@@ -15,7 +15,10 @@ import jax
 from xception_jax.data import images
 from xception_jax.data.sources import Source
 from xception_jax.environment import installed_versions, peak_memory
-from xception_jax.evaluation.metrics import Predictions, wilson_interval
+from xception_jax.metrics import Metric, main_metric
+from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.predictions import Predictions
+from xception_jax.metrics.single_label import TopK
 from xception_jax.reports.run import RunInfo, choose_examples, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
@@ -30,6 +33,7 @@ class Summary:
     Attributes:
       step: the last one.
       metrics: of the test split, else of the last evaluation on the development split.
+      main_metric: the one that `str` shows.
       state_sha256: over every bit of the final state.
       report: path of report.html.
       checkpoint: path of the last checkpoint.
@@ -37,22 +41,21 @@ class Summary:
 
     step: int
     metrics: dict[str, Any]
+    main_metric: Metric
     state_sha256: str
     report: Path
     checkpoint: Path
 
     def __str__(self) -> str:
         """Returns the lines that close a run."""
-        names = {"top1": "accuracy", "map_at_k": "MAP"}
-        lines = []
-        for name, title in names.items():
-            for prefix, label in (("ema_", " (Polyak average)"), ("", "")):
-                value = self.metrics.get(prefix + name)
-                if value is not None:
-                    low, high = wilson_interval(value, self.metrics["count"])
-                    interval = f", 95% interval {low:.4f} to {high:.4f}" if name == "top1" else ""
-                    count = f"{self.metrics['count']:,} images{interval}"
-                    lines.append(f"{self.metrics['split']} {title}{label}: {value:.4f} ({count})")
+        lines, main = [], self.main_metric
+        for prefix, label in (("ema_", " (Polyak average)"), ("", "")):
+            value = self.metrics.get(prefix + main.name)
+            if value is not None:
+                low, high = wilson_interval(value, self.metrics["count"])
+                interval = f", 95% interval {low:.4f} to {high:.4f}" if isinstance(main, TopK) else ""
+                count = f"{self.metrics['count']:,} images{interval}"
+                lines.append(f"{self.metrics['split']} {main.title}{label}: {main.format(value)} ({count})")
         lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {self.checkpoint}", f"report: {self.report}"]
         return "\n".join(lines)
 
@@ -97,7 +100,9 @@ def summarise_run(
             images=_example_images(experiment.sources["test"], predictions) if predictions is not None else None,
         )
     step = experiment.total_steps
-    return Summary(step, final, fingerprint, report, workdir / "checkpoints" / str(step))
+    return Summary(
+        step, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
+    )
 
 
 def peak_memory_bytes() -> int:

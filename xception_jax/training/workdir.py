@@ -39,6 +39,18 @@ _NOT_IDENTITY = (
 )
 
 
+def check_path(workdir: str) -> Path:
+    """Returns the absolute path of a work directory.
+
+    Raises:
+      ConfigError: it is empty, or the address of an object store.
+    """
+    if not workdir or "://" in workdir:
+        what = "is not supported: checkpoints and locks need a file system" if workdir else "is empty"
+        raise ConfigError(f"the work directory {workdir!r} {what}", "--workdir", "name a local directory")
+    return Path(workdir).absolute()
+
+
 @contextlib.contextmanager
 def open_workdir(
     path: str | os.PathLike,

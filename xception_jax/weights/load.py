@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from xception_jax.config import ModelConfig
-from xception_jax.data.prepare.imagenet import class_names
+from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import UsageError
 from xception_jax.weights import guard, known, own, timm, tree
 from xception_jax.weights.keras import import_keras

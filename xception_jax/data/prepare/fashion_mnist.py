@@ -1,8 +1,8 @@
-"""Fashion-MNIST: the whole set, the part that is shipped with the package, and multi-label scenes made of it.
+"""Fashion-MNIST: the full dataset, the subset shipped with this package, and multi-label scenes made from the subset.
 
 Xiao, Rasul and Vollgraf, "Fashion-MNIST", arXiv 1708.07747; MIT licence, Zalando SE. Images are padded with black from
-28 x 28 to 32 x 32 when they are written, so that nothing downstream resizes them: set `data.image_size` to 32 (64 for
-the scenes) and `data.eval_crop` to 1.
+28 x 28 to 32 x 32, so that no later step needs to resize them: set `data.image_size` to 32 (64 for the scenes) and
+`data.eval_crop` to 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 SHIPPED = Path(__file__).parent.parent / "fashion_mnist"
-PREPARED_ON_FIRST_USE = ("fashion_mnist_subset", "fashion_mnist_scenes")
 
 SCENE_SIZE = 64
 NUM_SCENES = {"train": 5000, "test": 1000}
@@ -35,20 +34,20 @@ _PADDING = ((0, 0), (2, 2), (2, 2))  # 28 x 28 to 32 x 32
 
 
 def fashion_mnist(source: Path) -> Dataset:
-    """All 60,000 training and 10,000 test images, from the four idx files in `source`."""
+    """Builds the full dataset, 60,000 training and 10,000 test images, from the four idx files in `source`."""
     return _single_label("fashion_mnist", source, "Fashion-MNIST, padded to 32 x 32.")
 
 
 def fashion_mnist_subset() -> Dataset:
-    """The first 10,000 training and 2,000 test images, which are shipped with this package."""
+    """Builds the dataset of the first 10,000 training and 2,000 test images, which are shipped with this package."""
     return _single_label("fashion_mnist_subset", SHIPPED, "The first images of Fashion-MNIST, padded to 32 x 32.")
 
 
 def fashion_mnist_scenes() -> Dataset:
-    """Scenes of 64 x 64 with one to four garments each in a cell of its own; the labels are the set of their classes.
+    """Builds scenes of 64 x 64 pixels with one to four garments, each in its own cell, labelled with their classes.
 
-    Training scenes are made of the shipped training images, test scenes of the shipped test images. The same scenes
-    come out every time.
+    Training scenes are made from the shipped training images and test scenes from the shipped test images. The scenes
+    are the same every time.
     """
     splits = {split: _scenes(*read_split(SHIPPED, split), NUM_SCENES[split], split) for split in NUM_SCENES}
     return Dataset(
@@ -60,7 +59,7 @@ def fashion_mnist_scenes() -> Dataset:
             }
         ),
         splits=splits,
-        description="Scenes of one to four garments of Fashion-MNIST, for training with several labels an image.",
+        description="Scenes of one to four garments of Fashion-MNIST, for multi-label training.",
         expected=NUM_SCENES,
     )
 
@@ -105,20 +104,20 @@ def _png(image: UInt8[np.ndarray, "h w"]) -> bytes:
 
 
 def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], UInt8[np.ndarray, " n"]]:
-    """Reads images and labels of 'train' or 'test' from the idx files, compressed or not.
+    """Reads images and labels of 'train' or 'test' from idx files, compressed or not.
 
     Raises:
-      InputMissingError: a file is not there.
-      BadDataError: a file is damaged, or images and labels differ in number.
+      InputMissingError: a file is missing.
+      BadDataError: a file is damaged, or the numbers of images and labels differ.
     """
     prefix = _FILE_PREFIXES[split]
     images = _read_idx(source / f"{prefix}-images-idx3-ubyte", num_dimensions=3)
     labels = _read_idx(source / f"{prefix}-labels-idx1-ubyte", num_dimensions=1)
     if len(images) != len(labels):
         raise BadDataError(
-            f"{len(images)} images, but {len(labels)} labels",
+            f"there are {len(images)} images but {len(labels)} labels",
             str(source / f"{prefix}-*"),
-            "take all four files from the same copy of Fashion-MNIST",
+            "use all four files from the same copy of Fashion-MNIST",
         )
     return images, labels
 
@@ -129,16 +128,16 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
         data = path.read_bytes() if path.exists() else gzip.decompress(compressed.read_bytes())
     except FileNotFoundError:
         raise InputMissingError(
-            f"{compressed.name} is not there",
+            f"{compressed.name} is missing",
             str(compressed),
-            "point --source at the four files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist puts them "
-            "into /usr/share/datasets/fashion-mnist)",
+            "point --source at the four files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist, then "
+            "--source /usr/share/datasets/fashion-mnist)",
         ) from None
     except (OSError, EOFError) as error:
-        raise BadDataError(f"the file is damaged: {error}", str(compressed), "fetch it again") from error
+        raise BadDataError(f"the file is damaged: {error}", str(compressed), "download it again") from error
     header = struct.Struct(f">HBB{num_dimensions}I")
     if len(data) >= header.size:
         zero, kind, dimensions, *shape = header.unpack_from(data)
         if (zero, kind, dimensions) == (0, 8, num_dimensions) and len(data) == header.size + int(np.prod(shape)):
             return np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
-    raise BadDataError("the file is not a whole idx file of bytes", str(path), "fetch it again")
+    raise BadDataError("the file is not a complete idx file of bytes", str(path), "download it again")

@@ -1,8 +1,8 @@
-"""A dataset from a folder of images: DIR/train/CLASS/*.jpg, and beside it DIR/validation or DIR/test.
+"""Builds a dataset from a folder of images: DIR/train/CLASS/*.jpg with DIR/validation or DIR/test beside it.
 
-Without split folders, DIR/CLASS/*.jpg is divided 90 to 10 into train and validation, by a hash of the file's path, so
-that a file stays on its side when others are added. Classes are the folders' names in alphabetical order, or in that
-of their numbers if all are numbers. Links are followed; hidden files and folders, and __MACOSX, are no part of it.
+Without split folders, DIR/CLASS/*.jpg is divided 90:10 into train and validation by a hash of the file's path, so that
+a file stays in its split when others are added. Classes are the folder names in alphabetical order, or in numerical
+order if all are numbers. Links are followed. Hidden files and folders and __MACOSX are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from xception_jax.data import folders, images
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
 
-SPLITS = ("train", "validation", "test")
 VALIDATION_PERCENT = 10
 _SPLIT_NAMES = {
     "train": "train",
@@ -30,38 +29,38 @@ _SPLIT_NAMES = {
 
 
 class Skipped:
-    """What was left out, by its reason; filled while the examples of `image_folder` are read."""
+    """Collects the files that `image_folder` skips, by reason. Reading the examples adds further ones."""
 
     NAMED = 10
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.files: dict[str, list[str]] = {}
 
     def add(self, reason: str, path: Path) -> None:
-        """Takes note of one file or folder."""
+        """Adds a file or folder."""
         self.files.setdefault(reason, []).append(str(path))
 
     def lines(self) -> list[str]:
-        """Returns one line for each reason: how many, and the first ten."""
+        """Returns one line for each reason, with the number of files and the first ten."""
         return [
-            f"left out, {reason} ({len(paths):,}): {', '.join(paths[: self.NAMED])}"
+            f"skipped, {reason} ({len(paths):,}): {', '.join(paths[: self.NAMED])}"
             for reason, paths in self.files.items()
         ]
 
 
 def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: bool = False) -> Dataset:
-    """The dataset of a folder.
+    """Builds the dataset of a folder.
 
     Args:
       source: the folder.
-      name: of the dataset.
-      skipped: takes note of everything that is left out.
-      skip_damaged: leaves damaged images out; otherwise the first one ends it.
+      name: name of the dataset.
+      skipped: collects the files that are skipped.
+      skip_damaged: skips damaged images instead of raising an error.
 
     Raises:
-      InputMissingError: the folder is not there, or holds no images.
-      BadDataError: two folders mean one split, a class of another split is not among those of 'train', or, while the
-        examples are read, an image is damaged, or all of a class in 'train' are.
+      InputMissingError: the folder is missing or has no images.
+      BadDataError: two folders stand for the same split, or a class of another split is missing in 'train'. While the
+        examples are read: an image is damaged, or all images of a class in 'train' are.
     """
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
@@ -71,20 +70,20 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
     counts = {split: len(paths) for split, paths in files.items()}
     if not any(counts.values()):
         raise InputMissingError(
-            f"no images in {source}",
+            f"there are no images in {source}",
             str(source),
-            f"put them into train/CLASS/ or CLASS/ below it; names end in {', '.join(images.SUFFIXES)}",
+            f"put them into train/CLASS/ or CLASS/ in this folder, with names that end in {', '.join(images.SUFFIXES)}",
         )
     classes = sorted({path.parent.name for path in files.get("train", [])})
     if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)  # 2 before 10: such names are labels
+        classes.sort(key=int)  # the names are labels: 2 comes before 10
     for split, paths in files.items():
         for path in paths:
             if path.parent.name not in classes:
                 raise BadDataError(
                     f"the class {path.parent.name!r} of {split} has no images in train",
                     str(path.parent),
-                    f"the classes of train are {', '.join(classes[:10])}: correct the folder's name, or remove it",
+                    f"rename or remove the folder; the classes of train are {', '.join(classes[:10])}",
                 )
     return Dataset(
         name=name,
@@ -102,13 +101,13 @@ def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: boo
             for split, paths in files.items()
             if paths
         },
-        description="Images of a folder, as they were.",
+        description="Images of a folder, unchanged.",
         expected=counts,
     )
 
 
 def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
-    """Returns the folders that are named after splits, if there is one for training; nothing else is read then."""
+    """Returns the folders named after splits, or {} if there is none for training. With one, all others are skipped."""
     found: dict[str, Path] = {}
     others = []
     for path, is_folder in folders.entries(source):
@@ -116,7 +115,7 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
         if split is None:
             others.append(path)
         elif split in found:
-            what = f"{found[split].name} and {path.name} both mean the split {split}"
+            what = f"{found[split].name} and {path.name} both stand for the split {split}"
             raise BadDataError(what, str(source), "merge the two folders, or move one elsewhere")
         else:
             found[split] = path
@@ -128,15 +127,15 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
 
 
 def _files(folder: Path, skipped: Skipped) -> list[Path]:
-    """Returns CLASS/file of a folder in alphabetical order, and takes note of everything else in it."""
+    """Returns the images CLASS/file of a folder in alphabetical order; everything else in it is skipped."""
     found = []
     for path in folders.files(folder):
         if not path.is_file():
-            skipped.add("a link that leads nowhere, or no regular file", path)
+            skipped.add("a broken link or not a regular file", path)
         elif path.suffix.lower() not in images.SUFFIXES:
-            skipped.add("not an image by its name", path)
+            skipped.add("not the name of an image", path)
         elif path.parent.parent != folder:
-            skipped.add("not in a folder of a class", path)
+            skipped.add("not in the folder of a class", path)
         else:
             found.append(path)
     classes = {path.parent for path in found}
@@ -152,7 +151,7 @@ def _divide(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
         digest = hashlib.md5(str(path.relative_to(source)).encode()).digest()
         held_out = int.from_bytes(digest[:4]) % 100 < VALIDATION_PERCENT
         files["validation" if held_out else "train"].append(path)
-    # A class of few images may be held out as a whole.
+    # All images of a small class may be held out; they go to train then.
     known = {path.parent for path in files["train"]}
     files["train"] = sorted(files["train"] + [path for path in files["validation"] if path.parent not in known])
     files["validation"] = [path for path in files["validation"] if path.parent in known]
@@ -170,7 +169,7 @@ def _examples(
         except images.DamagedImageError as error:
             if skipped is None:
                 raise BadDataError(
-                    f"an image cannot be decoded: {error}", str(path), "remove it, or pass --skip-damaged"
+                    f"an image cannot be decoded: {error}", str(path), "remove it or pass --skip-damaged"
                 ) from error
             skipped.add("damaged", path)
             continue
@@ -180,7 +179,7 @@ def _examples(
     if missing:
         names = [name for name in classes if name in missing]
         raise BadDataError(
-            f"all images in train are damaged of {len(names):,} of {len(classes):,} classes",
+            f"all images of {len(names):,} of {len(classes):,} classes in train are damaged",
             ", ".join(names[: Skipped.NAMED]),
-            "replace them, or remove the folders of these classes",
+            "replace the images or remove the folders of these classes",
         )

@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012), from the two archives as they are distributed.
+"""Builds ImageNet (ILSVRC 2012) from its two archives as distributed.
 
-ILSVRC2012_img_train.tar holds one archive for each class, n01440764.tar and so on; ILSVRC2012_img_val.tar holds 50,000
-images. Both are read as streams, the inner archives too: nothing is unpacked, and the images are kept byte for byte
-(one is a PNG, 22 are CMYK: the decoder knows). Name, features and class order are those of TFDS' imagenet2012.
+ILSVRC2012_img_train.tar contains one archive for each class, such as n01440764.tar; ILSVRC2012_img_val.tar contains
+50,000 images. All are read as streams without unpacking, and images are kept byte for byte (one is a PNG and 22 are
+CMYK, which the decoder handles). Name, features and class order match TFDS' imagenet2012.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import IO, Any, Self
 
 import tensorflow_datasets as tfds
 
+from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
 
@@ -27,36 +28,23 @@ TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
 EXPECTED = {"train": 1_281_167, "validation": 50_000}
 
-_LABELS_FILE = "datasets/imagenet2012/labels.txt"
 _VALIDATION_LABELS_FILE = "datasets/imagenet2012/validation_labels.txt"
-_WORDS = Path(__file__).with_name("imagenet_words.txt")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg")
 _VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
-_LITTER = (".DS_Store", "Thumbs.db")
+_IGNORED = (".DS_Store", "Thumbs.db")
 _TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError)
 
 
-def class_names() -> list[str]:
-    """Returns the 1,000 WordNet ids in the order of their labels, which is alphabetical."""
-    return tfds.core.tfds_path(_LABELS_FILE).read_text().split()
-
-
-def class_words() -> dict[str, str]:
-    """Returns the word of each class by its WordNet id: 'n01440764' is a 'tench'. No two classes have the same."""
-    lines = _WORDS.read_text().splitlines()
-    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
-
-
 def validation_wnids() -> list[str]:
-    """Returns the WordNet id of each validation image, in the order of their numbers."""
+    """Returns the WordNet ids of the validation images in the order of their numbers."""
     return tfds.core.tfds_path(_VALIDATION_LABELS_FILE).read_text().split()
 
 
 def imagenet2012(source: Path) -> Dataset:
-    """The dataset, from the directory that holds both archives.
+    """Builds the dataset from the directory that contains both archives.
 
     Raises:
-      InputMissingError: an archive is not there.
+      InputMissingError: an archive is missing.
     """
     train, validation = _find(source, TRAIN_ARCHIVE), _find(source, VALIDATION_ARCHIVE)
     names = class_names()
@@ -83,8 +71,8 @@ def _find(source: Path, name: str) -> Path:
     raise InputMissingError(
         f"{name} is not in {source}",
         str(source),
-        f"get {TRAIN_ARCHIVE} and {VALIDATION_ARCHIVE} from image-net.org (free, after registration), and put both, "
-        "not unpacked, into one directory; point --source at it",
+        f"download {TRAIN_ARCHIVE} and {VALIDATION_ARCHIVE} from image-net.org (free, after registration) into one "
+        "directory, do not unpack them, and point --source at the directory",
     )
 
 
@@ -95,9 +83,9 @@ def _train_examples(archive: Path, names: list[str]) -> Iterator[tuple[str, dict
         name = outer.name
         wnid = name.split(".")[0].lower()
         if wnid not in labels or not re.fullmatch(r"\w+\.(tar|tar\.gz|tgz)", name, re.IGNORECASE):
-            raise unexpected(archive.name, name, "an archive named after one of the 1,000 classes, n01440764.tar")
+            raise unexpected(archive.name, name, "archives named after the 1,000 classes, such as n01440764.tar")
         if wnid in seen:
-            raise unexpected(archive.name, name, "one archive for each class, this one is there twice")
+            raise unexpected(archive.name, name, "one archive for each class, not two of this one")
         seen.add(wnid)
         for inner in members(f"{archive.name}: {name}", stream=outer.file):
             yield f"{wnid}/{inner.name}", {"image": inner.read(), "label": labels[wnid], "file_name": inner.name}
@@ -117,15 +105,14 @@ def _validation_examples(archive: Path, names: list[str]) -> Iterator[tuple[str,
 
 
 def unexpected(archive: str, member: str, expected: str) -> BadDataError:
-    """Returns the error for a member that does not belong into an archive."""
-    return BadDataError(
-        f"the archive holds {member!r}", archive, f"it should hold {expected}; fetch the archive as it is distributed"
-    )
+    """Returns the error for a member that does not belong in an archive."""
+    fix = f"it should contain {expected}; download the archive as distributed"
+    return BadDataError(f"the archive contains {member!r}", archive, fix)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """A regular file in an archive and the folder it is in; `file` can be read until the next member is asked for."""
+    """A regular file in an archive and the name of its folder. Read `file` before the next member is requested."""
 
     archive: str
     folder: str
@@ -137,10 +124,10 @@ class _Member:
         """Returns the content.
 
         Raises:
-          BadDataError: the archive ends before the member does.
+          BadDataError: the name is not that of an image, or the archive ends within the member.
         """
         if not self.name.lower().endswith(_IMAGE_SUFFIXES):
-            raise unexpected(self.archive, self.name, "images whose names end in .JPEG")
+            raise unexpected(self.archive, self.name, "images with names that end in .JPEG")
         with _damage_named(self.archive, self.name):
             data = self.file.read()
             if len(data) != self.size:
@@ -149,7 +136,7 @@ class _Member:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Refuses a damaged header, and an archive without an end mark: TarFile takes either for the end of the archive."""
+    """Raises an error for a damaged header or a missing end mark, which TarFile takes for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
@@ -163,13 +150,18 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def members(archive: str, *, path: Path | None = None, stream: IO[bytes] | None = None) -> Iterator[_Member]:
-    """Yields the regular files of an archive that is read as a stream, compressed or not.
+    """Reads an archive as a stream, compressed or not, and yields its regular files.
 
-    Only the last part of a member's path is used, as a name: nothing is written to it. Directories, and what file
-    managers leave behind, are passed over.
+    Nothing is written to the path of a member: only its last two parts are used, as names. Directories and the files
+    that file managers add are skipped.
+
+    Args:
+      archive: name of the archive for error messages.
+      path: the archive, or
+      stream: its content.
 
     Raises:
-      BadDataError: the archive is damaged, or holds a link or a device.
+      BadDataError: the archive is damaged, or contains a link or a device.
     """
     with contextlib.ExitStack() as stack:
         with _damage_named(archive, "its beginning"):
@@ -182,7 +174,7 @@ def members(archive: str, *, path: Path | None = None, stream: IO[bytes] | None 
                 return
             last = member.name
             name = PurePosixPath(member.name).name
-            if member.isdir() or name.startswith("._") or name in _LITTER:
+            if member.isdir() or name.startswith("._") or name in _IGNORED:
                 continue
             if not member.isreg():
                 raise unexpected(archive, member.name, "files, neither links nor devices")
@@ -199,5 +191,5 @@ def _damage_named(archive: str, member: str) -> Iterator[None]:
         raise BadDataError(
             f"the archive is damaged at {member}: {error}",
             archive,
-            "fetch it again, and compare its size and MD5 with those on image-net.org",
+            "download it again and compare its size and MD5 with those on image-net.org",
         ) from error

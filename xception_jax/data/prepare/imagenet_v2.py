@@ -1,8 +1,8 @@
-"""ImageNet-V2: 10,000 new test images for ImageNet's classes (Recht et al. 2019, 1902.10811), in three selections.
+"""Builds ImageNet-V2: 10,000 new test images for ImageNet's classes (Recht et al. 2019, 1902.10811) in three variants.
 
-Read from the public archive, or from its folder: 'imagenetv2-matched-frequency-format-val/<0 to 999>/*.jpeg'. The name
-of a folder is the label, so classes are in the order of imagenet2012 and not in that of the names as text ('10' before
-'2'). Name, features and class order are those of TFDS' imagenet_v2.
+The source is the public archive or its folder: 'imagenetv2-matched-frequency-format-val/<0 to 999>/*.jpeg'. The name of
+a folder is the label, so classes are in the order of imagenet2012, not in the alphabetical order of the folders ('10'
+before '2'). Name, features and class order match TFDS' imagenet_v2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from xception_jax.data import folders, images
-from xception_jax.data.prepare.imagenet import class_names, members, unexpected
+from xception_jax.data.imagenet_classes import class_names
+from xception_jax.data.prepare.imagenet import members, unexpected
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
 
@@ -23,20 +24,20 @@ NAME = "imagenet_v2"
 TFDS_VERSION = "3.0.0"
 EXPECTED = {"test": 10_000}
 
-# The name of each selection in TFDS, and in the names of archive and folder.
+# By the name in TFDS: the name in those of archive and folder.
 VARIANTS = {"matched-frequency": "matched-frequency", "threshold-0.7": "threshold0.7", "topimages": "top-images"}
 _LABEL = re.compile(r"\d{1,3}")
 
 
-def imagenet_v2(source: Path, variant: str) -> Dataset:
-    """The dataset imagenet_v2/VARIANT, with the one split 'test'.
+def imagenet_v2(source: Path, variant: str = "matched-frequency") -> Dataset:
+    """Builds the dataset imagenet_v2/VARIANT, whose only split is 'test'.
 
     Args:
-      source: the directory that holds the archive or the folder, or the folder itself.
+      source: the directory that contains the archive or the folder, or the folder itself.
       variant: a key of `VARIANTS`.
 
     Raises:
-      InputMissingError: neither is there.
+      InputMissingError: neither exists.
     """
     stem = f"imagenetv2-{VARIANTS[variant]}"
     archives = [path for path in (source / f"{stem}.tar.gz", source / f"{stem}.tar") if path.is_file()]
@@ -49,7 +50,7 @@ def imagenet_v2(source: Path, variant: str) -> Dataset:
         raise InputMissingError(
             f"neither {stem}.tar.gz nor the folder {stem}-format-val is in {source}",
             str(source),
-            f"get {stem}.tar.gz from huggingface.co/datasets/vaishaal/ImageNetV2; point --source at its directory",
+            f"download {stem}.tar.gz from huggingface.co/datasets/vaishaal/ImageNetV2; point --source at its directory",
         )
     return Dataset(
         name=NAME,
@@ -78,10 +79,10 @@ def _from_archive(archive: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _from_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in folders.files(folder):
         if path.parent.parent != folder or not _LABEL.fullmatch(path.parent.name):
-            fix = "its folders are named 0 to 999 and hold images: remove what else is there"
-            raise BadDataError("the folder holds something else than ImageNet-V2", str(path), fix)
+            fix = "remove everything but the folders 0 to 999 with their images"
+            raise BadDataError("the folder contains a file that is not part of ImageNet-V2", str(path), fix)
         if path.suffix.lower() not in images.SUFFIXES:
-            raise BadDataError("the folder holds a file that is no image by its name", str(path), "remove it")
+            raise BadDataError("the folder contains a file without the name of an image", str(path), "remove it")
         yield _example(path.parent.name, path.name, path.read_bytes())
 
 

@@ -1,7 +1,7 @@
-"""Copies a TFDS dataset from TFRECORD files to ArrayRecord files; records are kept byte for byte and in order.
+"""Copies a TFDS dataset from TFRECORD to ArrayRecord files, byte for byte and in the same order.
 
-TFRECORD files can only be read from their beginning, by TensorFlow. The format is plain: for each record its length
-(8 bytes), a checksum of the length (4), the record, and a checksum of the record (4).
+TFRECORD files only allow sequential reading. Their format: for each record its length (8 bytes), a checksum of the
+length (4), the record, and a checksum of the record (4).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from xception_jax.data.prepare.writer import (
     Summary,
     existing,
     incomplete_directory,
-    is_complete,
     shard_template,
     write_array_record,
 )
+from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 
 _LENGTH = struct.Struct("<Q")
@@ -32,18 +32,18 @@ _CHECKSUM = struct.Struct("<I")
 
 
 def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, progress: bool = True) -> Summary:
-    """Copies a dataset to data_dir/name/version, with the name and version that it has.
+    """Copies a dataset to data_dir/name/version, under its own name and version.
 
     Args:
-      source: the directory of one version, which holds dataset_info.json.
-      data_dir: the directory that holds all datasets.
-      overwrite: replaces a dataset that is complete.
+      source: the directory of one version, with dataset_info.json.
+      data_dir: the directory of all datasets.
+      overwrite: replaces an existing dataset.
       progress: shows progress on standard error.
 
     Raises:
-      InputMissingError: there is no such dataset, or a file of it is missing.
-      UsageError: it is not stored as TFRECORD, or source and target are the same directory.
-      BadDataError: a file is damaged, or holds another number of records than it should.
+      InputMissingError: the dataset or one of its files is missing.
+      UsageError: the dataset is not stored as TFRECORD, or source and target are the same directory.
+      BadDataError: a file is damaged or has the wrong number of records.
       StorageError: the disk is full, or the directory cannot be written.
     """
     if not is_complete(source):
@@ -55,21 +55,19 @@ def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, prog
     info = tfds.builder_from_directory(os.fspath(source)).info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise UsageError(
-            f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), "it needs no copy"
+            f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), "use it without a copy"
         )
     name = info.name if info.config_name is None else f"{info.name}/{info.config_name}"
     version = str(info.version)
     target = data_dir / name / version
     if target.resolve() == source.resolve():
-        raise UsageError(
-            "the copy would take the place of the original", str(source), "choose another --data_dir for the copy"
-        )
+        raise UsageError("the copy would replace the original", str(source), "choose another --data_dir for the copy")
     with incomplete_directory(data_dir, name, version, overwrite=overwrite) as partial:
         if partial is None:
             return existing(target)
         splits = [_copy_split(split, info.name, partial, progress) for split in info.splits.values()]
         for path in source.iterdir():
-            # Class names and the like; records and their statistics are not among them.
+            # Class names and similar files, but not the records or their description, which changes.
             if path.is_file() and ".tfrecord" not in path.name and path.name != "dataset_info.json":
                 shutil.copy(path, partial / path.name)
         _write_info(source, partial, splits)
@@ -94,7 +92,7 @@ def _expect(records: Iterator[bytes], length: int, path: os.PathLike) -> Iterato
         yield record
     if number != length:
         raise BadDataError(
-            f"the file holds {number:,} records, dataset_info.json says {length:,}", os.fspath(path), "copy it again"
+            f"the file has {number:,} records but dataset_info.json says {length:,}", os.fspath(path), "copy it again"
         )
 
 
@@ -111,7 +109,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
     """Yields the records of a TFRECORD file and verifies both checksums of each.
 
     Raises:
-      InputMissingError: the file is not there.
+      InputMissingError: the file is missing.
       BadDataError: the file is damaged or truncated.
     """
     try:
@@ -130,7 +128,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
 
 def _verify(data: bytes, checksum: bytes, path: Path, at: int) -> None:
     crc = google_crc32c.value(data)
-    # The checksum is "masked": rotated and shifted, so that the checksum of data that holds checksums stays meaningful.
+    # The format masks (rotates and shifts) checksums, because the CRC of data that contains CRCs is not robust.
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
     if len(checksum) != _CHECKSUM.size or _CHECKSUM.unpack(checksum)[0] != masked:
         raise BadDataError(f"the record at byte {at:,} is damaged or truncated", str(path), "copy the file again")

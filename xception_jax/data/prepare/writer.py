@@ -1,8 +1,8 @@
-"""Writes a TFDS dataset, ArrayRecord shards with dataset_info.json and features.json, without TensorFlow.
+"""Writes a TFDS dataset (ArrayRecord shards, dataset_info.json, features.json) without TensorFlow.
 
-The examples come as a stream and leave in the order of a hash of their keys, as in every TFDS dataset: a split such as
-'train[98%:]' is then a random sample, although ImageNet's archive is sorted by class. (TFDS' own shuffler needs
-TensorFlow above 1 GB.) Everything goes into `<version>.incomplete` and is renamed at the end, so that a killed process
+Examples arrive as a stream and are stored in the order of a hash of their keys, as in every TFDS dataset. A split such
+as 'train[98%:]' is then a random sample, although ImageNet's archive is sorted by class. (TFDS' own shuffler needs
+TensorFlow above 1 GB.) Everything is written to `<version>.incomplete`, which is renamed at the end: a killed process
 leaves nothing that looks complete.
 """
 
@@ -26,12 +26,13 @@ from tensorflow_datasets.core import dataset_info as tfds_dataset_info
 from tensorflow_datasets.core.utils import shard_utils
 from tqdm import tqdm
 
+from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, StorageError
 
 VERSION = "1.0.0"
 
 _BUCKETS = 512
-_BUCKET_MEMORY = 256 << 20  # bytes of records held back before they are appended to the files of their buckets
+_BUCKET_MEMORY = 256 << 20  # bytes of records kept in memory before they are appended to the files of their buckets
 _ENTRY = struct.Struct("<16sQ")  # digest of the key, bytes of the record
 
 
@@ -40,13 +41,13 @@ class Dataset:
     """A dataset to be written.
 
     Attributes:
-      name: as it will be opened: `config.data.name`.
-      features: of each example; 'image' is given as the bytes of a file and kept byte for byte.
-      splits: for each split, (key, example) pairs; keys are unique within a split.
-      expected: number of examples in each split, for the progress bar alone.
+      name: its name in `config.data.name`.
+      features: features of each example; 'image' is the content of a file, which is kept byte for byte.
+      splits: (key, example) pairs for each split; keys are unique within a split.
       description: one paragraph for dataset_info.json.
-      version: of the dataset.
-      config: of the builder, where a dataset comes in several: it is opened as 'name/config'.
+      expected: number of examples in each split of the complete dataset, for progress and for reports only.
+      version: version of the dataset.
+      config: name of the builder config if a dataset has several; the dataset is then opened as 'name/config'.
     """
 
     name: str
@@ -60,20 +61,15 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `write_dataset` did: where the dataset is, examples in each split, and whether it was there already."""
+    """Describes a prepared dataset: its directory, its examples in each split, and whether it existed before."""
 
     path: Path
     num_examples: dict[str, int]
     already_there: bool
 
 
-def is_complete(directory: Path) -> bool:
-    """Says whether a dataset directory holds a finished dataset."""
-    return (directory / "dataset_info.json").is_file() and (directory / "features.json").is_file()
-
-
 def existing(directory: Path) -> Summary:
-    """Returns the summary of a dataset that is complete."""
+    """Returns the summary of a dataset that existed before."""
     splits = tfds.builder_from_directory(os.fspath(directory)).info.splits
     return Summary(directory, {name: split.num_examples for name, split in splits.items()}, already_there=True)
 
@@ -82,8 +78,8 @@ def existing(directory: Path) -> Summary:
 def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: bool) -> Iterator[Path | None]:
     """Yields an empty directory that becomes data_dir/name/version if the block ends without an exception.
 
-    Yields None if the dataset is complete already and `overwrite` is False. A lock makes a second process wait, and
-    then find the work done.
+    Yields None if the dataset exists and `overwrite` is False. A second process waits for a lock and then finds the
+    finished dataset.
 
     Raises:
       StorageError: the directory cannot be written.
@@ -110,17 +106,17 @@ def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: 
         raise StorageError(
             f"preparing the dataset {name} failed: {error.strerror or error}",
             str(error.filename or target),
-            "free some space, or choose another --data_dir" if full else "check the path, or choose another --data_dir",
+            "free some space or choose another --data_dir" if full else "check the path or choose another --data_dir",
         ) from error
 
 
 def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, progress: bool = True) -> Summary:
-    """Writes a dataset to data_dir/name/version, unless it is there.
+    """Writes a dataset to data_dir/name/version unless it exists.
 
     Args:
-      dataset: the name, features and examples.
-      data_dir: the directory that holds all datasets.
-      overwrite: replaces a dataset that is complete.
+      dataset: the dataset.
+      data_dir: the directory of all datasets.
+      overwrite: replaces an existing dataset.
       progress: shows progress on standard error.
 
     Raises:
@@ -145,7 +141,7 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
             if records.count:
                 splits.append(_write_shards(partial, dataset.name, split, records))
             shutil.rmtree(partial / f"{split}.unsorted", ignore_errors=True)
-        write_metadata(partial, dataset, splits)
+        _write_metadata(partial, dataset, splits)
     return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
 
 
@@ -161,10 +157,13 @@ def _serialize(dataset: Dataset, split: str, key: str, example: dict[str, Any]) 
 
 
 class _SortedByHash:
-    """Records in the order of the MD5 digest of their keys; on disk as far as they exceed `_BUCKET_MEMORY`.
+    """Sorts records by the MD5 digest of their keys, on disk if they exceed `_BUCKET_MEMORY`.
 
-    A record goes into one of `_BUCKETS` buckets by the first bits of its digest. Only one bucket at a time is read
-    back and sorted: 270 MB for ImageNet.
+    The first bits of its digest put a record into one of `_BUCKETS` buckets. Buckets are read back and sorted one at a
+    time; for ImageNet each has 270 MB.
+
+    Args:
+      directory: directory for the files of the buckets.
     """
 
     def __init__(self, directory: Path):
@@ -176,10 +175,15 @@ class _SortedByHash:
         self._held = 0
 
     def add(self, key: str, record: bytes) -> None:
+        """Adds a record.
+
+        Raises:
+          BadDataError: an earlier record has the same key.
+        """
         digest = hashlib.md5(key.encode()).digest()
         if digest in self._digests:
             raise BadDataError(
-                f"two examples have the same name, {key}", key, "rename one of them, or remove it from the source"
+                f"two examples have the same name, {key}", key, "rename one of them or remove it from the source"
             )
         self._digests.add(digest)
         self._memory[int.from_bytes(digest[:2]) * _BUCKETS >> 16].append((digest, record))
@@ -231,14 +235,14 @@ def _write_shards(directory: Path, name: str, split: str, records: _SortedByHash
 
 
 def shard_template(directory: Path, name: str, split: str) -> tfds.core.ShardedFileTemplate:
-    """Returns the names of the shards of a split, as TFDS spells them."""
+    """Returns the template for the file names of a split's shards."""
     return tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=name, split=split, filetype_suffix="array_record"
     )
 
 
 def write_array_record(path: Path, records: Iterable[bytes]) -> None:
-    """Writes one ArrayRecord file, one record to a group so that each can be read without its neighbours.
+    """Writes an ArrayRecord file with one record per group, so that records can be read individually.
 
     Raises:
       StorageError: the disk is full, or the file cannot be written.
@@ -249,16 +253,15 @@ def write_array_record(path: Path, records: Iterable[bytes]) -> None:
             writer.write(record)
         writer.close()
     except RuntimeError as error:
-        # What array_record makes of every error of the operating system.
+        # array_record raises RuntimeError for every error of the operating system.
         raise StorageError(
             f"writing a shard failed: {str(error).splitlines()[0]}",
             str(path),
-            "free some space there",
+            "free some space on that disk",
         ) from error
 
 
-def write_metadata(directory: Path, dataset: Dataset, splits: list[tfds.core.SplitInfo]) -> None:
-    """Writes dataset_info.json and features.json."""
+def _write_metadata(directory: Path, dataset: Dataset, splits: list[tfds.core.SplitInfo]) -> None:
     info = tfds_dataset_info.DatasetInfo(
         builder=tfds_dataset_info.DatasetIdentity(
             name=dataset.name,

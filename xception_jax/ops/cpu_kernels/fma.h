@@ -1,173 +1,188 @@
-// Products of matrices by fused multiply-adds.
+// Matrix products by fused multiply-adds. conv.h describes the interface and the terms.
+//
+// The micro-kernel multiplies R rows of the left-hand matrix with V vectors of columns of a panel:
+//
+//   for p in depth:  sums[r][v] += broadcast(a[r][p]) * panel[p][v]     for all r < R, v < V
+//
+// Its R x V sums stay in vector registers over the whole depth. The left-hand matrix is read one value at a time, so that
+// forward it needs no packing: its rows are read where they lie in x. X^T is packed, since its rows are strided in x.
 
 #pragma once
 
-#include "convolution.h"
+#include "geometry.h"
 
-struct Fma {
-  // The sums of a tile stay in registers: kTileRows rows of kVectors vectors.
-#ifdef __AVX512F__
-  static constexpr int kTileRows = 8;
-#else
-  static constexpr int kTileRows = 4;
-#endif
-  static constexpr int kVectors = 3;
-  static constexpr bool kPassesOver = true;       // what a whole tile reads outside of the images
-  static constexpr Size kDepth = 1536;            // of the products between two stores: a panel of weights stays in the L2 cache
-  static constexpr Size kAhead = 8;               // rows of a panel that are fetched before they are needed
-  static constexpr Size kBlock = 192;             // pixels that share what the L2 cache holds
-  static constexpr Size kPixels = 256;            // of the filter gradient between two stores
-  static constexpr Size kRows = 384;              // of the filter gradient whose channels stay in the L2 cache, for those pixels
+struct FmaGemm {
+  static constexpr int kVectors = 3;  // of a tile, at most
+  // As many rows as registers allow, besides those for the vectors of the panel and one for a broadcast value: 8 with AVX-512
+  // (24 sums in 32 registers), 4 with AVX2 (12 in 16). A power of two, so that halves of a tile take the last rows.
+  static constexpr int kTileRows = (kVectorRegisters - kVectors - 1) / kVectors >= 8 ? 8 : 4;
+  static_assert(kTileRows * kVectors + kVectors + 1 <= kVectorRegisters);
 
-  // Columns in panels of up to kVectors vectors, the first as wide as any and none much narrower: where panel number `panel`
-  // begins, and behind the last one, how many columns there are with those that fill its last vector.
-  static Size Panels(Size columns) { return Ceil(columns, kVectors * kLanes); }
-  static Size PanelBegin(Size columns, Size panel) { return Ceil(Ceil(columns, kLanes) * panel, Panels(columns)) * kLanes; }
+  // Block sizes are made for the widest panel, that of AVX-512 (48 columns), so that all processors cut sums at the same places.
+  static constexpr Size kWidestPanel = kVectors * kMostLanes;
+  // Forward, a block is four panels high, so that a panel, which comes from the L3 cache, is read for 192 pixels. Its depth is
+  // such that the block, a panel and the next one, which is being fetched, fit into the L2 cache: 1536, as deep as the
+  // deepest layer of Xception.
+  static constexpr Size kBlockPixels = 4 * kWidestPanel;
+  static constexpr Size kBlockDepth = RoundDown(kL2Bytes / sizeof(float) / (kBlockPixels + 2 * kWidestPanel), 512);
+  // For the filter gradient, a panel of dy fills the L1 cache: 256 pixels. For those, a block takes 384 KiB of the L2 cache.
+  static constexpr Size kGradientPixels = kL1Bytes / sizeof(float) / kWidestPanel;
+  static constexpr Size kGradientRows = kBlockDepth / 4;
+  static_assert(kBlockPixels == 192 && kBlockDepth == 1536 && kGradientPixels == 256 && kGradientRows == 384);
 
-  // What whole vectors of columns take, in floats.
+  static constexpr bool kSkipsPadding = true;
+  static constexpr Size kPrefetchDistance = 8;  // rows of a panel
+
+  // Panels consist of whole vectors, up to kVectors. Their widths differ by one vector at most: a last panel that is much
+  // narrower would use few of the registers.
+  static Size Panels(Size columns) { return CeilDiv(columns, kVectors * kLanes); }
+  static Size PanelBegin(Size columns, Size panel) {
+    return CeilDiv(CeilDiv(columns, kLanes) * panel, Panels(columns)) * kLanes;
+  }
   static Size PackedSize(Size depth, Size columns) { return depth * columns; }
 
-  // Copies the columns of a panel of b next to one another, row by row, zeros behind the last column.
-  static void PackPanel(const float* b, Size step, Size depth, Size columns, float* to) {
-    for (Size p = 0; p < depth; ++p, b += step)
-      for (Size c = 0; c < columns; c += kLanes, to += kLanes) Store(to, LoadUpTo(columns - c, b + c));
+  // Layout: [depth][columns, zeros behind the last one].
+  static void PackPanel(const float* b, Size stride, Size depth, Size columns, float* to) {
+    for (Size p = 0; p < depth; ++p, b += stride)
+      for (Size c = 0; c < columns; c += kLanes, to += kLanes) Store(to, LoadFirst(columns - c, b + c));
   }
 
-  // sums[r] += *at(p, r) * b[p * step] over p, V vectors of each.
-  template <int R, int V, typename At>
-  static ALWAYS_INLINE void Accumulate(const At& at, const float* b, Size step, Size depth, Lanes (&sums)[R][V]) {
-    Lanes sum[R][V];  // of its own, so that it is kept in registers whatever becomes of `sums`
-    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sum[r][v] = sums[r][v];
-    for (Size p = 0; p < depth; ++p, b += step) {
-      Lanes row[V];
+  // The micro-kernel: sums[r][v] += *a(p, r) * (vector v of row p of b), for p < depth. Rows of b are `stride` floats apart.
+  template <int R, int V, typename A>
+  static ALWAYS_INLINE void MultiplyTile(const A& a, const float* b, Size stride, Size depth, Vector (&sums)[R][V]) {
+    Vector in_registers[R][V];  // a local array, which no other use of `sums` can force into memory
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) in_registers[r][v] = sums[r][v];
+    for (Size p = 0; p < depth; ++p, b += stride) {
+      Vector row[V];
       UNROLL for (int v = 0; v < V; ++v) {
-        __builtin_prefetch(b + kAhead * step + v * kLanes);
-        row[v] = Load<Lanes>(b + v * kLanes);
+        __builtin_prefetch(b + kPrefetchDistance * stride + v * kLanes);
+        row[v] = Load(b + v * kLanes);
       }
       UNROLL for (int r = 0; r < R; ++r) {
-        const Lanes value = Broadcast(*at(p, r));
-        UNROLL for (int v = 0; v < V; ++v) sum[r][v] += value * row[v];
+        const float value = *a(p, r);
+        UNROLL for (int v = 0; v < V; ++v) in_registers[r][v] += value * row[v];
       }
     }
-    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sums[r][v] = sum[r][v];
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int v = 0; v < V; ++v) sums[r][v] = in_registers[r][v];
   }
 
-  // Calls f(row, R, V) for the rows of each tile, R of them, and the vectors of `columns`, V: as constants.
+  // Calls f(row, R, V) for each tile of `rows` rows and `columns` columns. R and V are integral constants: the number of rows
+  // (kTileRows, then halves of it for the rest), and of vectors.
   template <int V = kVectors, typename F>
   static void ForEachTile(Size rows, Size columns, const F& f) {
     if constexpr (V > 1) {
       if (columns <= (V - 1) * kLanes) return ForEachTile<V - 1>(rows, columns, f);
     }
-    ForEachTileOf<kTileRows, V>(rows, f);
+    ForEachTileFrom<kTileRows, V>(0, rows, f);
   }
   template <int R, int V, typename F>
-  static void ForEachTileOf(Size rows, const F& f, Size row = 0) {
+  static void ForEachTileFrom(Size row, Size rows, const F& f) {
     for (; rows - row >= R; row += R) f(row, std::integral_constant<int, R>(), std::integral_constant<int, V>());
-    if constexpr (R > 1) ForEachTileOf<R / 2, V>(rows, f, row);
+    if constexpr (R > 1) ForEachTileFrom<R / 2, V>(row, rows, f);
   }
 
-  // The pixels of a block, as the rows of a matrix, read where they lie (an indirect convolution: Dukhan 2019,
-  // arXiv:1907.02129).
-  class PixelRows {
+  class ForwardBlock {
    public:
-    // at[tap * kBlock + row] is where the channels of a tap begin; those outside of the image, at `zeros`.
-    void Read(const float* const* at, const float* zeros, Size segment_offset, const DepthPart& part, Size rows) {
-      at_ = at, zeros_ = zeros, offset_ = segment_offset, part_ = &part, rows_ = rows, unread_ = true;
+    // input[tap * kBlockPixels + row]: the channels that a pixel reads at a tap; `zeros` in the padding.
+    void Read(const float* const* input, const float* zeros, Size segment_offset, const DepthBlock& depth_block, Size rows) {
+      input_ = input, zeros_ = zeros, segment_offset_ = segment_offset, depth_block_ = &depth_block, rows_ = rows;
+      first_panel_ = true;
     }
 
-    // Stores the product with a panel.
-    template <typename To>
-    void Multiply(const float* panel, const To& to) {
-      ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
+    template <typename Output>
+    void Multiply(const float* panel, const Output& output) {
+      ForEachTile(rows_, output.columns, [&](Size row, auto rows, auto vectors) {
         constexpr int R = rows, V = vectors;
-        to.Expect(row, R);
-        if (unread_) Expect(row + R, R);
-        Lanes sums[R][V] = {};
+        output.Prefetch(row, R);
+        if (first_panel_) PrefetchRows(row + R, R);
+        Vector sums[R][V] = {};
         const float* b = panel;
-        for (const Chunk& chunk : part_->chunks) {
-          const float* const* at = at_ + chunk.tap * kBlock + row;
+        for (const Chunk& chunk : depth_block_->chunks) {
+          const float* const* input = input_ + chunk.tap * kBlockPixels + row;
           bool inside = false;
-          UNROLL for (int r = 0; r < R; ++r) inside |= at[r] != zeros_;
+          UNROLL for (int r = 0; r < R; ++r) inside |= input[r] != zeros_;
           if (inside) {
             const float* a[R];
-            UNROLL for (int r = 0; r < R; ++r) a[r] = at[r] + offset_ + chunk.first;
-            Accumulate([&](Size p, int r) { return a[r] + p; }, b, V * kLanes, chunk.size, sums);
+            UNROLL for (int r = 0; r < R; ++r) a[r] = input[r] + segment_offset_ + chunk.channel;
+            MultiplyTile([&](Size p, int r) { return a[r] + p; }, b, V * kLanes, chunk.size, sums);
           }
           b += chunk.size * V * kLanes;
         }
-        to.Store(row, sums, rows);
+        output.Store(row, sums, R);
       });
-      unread_ = false;
+      first_panel_ = false;
     }
 
    private:
-    // Fetches the rows of a tile, while the one before is computed. Those of several taps have been read for other pixels.
-    ALWAYS_INLINE void Expect(Size row, Size rows) const {
-      if (part_->chunks.size() > 1) return;
-      const Chunk& chunk = part_->chunks[0];
-      for (const Size end = std::min(row + rows, rows_); row < end; ++row)
-        for (Size c = 0; c < chunk.size; c += kLine)
-          __builtin_prefetch(at_[chunk.tap * kBlock + row] + offset_ + chunk.first + c, 0, 2);
+    // Fetches the rows of a tile into the L2 cache while the tile before is computed. With several taps, most of them have
+    // been read for neighbouring pixels.
+    ALWAYS_INLINE void PrefetchRows(Size row, Size count) const {
+      if (depth_block_->chunks.size() > 1) return;
+      const Chunk& chunk = depth_block_->chunks[0];
+      for (const Size end = std::min(row + count, rows_); row < end; ++row)
+        for (Size c = 0; c < chunk.size; c += kLineFloats)
+          __builtin_prefetch(input_[chunk.tap * kBlockPixels + row] + segment_offset_ + chunk.channel + c, 0, 2);
     }
 
-    const float* const* at_;
+    const float* const* input_;
     const float* zeros_;
-    bool unread_;  // whether no panel has been multiplied with these rows yet
-    Size offset_, rows_;
-    const DepthPart* part_;
+    const DepthBlock* depth_block_;
+    Size segment_offset_, rows_;
+    bool first_panel_;
   };
 
-  // Some rows of the transposed x, for some pixels, in panels of kTileRows. A last panel of fewer has gaps. There is a line
-  // between them, since of panels a page apart the same pixel would compete for the same few lines of the L1 cache.
-  class ChannelRows {
+  class GradientBlock {
    public:
+    // Packs rows of X^T for `count` pixels from `pixel` on. Layout: [tile][pixel][kTileRows]. A cache line between the tiles
+    // keeps equal pixels of different tiles, which are written together, from competing for the same sets of the L1 cache.
     void Read(const Convolution& conv, const float* x, Size segment, Size first_row, Size rows, Size pixel, Size count) {
-      rows_ = rows, count_ = count, panel_size_ = count * kTileRows + kLine;
+      rows_ = rows, count_ = count, tile_size_ = count * kTileRows + kLineFloats;
       const std::vector<Chunk> chunks = conv.Chunks(first_row, first_row + rows);
-      float line[kRows];
+      float buffer[kGradientRows];
       float* packed = packed_.get();
       auto at = conv.PixelAt(pixel);
-      inside_.assign(Ceil(rows, kTileRows), conv.together == 1);
-      if (conv.together > 1) {  // of images whose same pixels are all inside at a tap, or all outside
+      inside_.assign(CeilDiv(rows, kTileRows), conv.interleaved == 1);
+      if (conv.interleaved > 1) {  // the pixels are the same of several images
         Size row = 0;
         for (const Chunk& chunk : chunks) {
           const Size end = row + chunk.size;
-          if (conv.At(x, at, chunk.tap) != conv.zeros.data())
-            std::fill(inside_.begin() + row / kTileRows, inside_.begin() + Ceil(end, kTileRows), true);
+          if (conv.InputAt(x, at, chunk.tap) != conv.zeros.data())
+            std::fill(inside_.begin() + row / kTileRows, inside_.begin() + CeilDiv(end, kTileRows), true);
           row = end;
         }
       }
       for (Size p = 0; p < count; ++p, at = conv.Next(at), packed += kTileRows) {
-        const float* from = conv.Gather(x, at, segment, chunks, line);
+        const float* from = conv.Gather(x, at, segment, chunks, buffer);
         Size row = 0;
         for (; row + kTileRows <= rows; row += kTileRows)
-          std::memcpy(packed + row / kTileRows * panel_size_, from + row, kTileRows * sizeof(float));
-        std::copy(from + row, from + rows, packed + row / kTileRows * panel_size_);
+          std::memcpy(packed + row / kTileRows * tile_size_, from + row, kTileRows * sizeof(float));
+        std::copy(from + row, from + rows, packed + row / kTileRows * tile_size_);
       }
     }
 
-    // Stores the product with some columns of dy, whose pixels are `step` apart; read where they lie, if they fill lines.
-    template <typename To>
-    void Multiply(const float* dy, Size step, const To& to) const {
-      if (to.columns % kLine) {
-        PackPanel(dy, step, count_, to.columns, dy_.get());
-        dy = dy_.get(), step = Ceil(to.columns, kLanes) * kLanes;
+    // dy: some columns, of pixels that are `stride` floats apart. Columns that fill cache lines are read in place.
+    template <typename Output>
+    void Multiply(const float* dy, Size stride, const Output& output) const {
+      if (output.columns % kLineFloats) {
+        PackPanel(dy, stride, count_, output.columns, panel_.get());
+        dy = panel_.get(), stride = RoundUp(output.columns, kLanes);
       }
-      ForEachTile(rows_, to.columns, [&](Size row, auto rows, auto vectors) {
+      ForEachTile(rows_, output.columns, [&](Size row, auto rows, auto vectors) {
         constexpr int R = rows, V = vectors;
         const bool inside = inside_[row / kTileRows];
-        if (!inside && to.add) return;
-        to.Expect(row, R);
-        Lanes sums[R][V] = {};
-        const float* a = packed_.get() + row / kTileRows * panel_size_ + row % kTileRows;
-        if (inside) Accumulate([&](Size p, int r) { return a + p * kTileRows + r; }, dy, step, count_, sums);
-        to.Store(row, sums, rows);
+        if (!inside && output.accumulate) return;
+        output.Prefetch(row, R);
+        Vector sums[R][V] = {};
+        const float* a = packed_.get() + row / kTileRows * tile_size_ + row % kTileRows;
+        if (inside) MultiplyTile([&](Size p, int r) { return a + p * kTileRows + r; }, dy, stride, count_, sums);
+        output.Store(row, sums, R);
       });
     }
 
    private:
-    Buffer packed_ = NewBuffer(kRows / kTileRows * (kPixels * kTileRows + kLine)), dy_ = NewBuffer(kPixels * kVectors * kLanes);
-    std::vector<bool> inside_;  // of each panel: whether it has anything but zeros
-    Size rows_, count_, panel_size_;
+    Buffer packed_ = NewBuffer(kGradientRows / kTileRows * (kGradientPixels * kTileRows + kLineFloats));
+    Buffer panel_ = NewBuffer(kGradientPixels * kVectors * kLanes);
+    std::vector<bool> inside_;  // whether a tile has other values than padding
+    Size rows_, count_, tile_size_;
   };
 };

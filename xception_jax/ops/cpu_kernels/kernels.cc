@@ -1,7 +1,4 @@
-// The operations that XLA lowers badly for a CPU: float32, NHWC. __init__.py builds and calls them.
-//
-// Loops over channels are innermost, contiguous and free of dependences, so that the compiler vectorises them. Sums are
-// cut into the same parts whatever the number of threads is: no result depends on it.
+// The operations that XLA lowers badly for a CPU, as FFI handlers: float32, NHWC. __init__.py builds this file and calls them.
 
 #include "conv.h"
 #include "depthwise.h"
@@ -16,11 +13,11 @@ auto Binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(conv, Conv,
-                              Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Size>("segments").Attr<Size>("stride")
-                                  .Attr<Size>("top").Attr<Size>("left").Attr<Size>("turned"));
+                              Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<bool>("use_amx").Attr<Size>("segments")
+                                  .Attr<Size>("stride").Attr<Size>("top").Attr<Size>("left").Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(conv_filter_gradient, ConvFilterGradient,
-                              Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Size>("segments").Attr<Size>("stride")
-                                  .Attr<Size>("top").Attr<Size>("left"));
+                              Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<bool>("use_amx").Attr<Size>("segments")
+                                  .Attr<Size>("stride").Attr<Size>("top").Attr<Size>("left"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise, Depthwise,
                               Binding().Arg<F32>().Arg<F32>().Ret<F32>().Attr<Size>("top").Attr<Size>("left"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(depthwise_filter_gradient, DepthwiseFilterGradient,

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
-from xception_jax.data.sources import Source, SyntheticSource, open_source
+from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.sources import Source, SyntheticSource
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
@@ -207,7 +208,7 @@ def _epoch_examples(config: ExperimentConfig) -> int:
     """Returns the size of the training split, from the dataset if it is present, else from the table above."""
     data = config.data
     try:
-        return len(open_source(data, data.train_split))
+        return len(open_dataset(data, data.train_split))
     except InputMissingError:
         name = re.split("[/:]", data.name)[0]
         if name not in _TRAIN_EXAMPLES:

@@ -1,0 +1,101 @@
+"""The datasets that can be prepared by name, and opening any dataset.
+
+To add a dataset, write a function that returns a `Dataset` and add a line to `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from xception_jax.config import DataConfig
+from xception_jax.data.prepare.fashion_mnist import fashion_mnist, fashion_mnist_scenes, fashion_mnist_subset
+from xception_jax.data.prepare.imagenet import imagenet2012
+from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
+from xception_jax.data.prepare.writer import Dataset, write_dataset
+from xception_jax.data.sources import (
+    SYNTHETIC,
+    Source,
+    SyntheticSource,
+    TfdsSource,
+    find_dataset,
+    label_feature,
+    resolve_data_dir,
+)
+from xception_jax.errors import InputMissingError
+
+DATASETS: dict[str, Callable[[Path], Dataset]] = {
+    "fashion_mnist": fashion_mnist,
+    "imagenet2012": imagenet2012,
+    "imagenet_v2": imagenet_v2,
+    **{f"imagenet_v2/{variant}": functools.partial(imagenet_v2, variant=variant) for variant in VARIANTS},
+}
+"""Builds each dataset from the directory of its original files."""
+
+SHIPPED: dict[str, Callable[[], Dataset]] = {
+    "fashion_mnist_subset": fashion_mnist_subset,
+    "fashion_mnist_scenes": fashion_mnist_scenes,
+}
+"""Builds each dataset from images in this package. `open_dataset` writes them on first use."""
+
+
+def open_dataset(data: DataConfig, split: str) -> Source:
+    """Opens one split of the dataset `data.name`, and writes the dataset first if this package ships its images.
+
+    The name may have a builder config and a version, 'name/config:1.0.0'. Without a version, the newest is opened.
+
+    Args:
+      data: `config.data`; reads name, data_dir and synthetic_examples.
+      split: such as 'train', 'train[:98%]' or 'validation'.
+
+    Raises:
+      InputMissingError: the dataset or the split is missing, or the split is empty.
+      BadDataError: the dataset has no image with a label (or labels).
+      ConfigError: the split cannot be parsed.
+    """
+    if data.name == SYNTHETIC:
+        return SyntheticSource(data.synthetic_examples, split)
+    data_dir = resolve_data_dir(data.data_dir)
+    directory = find_dataset(data.name, data_dir)
+    if directory is None and data.name in SHIPPED:
+        print(f"writing {data.name} to {data_dir} (first use only)", file=sys.stderr)
+        directory = write_dataset(SHIPPED[data.name](), data_dir, progress=False).path
+    if directory is None:
+        fix = f"run {_prepare_command(data.name, data_dir)}"
+        raise InputMissingError(f"the dataset {data.name} is not in {data_dir}", str(data_dir), fix)
+    return TfdsSource(directory, split)
+
+
+def _prepare_command(name: str, data_dir: Path) -> str:
+    name = name.partition(":")[0]
+    if name in SHIPPED:
+        arguments = name
+    elif name in DATASETS:
+        arguments = f"{name} --source DIR"
+    else:
+        arguments = f"image_folder --name {name} --source DIR"
+    return f"python -m xception_jax prepare {arguments} --data_dir {data_dir}"
+
+
+def find_class_names(data: DataConfig) -> tuple[str, ...] | None:
+    """Returns the class names of the dataset `data.name`, or None if it is not on this machine.
+
+    Only the description of the dataset is read; its images may be missing.
+
+    Raises:
+      BadDataError: the dataset has no image with a label (or labels).
+    """
+    if data.name == SYNTHETIC:
+        return SyntheticSource(1, "train").info.class_names
+    directory = find_dataset(data.name, resolve_data_dir(data.data_dir))
+    if directory is not None:
+        features = tfds.builder_from_directory(directory).info.features
+    elif data.name in SHIPPED:
+        directory, features = Path(data.name), SHIPPED[data.name]().features
+    else:
+        return None
+    return tuple(label_feature(features, directory)[1].names)

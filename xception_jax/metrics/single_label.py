@@ -1,0 +1,48 @@
+"""Metrics of examples with one label each."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from xception_jax.metrics.metric import Metric, State, masked_count, masked_sum
+
+
+def _true_logit(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[Array, "b 1"]:
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Metric):
+    """The share of examples whose label is among the k highest logits (section 4.1)."""
+
+    k: int
+
+    @property
+    def name(self) -> str:
+        """'top1' or 'top5'."""
+        return f"top{self.k}"
+
+    @property
+    def title(self) -> str:
+        """'top-1 accuracy' or 'top-5 accuracy'."""
+        return f"top-{self.k} accuracy"
+
+    def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:
+        rank = jnp.sum(logits >= _true_logit(logits, labels), axis=-1)  # 1 is the best
+        finite = jnp.isfinite(logits).all(axis=-1)
+        return {"total": masked_count(mask & finite & (rank <= self.k)), "count": masked_count(mask)}
+
+
+class SoftmaxLoss(Metric):
+    """The mean cross-entropy in nats, without label smoothing; NaN or infinite if a logit is."""
+
+    name = "loss"
+    higher_is_better = False
+
+    def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:
+        loss = jax.nn.logsumexp(logits, axis=-1) - _true_logit(logits, labels)[:, 0]
+        return {"total": masked_sum(loss, mask), "count": masked_count(mask)}

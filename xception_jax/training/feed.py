@@ -1,0 +1,52 @@
+"""Feeds the devices: the next batch is loaded and transferred while a step runs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+
+from xception_jax.data.pipeline import Batch, BatchIterator
+from xception_jax.parallel import DeviceBatch
+
+_POLL_SECONDS = 0.5
+
+
+class Feed:
+    """Fetches one batch ahead in a thread of its own.
+
+    Args:
+      batches: of this process; closed together with the feed.
+      to_devices: makes a global batch of the parts that the processes hold.
+    """
+
+    def __init__(self, batches: BatchIterator, to_devices: Callable[[Batch], DeviceBatch]):
+        self._batches, self._to_devices = batches, to_devices
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._next = self._thread.submit(self._fetch)
+
+    def _fetch(self) -> tuple[Batch, DeviceBatch]:
+        batch = next(self._batches)
+        return batch, self._to_devices({name: batch[name] for name in ("image", "label")})
+
+    def next(self, poll: Callable[[], None]) -> tuple[Batch, DeviceBatch]:
+        """Waits for the next batch.
+
+        Args:
+          poll: called about twice a second while waiting; what it raises ends the wait.
+
+        Returns:
+          The batch of this process, and its images and labels on the devices.
+        """
+        while True:
+            try:
+                batch, on_devices = self._next.result(timeout=_POLL_SECONDS)
+                break
+            except concurrent.futures.TimeoutError:
+                poll()
+        self._next = self._thread.submit(self._fetch)
+        return batch, on_devices
+
+    def close(self) -> None:
+        """Stops the threads that load batches."""
+        self._batches.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
