@@ -47,10 +47,11 @@ test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Com
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/pods.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
 
-check: $(VENV)/.installed-dev ## Format, lint and types
+check: $(VENV)/.installed-dev ## Format, lint, types, and imports that point down
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.installed-dev ## Rewrite the files as `make check` wants them
 	$(BIN)/ruff format .

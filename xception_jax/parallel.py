@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -98,11 +98,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def state_sharding(mesh: Mesh, tree):
+def state_sharding(mesh: Mesh, tree: Any) -> Any:
     """Returns the sharding of each leaf: over `fsdp` along the largest axis that it divides, else replicated."""
     fsdp = mesh.shape["fsdp"]
 
-    def leaf_sharding(leaf):
+    def leaf_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         divisible = [(size, axis) for axis, size in enumerate(leaf.shape) if size % fsdp == 0 and size >= fsdp]
         if fsdp == 1 or not divisible:
             return NamedSharding(mesh, PartitionSpec())

@@ -7,6 +7,7 @@ config of it that all other code takes.
 from xception_jax.config.convert import (
     FIELDS,
     default_config,
+    default_values,
     flatten,
     from_json,
     override,
@@ -60,6 +61,7 @@ __all__ = [
     "StaircaseConfig",
     "XceptionConfig",
     "default_config",
+    "default_values",
     "duration_in_steps",
     "flatten",
     "from_json",

@@ -19,6 +19,8 @@ from xception_jax.config.model import ModelConfig
 from xception_jax.config.section import Section, checked
 from xception_jax.errors import ConfigError
 
+_WITH_VARIANTS = ("model", "optimizer", "schedule")
+
 
 def _declared(section: Section, owner: str = "") -> Iterator[tuple[str, Field]]:
     """Yields every field below a section by its dotted name, once for each variant that has it."""
@@ -159,7 +161,7 @@ def override(config: ExperimentConfig, fields: Mapping[str, Any]) -> ExperimentC
       ConfigError: as `resolve`.
     """
     given = flatten(config)
-    for section in ("model", "optimizer", "schedule"):
+    for section in _WITH_VARIANTS:
         before = getattr(config, section)
         if fields.get(f"{section}.name", before.name) != before.name:
             defaults = _flat(to_dict(_variants(section)[before.name]), before.path)
@@ -175,6 +177,12 @@ def to_dict(section: Section) -> dict[str, Any]:
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
     """Returns the value of each field of a config by its dotted name."""
     return _flat(to_dict(config))
+
+
+def default_values(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns the default of each field of a config by its dotted name, with its network, optimizer and schedule."""
+    chosen = {f"{section}.name": getattr(config, section).name for section in _WITH_VARIANTS}
+    return flatten(override(ExperimentConfig(), chosen)) | {name: FIELDS[name].default for name in chosen}
 
 
 def to_json(config: ExperimentConfig) -> str:

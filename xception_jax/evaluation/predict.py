@@ -107,7 +107,7 @@ def predict(
     activation = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[network.probabilities]
 
     @jax.jit
-    def forward(variables, pixels):
+    def forward(variables: dict, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = model.apply(variables, pixels, train=False)
         return jax.lax.top_k(activation(logits), top)
 

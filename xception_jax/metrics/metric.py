@@ -28,6 +28,7 @@ class Metric:
     """
 
     higher_is_better = True
+    is_share = True  # in [0, 1]; reports show it in percent
 
     @property
     def name(self) -> str:

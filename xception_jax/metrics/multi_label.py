@@ -56,6 +56,7 @@ class SigmoidLoss(Metric):
 
     name = "loss"
     higher_is_better = False
+    is_share = False
 
     def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b c"], mask: Bool[Array, " b"]) -> State:
         loss = sigmoid_cross_entropy(logits, labels.astype(jnp.int32))

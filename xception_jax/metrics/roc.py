@@ -32,6 +32,7 @@ class AreaUnderROC(Metric):
 
     name = "roc_auc"
     title = "area under ROC"
+    is_share = False
 
     def suits(self, num_classes: int) -> bool:
         """Whether there are few enough classes to keep all probabilities, and more than one."""

@@ -42,6 +42,7 @@ class SoftmaxLoss(Metric):
 
     name = "loss"
     higher_is_better = False
+    is_share = False
 
     def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:
         loss = jax.nn.logsumexp(logits, axis=-1) - _true_logit(logits, labels)[:, 0]

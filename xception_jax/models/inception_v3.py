@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 from xception_jax import ops
 from xception_jax.config import InceptionV3Config
 from xception_jax.models.layers import Conv, Head, glorot_uniform, norm_of, param_dtype
+from xception_jax.ops.padding import Padding
+
+KernelSize = tuple[int, int]
 
 
 class InceptionV3(nn.Module):
@@ -39,25 +42,28 @@ class InceptionV3(nn.Module):
         old = config.name == "inception_v3_2016"
         endpoints = {}
 
-        def conv(x, features, kernel_size, name, *, stride=1, padding="SAME"):
+        def conv(
+            x: Array, features: int, kernel_size: KernelSize, name: str, *, stride: int = 1, padding: Padding = "SAME"
+        ) -> Array:
             features = max(1, round(features * config.width_multiplier))
             x = Conv(features, kernel_size, stride, padding, use_bias=old, dtype=dtype, name=name)(x)
             norm = norm_layer(name=f"{name}_bn")
             return norm(nn.relu(x), train) if old else nn.relu(norm(x, train))
 
-        def tower(x, name, *layers, last_stride=1):
+        def tower(x: Array, name: str, *layers: tuple[int, KernelSize], last_stride: int = 1) -> Array:
             """Convolves by each (features, kernel_size) in turn; a strided last one is not padded."""
             for i, (features, kernel_size) in enumerate(layers):
-                strided = last_stride > 1 and i == len(layers) - 1
-                stride, padding = (last_stride, "VALID") if strided else (1, "SAME")
-                x = conv(x, features, kernel_size, f"{name}_{i}", stride=stride, padding=padding)
+                if last_stride > 1 and i == len(layers) - 1:
+                    x = conv(x, features, kernel_size, f"{name}_{i}", stride=last_stride, padding="VALID")
+                else:
+                    x = conv(x, features, kernel_size, f"{name}_{i}")
             return x
 
-        def pooled(x, features, name):
+        def pooled(x: Array, features: int, name: str) -> Array:
             average = ops.avg_pool(x, count_padding=config.padding == "symmetric")
             return conv(average, features, (1, 1), f"{name}_pool_0")
 
-        def concatenate(name, *towers):
+        def concatenate(name: str, *towers: Array) -> Array:
             endpoints[name] = jnp.concatenate(towers, axis=-1)
             return endpoints[name]
 
@@ -117,14 +123,14 @@ class InceptionV3(nn.Module):
             name = f"mixed{module}"
             tower_1x1 = tower(x, f"{name}_1x1", (320, (1, 1)))
             tower_3x3 = tower(x, f"{name}_3x3", (384, (1, 1)))
-            double = tower(x, f"{name}_3x3dbl", (448, (1, 1)), (384, (3, 3)))
+            tower_double = tower(x, f"{name}_3x3dbl", (448, (1, 1)), (384, (3, 3)))
             x = concatenate(
                 name,
                 tower_1x1,
                 conv(tower_3x3, 384, (1, 3), f"{name}_3x3_1x3"),
                 conv(tower_3x3, 384, (3, 1), f"{name}_3x3_3x1"),
-                conv(double, 384, (1, 3), f"{name}_3x3dbl_1x3"),
-                conv(double, 384, (3, 1), f"{name}_3x3dbl_3x1"),
+                conv(tower_double, 384, (1, 3), f"{name}_3x3dbl_1x3"),
+                conv(tower_double, 384, (3, 1), f"{name}_3x3dbl_3x1"),
                 pooled(x, 192, name),
             )
 

@@ -99,7 +99,7 @@ class BatchNorm(nn.Module):
         groups = self._num_groups(x.shape[0])
         values = x.astype(dtype)
 
-        def over_group(values):
+        def over_group(values: Float[Array, "b h w c"]) -> Float[Array, "g c"]:
             return values.mean((1, 2)).reshape(groups, -1, *channels).mean(1)
 
         mean = over_group(values)

@@ -37,17 +37,17 @@ class Xception(nn.Module):
         dtype, norm = jnp.dtype(config.dtype), norm_of(config)
         endpoints = {}
 
-        def conv_bn(x, features, name, **kwargs):
+        def conv_bn(x: Array, features: int, name: str, **kwargs: Any) -> Array:
             x = Conv(features, dtype=dtype, name=name, **kwargs)(x)
             return norm(name=f"{name}_bn")(x, train)
 
-        def sepconv_bn(x, features, name):
+        def sepconv_bn(x: Array, features: int, name: str) -> Array:
             return norm(name=f"{name}_bn")(self._module(features, name)(x, train), train)
 
-        def shortcut(x, features, block):
+        def shortcut(x: Array, features: int, block: int) -> Array | float:
             return conv_bn(x, features, f"block{block}_shortcut", stride=2) if config.residual else 0.0
 
-        def pool(x):
+        def pool(x: Array) -> Array:
             return ops.max_pool(x, padding="SAME" if config.padding == "same" else "SYMMETRIC")
 
         # Entry flow.

@@ -35,6 +35,7 @@ def make_environment(templates: Path) -> jinja2.Environment:
         "p": format_p,
         "number": format_number,
         "integer": format_integer,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
         "count": format_count,
         "duration": format_duration,
     }

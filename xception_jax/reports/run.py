@@ -15,8 +15,9 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
+from xception_jax.config import FIELDS, ExperimentConfig, default_values, flatten, to_json
 from xception_jax.files import write_atomically
+from xception_jax.metrics import Metric, main_metric, metrics_of
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import (
     Predictions,
@@ -97,6 +98,7 @@ def write_report(
         "info": info,
         "last_step": last_step,
         "interrupted": last_step < info.get("total_steps", 0),
+        "measures": [metric for metric in metrics_of(config) if _was_measured(metric, metrics)],
         "result": _result(config, metrics),
         "figures": _figures(config, metrics),
         "multi_label": multi_label,
@@ -117,12 +119,16 @@ def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
 
 def _changes(config: ExperimentConfig) -> list[tuple[str, Any, Any, str]]:
     """Returns (field, value, default, source of the default) of each field that differs from its default."""
-    changes = []
-    for name, value in flatten(config).items():
-        field = FIELDS[name]
-        if value != field.default and name != "name":
-            changes.append((name, value, field.default, field.source))
-    return changes
+    defaults = default_values(config)
+    return [
+        (name, value, defaults[name], FIELDS[name].source)
+        for name, value in flatten(config).items()
+        if value != defaults[name] and name != "name"
+    ]
+
+
+def _was_measured(metric: Metric, metrics: Sequence[dict[str, Any]]) -> bool:
+    return any(prefix + metric.name in entry for entry in metrics for prefix in ("", "ema_"))
 
 
 def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -135,7 +141,7 @@ def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict
     # The Polyak average comes first because the paper evaluates it. Taking the better one would select on test data.
     for label, prefix in (("Polyak average", "ema_"), ("last weights", "")):
         values = {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
-        main = values.get("map_at_k" if config.loss.multi_label else "top1")
+        main = values.get(main_metric(config).name)
         if main is not None:
             low, high = wilson_interval(main, entry.get("count", 0))
             rows.append({"label": label, "averaged": bool(prefix), "main": main, "low": low, "high": high, **values})
@@ -149,8 +155,7 @@ def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> lis
         {"color": BLUE, "linewidth": 1.6},
         {"color": VERMILION, "linewidth": 1.6, "linestyle": (0, (4, 2))},
     )
-    multi_label = config.loss.multi_label
-    quality, title = ("map_at_k", f"MAP@{config.evaluation.map_at}") if multi_label else ("top1", "Top-1 accuracy")
+    main = main_metric(config)
 
     def lines(name: str) -> list[Line]:
         return [
@@ -165,7 +170,7 @@ def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> lis
     )
     figures = [
         ("Loss", loss_note + ".", line_figure(metrics, lines("loss"))),
-        (title, "", line_figure(metrics, lines(quality), percent=True)),
+        (main.title[:1].upper() + main.title[1:], "", line_figure(metrics, lines(main.name), percent=main.is_share)),
         ("Learning rate", "", line_figure(metrics, [Line("train", "learning_rate", "", raw)])),
     ]
     # Not escaped: the figures contain no names or values from outside.

@@ -6,8 +6,9 @@ Names are those of `params`, joined by slashes: `block2_sepconv1/spatial/kernel`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,7 +42,7 @@ def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
     trained = {name.rpartition("/")[0] for name in flatten_dict(params, sep="/") if name not in frozen}
     layers = {name.rpartition("/")[0] for name in frozen} - trained
 
-    def rest(next_method, args, kwargs, context):
+    def rest(next_method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, BatchNorm) and "/".join(layer.path) in layers:
             return next_method(args[0], train=False)
@@ -53,11 +54,11 @@ def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
 def only_trained(inner: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
     """Returns an optimiser that sees, and has state for, nothing but the parameters that are not frozen."""
 
-    def trained(tree):
+    def trained(tree: dict) -> dict:
         frozen = frozen_names(tree, pattern)
         return unflatten_dict({k: v for k, v in flatten_dict(tree, sep="/").items() if k not in frozen}, sep="/")
 
-    def update(updates, state, params=None):
+    def update(updates: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:
         new, state = inner.update(trained(updates), state, None if params is None else trained(params))
         still = {name: jnp.zeros_like(update) for name, update in flatten_dict(updates, sep="/").items()}
         return unflatten_dict(still | flatten_dict(new, sep="/"), sep="/"), state

@@ -22,7 +22,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def tree_signature(tree: Any) -> dict[str, str]:
     """Returns dtype and shape of every leaf by its name, as 'float32[3, 3, 32, 64]'."""
 
-    def signature(leaf):
+    def signature(leaf: Any) -> str:
         leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
         return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
