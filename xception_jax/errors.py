@@ -21,12 +21,12 @@ class UserError(Exception):
 
     exit_code = 64
 
-    def __init__(self, what: str, where: str, fix: str):
+    def __init__(self, what: str, where: str, fix: str) -> None:
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
-        """Lets the error travel from a data worker to the trainer, which pickles it on the way."""
+        """Supports pickling, which passes errors from data workers to the trainer."""
         return type(self), (self.what, self.where, self.fix)
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from xception_jax.reports.figure import QUIET, draw_svg
+from xception_jax.reports.style import QUIET, draw_svg
 
 _MAX_POINTS = 400  # a figure this wide cannot show more
 _FEW_POINTS = 12  # each gets a marker

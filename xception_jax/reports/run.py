@@ -28,7 +28,7 @@ from xception_jax.metrics.predictions import (
 )
 from xception_jax.reports.curves import Line, line_figure
 from xception_jax.reports.environment import make_environment
-from xception_jax.reports.figure import BLUE, GREY, VERMILION
+from xception_jax.reports.style import BLUE, GREY, VERMILION
 
 _MAX_CLASSES = 30  # a larger confusion matrix is not readable
 _MAX_ROWS = 20

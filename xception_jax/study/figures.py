@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from xception_jax.reports.figure import BLUE, COLORS, GREEN, MARGIN, QUIET, VERMILION, ZERO, draw_svg
+from xception_jax.reports.style import BLUE, COLORS, GREEN, MARGIN, QUIET, VERMILION, ZERO, draw_svg
 from xception_jax.study.results import ArmResult, Results
 
 # Lines differ in colour, marker and dash.

@@ -111,7 +111,7 @@ class Results:
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the axis is logarithmic."""
+        """Returns whether the axis is logarithmic."""
         return self.stored.study.axis == CHANNELS_PER_SEGMENT
 
     def to_json(self) -> dict[str, Any]:

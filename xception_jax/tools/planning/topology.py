@@ -35,7 +35,7 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether the chips are TPUs, which libtpu compiles for."""
+        """Returns whether the chips are TPUs, which libtpu compiles for."""
         return self.chip.axes > 0
 
     @property

@@ -1,4 +1,4 @@
-"""The style of all figures in reports, and their form: SVG that has the same bytes for the same numbers."""
+"""The style of all figures in reports. Figures are SVG and have the same bytes for the same numbers."""
 
 from __future__ import annotations
 
