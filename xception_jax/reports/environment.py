@@ -35,7 +35,7 @@ def make_environment(templates: Path) -> jinja2.Environment:
         "p": format_p,
         "number": format_number,
         "integer": format_integer,
-        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+        "heading": format_heading,
         "count": format_count,
         "duration": format_duration,
     }
@@ -45,6 +45,11 @@ def make_environment(templates: Path) -> jinja2.Environment:
 def format_percent(share: float | None, digits: int = 2) -> str:
     """Returns a share in percent: 0.8 is '80.00 %', with a no-break space; '-' if it is None or not finite."""
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def format_heading(title: str) -> str:
+    """Returns a title with a capital letter: 'top-1 accuracy' is 'Top-1 accuracy', and 'MAP@100' stays as it is."""
+    return title[:1].upper() + title[1:]
 
 
 def format_points(share: float) -> str:

@@ -27,7 +27,7 @@ from xception_jax.metrics.predictions import (
     most_confused,
 )
 from xception_jax.reports.curves import Line, line_figure
-from xception_jax.reports.environment import make_environment
+from xception_jax.reports.environment import format_heading, make_environment
 from xception_jax.reports.style import BLUE, GREY, VERMILION
 
 _MAX_CLASSES = 30  # a larger confusion matrix is not readable
@@ -170,7 +170,7 @@ def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> lis
     )
     figures = [
         ("Loss", loss_note + ".", line_figure(metrics, lines("loss"))),
-        (main.title[:1].upper() + main.title[1:], "", line_figure(metrics, lines(main.name), percent=main.is_share)),
+        (format_heading(main.title), "", line_figure(metrics, lines(main.name), percent=main.is_share)),
         ("Learning rate", "", line_figure(metrics, [Line("train", "learning_rate", "", raw)])),
     ]
     # Not escaped: the figures contain no names or values from outside.
