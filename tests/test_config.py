@@ -670,3 +670,17 @@ def test_contradictions(fields, where, fix):
 )
 def test_what_only_looks_like_a_contradiction(fields):
     resolve(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: resolve_model(XceptionConfig(name="inception_v3")),
+        lambda: resolve_model(InceptionV3Config(name="resnet")),
+        lambda: ExperimentConfig(optimizer=AdamConfig(name="lion")),
+        lambda: ExperimentConfig(model=XceptionConfig(name="")),
+    ],
+)
+def test_a_section_with_the_name_of_another_is_refused(build):
+    with pytest.raises(ConfigError, match="does not belong to"):
+        build()

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_dict
 
 from xception_jax.config.experiment import ExperimentConfig
 from xception_jax.config.fields import Field, choice
-from xception_jax.config.model import ModelConfig
-from xception_jax.config.section import Section, checked
+from xception_jax.config.model import NETWORKS, ModelConfig
+from xception_jax.config.section import Section, check_variant, checked
 from xception_jax.errors import ConfigError
 
 _WITH_VARIANTS = ("model", "optimizer", "schedule")
@@ -145,7 +145,8 @@ def resolve(config: ConfigDict | Mapping[str, Any] | ExperimentConfig) -> Experi
     """Fills in and checks a whole config: the only way from ml_collections to the typed config.
 
     Args:
-      config: fields that it does not set have their defaults. A typed config comes back as it is.
+      config: nested, or by dotted names; fields that it does not set have their defaults. A typed config comes back as
+        it is.
 
     Raises:
       ConfigError: a field is unknown, of the wrong type or range, contradicts another, or would have no effect.
@@ -155,7 +156,10 @@ def resolve(config: ConfigDict | Mapping[str, Any] | ExperimentConfig) -> Experi
 
 def resolve_model(model: ConfigDict | Mapping[str, Any] | ModelConfig) -> ModelConfig:
     """Fills in and checks a `config.model`; like `resolve`."""
-    return model if isinstance(model, ModelConfig) else resolve({"model": model}).model
+    if not isinstance(model, ModelConfig):
+        return resolve({"model": model}).model
+    check_variant(model, NETWORKS)
+    return model
 
 
 def override(config: ExperimentConfig, fields: Mapping[str, Any]) -> ExperimentConfig:

@@ -27,6 +27,8 @@ class Section:
         """Checks every field, then `check` looks at several together."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for field in dataclasses.fields(self):
+            if "variants" in field.metadata:
+                check_variant(getattr(self, field.name), field.metadata["variants"])
             spec: Field | None = field.metadata.get("field")
             value = getattr(self, field.name)
             if spec is not None and not (value is None and spec.default is None):
@@ -48,6 +50,21 @@ class Section:
     def replace(self: _Section, **values: Any) -> _Section:
         """Returns a copy with other values, checked again."""
         return dataclasses.replace(self, **values)
+
+
+def check_variant(section: Section, table: Mapping[str, Any]) -> None:
+    """Checks that a section has the class that belongs to its name.
+
+    Raises:
+      ConfigError: the name is unknown, or belongs to another class.
+    """
+    name: str = getattr(section, "name", "")
+    if name not in table or type(section) is not type(table[name]):
+        raise ConfigError(
+            f"config.{section.path}name={name!r} does not belong to {type(section).__name__}",
+            f"config.{section.path}name",
+            "; ".join(f"{key!r} belongs to {type(value).__name__}" for key, value in table.items()),
+        )
 
 
 def checked(field: Field, name: str, value: Any) -> Any:
