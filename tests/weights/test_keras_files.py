@@ -11,7 +11,8 @@ import pytest
 from released import Released, assert_same, config, no_initialisers
 
 from xception_jax.errors import BadDataError
-from xception_jax.weights import Network, Preprocessing, head, load_keras, load_network, save_keras, tree
+from xception_jax.weights import Network, Preprocessing, load_keras, load_network, save_keras, tree
+from xception_jax.weights.keras_architecture import LayerConfig, compare_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -45,7 +46,7 @@ def test_a_network_by_itself(released: Released, form, tmp_path):
     assert_same(network.variables, released.leaves)
     assert network.model == released.model
     assert network.preprocessing == Preprocessing()
-    assert head.judge(json.loads(released.keras_model.to_json()), 1) == ("", False)
+    assert compare_head(LayerConfig.from_json(json.loads(released.keras_model.to_json())), 1) == ("", False)
 
 
 def keras_1_names(model: keras.Model, path) -> None:

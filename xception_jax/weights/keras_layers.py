@@ -1,21 +1,35 @@
-"""Our layers in the order of Keras' `model.layers`: what links the two when names say nothing.
+"""Lists our layers in the order of Keras' `model.layers`, which links the two without using names.
 
-Keras sorts layers by their distance from the output, so that every model of the same graph has the same order, in
-every version. Within a block of Xception the shortcut comes last; within a module of Inception V3, whichever is
-farther from the concatenation comes first, and of equals the earlier tower.
+Keras sorts layers by their distance from the output, so a graph has the same order in every version. Within a block of
+Xception the shortcut comes last. Within a module of Inception V3 the layers farther from the concatenation come first;
+among equals, the earlier tower.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-
-from ml_collections import ConfigDict
+import re
 
 from xception_jax.weights import tree
-from xception_jax.weights.keras_file import natural
+from xception_jax.weights.network import ModelConfig
 
-# Convolutions, and for each a dot where its BatchNorm stands.
+Shape = tuple[int, ...]
+
+# Kind of a layer by the ranks of its tensors, the bias and BatchNorm's gamma being optional. 'normalization' is Keras'
+# layer that scales the input.
+_KINDS = {
+    **dict.fromkeys(((4,), (4, 1)), "conv"),
+    **dict.fromkeys(((4, 4), (4, 4, 1)), "separable"),
+    **dict.fromkeys(((1, 1, 1), (1, 1, 1, 1)), "norm"),
+    **dict.fromkeys(((2,), (2, 1)), "dense"),
+    (1, 1, 0): "normalization",
+}
+BACKBONE = ("conv", "separable", "norm")
+# Order of `layer.weights` in Keras, of any layer.
+_LEAVES = ("spatial/kernel", "pointwise/kernel", "kernel", "scale", "bias", "mean", "var")
+_VARIABLE = re.compile(r"(?:params|batch_stats)/((?:head/)?\w+)/(" + "|".join(_LEAVES) + ")")
+
+# Convolutions of each module, with a dot for each BatchNorm; the BatchNorms come in the order of the convolutions.
 _INCEPTION_MODULES = {
     **{f"mixed{i}": "3x3dbl_0 . 5x5_0 3x3dbl_1 . . 1x1_0 5x5_1 3x3dbl_2 pool_0 . . . ." for i in (0, 1, 2)},
     "mixed3": "3x3dbl_0 . 3x3dbl_1 . 3x3_0 3x3dbl_2 . .",
@@ -31,75 +45,76 @@ _INCEPTION_MODULES = {
 }
 
 
-def _inception_order() -> list[str]:
-    order = [f"stem_{i}{suffix}" for i in range(5) for suffix in ("", "_bn")]
-    for module, text in _INCEPTION_MODULES.items():
-        convolutions = [f"{module}_{name}" for name in text.split() if name != "."]
-        norms = iter(convolutions)
-        names = iter(convolutions)
-        order += [f"{next(norms)}_bn" if name == "." else next(names) for name in text.split()]
-    return order
-
-
-_LEAVES = {
-    "conv": ("params/{}/kernel", "params/{}/bias"),
-    "separable": ("params/{}/spatial/kernel", "params/{}/pointwise/kernel"),
-    "norm": ("params/{}/scale", "params/{}/bias", "batch_stats/{}/mean", "batch_stats/{}/var"),
-    "dense": ("params/{}/kernel", "params/{}/bias"),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A layer of ours, as Keras holds it.
+    """A layer of ours as Keras would store it.
 
     Attributes:
       name: such as 'block5_sepconv1_bn' or 'head/predictions'.
-      kind: as of a `Layer`.
-      leaves: our variables, in the order of Keras' `layer.weights`.
+      leaves: names of our variables in the order of Keras' `layer.weights`.
       shapes: of the Keras tensors.
     """
 
     name: str
-    kind: str
     leaves: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def kind(self) -> str:
+        """As `kind_of`."""
+        return kind_of(self.shapes)
 
 
-def targets(model: ConfigDict) -> list[Target]:
+def kind_of(shapes: tuple[Shape, ...]) -> str:
+    """Returns 'conv', 'separable', 'norm', 'dense', 'normalization' or 'other' for a layer with these tensors."""
+    kind = _KINDS.get(tuple(map(len, shapes)), "other")
+    return "other" if kind == "norm" and len(set(shapes)) > 1 else kind
+
+
+def natural(name: str) -> list[int | str]:
+    """Is a sort key that puts 'conv2d_9' before 'conv2d_10', and 'conv2d' before both."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def targets(model: ModelConfig) -> list[Target]:
     """Returns our layers in the order of Keras' `model.layers`.
 
     Raises:
-      ConfigError: `model` is no valid `config.model`.
+      ConfigError: `model` is not a valid `config.model`.
     """
     shapes = tree.shapes(model)
+    leaves: dict[str, dict[str, str]] = {}  # variables by layer and by what Keras calls a weight
+    for name in shapes:
+        if match := _VARIABLE.fullmatch(name):
+            leaves.setdefault(match[1], {})[match[2]] = name
     if model.name == "xception":
-        layers = {name.split("/")[1] for name in shapes if not name.startswith((tree.HEAD, "batch_stats/"))}
-        convolutions = sorted((name for name in layers if not name.endswith("_bn")), key=natural)
-        order = [name + suffix for name in convolutions for suffix in ("", "_bn")]
+        convolutions = sorted((name for name in leaves if not name.startswith("head/")), key=natural)
+        order = [name + suffix for name in convolutions if not name.endswith("_bn") for suffix in ("", "_bn")]
     else:
         order = _inception_order()
-    head = sorted({"/".join(name.split("/")[1:3]) for name in shapes if name.startswith(tree.HEAD)}, key=natural)
+    order += sorted((name for name in leaves if name.startswith("head/")), key=natural)  # fc1, fc2, ..., predictions
     found = []
-    for name in [*order, *head]:  # fc1, fc2, ..., predictions
-        kind = "dense" if name in head else "norm" if name.endswith("_bn") else "conv"
-        kind = "separable" if f"params/{name}/spatial/kernel" in shapes else kind
-        leaves = tuple(leaf.format(name) for leaf in _LEAVES[kind] if leaf.format(name) in shapes)
-        found.append(Target(name, kind, leaves, tuple(keras_shape(leaf, shapes[leaf], model) for leaf in leaves)))
+    for layer in order:
+        names = tuple(leaves[layer][leaf] for leaf in _LEAVES if leaf in leaves[layer])
+        found.append(Target(layer, names, tuple(_keras_shape(name, shapes[name], model) for name in names)))
     return found
 
 
-def of_kind(targets: Sequence[Target], kind: str) -> list[Target]:
-    """Returns the layers of one kind."""
-    return [target for target in targets if target.kind == kind]
+def _inception_order() -> list[str]:
+    order = [f"stem_{i}{suffix}" for i in range(5) for suffix in ("", "_bn")]
+    for module, text in _INCEPTION_MODULES.items():
+        convolutions = [f"{module}_{name}" for name in text.split() if name != "."]
+        names, norms = iter(convolutions), (f"{name}_bn" for name in convolutions)
+        order += [next(norms if name == "." else names) for name in text.split()]
+    return order
 
 
-def keras_shape(leaf: str, shape: tuple[int, ...], model: ConfigDict) -> tuple[int, ...]:
-    """Returns the shape that Keras gives a variable: a depthwise kernel is (h, w, C, M) there, (h, w, 1, C * M) here.
+def _keras_shape(name: str, shape: Shape, model: ModelConfig) -> Shape:
+    """Returns Keras' shape of a variable: its depthwise kernel is (h, w, C, M), ours is (h, w, 1, C * M).
 
-    The M filters of a channel stand side by side in both, so that one is a reshape of the other.
+    The M filters of a channel are neighbours in both, so a reshape converts one to the other.
     """
-    if leaf.endswith("/spatial/kernel"):
-        height, width, _, filters = shape
-        return height, width, filters // model.depth_multiplier, model.depth_multiplier
-    return shape
+    if not name.endswith("/spatial/kernel"):
+        return shape
+    height, width, _, filters = shape
+    return height, width, filters // model.depth_multiplier, model.depth_multiplier

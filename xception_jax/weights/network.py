@@ -1,13 +1,31 @@
-"""A network with its weights and all that has to travel with them."""
+"""A network with its weights and the metadata that travels with them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 from ml_collections import ConfigDict
 
+from xception_jax.config import resolve_model
 from xception_jax.data.images import Preprocessing
+
+ModelConfig: TypeAlias = ConfigDict  # a resolved `config.model`
+
+
+def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+    """Resolves a plain nested dict to a `config.model`.
+
+    Raises:
+      ConfigError: a field is unknown or its value is invalid.
+    """
+    return resolve_model(ConfigDict(dict(fields), type_safe=False))
+
+
+def model_to_dict(model: ModelConfig) -> dict[str, Any]:
+    """Returns every field of a `config.model` as a plain nested dict."""
+    return resolve_model(model).to_dict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,16 +33,16 @@ class Network:
     """A network with its weights.
 
     Attributes:
-      model: a resolved `config.model`; `create_model(network.model)` makes the module.
+      model: a resolved `config.model`; `create_model(network.model)` builds the module.
       variables: {'params', 'batch_stats'}, NumPy arrays.
-      preprocessing: what an image goes through before it.
-      classes: the names of the classes, or None where they are unknown.
-      source: the file or work directory that it was read from.
-      sha256: of the file; of a checkpoint, of its manifest.
-      multi_label: an image may be of several classes, so that each has a probability of its own: a sigmoid.
+      preprocessing: how images are prepared for the network.
+      classes: class names in the order of the labels, or None if they are unknown.
+      source: the file or work directory that the weights were read from.
+      sha256: SHA-256 of the file; for a checkpoint, of its manifest.
+      multi_label: whether an image can belong to several classes; `predict` then applies a sigmoid.
     """
 
-    model: ConfigDict
+    model: ModelConfig
     variables: dict[str, Any]
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None
@@ -34,5 +52,5 @@ class Network:
 
     @property
     def probabilities(self) -> Literal["sigmoid", "softmax"]:
-        """What makes probabilities of the logits; of a single class softmax would always say 1."""
+        """The function that turns logits into probabilities; softmax over a single class would always return 1."""
         return "sigmoid" if self.multi_label or self.model.num_classes == 1 else "softmax"
