@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,70 +24,51 @@ _NEUTRAL_IN_HEAD = (*_NEUTRAL, "ActivityRegularization", "SpatialDropout2D", "Ga
 _NETWORK_BEGINS = ("Conv2D", "SeparableConv2D")
 _NETWORK_ENDS = ("BatchNormalization", "Concatenate")  # of Xception and Inception V3, before a ReLU
 _POOLING = "GlobalAveragePooling2D"
+_RESIZING_OPTIONS = ("crop_to_aspect_ratio", "pad_to_aspect_ratio", "antialias")
 _OPERATIONS: dict[str, Callable] = {
     **dict.fromkeys(("truedivide", "truediv", "divide"), np.divide),
     "subtract": np.subtract,
     "multiply": np.multiply,
     "add": np.add,
 }
-_RESIZING_OPTIONS = ("crop_to_aspect_ratio", "pad_to_aspect_ratio", "antialias")
-_RELU = ("negative_slope", "threshold")  # 0 in a plain ReLU
 _MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerConfig:
-    """The config of a layer, or of a model with the layers in it.
-
-    Attributes:
-      class_name: of the layer in Keras.
-      name: of the layer in its model.
-      config: the arguments of its constructor.
-      inbound_nodes: what it is called on.
-      layers: of a model, else empty.
-    """
+class LayerConfig(NamedTuple):
+    """The config of a layer, or of a model with the layers in it, as Keras stores it."""
 
     class_name: str
     name: str
-    config: dict[str, Any]
-    inbound_nodes: Any
-    layers: tuple[LayerConfig, ...]
+    config: dict[str, Any]  # arguments of the constructor
+    inbound_nodes: Any  # what the layer is called on
+    layers: list[LayerConfig]  # of a model, else empty
 
     @classmethod
     def from_json(cls, node: dict[str, Any]) -> LayerConfig:
-        """Converts what Keras stores. Whatever has an unexpected type is left empty."""
+        """Converts a JSON object. Whatever has an unexpected type is left empty."""
         config = node.get("config")
         layers = config.get("layers") if isinstance(config, dict) else config  # a list in a Sequential of Keras 1
         config = config if isinstance(config, dict) else {}
         name = node.get("name") or config.get("name") or node.get("class_name")
         inner = (
-            [cls.from_json(layer) for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else ()
+            [cls.from_json(layer) for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
         )
-        return cls(str(node.get("class_name")), str(name), config, node.get("inbound_nodes"), tuple(inner))
-
-    def models(self) -> Iterator[LayerConfig]:
-        """Yields this model and all models nested in it."""
-        yield self
-        for layer in self.layers:
-            if layer.layers:
-                yield from layer.models()
+        return cls(str(node.get("class_name")), str(name), config, node.get("inbound_nodes"), inner)
 
     def flat(self) -> Iterator[LayerConfig]:
-        """Yields the layers of this model and of all models nested in it, in order; a single layer yields itself."""
+        """Yields the layers of this model in order, each nested model followed by its layers."""
         for layer in self.layers:
-            yield from layer.flat() if layer.layers else [layer]
+            yield layer
+            yield from layer.flat()
 
 
 def epsilon(architecture: LayerConfig, count: int) -> float | None:
     """Returns the epsilon of the network's BatchNorms. A head or a second network may have another one.
 
-    Args:
-      architecture: of the outermost model.
-      count: number of BatchNorms in the network. The model with this number is used, or else the one with most
-        BatchNorms, and the most frequent value in it.
+    It is the most frequent value in the model with `count` BatchNorms, or else in the model with most of them.
     """
     found: list[list[float]] = []
-    for model in architecture.models():
+    for model in (architecture, *architecture.flat()):
         norms = (layer.config.get("epsilon") for layer in model.layers if layer.class_name == "BatchNormalization")
         found.append([value for value in norms if isinstance(value, int | float)])
     values = max(found, key=lambda each: (len(each) == count, len(each)))
@@ -105,14 +86,13 @@ def read_preprocessing(
       default: used where the architecture specifies nothing.
 
     Returns:
-      The preprocessing; height and width of the network's input, or None if they are open; notes about what is not
-      reproduced.
+      The preprocessing; height and width of the network's input, or None if they are open; notes.
     """
-    changes: dict[str, Any] = {"interpolation": "bilinear"}
-    factor, offset = np.ones(3), np.zeros(3)
-    image_shape, scales = None, False
-    unknown, resizing = [], []
-    for layer in itertools.takewhile(lambda layer: layer.class_name not in _NETWORK_BEGINS, architecture.flat()):
+    changes: dict[str, Any] = {}
+    image_shape, unknown, resizing = None, [], []
+    pixels = black_and_white = np.array([[0.0] * 3, [255.0] * 3])
+    layers = (layer for layer in architecture.flat() if not layer.layers)
+    for layer in itertools.takewhile(lambda layer: layer.class_name not in _NETWORK_BEGINS, layers):
         config, name = layer.config, layer.class_name
         shape = config.get("batch_shape") or config.get("batch_input_shape")
         if name == "Resizing":
@@ -124,19 +104,19 @@ def read_preprocessing(
             elif interpolation != "bilinear":
                 resizing.append(f"interpolation={interpolation}")
             resizing += [key for key in _RESIZING_OPTIONS if config.get(key)]
-        elif name not in _NEUTRAL and (not name.startswith("Random") or name == "RandomCrop"):  # it crops here, too
+        # RandomCrop also crops in evaluation.
+        elif name not in _NEUTRAL and (not name.startswith("Random") or name == "RandomCrop"):
             try:
-                of_one, of_zero = (_scale(layer, np.full(3, value), adapted) for value in (1.0, 0.0))
-                factor, offset = factor * (of_one - of_zero), offset * (of_one - of_zero) + of_zero
-                scales = True
+                pixels = _scale(layer, pixels, adapted)
             except _MALFORMED:
                 unknown.append(layer.name)
         match shape:
             case [_, int(height), int(width), 1 | 3 | 4]:
                 image_shape = height, width
-    if scales and (np.isfinite(factor) & (factor > 0)).all():
-        std = 1 / (255 * factor)  # the network receives (pixels / 255 - mean) / std
-        changes["mean"], changes["std"] = (tuple(np.round(each, 9).tolist()) for each in (-offset * std, std))
+    black, white = pixels
+    if pixels is not black_and_white and np.isfinite(pixels).all() and (white > black).all():
+        std = 1 / (white - black)  # the network receives (pixels / 255 - mean) / std
+        changes["mean"], changes["std"] = (tuple(np.round(each, 9).tolist()) for each in (-black * std, std))
     notes = [f"the effect of {tree.listed(unknown)} on images is unknown; it is left out"] if unknown else []
     if resizing:
         notes.append(f"the Resizing layer is only partly reproduced: {', '.join(resizing)}; images are resized whole")
@@ -144,7 +124,7 @@ def read_preprocessing(
 
 
 def _scale(layer: LayerConfig, x: np.ndarray, adapted: Sequence[np.ndarray] | None) -> np.ndarray:
-    """Applies a scaling layer to three channels. Any other layer raises one of `_MALFORMED`."""
+    """Applies a scaling layer to [..., 3] channels. Any other layer raises one of `_MALFORMED`."""
     config = layer.config
     if layer.class_name == "Rescaling":
         return x * _three(config["scale"]) + _three(config.get("offset", 0.0))
@@ -186,16 +166,15 @@ def compare_head(architecture: LayerConfig, count: int) -> tuple[str, bool]:
         for layer in _downwards(architecture):
             is_end = layer.class_name in _NETWORK_ENDS
             at_network = is_end and _POOLING in steps
-            if not at_network:
-                steps = [*_steps(layer), *steps]
+            steps = steps if at_network else [*_steps(layer), *steps]
             if is_end:
                 break
     # The network ends in a ReLU, so another ReLU changes nothing, nor does one on averages of positive values.
     ours = rf"(relu )*{_POOLING} (relu )*Dense( (relu )+Dense){{{count - 1}}}( softmax| sigmoid)?"
-    matches = re.fullmatch(ours, " ".join(steps))
-    if at_network and matches:
+    is_ours = bool(re.fullmatch(ours, " ".join(steps)))
+    if at_network and is_ours:
         return "", steps[-1] == "sigmoid"
-    if matches or not steps:
+    if is_ours or not steps:
         return "no single path leads from the network to the output", False
     what = "average pooling, Dense layers with relu between them, softmax or sigmoid"
     return f"it ends in {', '.join(steps)}, which is not {what}", False
@@ -203,20 +182,18 @@ def compare_head(architecture: LayerConfig, count: int) -> tuple[str, bool]:
 
 def _downwards(model: LayerConfig) -> Iterator[LayerConfig]:
     """Yields the layers on the only path from the output to the input. Several paths raise one of `_MALFORMED`."""
+    layers = {layer.name: layer for layer in model.layers}
     outputs = model.config.get("output_layers")
-    if outputs is None:  # a Sequential
-        for layer in reversed(model.layers):
-            yield from _downwards(layer) if layer.layers else [layer]
-        return
-    layers, name = {layer.name: layer for layer in model.layers}, _only(outputs)
-    for _ in layers:  # no more steps than layers: a damaged config can be circular
-        layer = layers[name]
+    name = None if outputs is None else _only(outputs)
+    for last in reversed(model.layers):  # no more steps than layers: a damaged config can be circular
+        layer = last if name is None else layers[name]  # a Sequential has no graph
         yield from _downwards(layer) if layer.layers else [layer]
-        if layer.class_name == "InputLayer":
-            return
-        (node,) = layer.inbound_nodes  # one for each call
-        # {'args', 'kwargs'} in Keras 3; [[name, 0, 0, kwargs]] or, for an operation, [name, 0, 0, kwargs] in Keras 2
-        name = node["args"][0]["config"]["keras_history"][0] if isinstance(node, dict) else _only(node)
+        if name is not None:
+            if layer.class_name == "InputLayer":
+                return
+            (node,) = layer.inbound_nodes  # one for each call
+            # In Keras 3 {'args', 'kwargs'}; in Keras 2 [[name, 0, 0, kwargs]] or, for an operation, its only element
+            name = node["args"][0]["config"]["keras_history"][0] if isinstance(node, dict) else _only(node)
 
 
 def _only(references: Any) -> str:
@@ -236,8 +213,8 @@ def _steps(layer: LayerConfig) -> list[str]:
         name = name if isinstance(name, str) else "a custom function"
         return ["Dense"] * (kind == "Dense") + [name] * (name != "linear")
     if kind == "ReLU":
-        is_plain = config.get("max_value") is None and not any(_three(config.get(key) or 0.0).any() for key in _RELU)
-        return ["relu" if is_plain else "ReLU with a slope or a limit"]
+        bent = [_three(config.get(key) or 0.0).any() for key in ("negative_slope", "threshold")]
+        return ["ReLU with a slope or a limit" if any(bent) or config.get("max_value") is not None else "relu"]
     if kind == "Softmax" and config.get("axis", -1) == -1:
         return ["softmax"]
     # Reshaping to sides of 1 keeps the features in a row.

@@ -8,15 +8,19 @@ among equals, the earlier tower.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from xception_jax.weights import tree
 from xception_jax.weights.network import ModelConfig
 
+Leaf = TypeVar("Leaf")
 Shape = tuple[int, ...]
 
-# Kind of a layer by the ranks of its tensors, the bias and BatchNorm's gamma being optional. 'normalization' is Keras'
-# layer that scales the input.
+# Kind of a layer by the ranks of its tensors. A bias and BatchNorm's gamma are optional; 'normalization' is Keras' layer
+# that scales the input.
 _KINDS = {
     **dict.fromkeys(((4,), (4, 1)), "conv"),
     **dict.fromkeys(((4, 4), (4, 4, 1)), "separable"),
@@ -25,7 +29,7 @@ _KINDS = {
     (1, 1, 0): "normalization",
 }
 BACKBONE = ("conv", "separable", "norm")
-# Order of `layer.weights` in Keras, of any layer.
+# Leaves of our layers in the order of Keras' `layer.weights`.
 _LEAVES = ("spatial/kernel", "pointwise/kernel", "kernel", "scale", "bias", "mean", "var")
 _VARIABLE = re.compile(r"(?:params|batch_stats)/((?:head/)?\w+)/(" + "|".join(_LEAVES) + ")")
 
@@ -46,29 +50,31 @@ _INCEPTION_MODULES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """A layer of ours as Keras would store it.
+class KerasLayer(Generic[Leaf]):
+    """A layer with weights as Keras stores it: one in a file, or one of ours.
 
     Attributes:
-      name: such as 'block5_sepconv1_bn' or 'head/predictions'.
-      leaves: names of our variables in the order of Keras' `layer.weights`.
-      shapes: of the Keras tensors.
+      name: its path in the file, or our name, such as 'block5_sepconv1_bn' or 'head/predictions'.
+      leaves: the tensors in the file, or the names of our variables, in the order of Keras' `layer.weights`.
+      shapes: of the tensors.
+      keras_name: the name of a layer in Keras, or '' if the file does not specify it.
     """
 
     name: str
-    leaves: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
     shapes: tuple[Shape, ...]
+    keras_name: str = ""
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
-        """As `kind_of`."""
-        return kind_of(self.shapes)
+        """'conv', 'separable', 'norm', 'dense', 'normalization' or 'other'."""
+        kind = _KINDS.get(tuple(map(len, self.shapes)), "other")
+        return "other" if kind == "norm" and len(set(self.shapes)) > 1 else kind
 
 
-def kind_of(shapes: tuple[Shape, ...]) -> str:
-    """Returns 'conv', 'separable', 'norm', 'dense', 'normalization' or 'other' for a layer with these tensors."""
-    kind = _KINDS.get(tuple(map(len, shapes)), "other")
-    return "other" if kind == "norm" and len(set(shapes)) > 1 else kind
+def of_kind(layers: Sequence[KerasLayer[Leaf]], *kinds: str) -> list[KerasLayer[Leaf]]:
+    """Returns the layers of some kinds, in order."""
+    return [layer for layer in layers if layer.kind in kinds]
 
 
 def natural(name: str) -> list[int | str]:
@@ -76,27 +82,23 @@ def natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def targets(model: ModelConfig) -> list[Target]:
-    """Returns our layers in the order of Keras' `model.layers`.
-
-    Raises:
-      ConfigError: `model` is not a valid `config.model`.
-    """
+def targets(model: ModelConfig) -> list[KerasLayer[str]]:
+    """Returns our layers in the order of Keras' `model.layers`."""
     shapes = tree.shapes(model)
-    leaves: dict[str, dict[str, str]] = {}  # variables by layer and by what Keras calls a weight
+    leaves: dict[str, dict[str, str]] = {}  # our variables by layer and leaf
     for name in shapes:
         if match := _VARIABLE.fullmatch(name):
             leaves.setdefault(match[1], {})[match[2]] = name
+    head = [name for name in leaves if name.startswith("head/")]  # fc1, fc2, ..., predictions
     if model.name == "xception":
-        convolutions = sorted((name for name in leaves if not name.startswith("head/")), key=natural)
-        order = [name + suffix for name in convolutions if not name.endswith("_bn") for suffix in ("", "_bn")]
+        convolutions = (name for name in leaves if name not in head and not name.endswith("_bn"))
+        order = [name + suffix for name in sorted(convolutions, key=natural) for suffix in ("", "_bn")]
     else:
         order = _inception_order()
-    order += sorted((name for name in leaves if name.startswith("head/")), key=natural)  # fc1, fc2, ..., predictions
     found = []
-    for layer in order:
+    for layer in [*order, *sorted(head, key=natural)]:
         names = tuple(leaves[layer][leaf] for leaf in _LEAVES if leaf in leaves[layer])
-        found.append(Target(layer, names, tuple(_keras_shape(name, shapes[name], model) for name in names)))
+        found.append(KerasLayer(layer, names, tuple(_keras_shape(name, shapes[name], model) for name in names)))
     return found
 
 

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import h5py
 
 from xception_jax.errors import BadDataError
 from xception_jax.weights import tree
 from xception_jax.weights.keras_file import FileLayer, KerasFile, Submodel
-from xception_jax.weights.keras_layers import BACKBONE, Target
+from xception_jax.weights.keras_layers import BACKBONE, KerasLayer, of_kind
+
+Targets = Sequence[KerasLayer[str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """The layers of a file that are the network below its classifier.
+class Backbone(NamedTuple):
+    """The network below its classifier, and all other layers of the file in order."""
 
-    Attributes:
-      tensors: by the name of our variable.
-      beside: all other layers of the same submodel, in order.
-      outside: the layers of all other submodels, in order.
-    """
-
-    tensors: dict[str, h5py.Dataset]
-    beside: list[FileLayer]
-    outside: list[FileLayer]
+    tensors: dict[str, h5py.Dataset]  # by the name of our variable
+    beside: list[FileLayer]  # in the same submodel
+    outside: list[FileLayer]  # in other submodels
 
 
-def find_backbone(file: KerasFile, targets: Sequence[Target], network: str, where: str) -> Backbone:
-    """Finds the one submodel whose layers have the shapes of the targets.
-
-    Args:
-      file: the file to search.
-      targets: the network's layers in the order of Keras' `model.layers`; the classifier is ignored.
-      network: description of the network, for messages.
-      where: the file, for messages.
-
-    Raises:
-      BadDataError: there is no such submodel, or there are two.
-    """
-    wanted = [target for target in targets if target.kind in BACKBONE]
+def find_backbone(file: KerasFile, targets: Targets, network: str, where: str) -> Backbone:
+    """Finds the one submodel whose layers have the shapes of the targets; `network` describes it in messages."""
+    wanted = of_kind(targets, *BACKBONE)
     found = [(submodel, layers) for submodel in file.submodels if (layers := _match(submodel, wanted))]
     if not found:
         raise _not_found(file, wanted, network, where)
@@ -50,26 +35,25 @@ def find_backbone(file: KerasFile, targets: Sequence[Target], network: str, wher
         names = " and ".join(submodel.name or "the model itself" for submodel, _ in found[:2])
         fix = "save only the one that you want: model.get_layer(name).save_weights('x.weights.h5')"
         raise BadDataError(f"the file holds {network} more than once: {names}", where, fix)
-    submodel, layers = found[0]
+    [(submodel, layers)] = found
     used = {layer.name for layer in layers}
-    return Backbone(
-        assign(wanted, layers),
-        [layer for layer in submodel.layers if layer.name not in used],
-        [layer for other in file.submodels if other is not submodel for layer in other.layers],
-    )
+    beside = [layer for layer in submodel.layers if layer.name not in used]
+    outside = [layer for other in file.submodels if other is not submodel for layer in other.layers]
+    return Backbone(assign(wanted, layers), beside, outside)
 
 
-def assign(targets: Sequence[Target], layers: Sequence[FileLayer]) -> dict[str, h5py.Dataset]:
+def assign(targets: Targets, layers: Sequence[FileLayer]) -> dict[str, h5py.Dataset]:
     """Returns the tensors of the layers by the names of the targets' variables."""
     pairs = zip(targets, layers, strict=True)
-    return {leaf: tensor for target, layer in pairs for leaf, tensor in zip(target.leaves, layer.tensors, strict=True)}
+    return {name: tensor for target, layer in pairs for name, tensor in zip(target.leaves, layer.leaves, strict=True)}
 
 
-def chained(dense: Sequence[FileLayer]) -> list[FileLayer]:
-    """Sorts Dense layers so that each takes the output of the previous one. Without such a chain the order stays.
+def find_dense(beside: Sequence[FileLayer], outside: Sequence[FileLayer]) -> list[FileLayer]:
+    """Returns the Dense layers nearest to the network, each taking the output of the previous one.
 
-    A subclassed model stores them by attribute, in an order that is not that of the computation.
+    A subclassed model stores its layers by attribute, in another order. Layers that form no chain keep their order.
     """
+    dense = of_kind(beside, "dense") or of_kind(outside, "dense")
     widths = [layer.shapes[0] for layer in dense]
     starts = collections.Counter(width for width, _ in widths) - collections.Counter(width for _, width in widths)
     width = next(iter(starts), None)
@@ -77,39 +61,30 @@ def chained(dense: Sequence[FileLayer]) -> list[FileLayer]:
     while rest:
         fitting = [layer for layer in rest if layer.shapes[0][0] == width]
         if not fitting:
-            return list(dense)
+            return dense
         # A layer that keeps the width precedes one that changes it.
-        following = min(fitting, key=lambda layer: layer.shapes[0][0] != layer.shapes[0][1])
-        chain.append(following)
-        rest.remove(following)
-        width = following.shapes[0][1]
+        chain.append(min(fitting, key=lambda layer: layer.shapes[0][0] != layer.shapes[0][1]))
+        rest.remove(chain[-1])
+        width = chain[-1].shapes[0][1]
     return chain
 
 
-def of_kinds(layers: Sequence[FileLayer], kinds: Sequence[str]) -> list[FileLayer]:
-    """Returns the layers of some kinds, in order."""
-    return [layer for layer in layers if layer.kind in kinds]
-
-
-def _match(submodel: Submodel, wanted: Sequence[Target]) -> list[FileLayer] | None:
-    """Returns the layers that have the shapes of the targets, in the same order, or None."""
-    for trainable, others in submodel.splits:
-        merged = _merge(of_kinds(trainable, BACKBONE), of_kinds(others, BACKBONE), wanted)
-        if merged is not None and _numbers_agree(merged):
-            return merged
+def _match(submodel: Submodel, wanted: Targets) -> list[FileLayer] | None:
+    """Returns layers with the shapes of the targets, in their order, or None."""
     if submodel.splits:
-        return None
+        merges = (_merge(trainable, others, wanted) for trainable, others in submodel.splits)
+        return next((merged for merged in merges if merged and _numbers_agree(merged)), None)
     found: dict[str, FileLayer] = {}
     for kind in BACKBONE:
-        places = [target for target in wanted if target.kind == kind]
-        layers = _neighbours(of_kinds(submodel.layers, (kind,)), places)
+        places = of_kind(wanted, kind)
+        layers = _neighbours(of_kind(submodel.layers, kind), places)
         if layers is None:
             return None
         found |= {target.name: layer for target, layer in zip(places, layers, strict=True)}
     return [found[target.name] for target in wanted]
 
 
-def _neighbours(layers: Sequence[FileLayer], places: Sequence[Target]) -> Sequence[FileLayer] | None:
+def _neighbours(layers: Sequence[FileLayer], places: Targets) -> Sequence[FileLayer] | None:
     """Returns consecutive layers with the shapes of the targets; layers of a larger model may surround them."""
     shapes, wanted = [layer.shapes for layer in layers], [target.shapes for target in places]
     for start in range(len(layers) - len(places) + 1):
@@ -118,14 +93,11 @@ def _neighbours(layers: Sequence[FileLayer], places: Sequence[Target]) -> Sequen
     return None
 
 
-def _merge(
-    trainable: Sequence[FileLayer], others: Sequence[FileLayer], wanted: Sequence[Target]
-) -> list[FileLayer] | None:
-    """Merges two parts of one order so that kinds and shapes are those of the targets.
+def _merge(trainable: Sequence[FileLayer], others: Sequence[FileLayer], wanted: Targets) -> list[FileLayer] | None:
+    """Merges two parts of one order so that the shapes are those of the targets, by depth-first search.
 
-    A layer in both parts (a trainable BatchNorm, whose running averages are among the others) must be next in both.
-    If either part can continue, the one that supplied the previous layer does, as frozen layers are mostly a range. The
-    search is depth-first and returns to the last choice when it fails.
+    A layer in both parts (a trainable BatchNorm, whose running averages are among the others) must be next in both. If
+    either part can continue, the one that supplied the previous layer does, as frozen layers are mostly a range.
     """
     both = {layer.name for layer in trainable} & {layer.name for layer in others}
     visited = set()
@@ -151,8 +123,7 @@ def _merge(
 def _numbers_agree(merged: Sequence[FileLayer]) -> bool:
     """Whether automatic names number the convolutions in the same order as their BatchNorms.
 
-    If single layers of Inception V3 are frozen, layers of equal shape can change places. In the right order the
-    BatchNorms, and so their numbers, are in the order of the convolutions.
+    If single layers of Inception V3 are frozen, layers of equal shape can change places, and the orders differ.
     """
     numbers: dict[str, list[int]] = {"conv2d": [], "batch_normalization": []}
     for layer in merged:
@@ -162,30 +133,31 @@ def _numbers_agree(merged: Sequence[FileLayer]) -> bool:
     return len(convolutions) != len(norms) or convolutions == norms
 
 
-def _not_found(file: KerasFile, wanted: Sequence[Target], network: str, where: str) -> BadDataError:
+def _not_found(file: KerasFile, wanted: Targets, network: str, where: str) -> BadDataError:
     if not file.submodels:
         return BadDataError("the file holds no layers with weights", where, "save it again with model.save_weights")
-    largest = max(file.submodels, key=lambda submodel: len(of_kinds(submodel.layers, BACKBONE)))
+    largest = max(file.submodels, key=lambda submodel: len(of_kind(submodel.layers, *BACKBONE)))
     fix = "give the model that the file belongs to (--model), or save the file again"
     if largest.splits:
         fix = "save it again with base.trainable = True: freezing single layers can lose their order"
     problems = []
     for kind in BACKBONE:
-        layers, places = of_kinds(largest.layers, (kind,)), [target for target in wanted if target.kind == kind]
+        layers, places = of_kind(largest.layers, kind), of_kind(wanted, kind)
         if _neighbours(layers, places) is None:
             counts = f"{len(layers)} layers of kind {kind} where {len(places)} are needed"
             problems.append(f"{counts}, {_difference(layers, places)}")
-    unknown = [f"{layer.name} {layer.shapes}" for layer in of_kinds(largest.layers, ("other",))]
+    unknown = [f"{layer.name} {layer.shapes}" for layer in of_kind(largest.layers, "other")]
     problems += [f"of no known kind: {tree.listed(unknown)}"] if unknown else []
     return BadDataError(f"the file does not hold {network}: {'; '.join(problems)}", where, fix)
 
 
-def _difference(layers: Sequence[FileLayer], places: Sequence[Target]) -> str:
+def _difference(layers: Sequence[FileLayer], places: Targets) -> str:
     keras_names = {layer.keras_name for layer in layers}
     absent = [target.name for target in places if target.name not in keras_names]
-    # Names are used only if most are Keras' own. Keras does not name shortcuts.
-    missing = [name for name in absent if "shortcut" not in name] if 2 * len(absent) < len(places) else []
+    named = [name for name in absent if "shortcut" not in name]  # Keras numbers shortcuts
+    if named and 2 * len(absent) < len(places):  # most names are Keras' own
+        return f"missing: {tree.listed(named)}"
     for target, layer in zip(places, layers, strict=False):
-        if not missing and layer.shapes != target.shapes:
+        if layer.shapes != target.shapes:
             return f"{target.name} needs {target.shapes}, but {layer.name} has {layer.shapes}"
-    return f"missing: {tree.listed(missing or [target.name for target in places[len(layers) :]])}"
+    return f"missing: {tree.listed([target.name for target in places[len(layers) :]])}"

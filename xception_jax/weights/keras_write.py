@@ -48,10 +48,9 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
     leaves = {name: np.asarray(leaf) for name, leaf in tree.flatten(network.variables).items()}
     tree.check(leaves, network.model, os.fspath(path))
     present = [target for target in targets(network.model) if leaves.keys() >= set(target.leaves)]
-    if left_over := tree.difference(leaves, [leaf for target in present for leaf in target.leaves]):
-        raise ConfigError(
-            f"Keras' network has no place for all weights, {left_over}", "config.model", "save it as .safetensors"
-        )
+    if left_over := sorted(leaves.keys() - {leaf for target in present for leaf in target.leaves}):
+        what = f"Keras' network has no place for {tree.listed(left_over)}"
+        raise ConfigError(what, "config.model", "save it as .safetensors")
     content, counts = io.BytesIO(), collections.Counter[str]()
     with h5py.File(content, "w") as file:
         for target in present:  # the head may be missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
@@ -54,3 +54,11 @@ class Network:
     def probabilities(self) -> Literal["sigmoid", "softmax"]:
         """The function that turns logits into probabilities; softmax over a single class would always return 1."""
         return "sigmoid" if self.multi_label or self.model.num_classes == 1 else "softmax"
+
+
+class Imported(NamedTuple):
+    """A network from a file of another library."""
+
+    network: Network  # with the default size of images and no SHA-256
+    image_shape: tuple[int, int] | None  # height and width of the network's input, or None if the file has none
+    notes: list[str]  # what was left out or assumed, for the user

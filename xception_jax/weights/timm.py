@@ -11,8 +11,7 @@ import numpy as np
 
 from xception_jax.errors import BadDataError
 from xception_jax.weights import hub, tree
-from xception_jax.weights.importing import Imported, compare_shapes, select_head
-from xception_jax.weights.network import ModelConfig, Network, Preprocessing, model_from_dict
+from xception_jax.weights.network import Imported, ModelConfig, Network, Preprocessing, model_from_dict
 
 _EPSILONS = {"xception": 1e-5, "inception_v3": 1e-3}
 # Pillow's bicubic interpolation, which PyTorch uses, is antialiased.
@@ -22,7 +21,7 @@ _PREPROCESSING = {
 }
 _LANDMARKS = {"xception": "conv3.conv1.weight", "inception_v3": "Mixed_5b.branch1x1.conv.weight"}  # one tensor of each
 _ABOVE = ("fc", "classifier.", "head.", "last_linear.")  # names of layers above the network
-_AUXILIARY = "AuxLogits."
+_AUXILIARY, _UNUSED = "AuxLogits.", ".num_batches_tracked"
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _MODULES = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
@@ -38,50 +37,46 @@ _BRANCHES = {
 
 
 def import_timm(
-    tensors: Mapping[str, np.ndarray], path: Path, model: ModelConfig | None, head: bool | None
+    tensors: Mapping[str, np.ndarray], path: Path, model: ModelConfig | None, demanded: bool | None
 ) -> Imported:
-    """Reads a network from tensors with timm's names; the arguments are those of `load_network`."""
-    where = str(path)
-    prefix = _prefix(tensors, where)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    own = {name: tensor for name, tensor in own.items() if not name.startswith(_ABOVE)}
-    above = {name: tensor for name, tensor in tensors.items() if name.removeprefix(prefix) not in own}
-    if model is None:
-        model = _infer(own, above.get(f"{prefix}fc.weight"))
-    sources, shapes, notes = timm_names(model), tree.shapes(model), []
+    """Reads a network from tensors with timm's names; `demanded` is the `head` of `load_network`."""
+    where, prefix = str(path), _prefix(tensors, str(path))
+    own, above = {}, {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix(prefix)
+        if name.startswith(prefix) and not short.startswith(_ABOVE):
+            own[short] = tensor
+        else:
+            above[name] = tensor
+    model = _infer(own, above.get(f"{prefix}fc.weight")) if model is None else model
+    names, shapes, notes = timm_names(model), tree.shapes(model), []
     for field, value, theirs in (
         ("padding", model.padding, "symmetric"),
         ("batch_norm.epsilon", model.batch_norm.epsilon, _EPSILONS.get(model.name, model.batch_norm.epsilon)),
     ):
         if value != theirs:
             notes.append(f"timm computes with config.model.{field}={theirs!r}, the model has {value!r}")
-    if not any(source.startswith(_AUXILIARY) for source in sources.values()):
-        if any(name.startswith(_AUXILIARY) for name in own):
-            notes.append("left out: AuxLogits.*, the auxiliary classifier (config.model.aux_head=True reads it)")
-        own = {name: tensor for name, tensor in own.items() if not name.startswith(_AUXILIARY)}
+    has_auxiliary = any(name.startswith(_AUXILIARY) for name in names.values())
+    if not has_auxiliary and any(name.startswith(_AUXILIARY) for name in own):
+        notes.append("left out: AuxLogits.*, the auxiliary classifier (config.model.aux_head=True reads it)")
 
-    needed = [f"{prefix + sources[leaf]} {shapes[leaf][::-1]}" for leaf in sources if leaf.startswith(tree.HEAD)]
-    found = [f"{name} {tensor.shape}" for name, tensor in above.items()]
-    problem = compare_shapes(sorted(needed), sorted(found))
-    takes_head, head_notes = select_head(head, problem, sorted(above), sorted(above), where)
-    if takes_head:
+    head = [leaf for leaf in names if leaf.startswith(tree.HEAD)]
+    ours = sorted(f"{prefix}{names[leaf]} {shapes[leaf][::-1]}" for leaf in head)
+    problem = tree.compare_heads(ours, sorted(f"{name} {tensor.shape}" for name, tensor in above.items()))
+    is_read, head_notes = tree.select_head(demanded, problem, sorted(above), sorted(above), where)
+    if is_read:
         own |= {name.removeprefix(prefix): tensor for name, tensor in above.items()}
-    else:
-        sources = {leaf: name for leaf, name in sources.items() if not leaf.startswith(tree.HEAD)}
-    if problem := tree.difference(own, sources.values()):
-        fix = "give the matching model (BatchNorm with a gamma needs config.model.batch_norm.scale=True)"
-        raise BadDataError(f"the file does not fit {tree.describe(model)}: {problem}", where, fix)
-    # PyTorch's kernels are [out, in, h, w] and [out, in], ours [h, w, in, out] and [in, out].
+    our_names = {name: leaf for leaf, name in names.items()}
     leaves = {
-        leaf: own[name].transpose((2, 3, 1, 0) if own[name].ndim == 4 else None) for leaf, name in sources.items()
+        # PyTorch's kernels are [out, in, h, w] and [out, in], ours [h, w, in, out] and [in, out].
+        our_names.get(name, name): tensor.transpose((2, 3, 1, 0) if tensor.ndim == 4 else None)
+        for name, tensor in own.items()
+        if (has_auxiliary or not name.startswith(_AUXILIARY)) and not name.endswith(_UNUSED)
     }
-    tree.check(leaves, model, where)
-    preprocessing, classes, hub_notes = hub.describe(
-        path.with_name("config.json"),
-        _PREPROCESSING.get(model.name, Preprocessing()),
-        model.num_classes if takes_head else 0,
-    )
+    tree.check(leaves, model, where, names)
+    default = _PREPROCESSING.get(model.name, Preprocessing())
+    num_classes = model.num_classes if is_read else 0
+    preprocessing, classes, hub_notes = hub.describe(path.with_name("config.json"), default, num_classes)
     network = Network(model, tree.unflatten(leaves), preprocessing, classes, where, "")
     return Imported(network, (preprocessing.size, preprocessing.size), notes + head_notes + hub_notes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,22 +48,28 @@ def _shapes(model_json: str) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten(template).items()}
 
 
-def check(leaves: Mapping[str, np.ndarray], model: ModelConfig, where: str) -> None:
+def check(
+    leaves: Mapping[str, np.ndarray], model: ModelConfig, where: str, names: Mapping[str, str] | None = None
+) -> None:
     """Checks that all variables are present, have the right shapes and hold finite floating-point numbers.
 
-    The classifier may be missing as a whole.
+    The classifier may be missing as a whole. `names` are the names of variables in the file, if it has others.
 
     Raises:
       BadDataError: the message names up to five of the variables concerned.
     """
     has_head = any(name.startswith(HEAD) for name in leaves)
     expected = {name: shape for name, shape in shapes(model).items() if has_head or not name.startswith(HEAD)}
-    problem = difference(leaves, expected)
-    if not problem:
-        misshapen = [name for name, leaf in leaves.items() if leaf.shape != expected[name]]
-        problem = listed([f"{name} has the shape {leaves[name].shape}, not {expected[name]}" for name in misshapen])
-    if problem:
-        raise BadDataError(f"the weights do not fit {describe(model)}: {problem}", where, "give the matching model")
+    misshapen = [name for name, leaf in leaves.items() if name in expected and leaf.shape != expected[name]]
+    problems = {
+        "missing": [(names or {}).get(name, name) for name in expected if name not in leaves],
+        "left over": [name for name in leaves if name not in expected],
+        "wrong shape": [f"{name} has {leaves[name].shape}, not {expected[name]}" for name in misshapen],
+    }
+    if any(problems.values()):
+        what = "; ".join(f"{problem}: {listed(sorted(found))}" for problem, found in problems.items() if found)
+        fix = "give the model that the weights belong to; a gamma in BatchNorm needs config.model.batch_norm.scale=True"
+        raise BadDataError(f"the weights do not fit {describe(model)}: {what}", where, fix)
     for name, leaf in leaves.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise BadDataError(f"{name} holds {leaf.dtype}, not floating-point numbers", where, COPY_AGAIN)
@@ -71,10 +77,31 @@ def check(leaves: Mapping[str, np.ndarray], model: ModelConfig, where: str) -> N
             raise BadDataError(f"{name} holds non-finite values or a negative variance", where, COPY_AGAIN)
 
 
-def difference(found: Iterable[str], expected: Iterable[str]) -> str:
-    """Describes which names are missing and which are left over; '' if there are none."""
-    sides = {"missing": set(expected) - set(found), "left over": set(found) - set(expected)}
-    return "; ".join(f"{side}: {listed(sorted(names))}" for side, names in sides.items() if names)
+def select_head(
+    demanded: bool | None, problem: str, above: Sequence[str], classifier: Sequence[str], where: str
+) -> tuple[bool, list[str]]:
+    """Decides whether a classifier is read, and returns a note about what is left out.
+
+    Args:
+      demanded: True to require it, False to leave it out, None to read it if it fits.
+      problem: why it does not fit, or ''.
+      above: names of everything above the network.
+      classifier: names of the classifier among them.
+      where: the file, for messages.
+    """
+    if demanded and problem:
+        fix = "leave the head out: --no-head (head=False), or set config.model.num_classes (fc_layers, fc_width) to fit"
+        raise BadDataError(f"the head does not fit: {problem}", where, fix)
+    is_read = demanded is not False and not problem
+    left_out = [name for name in above if not is_read or name not in classifier]
+    reason = f" ({problem})" if problem and demanded is None else ""
+    return is_read, [f"left out: {listed(left_out)}{reason}"] if left_out else []
+
+
+def compare_heads(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Returns why the classifier in a file is not that of the model, or ''. Layers are described with their shapes."""
+    texts = [listed(layers) or "none" for layers in (ours, theirs)]
+    return "" if ours == theirs else "the model's classifier is {}; the file has {}".format(*texts)
 
 
 def listed(names: Sequence[str]) -> str:
