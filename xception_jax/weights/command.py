@@ -14,7 +14,7 @@ from xception_jax.data.prepare.imagenet import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
 from xception_jax.weights import tree
-from xception_jax.weights.keras_write import save_keras
+from xception_jax.weights.keras import save_keras
 from xception_jax.weights.load import load_network
 from xception_jax.weights.network import Network
 from xception_jax.weights.own import save_network

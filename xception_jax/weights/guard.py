@@ -120,19 +120,11 @@ def _refused(path: Path | str | None, what: str) -> BadDataError:
 
 
 class Hdf5Guard:
-    """Follows only hard links in an HDF5 file and returns only plain numeric datasets of plausible size.
+    """Follows only hard links in an HDF5 file and returns only plain numeric datasets of plausible size."""
 
-    Args:
-      file: the open file.
-      path: shown in messages.
-      file_bytes: size of the file.
-    """
-
-    def __init__(self, file: h5py.File, path: Path, file_bytes: int):
-        self.file, self.path = file, path
-        self._file_bytes = file_bytes
-        self._objects = 0
-        self._declared = 0
+    def __init__(self, file: h5py.File, shown: Path, file_bytes: int):
+        self.file, self._shown, self._file_bytes = file, shown, file_bytes
+        self._objects = self._declared_bytes = 0
 
     def child(self, group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
         """Returns an object by its path below a group."""
@@ -140,7 +132,7 @@ class Hdf5Guard:
         for part in filter(None, name.split("/")):
             link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
             if link is None:
-                raise BadDataError(f"{group.name}/{name} is missing", str(self.path), COPY_AGAIN)
+                raise BadDataError(f"{group.name}/{name} is missing", str(self._shown), COPY_AGAIN)
             if not isinstance(link, h5py.HardLink):
                 raise self._refused(f"{found.name}/{part} is a link to another place ({type(link).__name__})")
             found = found[part]
@@ -179,8 +171,8 @@ class Hdf5Guard:
             raise self._refused(f"the attribute {name} is too long")
         if attribute.dtype.kind not in "SUO" and count:  # Keras writes an empty list as an array of floats
             raise self._refused(f"the attribute {name} does not hold text")
-        values = np.atleast_1d(group.attrs[name]).ravel()
-        texts = [value.decode() if isinstance(value, bytes) else value for value in values.tolist()]
+        values = np.atleast_1d(group.attrs[name]).ravel().tolist()
+        texts = [value.decode() if isinstance(value, bytes) else value for value in values]
         if not all(isinstance(text, str) for text in texts):
             raise self._refused(f"the attribute {name} does not hold text")
         return texts
@@ -196,24 +188,23 @@ class Hdf5Guard:
         if dataset.shape is None:
             raise self._refused(f"{dataset.name} has no shape")
         stored, declared = dataset.id.get_storage_size(), int(dataset.nbytes)
-        self._declared += declared
+        self._declared_bytes += declared
         limit = min(max(SMALL, MAX_COMPRESSION * stored), MAX_TENSOR_BYTES) if stored else 0
-        if declared > limit or self._declared > max(SMALL, MAX_COMPRESSION * self._file_bytes):
+        if declared > limit or self._declared_bytes > max(SMALL, MAX_COMPRESSION * self._file_bytes):
             raise self._refused(f"{dataset.name} declares {declared:,} bytes and stores {stored:,}")
 
     def _refused(self, what: str) -> BadDataError:
-        return _refused(self.path, what)
+        return _refused(self._shown, what)
 
 
 @contextlib.contextmanager
 def open_hdf5(path: Path, shown: Path | None = None) -> Iterator[Hdf5Guard]:
     """Opens an HDF5 file; messages call it `shown`. Errors of h5py inside of the context become `BadDataError`."""
-    shown = shown or path
     try:
         with h5py.File(path, "r", locking=False) as file:
-            yield Hdf5Guard(file, shown, path.stat().st_size)
+            yield Hdf5Guard(file, shown or path, path.stat().st_size)
     except _READ_ERRORS as error:
-        raise damaged(shown, error) from None
+        raise damaged(shown or path, error) from None
 
 
 @contextlib.contextmanager

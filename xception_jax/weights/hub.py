@@ -12,47 +12,35 @@ from xception_jax.weights import guard
 
 WEIGHTS = "model.safetensors"  # beside the config
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
-
-
-def _side(input_size: Any) -> int:
-    _, height, width = input_size
-    if height != width:
-        raise ValueError("our images are square")
-    return height
-
-
-# Our field and its value, by the field of the hub.
-_FIELDS = {
-    "input_size": ("size", _side),
-    "crop_pct": ("crop", lambda crop: crop),
-    "interpolation": ("interpolation", lambda name: _INTERPOLATIONS[name]),
-    "mean": ("mean", lambda mean: mean),
-    "std": ("std", lambda std: std),
-}
+_FIELDS = {"input_size": "size", "crop_pct": "crop", "interpolation": "interpolation", "mean": "mean", "std": "std"}
 
 
 def describe(
     path: Path, default: Preprocessing, num_classes: int
 ) -> tuple[Preprocessing, tuple[str, ...] | None, list[str]]:
-    """Returns preprocessing and class names from a `config.json`, and notes about what it asks for in vain.
+    """Returns preprocessing and class names from a `config.json`, which may be missing, and notes.
 
-    Args:
-      path: of the `config.json`, which may be missing.
-      default: used for what the file does not specify.
-      num_classes: of the classifier, 0 without one.
+    `default` is used for what it does not specify; a network without a classifier has 0 classes.
     """
     described = read(path)
     if described is None:
         return default, None, []
     given, preprocessing, notes = described["pretrained_cfg"], default, []
-    for theirs, (ours, convert) in _FIELDS.items():
-        if theirs in given:
-            try:
-                changed = {ours: convert(given[theirs])}
-                preprocessing = Preprocessing.from_fields(dataclasses.asdict(preprocessing) | changed)
-            except (ValueError, TypeError, KeyError):
-                used = getattr(default, ours)
-                notes.append(f"{theirs} {given[theirs]!r} in {path.name} is not supported; using {used}")
+    for theirs, ours in _FIELDS.items():
+        if theirs not in given:
+            continue
+        value = given[theirs]
+        try:
+            if theirs == "interpolation":
+                value = _INTERPOLATIONS[value]
+            elif theirs == "input_size":
+                _, height, value = value
+                if height != value:
+                    raise ValueError("our images are square")
+            preprocessing = Preprocessing.from_fields(dataclasses.asdict(preprocessing) | {ours: value})
+        except (ValueError, TypeError, KeyError):
+            used = getattr(default, ours)
+            notes.append(f"{theirs} {given[theirs]!r} in {path.name} is not supported; using {used}")
     if given.get("crop_mode", "center") != "center":
         notes.append(f"crop_mode {given['crop_mode']!r} in {path.name} is not supported; using the center")
     names = described.get("label_names")

@@ -1,22 +1,38 @@
-"""Reads Xception and Inception V3 from Keras files of any format, also as part of a larger model."""
+"""Reads Xception and Inception V3 from Keras files of any format, also as part of a larger model, and writes them."""
 
 from __future__ import annotations
 
+import collections
+import io
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
+from flax.traverse_util import flatten_dict
 
-from xception_jax.errors import BadDataError
+from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.weights import keras_architecture, tree
 from xception_jax.weights.keras_file import KerasFile, Submodel, open_keras, read
 from xception_jax.weights.keras_layers import of_kind, targets
 from xception_jax.weights.keras_match import Backbone, Targets, assign, find_backbone, find_dense
-from xception_jax.weights.network import Imported, ModelConfig, Network, Preprocessing, model_from_dict
+from xception_jax.weights.network import Imported, ModelConfig, Network, Preprocessing, model_from_dict, model_to_dict
+from xception_jax.weights.own import write
 
 # Numbers of separable convolutions outside of Xception's middle flow and of convolutions in Inception V3.
 _XCEPTION_ENTRY_AND_EXIT, _INCEPTION_V3 = 10, 94
 _IMAGENET_CLASSES = 1000
+# Keras 3 names the layers in a file by class and position.
+_GROUPS = {"conv": "conv2d", "separable": "separable_conv2d", "norm": "batch_normalization", "dense": "dense"}
+# Fixed in Keras' networks. Other values change the function but not the shapes.
+_REQUIRED = {
+    "padding": "same",
+    "order": "depthwise_first",
+    "intermediate_activation": "none",
+    "batch_norm.epsilon": 1e-3,
+}
 
 
 def import_keras(path: Path, model: ModelConfig | None, demanded: bool | None) -> Imported:
@@ -101,3 +117,41 @@ def _infer(file: KerasFile, where: str) -> ModelConfig:
         if len(widths) == 1:
             model |= {"fc_layers": len(dense) - 1, "fc_width": widths.pop()}
     return model_from_dict(model)
+
+
+def save_keras(path: str | os.PathLike, network: Network) -> None:
+    """Writes the weights as Keras 3 does, bit by bit.
+
+    `keras.applications.Xception(weights=None, classes=...).load_weights(path)` reads them, with `include_top=False` if
+    the network has no head. That network has no hidden fully connected layers. If ours has, a note says which Keras
+    model loads the file.
+
+    Raises:
+      ConfigError: Keras' network computes another function, whatever its weights.
+      BadDataError: the variables do not fit `network.model`.
+      StorageError: the file cannot be written.
+    """
+    fields = flatten_dict(model_to_dict(network.model), sep=".")
+    for name, value in _REQUIRED.items():
+        if fields.get(name, value) != value:
+            what = f"Keras' network has {name} {value!r}, this one {fields[name]!r}"
+            raise ConfigError(what, f"config.model.{name}", "save it as .safetensors")
+    leaves = {name: np.asarray(leaf) for name, leaf in tree.flatten(network.variables).items()}
+    tree.check(leaves, network.model, os.fspath(path))
+    present = [target for target in targets(network.model) if leaves.keys() >= set(target.leaves)]
+    if left_over := sorted(leaves.keys() - {leaf for target in present for leaf in target.leaves}):
+        what = f"Keras' network has no place for {tree.listed(left_over)}"
+        raise ConfigError(what, "config.model", "save it as .safetensors")
+    content, counts = io.BytesIO(), collections.Counter[str]()
+    with h5py.File(content, "w") as file:
+        for target in present:  # the head may be missing
+            number = f"_{counts[target.kind]}" if counts[target.kind] else ""
+            counts[target.kind] += 1
+            for i, (leaf, shape) in enumerate(zip(target.leaves, target.shapes, strict=True)):
+                file[f"layers/{_GROUPS[target.kind]}{number}/vars/{i}"] = leaves[leaf].reshape(shape)
+    write(path, content.getvalue())
+    if counts["dense"] > 1:
+        text = (
+            "keras.applications has no hidden layers: put average pooling and these Dense layers on a base without top"
+        )
+        print(f"note: {text}; it then loads the file (docs/weights.md)", file=sys.stderr)

@@ -19,34 +19,21 @@ from xception_jax.weights.network import ModelConfig
 Leaf = TypeVar("Leaf")
 Shape = tuple[int, ...]
 
-# Kind of a layer by the ranks of its tensors. A bias and BatchNorm's gamma are optional; 'normalization' is Keras' layer
-# that scales the input.
-_KINDS = {
-    **dict.fromkeys(((4,), (4, 1)), "conv"),
-    **dict.fromkeys(((4, 4), (4, 4, 1)), "separable"),
-    **dict.fromkeys(((1, 1, 1), (1, 1, 1, 1)), "norm"),
-    **dict.fromkeys(((2,), (2, 1)), "dense"),
-    (1, 1, 0): "normalization",
-}
+# Kind of a layer by the ranks of its tensors, with or without a bias or BatchNorm's gamma.
+_KINDS = {(4,): "conv", (4, 1): "conv", (4, 4): "separable", (4, 4, 1): "separable", (2,): "dense", (2, 1): "dense"}
+_KINDS |= {(1, 1, 1): "norm", (1, 1, 1, 1): "norm", (1, 1, 0): "normalization"}  # the latter scales the input
 BACKBONE = ("conv", "separable", "norm")
 # Leaves of our layers in the order of Keras' `layer.weights`.
 _LEAVES = ("spatial/kernel", "pointwise/kernel", "kernel", "scale", "bias", "mean", "var")
 _VARIABLE = re.compile(r"(?:params|batch_stats)/((?:head/)?\w+)/(" + "|".join(_LEAVES) + ")")
 
-# Convolutions of each module, with a dot for each BatchNorm; the BatchNorms come in the order of the convolutions.
-_INCEPTION_MODULES = {
-    **{f"mixed{i}": "3x3dbl_0 . 5x5_0 3x3dbl_1 . . 1x1_0 5x5_1 3x3dbl_2 pool_0 . . . ." for i in (0, 1, 2)},
-    "mixed3": "3x3dbl_0 . 3x3dbl_1 . 3x3_0 3x3dbl_2 . .",
-    **{
-        f"mixed{i}": "7x7dbl_0 . 7x7dbl_1 . 7x7_0 7x7dbl_2 . . 7x7_1 7x7dbl_3 . . 1x1_0 7x7_2 7x7dbl_4 pool_0 . . . ."
-        for i in (4, 5, 6, 7)
-    },
-    "mixed8": "7x7x3_0 . 7x7x3_1 . 3x3_0 7x7x3_2 . . 3x3_1 7x7x3_3 . .",
-    **{
-        f"mixed{i}": "3x3dbl_0 . 3x3_0 3x3dbl_1 . . 3x3_1x3 3x3_3x1 3x3dbl_1x3 3x3dbl_3x1 1x1_0 . . . . pool_0 . ."
-        for i in (9, 10)
-    },
-}
+# Convolutions of a module, with a dot for each BatchNorm; the BatchNorms come in the order of the convolutions.
+_A = "3x3dbl_0 . 5x5_0 3x3dbl_1 . . 1x1_0 5x5_1 3x3dbl_2 pool_0 . . . ."
+_A_TO_B = "3x3dbl_0 . 3x3dbl_1 . 3x3_0 3x3dbl_2 . ."
+_B = "7x7dbl_0 . 7x7dbl_1 . 7x7_0 7x7dbl_2 . . 7x7_1 7x7dbl_3 . . 1x1_0 7x7_2 7x7dbl_4 pool_0 . . . ."
+_B_TO_C = "7x7x3_0 . 7x7x3_1 . 3x3_0 7x7x3_2 . . 3x3_1 7x7x3_3 . ."
+_C = "3x3dbl_0 . 3x3_0 3x3dbl_1 . . 3x3_1x3 3x3_3x1 3x3dbl_1x3 3x3dbl_3x1 1x1_0 . . . . pool_0 . ."
+_INCEPTION_MODULES = (_A, _A, _A, _A_TO_B, _B, _B, _B, _B, _B_TO_C, _C, _C)  # mixed0, ..., mixed10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +91,8 @@ def targets(model: ModelConfig) -> list[KerasLayer[str]]:
 
 def _inception_order() -> list[str]:
     order = [f"stem_{i}{suffix}" for i in range(5) for suffix in ("", "_bn")]
-    for module, text in _INCEPTION_MODULES.items():
-        convolutions = [f"{module}_{name}" for name in text.split() if name != "."]
+    for i, text in enumerate(_INCEPTION_MODULES):
+        convolutions = [f"mixed{i}_{name}" for name in text.split() if name != "."]
         names, norms = iter(convolutions), (f"{name}_bn" for name in convolutions)
         order += [next(norms if name == "." else names) for name in text.split()]
     return order

@@ -14,7 +14,7 @@ from xception_jax.data.prepare.imagenet import class_names
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.weights import guard, own, tree
 from xception_jax.weights.keras import import_keras
-from xception_jax.weights.network import ModelConfig, Network, Preprocessing
+from xception_jax.weights.network import Imported, ModelConfig, Network, Preprocessing
 from xception_jax.weights.timm import import_timm
 
 # Public files by their MD5, which Keras publishes (`file_hash` in keras/src/applications). It publishes no SHA-256.
@@ -63,18 +63,20 @@ def load_network(
         classes = tuple(class_names()) if "head" in network.variables["params"] else None
         network, size = dataclasses.replace(network, classes=classes), size or Preprocessing.size
     if path.name in _RELEASED.values() and _RELEASED.get(md5) != path.name:
-        print(
-            f"warning: {path.name} is the name of a public file, but this is another one (MD5 {md5})", file=sys.stderr
-        )
-    default = Preprocessing.size
-    shape = imported.image_shape or (default, default)
+        doubt = f"{path.name} is the name of a public file, but this is another one (MD5 {md5})"
+        print(f"warning: {doubt}", file=sys.stderr)
+    height, width = imported.image_shape or (Preprocessing.size, Preprocessing.size)
     if size is None and imported.image_shape is None:
-        notes.append(f"the file does not specify an image size; assuming {default} (convert --size)")
-    elif size is None and shape[0] != shape[1]:
-        what = f"the network in the file takes images of {shape[0]} x {shape[1]} pixels"
-        notes.append(f"{what}; ours are square, using {max(shape)} (convert --size)")
+        notes.append(f"the file does not specify an image size; assuming {width} (convert --size)")
+    elif size is None and height != width:
+        what = f"the network in the file takes images of {height} x {width} pixels"
+        notes.append(f"{what}; ours are square, using {max(height, width)} (convert --size)")
     _print(notes)
-    return _with_size(network, size or max(shape))
+    return _with_size(network, size or max(height, width))
+
+
+def _with_size(network: Network, size: int) -> Network:
+    return dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))
 
 
 def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
@@ -85,9 +87,7 @@ def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None
     """
     path = Path(path)
     guard.require_file(path)
-    imported = import_keras(path, resolve_model(model), head)
-    _print(imported.notes)
-    return imported.network.variables
+    return _variables(import_keras(path, resolve_model(model), head))
 
 
 def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
@@ -101,7 +101,10 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
     guard.require_file(path)
     if guard.container_format(path) != "safetensors":
         raise BadDataError("the file is not a safetensors file", str(path), "read Keras files with load_keras")
-    imported = import_timm(guard.read_safetensors(path)[0], path, resolve_model(model), head)
+    return _variables(import_timm(guard.read_safetensors(path)[0], path, resolve_model(model), head))
+
+
+def _variables(imported: Imported) -> dict[str, Any]:
     _print(imported.notes)
     return imported.network.variables
 
@@ -109,7 +112,3 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
 def _print(notes: Iterable[str]) -> None:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-
-
-def _with_size(network: Network, size: int) -> Network:
-    return dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))

@@ -21,19 +21,13 @@ _PREPROCESSING = {
 }
 _LANDMARKS = {"xception": "conv3.conv1.weight", "inception_v3": "Mixed_5b.branch1x1.conv.weight"}  # one tensor of each
 _ABOVE = ("fc", "classifier.", "head.", "last_linear.")  # names of layers above the network
-_AUXILIARY, _UNUSED = "AuxLogits.", ".num_batches_tracked"
+_AUXILIARY = "AuxLogits."
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _MODULES = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 # Branches that are not numbered as all others are: 7x7dbl_0 is branch7x7dbl_1.
-_BRANCHES = {
-    "1x1_0": "branch1x1",
-    "pool_0": "branch_pool",
-    "3x3_1x3": "branch3x3_2a",
-    "3x3_3x1": "branch3x3_2b",
-    "3x3dbl_1x3": "branch3x3dbl_3a",
-    "3x3dbl_3x1": "branch3x3dbl_3b",
-}
+_BRANCHES = {"1x1_0": "1x1", "pool_0": "_pool", "3x3_1x3": "3x3_2a", "3x3_3x1": "3x3_2b"}
+_BRANCHES |= {"3x3dbl_1x3": "3x3dbl_3a", "3x3dbl_3x1": "3x3dbl_3b"}
 
 
 def import_timm(
@@ -41,13 +35,10 @@ def import_timm(
 ) -> Imported:
     """Reads a network from tensors with timm's names; `demanded` is the `head` of `load_network`."""
     where, prefix = str(path), _prefix(tensors, str(path))
-    own, above = {}, {}
-    for name, tensor in tensors.items():
-        short = name.removeprefix(prefix)
-        if name.startswith(prefix) and not short.startswith(_ABOVE):
-            own[short] = tensor
-        else:
-            above[name] = tensor
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
+    below = {name for name in tensors if name.startswith(prefix) and not name.removeprefix(prefix).startswith(_ABOVE)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name in below}
+    above = {name: tensor for name, tensor in tensors.items() if name not in below}
     model = _infer(own, above.get(f"{prefix}fc.weight")) if model is None else model
     names, shapes, notes = timm_names(model), tree.shapes(model), []
     for field, value, theirs in (
@@ -71,7 +62,7 @@ def import_timm(
         # PyTorch's kernels are [out, in, h, w] and [out, in], ours [h, w, in, out] and [in, out].
         our_names.get(name, name): tensor.transpose((2, 3, 1, 0) if tensor.ndim == 4 else None)
         for name, tensor in own.items()
-        if (has_auxiliary or not name.startswith(_AUXILIARY)) and not name.endswith(_UNUSED)
+        if has_auxiliary or not name.startswith(_AUXILIARY)
     }
     tree.check(leaves, model, where, names)
     default = _PREPROCESSING.get(model.name, Preprocessing())
@@ -144,8 +135,6 @@ def _inception_module(layer: str) -> str:
         return _STEM[int(tower)]
     if module == "aux":
         return f"AuxLogits.conv{tower}"
-    branch = "branch3x3" if layer == "mixed3_3x3_0" else _BRANCHES.get(tower)
-    if branch is None:
-        name, _, index = tower.rpartition("_")
-        branch = f"branch{name}_{int(index) + 1}"
-    return f"Mixed_{_MODULES[int(module.removeprefix('mixed'))]}.{branch}"
+    branch = "3x3" if layer == "mixed3_3x3_0" else _BRANCHES.get(tower)
+    name, _, index = tower.rpartition("_")
+    return f"Mixed_{_MODULES[int(module.removeprefix('mixed'))]}.branch{branch or f'{name}_{int(index) + 1}'}"
