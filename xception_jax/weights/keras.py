@@ -26,11 +26,13 @@ _XCEPTION_ENTRY_AND_EXIT, _INCEPTION_V3 = 10, 94
 _IMAGENET_CLASSES = 1000
 # Keras 3 names the layers in a file by class and position.
 _GROUPS = {"conv": "conv2d", "separable": "separable_conv2d", "norm": "batch_normalization", "dense": "dense"}
-# Fixed in Keras' networks. Other values change the function but not the shapes.
+# Fixed in Keras' networks. With other values these compute another function.
 _REQUIRED = {
     "padding": "same",
     "order": "depthwise_first",
     "intermediate_activation": "none",
+    "segments": "depthwise",
+    "group_width": None,
     "batch_norm.epsilon": 1e-3,
 }
 
@@ -151,7 +153,5 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
                 file[f"layers/{_GROUPS[target.kind]}{number}/vars/{i}"] = leaves[leaf].reshape(shape)
     write(path, content.getvalue())
     if counts["dense"] > 1:
-        text = (
-            "keras.applications has no hidden layers: put average pooling and these Dense layers on a base without top"
-        )
-        print(f"note: {text}; it then loads the file (docs/weights.md)", file=sys.stderr)
+        text = "keras.applications has no hidden layers: put average pooling and these Dense layers on a base without"
+        print(f"note: {text} top; it then loads the file (docs/weights.md)", file=sys.stderr)

@@ -103,7 +103,7 @@ def _keras_shape(name: str, shape: Shape, model: ModelConfig) -> Shape:
 
     The M filters of a channel are neighbours in both, so a reshape converts one to the other.
     """
-    if not name.endswith("/spatial/kernel"):
+    if not name.endswith("/spatial/kernel") or shape[2] != 1:  # not depthwise
         return shape
     height, width, _, filters = shape
     return height, width, filters // model.depth_multiplier, model.depth_multiplier

@@ -145,19 +145,19 @@ def _not_found(file: KerasFile, wanted: Targets, network: str, where: str) -> Ba
         layers, places = of_kind(largest.layers, kind), of_kind(wanted, kind)
         if _neighbours(layers, places) is None:
             counts = f"{len(layers)} layers of kind {kind} where {len(places)} are needed"
-            problems.append(f"{counts}, {_difference(layers, places)}")
+            problems.append(f"{counts}, {_first_difference(layers, places)}")
     unknown = [f"{layer.name} {layer.shapes}" for layer in of_kind(largest.layers, "other")]
     problems += [f"of no known kind: {tree.listed(unknown)}"] if unknown else []
     return BadDataError(f"the file does not hold {network}: {'; '.join(problems)}", where, fix)
 
 
-def _difference(layers: Sequence[FileLayer], places: Targets) -> str:
+def _first_difference(layers: Sequence[FileLayer], places: Targets) -> str:
     keras_names = {layer.keras_name for layer in layers}
     absent = [target.name for target in places if target.name not in keras_names]
-    named = [name for name in absent if "shortcut" not in name]  # Keras numbers shortcuts
-    if named and 2 * len(absent) < len(places):  # most names are Keras' own
-        return f"missing: {tree.listed(named)}"
-    for target, layer in zip(places, layers, strict=False):
-        if layer.shapes != target.shapes:
-            return f"{target.name} needs {target.shapes}, but {layer.name} has {layer.shapes}"
-    return f"missing: {tree.listed([target.name for target in places[len(layers) :]])}"
+    missing = [name for name in absent if "shortcut" not in name]  # Keras numbers shortcuts
+    if not missing or 2 * len(absent) >= len(places):  # if most names are Keras' own, they tell what is missing
+        for target, layer in zip(places, layers, strict=False):
+            if layer.shapes != target.shapes:
+                return f"{target.name} needs {target.shapes}, but {layer.name} has {layer.shapes}"
+        missing = [target.name for target in places[len(layers) :]]
+    return f"missing: {tree.listed(missing)}"
