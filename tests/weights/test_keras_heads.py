@@ -1,4 +1,4 @@
-"""What stands around the network in files of Keras: heads, training state, other precision; on a narrow Xception."""
+"""Tests what surrounds the network in Keras files (heads, training state, preprocessing), on a narrow Xception."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_the_state_of_training_is_no_layer_at_any_depth(base, form, tmp_path, ca
 
 
 class Metrics(layers.Layer):
-    """Its group in a file is called 'metrics'."""
+    """A layer whose group in a file is named 'metrics'."""
 
     def build(self, shape):
         self.factor = self.add_weight(shape=(shape[-1],))
@@ -199,7 +199,7 @@ def test_the_epsilon_is_that_of_most_and_of_the_model_with_as_many(base):
 
 
 class Subclassed(keras.Model):
-    """Its layers are in a file by attribute, and `.keras` holds no more of it than its name."""
+    """A model whose layers are stored by attribute, and whose architecture is not stored."""
 
     def __init__(self, base: keras.Model):
         super().__init__()
@@ -228,7 +228,7 @@ def test_a_subclassed_model_tells_no_architecture(base, form, tmp_path, capsys):
 
 
 def test_bfloat16(tmp_path):
-    """HDF5 has no such type: it is bare bytes, which `.weights.h5` and `.keras` mark and the legacy form does not."""
+    """HDF5 lacks bfloat16. Keras writes plain bytes, which only `.weights.h5` and `.keras` mark."""
     with keras_floatx("bfloat16"):
         keras_model = narrow_xception()
         keras_model.set_weights([np.full(each.shape, 1.5, "bfloat16") for each in keras_model.weights])

@@ -1,4 +1,4 @@
-"""Our own safetensors, and the command that writes them."""
+"""Tests our own safetensors and the command `convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm's networks: what it computes from weights that follow a rule is kept in timm_golden.npz; see tests/peers."""
+"""Compares timm's networks with golden values in timm_golden.npz, which tests/peers computes with timm itself."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write(path: Path, name: str) -> None:
-    """Writes weights by the rule under timm's names: a wrong name gives other numbers than timm has."""
+    """Writes deterministic weights that depend on timm's names, so a wrong name gives other values than in timm."""
     fields = {"aux_head": True} if name == "inception_v3" else {}
     model = config(name.removeprefix("legacy_"), batch_norm={"scale": True}, **fields)
     tensors, names = {}, timm_names(model)
