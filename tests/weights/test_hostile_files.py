@@ -94,6 +94,11 @@ def test_a_shape_bomb(weights, options):
     assert "declares 1,000,000,000,000 bytes" in refusal(weights)
 
 
+def test_an_array_that_was_never_written(weights):
+    replace(weights, lambda file: file.create_dataset(KERNEL, (3, 3, 3, 32), "f4"))
+    assert "declares 3,456 bytes and stores 0" in refusal(weights)
+
+
 def test_a_bomb_of_zeros_that_are_there(weights):
     replace(weights, lambda file: file.create_dataset(KERNEL, data=np.zeros((4096, 4096), "f4"), compression="gzip"))
     assert "declares 67,108,864 bytes" in refusal(weights)
