@@ -80,13 +80,8 @@ def read_preprocessing(
 ) -> tuple[Preprocessing, tuple[int, int] | None, list[str]]:
     """Reads what the layers in front of the network do to pixels from 0 to 255.
 
-    Args:
-      architecture: of the outermost model.
-      adapted: mean and variance of a Normalization layer that learned them.
-      default: used where the architecture specifies nothing.
-
-    Returns:
-      The preprocessing; height and width of the network's input, or None if they are open; notes.
+    `adapted` are mean and variance of a Normalization layer that learned them. `default` is used where the architecture
+    specifies nothing. Returns the preprocessing; height and width of the network's input, or None if open; notes.
     """
     changes: dict[str, Any] = {}
     image_shape, unknown, resizing = None, [], []

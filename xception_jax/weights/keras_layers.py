@@ -65,7 +65,7 @@ def of_kind(layers: Sequence[KerasLayer[Leaf]], *kinds: str) -> list[KerasLayer[
 
 
 def natural(name: str) -> list[int | str]:
-    """Is a sort key that puts 'conv2d_9' before 'conv2d_10', and 'conv2d' before both."""
+    """Splits a name into a sort key that puts 'conv2d_9' before 'conv2d_10', and 'conv2d' before both."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 

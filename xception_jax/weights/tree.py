@@ -82,12 +82,8 @@ def select_head(
 ) -> tuple[bool, list[str]]:
     """Decides whether a classifier is read, and returns a note about what is left out.
 
-    Args:
-      demanded: True to require it, False to leave it out, None to read it if it fits.
-      problem: why it does not fit, or ''.
-      above: names of everything above the network.
-      classifier: names of the classifier among them.
-      where: the file, for messages.
+    `demanded` is the `head` of `load_network`; `problem` is why the classifier does not fit, or ''. `above` names
+    everything above the network, and `classifier` the part of it that is the classifier.
     """
     if demanded and problem:
         fix = "leave the head out: --no-head (head=False), or set config.model.num_classes (fc_layers, fc_width) to fit"
