@@ -23,7 +23,7 @@ def config(name: str, **fields):
 
 
 def no_initialisers():
-    """Drawing initial numbers compiles a program for each shape; all weights are set anyway."""
+    """Skips the initialisers, which compile a program for each shape; all weights are overwritten."""
     return mock.patch.object(keras.initializers.GlorotUniform, "__call__", _zeros)
 
 
@@ -75,7 +75,7 @@ def narrow(**fields):
 
 
 def assert_same(variables, expected: dict[str, np.ndarray]) -> None:
-    """Bit by bit, type and shape too."""
+    """Asserts the same names, dtypes, shapes and bits."""
     found = tree.flatten(variables)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

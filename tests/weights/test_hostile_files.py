@@ -1,4 +1,4 @@
-"""Weight files of unknown origin: each trick is refused before anything of it is read, as is what is damaged."""
+"""Hostile and damaged weight files are refused before any of their values are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNEL = "layers/conv2d/vars/0"
 
 @pytest.fixture
 def weights(tmp_path):
-    """A small file in the form of Keras 3: too small for a network, so that reading it whole ends in another error."""
+    """A small file in the format of Keras 3. It holds no whole network, so reading it ends in another error."""
     path = tmp_path / "x.weights.h5"
     with h5py.File(path, "w") as file:
         file[KERNEL] = np.ones((3, 3, 3, 32), np.float32)
@@ -83,7 +83,7 @@ def test_something_other_than_numbers(weights, dtype):
 
 @pytest.mark.parametrize("options", [{"chunks": (64, 64)}, {"compression": "gzip", "chunks": (4096, 4096)}, {}])
 def test_a_shape_bomb(weights, options):
-    """A terabyte in a few bytes: never written, or nothing but zeros."""
+    """A few bytes declare a terabyte that was never written, or consists of zeros."""
 
     def make(file):
         dataset = file.create_dataset(KERNEL, (500_000, 500_000), "f4", **options)
@@ -92,6 +92,11 @@ def test_a_shape_bomb(weights, options):
 
     replace(weights, make)
     assert "declares 1,000,000,000,000 bytes" in refusal(weights)
+
+
+def test_an_array_that_was_never_written(weights):
+    replace(weights, lambda file: file.create_dataset(KERNEL, (3, 3, 3, 32), "f4"))
+    assert "declares 3,456 bytes and stores 0" in refusal(weights)
 
 
 def test_a_bomb_of_zeros_that_are_there(weights):

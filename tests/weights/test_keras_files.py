@@ -1,4 +1,4 @@
-"""Every form in which Keras writes Xception and Inception V3, alone and in larger models: the same bits arrive."""
+"""Tests that every Keras file format gives the same bits, for single networks and parts of larger models."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from released import Released, assert_same, config, no_initialisers
 
 from xception_jax.errors import BadDataError
-from xception_jax.weights import Network, Preprocessing, head, load_keras, load_network, save_keras, tree
+from xception_jax.weights import Network, Preprocessing, load_keras, load_network, save_keras, tree
+from xception_jax.weights.keras_architecture import LayerConfig, compare_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 
 def write(model: keras.Model, path) -> None:
-    """Writes the form that the ending names: x.weights.h5, x.keras, x.h5 (with the architecture) or x.legacy."""
+    """Writes the format given by the ending: x.weights.h5, x.keras, x.h5 (with the architecture) or x.legacy."""
     if path.name.endswith(".weights.h5"):
         model.save_weights(path)
     elif path.suffix == ".legacy":  # what save_weights('x.h5') wrote in Keras 2
@@ -45,11 +46,11 @@ def test_a_network_by_itself(released: Released, form, tmp_path):
     assert_same(network.variables, released.leaves)
     assert network.model == released.model
     assert network.preprocessing == Preprocessing()
-    assert head.judge(json.loads(released.keras_model.to_json()), 1) == ("", False)
+    assert compare_head(LayerConfig.from_json(json.loads(released.keras_model.to_json())), 1) == ("", False)
 
 
 def keras_1_names(model: keras.Model, path) -> None:
-    """Writes the layout of the released files: automatic names that say nothing of the block they belong to."""
+    """Writes the layout of the released files, whose automatic names do not contain the block."""
     names = {"Conv2D": "convolution2d", "SeparableConv2D": "separableconvolution2d", "BatchNormalization": "bn"}
     leaves = {"kernel": "W", "bias": "b", "moving_mean": "running_mean", "moving_variance": "running_std"}
     with h5py.File(path, "w") as file:
@@ -81,7 +82,7 @@ def test_the_released_layout_with_names_of_keras_1(released: Released, include_t
 
 
 def transfer_learning(backbone: keras.Model, *, hidden: bool = True) -> keras.Model:
-    """As Keras' guide builds it: augmentation, scaling, the network as one layer, pooling, dropout, Dense."""
+    """Builds the model of Keras' guide: augmentation, scaling, the network as a layer, pooling, dropout, Dense."""
     images = keras.Input((96, 96, 3))
     x = keras.Sequential([keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)])(images)
     x = keras.layers.Rescaling(1 / 255)(x)
@@ -159,7 +160,7 @@ def test_a_network_within_a_larger_model(larger, form, tmp_path, capsys):
     indirect=["larger"],
 )
 def test_frozen_layers_come_last_in_a_legacy_file(larger, frozen, tmp_path):
-    """In it a model within a model is a row of tensors: first all that can be trained, then all others."""
+    """A legacy file holds a nested model as a row of tensors: first the trainable ones, then all others."""
     released, keras_model = larger
     backbone = next(layer for layer in keras_model.layers if isinstance(layer, keras.Model) and len(layer.layers) > 9)
     layers = [layer for layer in backbone.layers if layer.weights]
@@ -178,7 +179,7 @@ def test_frozen_layers_come_last_in_a_legacy_file(larger, frozen, tmp_path):
 
 
 def test_a_head_on_the_output_itself(xception: Released, tmp_path):
-    """Layers put on `base.output` stand beside those of the network, not around it."""
+    """Layers added to `base.output` are in the same submodel as the network."""
     backbone = xception.backbone()
     x = keras.layers.GlobalAveragePooling2D()(backbone.output)
     keras_model = with_random_head(keras.Model(backbone.input, keras.layers.Dense(7, activation="softmax")(x)))
@@ -246,7 +247,7 @@ def test_what_is_missing_or_left_over_is_named(xception: Released, tmp_path):
 
 
 def test_back_to_keras(released: Released, tmp_path):
-    """What we write, keras.applications loads: the same bits."""
+    """keras.applications loads the files that we write, bit by bit."""
     path = tmp_path / "x.weights.h5"
     save_keras(path, Network(released.model, tree.unflatten(released.leaves), Preprocessing(), None, "", ""))
     expected = released.keras_model.get_weights()

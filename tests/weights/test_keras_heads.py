@@ -1,4 +1,4 @@
-"""What stands around the network in files of Keras: heads, training state, other precision; on a narrow Xception."""
+"""Tests what surrounds the network in Keras files (heads, training state, preprocessing), on a narrow Xception."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from released import narrow, narrow_xception, no_initialisers
 
 from tests.models.keras_weights import keras_floatx
 from xception_jax.errors import BadDataError
-from xception_jax.weights import Network, Preprocessing, architecture, head, load_keras, load_network, save_keras, tree
+from xception_jax.weights import Network, Preprocessing, load_keras, load_network, save_keras, tree
+from xception_jax.weights.keras_architecture import LayerConfig, compare_head, epsilon
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 layers = keras.layers
@@ -40,6 +41,10 @@ def on(base: keras.Model, *above: keras.layers.Layer) -> keras.Model:
     return keras.Model(images, x)
 
 
+def architecture(model: keras.Model) -> LayerConfig:
+    return LayerConfig.from_json(json.loads(model.to_json()))
+
+
 def pooled(*above: keras.layers.Layer) -> tuple[keras.layers.Layer, ...]:
     return layers.GlobalAveragePooling2D(), *above
 
@@ -60,7 +65,7 @@ def dense(units: int, activation: str | None = None) -> keras.layers.Layer:
     ],
 )
 def test_heads_that_are_ours(base, above, count, sigmoid):
-    assert head.judge(json.loads(on(base, *above()).to_json()), count) == ("", sigmoid)
+    assert compare_head(architecture(on(base, *above())), count) == ("", sigmoid)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_heads_that_are_ours(base, above, count, sigmoid):
     ],
 )
 def test_heads_that_are_not(base, above, named):
-    problem, sigmoid = head.judge(json.loads(on(base, *above()).to_json()), 1)
+    problem, sigmoid = compare_head(architecture(on(base, *above())), 1)
     assert f"{named}, " in problem
     assert "which is not average pooling" in problem
     assert not sigmoid
@@ -97,34 +102,34 @@ def test_heads_that_are_not(base, above, named):
 )
 def test_between_dense_layers_is_relu_itself(base, between):
     keras_model = on(base, *pooled(*between(), dense(5)))
-    assert "which is not average pooling" in head.judge(json.loads(keras_model.to_json()), 2)[0]
+    assert "which is not average pooling" in compare_head(architecture(keras_model), 2)[0]
 
 
 def test_dense_layers_before_the_pooling_are_not_taken(base):
     keras_model = on(base, dense(8, "relu"), *pooled(dense(5)))
-    assert "Dense, relu, GlobalAveragePooling2D, Dense, " in head.judge(json.loads(keras_model.to_json()), 2)[0]
+    assert "Dense, relu, GlobalAveragePooling2D, Dense, " in compare_head(architecture(keras_model), 2)[0]
 
 
 def test_several_inputs_and_outputs_are_not_followed(base):
     images, features = keras.Input((71, 71, 3)), keras.Input((205,))
     x = layers.GlobalAveragePooling2D()(base(images))
     keras_model = keras.Model([images, features], dense(5)(layers.Add()([x, features])))
-    assert "it ends in Add, Dense, which" in head.judge(json.loads(keras_model.to_json()), 1)[0]
+    assert "it ends in Add, Dense, which" in compare_head(architecture(keras_model), 1)[0]
     keras_model = keras.Model(images, [dense(5)(x), dense(5)(x)])
-    assert "no single path" in head.judge(json.loads(keras_model.to_json()), 1)[0]
+    assert "no single path" in compare_head(architecture(keras_model), 1)[0]
 
 
 def test_a_head_on_something_else_is_not_taken(base):
     images = keras.Input((71, 71, 3))
     keras_model = keras.Model(images, dense(5)(layers.GlobalAveragePooling2D()(images)))
-    assert "no single path leads from the network" in head.judge(json.loads(keras_model.to_json()), 1)[0]
+    assert "no single path leads from the network" in compare_head(architecture(keras_model), 1)[0]
 
 
 def test_a_graph_in_a_circle_is_not_followed(base):
     description = json.loads(on(base, *pooled(layers.Dropout(0.1), dense(5))).to_json())
     dropout = next(layer for layer in description["config"]["layers"] if layer["class_name"] == "Dropout")
     dropout["inbound_nodes"][0]["args"][0]["config"]["keras_history"][0] = dropout["name"]
-    assert "which is not" in head.judge(description, 1)[0]
+    assert "which is not" in compare_head(LayerConfig.from_json(description), 1)[0]
 
 
 def test_a_head_of_another_kind_is_left_out_with_the_reason(base, tmp_path, capsys):
@@ -158,7 +163,7 @@ def test_the_state_of_training_is_no_layer_at_any_depth(base, form, tmp_path, ca
 
 
 class Metrics(layers.Layer):
-    """Its group in a file is called 'metrics'."""
+    """A layer whose group in a file is named 'metrics'."""
 
     def build(self, shape):
         self.factor = self.add_weight(shape=(shape[-1],))
@@ -186,15 +191,15 @@ def test_the_epsilon_of_a_head_is_not_that_of_the_network(base, tmp_path):
 
 def test_the_epsilon_is_that_of_most_and_of_the_model_with_as_many(base):
     beside = keras.Model(base.input, layers.BatchNormalization(epsilon=1e-5)(base.output))
-    assert architecture.epsilon(json.loads(beside.to_json()), 40) == 1e-3
+    assert epsilon(architecture(beside), 40) == 1e-3
     images = x = keras.Input((71, 71, 3))
     for _ in range(41):
         x = layers.BatchNormalization(epsilon=1e-5)(x)
-    assert architecture.epsilon(json.loads(keras.Model(images, base(x)).to_json()), 40) == 1e-3
+    assert epsilon(architecture(keras.Model(images, base(x))), 40) == 1e-3
 
 
 class Subclassed(keras.Model):
-    """Its layers are in a file by attribute, and `.keras` holds no more of it than its name."""
+    """A model whose layers are stored by attribute, and whose architecture is not stored."""
 
     def __init__(self, base: keras.Model):
         super().__init__()
@@ -216,14 +221,14 @@ def test_a_subclassed_model_tells_no_architecture(base, form, tmp_path, capsys):
     found = load_network(path, narrow(num_classes=5, fc_layers=1, fc_width=16))
     np.testing.assert_array_equal(found.variables["params"]["head"]["predictions"]["kernel"], kernel)
     told = capsys.readouterr().err
-    assert "average pooling is assumed, and hidden Dense layers with the activation relu: hidden" in told
-    assert "the file does not tell the size of the images: 299 is assumed" in told
+    assert "assuming average pooling, and ReLU after the hidden Dense layers: hidden" in told
+    assert "the file does not specify an image size; assuming 299" in told
     with pytest.raises(BadDataError, match="num_classes=5, fc_layers=1, fc_width=16"):
         load_network(path)
 
 
 def test_bfloat16(tmp_path):
-    """HDF5 has no such type: it is bare bytes, which `.weights.h5` and `.keras` mark and the legacy form does not."""
+    """HDF5 lacks bfloat16. Keras writes plain bytes, which only `.weights.h5` and `.keras` mark."""
     with keras_floatx("bfloat16"):
         keras_model = narrow_xception()
         keras_model.set_weights([np.full(each.shape, 1.5, "bfloat16") for each in keras_model.weights])
@@ -239,15 +244,15 @@ def test_bfloat16(tmp_path):
 @pytest.mark.parametrize(
     ("front", "shape", "size", "interpolation", "told"),
     [
-        ([], (71, 90), 90, "bilinear", "71 x 90 pixels: ours are square, 90 is taken"),
-        ([], (None, None), 299, "bilinear", "does not tell the size of the images: 299 is assumed"),
+        ([], (71, 90), 90, "bilinear", "71 x 90 pixels; ours are square, using 90"),
+        ([], (None, None), 299, "bilinear", "does not specify an image size; assuming 299"),
         ([layers.Resizing(71, 71)], (90, 120), 71, "bilinear", ""),
         ([layers.Resizing(71, 71, "bicubic")], (None, None), 71, "bicubic", "bicubic with the coefficient -0.5"),
         (
             [layers.Resizing(71, 71, "nearest", crop_to_aspect_ratio=True)],
             *((90, 120), 71, "bilinear", "interpolation=nearest, crop_to_aspect_ratio; images are resized whole"),
         ),
-        ([layers.RandomCrop(71, 71)], (90, 90), 71, "bilinear", "what random_crop does to images is not known"),
+        ([layers.RandomCrop(71, 71)], (90, 90), 71, "bilinear", "the effect of random_crop on images is unknown"),
     ],
 )
 def test_images_that_ours_are_not(base, front, shape, size, interpolation, told, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Our own safetensors, and the command that writes them."""
+"""Tests our own safetensors and the command `convert`."""
 
 from __future__ import annotations
 
@@ -119,6 +119,8 @@ def test_another_model_is_not_silently_ignored(path):
         ({"padding": "symmetric"}, "padding"),
         ({"batch_norm": {"epsilon": 1e-5}}, "batch_norm.epsilon"),
         ({"intermediate_activation": "relu"}, "intermediate_activation"),
+        ({"segments": 4}, "segments"),
+        ({"group_width": 1}, "group_width"),
     ],
 )
 def test_what_keras_would_compute_otherwise_is_not_written_for_it(tmp_path, fields, named):

@@ -1,4 +1,4 @@
-"""timm's networks: what it computes from weights that follow a rule is kept in timm_golden.npz; see tests/peers."""
+"""Compares timm's networks with golden values in timm_golden.npz, which tests/peers computes with timm itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.models import create_model
 from xception_jax.runs import open_network
 from xception_jax.weights import Preprocessing, load_network, load_timm, tree
-from xception_jax.weights.timm import timm_name
+from xception_jax.weights.timm import timm_names
 
 GOLDEN = np.load(Path(__file__).with_name("timm_golden.npz"))
 # timm counts padding in pools, so that sides should be even somewhere; these are small for the sake of time.
@@ -27,8 +27,7 @@ SMALL = narrow(num_classes=3, middle_blocks=2, padding="symmetric", batch_norm={
 LEAVES = {name: np.full(shape, 1.5, np.float32) for name, shape in tree.shapes(SMALL).items()}
 BACKBONE_LEAVES = {name: leaf for name, leaf in LEAVES.items() if not name.startswith(tree.HEAD)}
 TENSORS = {
-    timm_name(name, "xception", 8): leaf.transpose((3, 2, 0, 1) if leaf.ndim == 4 else None)
-    for name, leaf in LEAVES.items()
+    timm_names(SMALL)[name]: leaf.transpose((3, 2, 0, 1) if leaf.ndim == 4 else None) for name, leaf in LEAVES.items()
 }
 
 
@@ -42,12 +41,12 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write(path: Path, name: str) -> None:
-    """Writes weights by the rule under timm's names: a wrong name gives other numbers than timm has."""
+    """Writes deterministic weights that depend on timm's names, so a wrong name gives other values than in timm."""
     fields = {"aux_head": True} if name == "inception_v3" else {}
     model = config(name.removeprefix("legacy_"), batch_norm={"scale": True}, **fields)
-    tensors = {}
+    tensors, names = {}, timm_names(model)
     for leaf, shape in tree.shapes(model).items():
-        key = timm_name(leaf, model.name, 14)
+        key = names[leaf]
         order = (3, 2, 0, 1) if len(shape) == 4 else tuple(reversed(range(len(shape))))
         tensors[key] = tensor(key, tuple(shape[i] for i in order))
         if key.endswith("running_mean"):

@@ -1,4 +1,4 @@
-"""`python -m xception_jax convert`: weights of Keras or timm to our safetensors, and back to Keras."""
+"""`python -m xception_jax convert`: converts weights of Keras or timm to our safetensors, and back to Keras."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
 from xception_jax.weights import tree
-from xception_jax.weights.keras_write import save_keras
+from xception_jax.weights.keras import save_keras
 from xception_jax.weights.load import load_network
 from xception_jax.weights.network import Network
 from xception_jax.weights.own import save_network
@@ -20,53 +20,51 @@ from xception_jax.weights.own import save_network
 NAMES = ("xception", "inception_v3", "inception_v3_2016")
 EXAMPLES = """\
 examples:
-  the released weights of Keras, or any file that Keras wrote (.h5, .weights.h5, .keras)
+  the released weights of Keras, or any other Keras file (.h5, .weights.h5, .keras)
     python -m xception_jax convert xception_weights_tf_dim_ordering_tf_kernels.h5 xception.safetensors
-  a model that was fine-tuned in Keras: the Xception in it, and its own classifier
+  a model that was fine-tuned in Keras: its Xception and its classifier
     python -m xception_jax convert flowers.keras flowers.safetensors --classes flowers.txt
   timm's legacy_xception or inception_v3
     python -m xception_jax convert model.safetensors xception.safetensors --classes imagenet
-  and back, for keras.applications.Xception(weights=None).load_weights
+  back to Keras, for keras.applications.Xception(weights=None).load_weights
     python -m xception_jax convert xception.safetensors xception.weights.h5
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Converts weights of Xception and Inception V3. Preprocessing and class names travel along."
+    parser.description = "Converts weights of Xception and Inception V3, with their preprocessing and class names."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", help="a Keras file (.h5, .weights.h5, .keras), or safetensors of timm or of our own")
+    parser.add_argument("source", help="a Keras file (.h5, .weights.h5, .keras), or safetensors of timm or our own")
     parser.add_argument("out", help="OUT.safetensors, or OUT.weights.h5 for Keras")
     parser.add_argument(
         "--model",
         metavar="NAME|FILE",
-        help=f"what the weights belong to: {', '.join(NAMES)}, or the config.json of a run; by default inferred",
+        help=f"network of the weights: {', '.join(NAMES)}, or the config.json of a run; inferred by default",
     )
     parser.add_argument(
         "--head",
         action=argparse.BooleanOptionalAction,
-        help="demand the classifier of a Keras or timm file, or leave it out; by default it is taken if it fits",
+        help="require the classifier of a Keras or timm file, or leave it out; by default it is read if it fits",
     )
-    parser.add_argument(
-        "--classes", metavar="FILE", help="names of the classes, one a line or a JSON list; or 'imagenet'"
-    )
-    parser.add_argument("--size", type=int, help="side of the images in pixels, where the file does not tell it")
-    parser.add_argument("--json", action="store_true", help="print what was converted as JSON")
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line or as JSON; or 'imagenet'")
+    parser.add_argument("--size", type=int, help="side of the images in pixels, if the file does not specify it")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts, and prints what the new file holds.
+    """Converts a weight file and prints a report.
 
     Raises:
-      UsageError: an argument makes no sense.
-      InputMissingError: a file is not there.
+      UsageError: an argument is invalid.
+      InputMissingError: a file does not exist.
       BadDataError: the weights are damaged, refused, or do not fit.
       StorageError: the new file cannot be written.
     """
     to_keras = args.out.endswith(".weights.h5")
     if not to_keras and not args.out.endswith(".safetensors"):
-        raise UsageError(f"{args.out} has no known ending", "out", "write to OUT.safetensors or OUT.weights.h5")
+        raise UsageError(f"{args.out} has an unknown ending", "out", "write to OUT.safetensors or OUT.weights.h5")
     if args.size is not None and args.size < 1:
         raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
     model = None if args.model is None else _model(args.model)
@@ -95,7 +93,7 @@ def _classes(source: str, network: Network) -> tuple[str, ...]:
         raise UsageError("the weights have no classifier to name the classes of", "--classes", "leave --classes out")
     names = class_names() if source == "imagenet" else _read_names(Path(source))
     if len(names) != network.model.num_classes:
-        what = f"{source} names {len(names)} classes, the classifier has {network.model.num_classes}"
+        what = f"{source} names {len(names)} classes, but the classifier has {network.model.num_classes}"
         raise BadDataError(what, "--classes", "give one name for each class, in the order of the labels")
     return tuple(names)
 
@@ -103,11 +101,11 @@ def _classes(source: str, network: Network) -> tuple[str, ...]:
 def _read_names(path: Path) -> list[str]:
     """Returns the names in a text file, a JSON list, or a JSON object.
 
-    The object goes from label to name (or Keras' [id, name]), or from name to label (Keras' `class_indices`,
+    The object maps labels to names (or to Keras' [id, name]), or names to labels (Keras' `class_indices`,
     torchvision's `class_to_idx`).
     """
     if not path.is_file():
-        raise InputMissingError(f"there is no file {path}", "--classes", "give a text file with one name a line")
+        raise InputMissingError(f"there is no file {path}", "--classes", "give a text file with one name per line")
     try:
         text = path.read_text()
         if not text.lstrip().startswith(("[", "{")):
@@ -119,7 +117,7 @@ def _read_names(path: Path) -> list[str]:
             names = [names[str(label)] for label in range(len(names))]
         return [str(name[-1] if isinstance(name, list) else name) for name in names]
     except (OSError, ValueError, KeyError, IndexError, RecursionError) as error:
-        raise BadDataError(f"{path} cannot be read: {error}", "--classes", "give one name a line") from None
+        raise BadDataError(f"{path} cannot be read: {error}", "--classes", "give one name per line") from None
 
 
 def _report(args: argparse.Namespace, network: Network) -> None:

@@ -1,19 +1,22 @@
-"""Reading files of unknown origin: what is not plain numbers in a plain container is refused before it is read.
+"""Reads files of unknown origin and refuses everything but plain numbers in a plain container.
 
-HDF5 can name other files (external links, external storage, virtual datasets) and declare arrays of any size in a few
-bytes; a zip archive can name paths outside; a pickle runs code. None of it occurs in weight files.
+HDF5 can refer to other files (external links, external storage, virtual datasets) and declare arrays of any size in a
+few bytes. A zip archive can contain paths outside of it. A pickle runs code. Weight files need none of this. All
+functions raise `BadDataError` if the content is damaged or refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
+import shutil
 import stat
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 
@@ -24,18 +27,18 @@ import safetensors
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
 
 COPY_AGAIN = "copy or download the file again"
-_NOT_MADE_BY_KERAS = "if you trust the file: load it in Keras and write it anew with model.save_weights('x.weights.h5')"
 
 MAX_OBJECTS = 20_000  # groups and datasets; Inception V3 has 1,100
 MAX_DEPTH = 32
 MAX_TENSOR_BYTES = 2 << 30
 MAX_TEXT_BYTES = 64 << 20  # of one attribute or JSON file; the config of Inception V3 takes 150 kB
-# Compressed data may grow by this factor, beyond a small size at which even zeros are harmless.
+# Compressed data may grow by this factor. Below the second number, even a file of zeros is harmless.
 MAX_COMPRESSION, SMALL = 200, 1 << 20
 _FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
-# How h5py stores bfloat16. No other number of two bytes that Keras computes with lacks a type of its own in HDF5.
+# How h5py stores bfloat16. HDF5 has its own type for every other two-byte number that Keras computes with.
 TWO_BYTES = np.dtype("V2")
 _READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, *_READ_ERRORS)
 
 
 def require_file(path: Path) -> None:
@@ -46,66 +49,58 @@ def require_file(path: Path) -> None:
 
 
 def hashes(path: Path) -> tuple[str, str]:
-    """Returns SHA-256 and MD5 of a file. MD5 is no protection: it names files that are published with it.
+    """Returns SHA-256 and MD5 of a file. MD5 only identifies published files; it does not protect from forgery.
 
     Raises:
       InputMissingError: there is no such file.
       StorageError: it cannot be read.
     """
     require_file(path)
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    digests = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     try:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
-                sha256.update(block)
-                md5.update(block)
+                for digest in digests:
+                    digest.update(block)
     except OSError as error:
-        raise StorageError(f"the weight file cannot be read: {error}", str(path), "see its permissions") from None
-    return sha256.hexdigest(), md5.hexdigest()
+        raise StorageError(f"the weight file cannot be read: {error}", str(path), "check its permissions") from None
+    return digests[0].hexdigest(), digests[1].hexdigest()
 
 
 def container_format(path: Path) -> str:
-    """Returns 'hdf5', 'zip' or 'safetensors', by what the file begins with.
-
-    Raises:
-      BadDataError: it is something else. A pickle is named as such.
-    """
+    """Returns 'hdf5', 'zip' or 'safetensors', from the first bytes of the file. Pickles are refused by name."""
     with path.open("rb") as file:
         start = file.read(16)
     if h5py.is_hdf5(path):
         return "hdf5"
-    # Before the pickle, whose first byte may be that of a length too.
+    # Tested before pickle: the length of a safetensors header can begin with the first byte of a pickle.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size:
         return "safetensors"
-    if start[:1] == b"\x80" or (start[:4] == b"PK\x03\x04" and _holds_pickle(path)):
+    is_zip = start[:4] == b"PK\x03\x04"
+    if start[:1] == b"\x80" or (is_zip and _holds_pickle(path)):
         raise BadDataError(
-            "the file is a pickle, which may run any code when it is read",
+            "the file is a pickle; loading it may run any code",
             str(path),
-            'where you trust it: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for '
+            'if you trust it: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for '
             f"k, v in torch.load('{path.name}', weights_only=True).items()}}, 'weights.safetensors')\"",
         )
-    if start[:4] == b"PK\x03\x04":
+    if is_zip:
         return "zip"
-    what = "the file is neither safetensors nor a Keras file (HDF5, .keras), or its beginning is damaged"
-    raise BadDataError(
-        what, str(path), "a SavedModel or checkpoint: load it in Keras, model.save_weights('x.weights.h5')"
-    )
+    what = "the file is neither safetensors nor a Keras file (HDF5, .keras), or its first bytes are damaged"
+    fix = "load a SavedModel or checkpoint in Keras, then model.save_weights('x.weights.h5')"
+    raise BadDataError(what, str(path), fix)
 
 
 def _holds_pickle(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith((".pkl", ".pickle")) for name in archive.namelist())
-    except (zipfile.BadZipFile, *_READ_ERRORS):
+    except _ZIP_ERRORS:
         return False
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns the tensors and the metadata. The library checks the header: its size, the shapes, that none overlap.
-
-    Raises:
-      BadDataError: the file is damaged.
-    """
+    """Returns the tensors and the metadata. The library checks the header: size, shapes, overlaps."""
     try:
         with safetensors.safe_open(path, framework="numpy", backend="pread") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -113,177 +108,150 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         raise damaged(path, error) from None
 
 
-def damaged(path: Path | str, error: BaseException) -> BadDataError:
-    """Returns the error for a file of the right kind that cannot be read."""
+def damaged(path: Path, error: BaseException) -> BadDataError:
+    """Returns the error for a file of the right format that cannot be read."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return BadDataError(f"the weight file is damaged: {reason}", str(path), COPY_AGAIN)
 
 
-@contextlib.contextmanager
-def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """Opens an HDF5 file; whatever h5py raises inside on damaged content becomes a `BadDataError`."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except _READ_ERRORS as error:
-        raise damaged(path, error) from None
+def _refused(path: Path | str | None, what: str) -> BadDataError:
+    fix = "if you trust the file: load it in Keras and save it again with model.save_weights('x.weights.h5')"
+    return BadDataError(f"the weight file is refused: {what}", str(path), fix)
 
 
 class Hdf5Guard:
-    """Walks an HDF5 file by hard links only, and hands out only plain numeric datasets of plausible size.
+    """Follows only hard links in an HDF5 file and returns only plain numeric datasets of plausible size."""
 
-    Args:
-      path: of the file.
-      shown: what messages call it.
-    """
-
-    def __init__(self, path: Path, shown: Path):
-        self.path = shown
-        self._objects = 0
-        self._declared = 0
-        self._file_bytes = path.stat().st_size
+    def __init__(self, file: h5py.File, shown: Path, file_bytes: int):
+        self.file, self._shown, self._file_bytes = file, shown, file_bytes
+        self._objects = self._declared_bytes = 0
 
     def child(self, group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-        """Returns one object by its path below a group.
-
-        Raises:
-          BadDataError: it is missing, reached by a soft or external link, or no plain numbers.
-        """
+        """Returns an object by its path below a group."""
         found = group
         for part in filter(None, name.split("/")):
             link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
             if link is None:
-                raise BadDataError(f"{group.name}/{name} is missing", str(self.path), COPY_AGAIN)
+                raise BadDataError(f"{group.name}/{name} is missing", str(self._shown), COPY_AGAIN)
             if not isinstance(link, h5py.HardLink):
-                self._refuse(f"{found.name}/{part} is a link to another place ({type(link).__name__})")
+                raise self._refused(f"{found.name}/{part} is a link to another place ({type(link).__name__})")
             found = found[part]
             self._objects += 1
             if self._objects > MAX_OBJECTS:
-                self._refuse(f"there are more than {MAX_OBJECTS:,} objects in it")
+                raise self._refused(f"it holds more than {MAX_OBJECTS:,} objects")
         if isinstance(found, h5py.Dataset):
             self._check(found)
         elif not isinstance(found, h5py.Group):
-            self._refuse(f"{group.name}/{name} is neither a group nor an array")
+            raise self._refused(f"{group.name}/{name} is neither a group nor an array")
         return found
 
-    def children(self, group: h5py.Group, depth: int) -> dict[str, h5py.Group | h5py.Dataset]:
-        """Returns the objects directly in a group by name; `depth` is how many groups it stands in.
-
-        Raises:
-          BadDataError: as `child`; or groups stand in each other too deep, as in a circle of hard links.
-        """
-        if depth > MAX_DEPTH:
-            self._refuse(f"its groups are more than {MAX_DEPTH} deep")
-        return {name: self.child(group, name) for name in group}
+    def walk(
+        self, group: h5py.Group, skip: Callable[[str], bool], path: str = "", depth: int = 0
+    ) -> Iterator[tuple[str, h5py.Group, dict[str, h5py.Dataset]]]:
+        """Yields the path, the group and its arrays by name, for a group and for all below it but those to skip."""
+        if depth > MAX_DEPTH:  # hard links can form a circle
+            raise self._refused(f"its groups are more than {MAX_DEPTH} deep")
+        children = {name: self.child(group, name) for name in group}
+        yield path, group, {name: child for name, child in children.items() if isinstance(child, h5py.Dataset)}
+        for name, child in children.items():
+            inner = f"{path}/{name}".replace("\\", "/").strip("/")  # TensorFlow on Windows wrote backslashes
+            if isinstance(child, h5py.Group) and not skip(inner):
+                yield from self.walk(child, skip, inner, depth + 1)
 
     def texts(self, group: h5py.Group, name: str) -> list[str] | None:
-        """Returns an attribute that holds strings; Keras cuts long ones into name0, name1, ...; None if not there."""
-        if name in group.attrs:
-            return self._texts(group, name)
-        if f"{name}0" not in group.attrs:
-            return None
-        parts: list[str] = []
-        for i in range(MAX_OBJECTS):
-            if f"{name}{i}" not in group.attrs:
-                break
-            parts += self._texts(group, f"{name}{i}")
-        return parts
+        """Returns an attribute that holds strings, or None. Keras splits long ones into name0, name1, ..."""
+        pieces = itertools.takewhile(group.attrs.__contains__, (f"{name}{i}" for i in range(MAX_OBJECTS)))
+        names = [name] if name in group.attrs else list(pieces)
+        return [text for each in names for text in self._texts(group, each)] if names else None
 
     def _texts(self, group: h5py.Group, name: str) -> list[str]:
         attribute = group.attrs.get_id(name)
         count = math.prod(attribute.shape)
         if count > MAX_OBJECTS or count * attribute.dtype.itemsize > MAX_TEXT_BYTES:
-            self._refuse(f"the attribute {name} is too long")
+            raise self._refused(f"the attribute {name} is too long")
         if attribute.dtype.kind not in "SUO" and count:  # Keras writes an empty list as an array of floats
-            self._refuse(f"the attribute {name} does not hold text")
-        values = np.atleast_1d(group.attrs[name]).ravel()
-        texts = [value.decode() if isinstance(value, bytes) else value for value in values.tolist()]
+            raise self._refused(f"the attribute {name} does not hold text")
+        values = np.atleast_1d(group.attrs[name]).ravel().tolist()
+        texts = [value.decode() if isinstance(value, bytes) else value for value in values]
         if not all(isinstance(text, str) for text in texts):
-            self._refuse(f"the attribute {name} does not hold text")
+            raise self._refused(f"the attribute {name} does not hold text")
         return texts
 
     def _check(self, dataset: h5py.Dataset) -> None:
         if (dataset.dtype.kind not in "fiub" and dataset.dtype != TWO_BYTES) or dataset.dtype.hasobject:
-            self._refuse(f"{dataset.name} holds no numbers but {dataset.dtype}")
+            raise self._refused(f"{dataset.name} holds no numbers: its type is {dataset.dtype}")
         if dataset.is_virtual or dataset.external:
-            self._refuse(f"the values of {dataset.name} are in another file")
+            raise self._refused(f"the values of {dataset.name} are in another file")
         creation = dataset.id.get_create_plist()
         if {creation.get_filter(i)[0] for i in range(creation.get_nfilters())} - _FILTERS:
-            self._refuse(f"{dataset.name} is compressed in a way that Keras does not use")
+            raise self._refused(f"{dataset.name} uses a compression that Keras does not use")
         if dataset.shape is None:
-            self._refuse(f"{dataset.name} has no shape")
+            raise self._refused(f"{dataset.name} has no shape")
         stored, declared = dataset.id.get_storage_size(), int(dataset.nbytes)
-        self._declared += declared
-        limit = max(SMALL, MAX_COMPRESSION * stored)
-        if declared > min(limit, MAX_TENSOR_BYTES) or self._declared > max(SMALL, MAX_COMPRESSION * self._file_bytes):
-            self._refuse(f"{dataset.name} declares {declared:,} bytes, and {stored:,} are stored")
-        if declared and not stored:
-            self._refuse(f"{dataset.name} declares {declared:,} bytes, and none are stored")
+        self._declared_bytes += declared
+        limit = min(max(SMALL, MAX_COMPRESSION * stored), MAX_TENSOR_BYTES) if stored else 0
+        if declared > limit or self._declared_bytes > max(SMALL, MAX_COMPRESSION * self._file_bytes):
+            raise self._refused(f"{dataset.name} declares {declared:,} bytes and stores {stored:,}")
 
-    def _refuse(self, what: str) -> None:
-        raise BadDataError(f"the weight file is refused: {what}", str(self.path), _NOT_MADE_BY_KERAS)
+    def _refused(self, what: str) -> BadDataError:
+        return _refused(self._shown, what)
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path, shown: Path | None = None) -> Iterator[Hdf5Guard]:
+    """Opens an HDF5 file; messages call it `shown`. Errors of h5py inside of the context become `BadDataError`."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield Hdf5Guard(file, shown or path, path.stat().st_size)
+    except _READ_ERRORS as error:
+        raise damaged(shown or path, error) from None
 
 
 @contextlib.contextmanager
 def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip archive after looking at all its names; nothing of it is unpacked to where a name points.
-
-    Raises:
-      BadDataError: it is damaged, or a name is absolute, has '..' or is a link.
-    """
+    """Opens a zip archive if no member is a link, is repeated, or has a name that is absolute or contains '..'."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [member.filename for member in archive.infolist()]
             for member in archive.infolist():
                 parts = PurePosixPath(member.filename.replace("\\", "/")).parts
                 outside = ".." in parts or "/" in parts or bool(PureWindowsPath(member.filename).drive)
                 if outside or stat.S_ISLNK(member.external_attr >> 16):
-                    what = f"the archive is refused: its member {member.filename!r} points outside of it"
-                    raise BadDataError(what, str(path), _NOT_MADE_BY_KERAS)
+                    raise _refused(path, f"its member {member.filename!r} points outside of the archive")
+            names = archive.namelist()
             if len(names) != len(set(names)) or len(names) > MAX_OBJECTS:
-                raise BadDataError("the archive is refused: it holds a name twice", str(path), _NOT_MADE_BY_KERAS)
+                raise _refused(path, "it holds too many members, or one twice")
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, *_READ_ERRORS) as error:
+    except _ZIP_ERRORS as error:
         raise damaged(path, error) from None
 
 
 def _open_member(archive: zipfile.ZipFile, name: str, limit: int) -> IO[bytes]:
-    try:
-        member = archive.getinfo(name)
-    except KeyError:
-        what = f"the archive has no {name}: it is no .keras file"
-        raise BadDataError(what, str(archive.filename), "give an archive that model.save('x.keras') wrote") from None
+    if name not in archive.namelist():
+        what = f"the archive has no {name}: it is not a .keras file"
+        raise BadDataError(what, str(archive.filename), "give an archive that model.save('x.keras') wrote")
+    member = archive.getinfo(name)
     allowed = min(limit, max(SMALL, MAX_COMPRESSION * member.compress_size))
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.file_size > allowed:
-        what = f"the archive is refused: {name} declares {member.file_size:,} bytes in {member.compress_size:,}"
-        raise BadDataError(what, str(archive.filename), _NOT_MADE_BY_KERAS)
+        what = f"{name} declares {member.file_size:,} bytes and stores {member.compress_size:,}"
+        raise _refused(archive.filename, what)
     return archive.open(member)
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Returns a small member of an archive; its checksum is verified.
-
-    Raises:
-      BadDataError: it is missing, damaged or too large.
-    """
+    """Returns a small member of an archive; zipfile verifies its checksum."""
     with _open_member(archive, name, MAX_TEXT_BYTES) as file:
         return file.read()
 
 
 @contextlib.contextmanager
 def extracted(archive: zipfile.ZipFile, name: str) -> Iterator[Path]:
-    """Copies a large member to a temporary file, block by block; its checksum is verified at the end.
-
-    Raises:
-      BadDataError: it is missing, damaged or too large.
-    """
+    """Copies a large member to a temporary file; zipfile verifies its checksum at the end."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.weights.h5"
         with _open_member(archive, name, 2 * MAX_TENSOR_BYTES) as source, path.open("wb") as target:
-            while block := source.read(1 << 20):
-                try:
-                    target.write(block)
-                except OSError as error:
-                    fix = "free some space, or set TMPDIR to a directory that has room"
-                    raise StorageError(f"{name} cannot be unpacked: {error}", directory, fix) from None
+            try:
+                shutil.copyfileobj(source, target, 1 << 20)
+            except OSError as error:
+                fix = "free some space, or set TMPDIR to a directory that has room"
+                raise StorageError(f"{name} cannot be unpacked: {error}", directory, fix) from None
         yield path

@@ -1,4 +1,4 @@
-"""The `config.json` that the Hugging Face hub has beside a file of timm."""
+"""Reads the `config.json` that the Hugging Face hub stores beside a file of timm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from xception_jax.data.images import Preprocessing
 from xception_jax.weights import guard
 
-WEIGHTS = "model.safetensors"  # beside the description
+WEIGHTS = "model.safetensors"  # beside the config
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
 _FIELDS = {"input_size": "size", "crop_pct": "crop", "interpolation": "interpolation", "mean": "mean", "std": "std"}
 
@@ -18,53 +18,45 @@ _FIELDS = {"input_size": "size", "crop_pct": "crop", "interpolation": "interpola
 def describe(
     path: Path, default: Preprocessing, num_classes: int
 ) -> tuple[Preprocessing, tuple[str, ...] | None, list[str]]:
-    """Returns the preprocessing that a description gives, the names of the classes, and notes of what is not taken.
+    """Returns preprocessing and class names from a `config.json`, which may be missing, and notes.
 
-    Args:
-      path: of the description; there may be none.
-      default: what the description does not give.
-      num_classes: of the classifier, 0 without one.
+    `default` is used for what it does not specify; a network without a classifier has 0 classes.
     """
     described = read(path)
     if described is None:
         return default, None, []
-    given, notes = described["pretrained_cfg"], []
-    fields: dict[str, Any] = dataclasses.asdict(default)
+    given, preprocessing, notes = described["pretrained_cfg"], default, []
     for theirs, ours in _FIELDS.items():
-        if theirs in given:
-            try:
-                value = {ours: _value(theirs, given[theirs])}
-                Preprocessing.from_fields(value)
-                fields |= value
-            except (ValueError, TypeError, KeyError):
-                notes.append(f"{theirs} {given[theirs]!r} in {path.name} is not supported: {fields[ours]} is taken")
+        if theirs not in given:
+            continue
+        value = given[theirs]
+        try:
+            if theirs == "interpolation":
+                value = _INTERPOLATIONS[value]
+            elif theirs == "input_size":
+                _, height, value = value
+                if height != value:
+                    raise ValueError("our images are square")
+            preprocessing = Preprocessing.from_fields(dataclasses.asdict(preprocessing) | {ours: value})
+        except (ValueError, TypeError, KeyError):
+            used = getattr(default, ours)
+            notes.append(f"{theirs} {given[theirs]!r} in {path.name} is not supported; using {used}")
     if given.get("crop_mode", "center") != "center":
-        notes.append(f"crop_mode {given['crop_mode']!r} in {path.name} is not supported: the center is taken")
+        notes.append(f"crop_mode {given['crop_mode']!r} in {path.name} is not supported; using the center")
     names = described.get("label_names")
     if not isinstance(names, list) or not num_classes:
-        return Preprocessing.from_fields(fields), None, notes
+        return preprocessing, None, notes
     if len(names) == num_classes:
-        return Preprocessing.from_fields(fields), tuple(map(str, names)), notes
-    notes.append(f"{path.name} names {len(names)} classes, the classifier has {num_classes}: the names are left out")
-    return Preprocessing.from_fields(fields), None, notes
+        return preprocessing, tuple(map(str, names)), notes
+    notes.append(f"{path.name} names {len(names)} classes, the classifier has {num_classes}; the names are left out")
+    return preprocessing, None, notes
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Returns what is described; None if it is not there, or something else."""
+    """Returns the content of a `config.json` of timm, or None if there is none."""
     try:
         described = json.loads(path.read_text()) if path.stat().st_size <= guard.SMALL else None
     except (OSError, ValueError, RecursionError):
         return None
-    found = isinstance(described, dict) and isinstance(described.get("pretrained_cfg"), dict)
-    return described if found else None
-
-
-def _value(name: str, value: Any) -> Any:
-    if name == "interpolation":
-        return _INTERPOLATIONS[value]
-    if name == "input_size":
-        _, height, width = value
-        if height != width:
-            raise ValueError("ours are square")
-        return height
-    return value
+    is_timm = isinstance(described, dict) and isinstance(described.get("pretrained_cfg"), dict)
+    return described if is_timm else None

@@ -1,78 +1,114 @@
-"""Any weight file to a network."""
+"""Loads weight files of any kind."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from xception_jax.config import ModelConfig
+from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.data.imagenet_classes import class_names
-from xception_jax.errors import UsageError
-from xception_jax.weights import guard, known, own, timm, tree
+from xception_jax.errors import BadDataError, UsageError
+from xception_jax.weights import guard, own, tree
 from xception_jax.weights.keras import import_keras
-from xception_jax.weights.network import Network, Preprocessing
+from xception_jax.weights.network import Imported, Network, Preprocessing
+from xception_jax.weights.timm import import_timm
+
+# Public files by their MD5, which Keras publishes (`file_hash` in keras/src/applications). It publishes no SHA-256.
+_RELEASED = {
+    "0a58e3b7378bc2990ea3b43d5981f1f6": "xception_weights_tf_dim_ordering_tf_kernels.h5",
+    "b0042744bf5b25fce3cb969f33bebb97": "xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    "9a0d58056eeedaa3f26cb7ebd46da564": "inception_v3_weights_tf_dim_ordering_tf_kernels.h5",
+    "bcbd6486424b2319ff4ef7d526e38f63": "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+}
 
 
 def load_network(
     path: str | os.PathLike, model: ModelConfig | None = None, *, head: bool | None = None, size: int | None = None
 ) -> Network:
-    """Reads a weight file of any kind with all that travels with it. What a user should know goes to standard error.
+    """Loads a weight file of any kind with its metadata. Notes for the user go to standard error.
 
-    `variables['params']` has no 'head' if the file has none, or none that fits.
+    Keras layers are identified by order and shape, never by name, and the network may be part of a larger model under
+    any name. `variables['params']` has no 'head' if the file has none, or none that fits.
 
     Args:
-      path: our own safetensors, or a Keras or timm file.
-      model: the `config.model` that a Keras or timm file belongs to; by default it is inferred from the tensors.
-      head: of a Keras or timm file, as in `load_keras`.
-      size: side of the images in pixels; by default what the file says, else 299.
+      path: our own safetensors, timm's safetensors, or a Keras file: legacy `.h5`, `.weights.h5` or `.keras`.
+      model: `config.model` of the network; by default it is inferred from the tensors.
+      head: of a Keras or timm file: True requires the classifier, which must then fit `num_classes` and `fc_layers`;
+        False leaves it out; None reads it if it is there and fits, and reports if it does not.
+      size: side of the images in pixels; by default as in the file, else 299.
 
     Raises:
       InputMissingError: there is no such file.
-      BadDataError: the file is damaged, refused, of an unknown kind, or does not fit `model`.
-      UsageError: `model` is not the one that one of our own files names.
+      BadDataError: the file is damaged, refused, of an unknown kind, or does not fit `model`; the message names what is
+        missing or left over.
+      UsageError: `model` contradicts the description in one of our own files.
     """
-    path = Path(path)
+    path, model = Path(path), None if model is None else resolve_model(model)
     sha256, md5 = guard.hashes(path)
-    form = guard.container_format(path)
-    if form == "safetensors":
-        tensors, metadata = guard.read_safetensors(path)
-        if own.METADATA in metadata:
-            network = own.from_tensors(tensors, metadata, str(path), sha256)
-            if model is not None and tree.describe(model) != tree.describe(network.model):
-                what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
-                raise UsageError(what, str(path), "leave the model out: the file describes itself")
-            return network if size is None else _resized(network, size)
-        imported = timm.import_timm(tensors, path, model, head)
-    else:
-        imported = import_keras(path, model, head)
-    imported.print_notes()
-    if warning := known.doubt(path.name, md5):
-        print(f"warning: {warning}", file=sys.stderr)
-    classes = imported.classes
-    if md5 in known.KERAS_FILES:
-        classes = tuple(class_names()) if "head" in imported.variables["params"] else None
-        size = size or Preprocessing.size
-    network = Network(
-        imported.model, imported.variables, imported.preprocessing, classes, str(path), sha256, imported.multi_label
-    )
-    return _resized(network, _side(imported.image_shape) if size is None else size)
+    is_keras = guard.container_format(path) != "safetensors"
+    tensors, metadata = ({}, {}) if is_keras else guard.read_safetensors(path)
+    if own.METADATA in metadata:
+        network = own.from_tensors(tensors, metadata, str(path), sha256)
+        if model is not None and tree.describe(model) != tree.describe(network.model):
+            what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
+            raise UsageError(what, str(path), "leave the model out: the file describes itself")
+        return _with_size(network, size or network.preprocessing.size)
+    imported = import_keras(path, model, head) if is_keras else import_timm(tensors, path, model, head)
+    network, notes = dataclasses.replace(imported.network, sha256=sha256), imported.notes
+    if md5 in _RELEASED:
+        classes = tuple(class_names()) if "head" in network.variables["params"] else None
+        network, size = dataclasses.replace(network, classes=classes), size or Preprocessing.size
+    if path.name in _RELEASED.values() and _RELEASED.get(md5) != path.name:
+        doubt = f"{path.name} is the name of a public file, but this is another one (MD5 {md5})"
+        print(f"warning: {doubt}", file=sys.stderr)
+    height, width = imported.image_shape or (Preprocessing.size, Preprocessing.size)
+    if size is None and imported.image_shape is None:
+        notes.append(f"the file does not specify an image size; assuming {width} (convert --size)")
+    elif size is None and height != width:
+        what = f"the network in the file takes images of {height} x {width} pixels"
+        notes.append(f"{what}; ours are square, using {max(height, width)} (convert --size)")
+    _print(notes)
+    return _with_size(network, size or max(height, width))
 
 
-def _resized(network: Network, size: int) -> Network:
+def _with_size(network: Network, size: int) -> Network:
     return dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))
 
 
-def _side(shape: tuple[int, int] | None) -> int:
-    """Returns the side of our images, which are square, and says on standard error where the file has none."""
-    if shape is None:
-        fix = f"{Preprocessing.size} is assumed (convert --size)"
-        print(f"note: the file does not tell the size of the images: {fix}", file=sys.stderr)
-        return Preprocessing.size
-    if shape[0] != shape[1]:
-        fix = f"ours are square, {max(shape)} is taken (convert --size)"
-        print(
-            f"note: the network in the file is given images of {shape[0]} x {shape[1]} pixels: {fix}", file=sys.stderr
-        )
-    return max(shape)
+def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
+    """Loads the variables of Keras' Xception or Inception V3. Arguments and errors are those of `load_network`.
+
+    Returns:
+      {'params', 'batch_stats'}, NumPy arrays with the dtypes of the file; `params` has no 'head' if none is read.
+    """
+    path = Path(path)
+    guard.require_file(path)
+    return _variables(import_keras(path, resolve_model(model), head))
+
+
+def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
+    """Loads the variables of timm's `legacy_xception` or `inception_v3`, as `load_keras` does for Keras.
+
+    timm pads max pools and counts the padding in average pools (`model.padding='symmetric'`). BatchNorm's epsilon is
+    1e-5 in `legacy_xception` and 1e-3 in `inception_v3`, whose BatchNorm has a scale. A note reports a `model` with
+    another padding or epsilon. The auxiliary classifier is read if `model` has one.
+    """
+    path = Path(path)
+    guard.require_file(path)
+    if guard.container_format(path) != "safetensors":
+        raise BadDataError("the file is not a safetensors file", str(path), "read Keras files with load_keras")
+    return _variables(import_timm(guard.read_safetensors(path)[0], path, resolve_model(model), head))
+
+
+def _variables(imported: Imported) -> dict[str, Any]:
+    _print(imported.notes)
+    return imported.network.variables
+
+
+def _print(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""A network with its weights and all that has to travel with them."""
+"""A network with its weights and the metadata that travels with them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from xception_jax.config import ModelConfig
 from xception_jax.data.images import Preprocessing
@@ -14,13 +14,13 @@ class Network:
     """A network with its weights.
 
     Attributes:
-      model: a resolved `config.model`; `create_model(network.model)` makes the module.
+      model: a resolved `config.model`; `create_model(network.model)` builds the module.
       variables: {'params', 'batch_stats'}, NumPy arrays.
-      preprocessing: what an image goes through before it.
-      classes: the names of the classes, or None where they are unknown.
-      source: the file or work directory that it was read from.
-      sha256: of the file; of a checkpoint, of its manifest.
-      multi_label: an image may be of several classes, so that each has a probability of its own: a sigmoid.
+      preprocessing: how images are prepared for the network.
+      classes: class names in the order of the labels, or None if they are unknown.
+      source: the file or work directory that the weights were read from.
+      sha256: SHA-256 of the file; for a checkpoint, of its manifest.
+      multi_label: whether an image can belong to several classes; `predict` then applies a sigmoid.
     """
 
     model: ModelConfig
@@ -33,5 +33,13 @@ class Network:
 
     @property
     def probabilities(self) -> Literal["sigmoid", "softmax"]:
-        """What makes probabilities of the logits; of a single class softmax would always say 1."""
+        """The function that turns logits into probabilities; softmax over a single class would always return 1."""
         return "sigmoid" if self.multi_label or self.model.num_classes == 1 else "softmax"
+
+
+class Imported(NamedTuple):
+    """A network from a file of another library."""
+
+    network: Network  # with the default size of images and no SHA-256
+    image_shape: tuple[int, int] | None  # height and width of the network's input, or None if the file has none
+    notes: list[str]  # what was left out or assumed, for the user

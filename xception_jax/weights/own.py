@@ -1,8 +1,8 @@
-"""Our own weight files: safetensors that describe themselves.
+"""Reads and writes our own weight files: safetensors that describe themselves.
 
-The tensors are named by their path, 'params/block5_sepconv1/spatial/kernel'. One entry of the metadata holds
-`config.model`, the preprocessing, the classes, whether they exclude each other, and a SHA-256 of the tensors as JSON;
-one, because safetensors writes several in random order, and the same network should give the same bytes.
+A tensor is named by its path, 'params/block5_sepconv1/spatial/kernel'. One metadata entry holds a JSON object with
+`config.model`, the preprocessing, the classes and a SHA-256 of the tensors. It is a single entry because safetensors
+writes several in random order, and the same network must give the same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VERSION = 1
 
 
 def save_network(path: str | os.PathLike, network: Network) -> None:
-    """Writes a network with all that travels with it; the same network gives the same bytes.
+    """Writes a network with its metadata. The same network gives the same bytes.
 
     Raises:
       BadDataError: the variables do not fit `network.model`.
@@ -46,21 +46,20 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
         "source_sha256": network.sha256,
         "tensors_sha256": _digest(leaves),
     }
-    content = safetensors.numpy.save(leaves, {METADATA: json.dumps(description, sort_keys=True)})
-    write(path, content)
+    write(path, safetensors.numpy.save(leaves, {METADATA: json.dumps(description, sort_keys=True)}))
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
-    """Writes a weight file; who reads it sees the old one or all of the new.
+    """Writes a weight file atomically.
 
     Raises:
-      StorageError: there is no such directory, or no room.
+      StorageError: the directory does not exist or has no room.
     """
     directory = os.path.dirname(os.path.abspath(path))
     try:
         write_atomically(path, content)
     except OSError as error:
-        fix = f"make the directory {directory} first"
+        fix = f"create the directory {directory} first"
         if os.path.isdir(directory):
             fix = f"{len(content):,} bytes are needed, {free_space(directory)}"
         raise StorageError(f"the weights cannot be written: {error}", os.fspath(path), fix) from None
@@ -77,12 +76,12 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         model = resolve_model(description["model"])
         preprocessing = Preprocessing.from_fields(description["preprocessing"])
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
-        multi_label = bool(description.get("multi_label", False))  # files of before say nothing
+        multi_label = bool(description.get("multi_label", False))  # older files lack this key
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
     if classes is not None and len(classes) != model.num_classes:
-        what = f"the file names {len(classes)} classes, its model has {model.num_classes}"
+        what = f"the file names {len(classes)} classes, but its model has {model.num_classes}"
         raise BadDataError(what, path, COPY_AGAIN)
     tree.check(tensors, model, path)
     if _digest(tensors) != digest:

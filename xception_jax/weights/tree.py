@@ -1,10 +1,10 @@
-"""The variables of a network as a flat dict of names, and the check that they are all there."""
+"""Names, shapes and checks of a network's variables, which are addressed as a flat dict."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from xception_jax.models import create_model
 from xception_jax.weights.guard import COPY_AGAIN
 
 HEAD = "params/head/"
-_NAMED = 5  # tensors in an error, of those that are missing or left over
+_MAX_LISTED = 5  # names in one message
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,17 +27,17 @@ def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns what `flatten` returns back into {'params', 'batch_stats'}."""
+    """Reverses `flatten`."""
     return unflatten_dict(leaves, sep="/")
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every variable of the network by its name; nothing is computed.
+    """Returns the shape of every variable by name, without computing anything.
 
     Raises:
-      ConfigError: `model` is no valid `config.model`.
+      ConfigError: `model` is not a valid `config.model`.
     """
-    # float64 would need JAX_ENABLE_X64, and no shape depends on it.
+    # No shape depends on the dtype, and float64 would need JAX_ENABLE_X64.
     return dict(_shapes(model.replace(dtype="float32")))
 
 
@@ -48,44 +48,66 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten(template).items()}
 
 
-def check(leaves: Mapping[str, np.ndarray], model: ModelConfig, where: str) -> None:
-    """Checks that every variable is there, none is left over, all fit and hold finite numbers.
+def check(
+    leaves: Mapping[str, np.ndarray], model: ModelConfig, where: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Checks that all variables are present, have the right shapes and hold finite floating-point numbers.
 
-    The classifier may be missing as a whole.
+    The classifier may be missing as a whole. `names` are the names of variables in the file, if it has others.
 
     Raises:
       BadDataError: the message names up to five of the variables concerned.
     """
-    expected = shapes(model)
-    if not any(name.startswith(HEAD) for name in leaves):
-        expected = {name: shape for name, shape in expected.items() if not name.startswith(HEAD)}
-    wrong = {
-        "missing": sorted(expected.keys() - leaves.keys()),
-        "left over": sorted(leaves.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {leaf.shape} where {expected[name]} is needed"
-            for name, leaf in leaves.items()
-            if name in expected and leaf.shape != expected[name]
-        ],
+    has_head = any(name.startswith(HEAD) for name in leaves)
+    expected = {name: shape for name, shape in shapes(model).items() if has_head or not name.startswith(HEAD)}
+    misshapen = [name for name, leaf in leaves.items() if name in expected and leaf.shape != expected[name]]
+    problems = {
+        "missing": [(names or {}).get(name, name) for name in expected if name not in leaves],
+        "left over": [name for name in leaves if name not in expected],
+        "wrong shape": [f"{name} has {leaves[name].shape}, not {expected[name]}" for name in misshapen],
     }
-    found = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
-    if found:
-        raise BadDataError(f"the weights do not fit {describe(model)}: {found}", where, "give the model they belong to")
+    if any(problems.values()):
+        what = "; ".join(f"{problem}: {listed(sorted(found))}" for problem, found in problems.items() if found)
+        fix = "give the model that the weights belong to; a gamma in BatchNorm needs config.model.batch_norm.scale=True"
+        raise BadDataError(f"the weights do not fit {describe(model)}: {what}", where, fix)
     for name, leaf in leaves.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise BadDataError(f"{name} holds {leaf.dtype}, not floating point numbers", where, COPY_AGAIN)
+            raise BadDataError(f"{name} holds {leaf.dtype}, not floating-point numbers", where, COPY_AGAIN)
         if not np.isfinite(leaf).all() or (name.endswith("/var") and leaf.min() < 0):
-            raise BadDataError(f"{name} holds values that are not numbers, or a negative variance", where, COPY_AGAIN)
+            raise BadDataError(f"{name} holds non-finite values or a negative variance", where, COPY_AGAIN)
 
 
-def listed(names: list[str]) -> str:
-    """Returns the first names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def select_head(
+    demanded: bool | None, problem: str, above: Sequence[str], classifier: Sequence[str], where: str
+) -> tuple[bool, list[str]]:
+    """Decides whether a classifier is read, and returns a note about what is left out.
+
+    `demanded` is the `head` of `load_network`; `problem` is why the classifier does not fit, or ''. `above` names
+    everything above the network, and `classifier` the part of it that is the classifier.
+    """
+    if demanded and problem:
+        fix = "leave the head out: --no-head (head=False), or set config.model.num_classes (fc_layers, fc_width) to fit"
+        raise BadDataError(f"the head does not fit: {problem}", where, fix)
+    is_read = demanded is not False and not problem
+    left_out = [name for name in above if not is_read or name not in classifier]
+    reason = f" ({problem})" if problem and demanded is None else ""
+    return is_read, [f"left out: {listed(left_out)}{reason}"] if left_out else []
+
+
+def compare_heads(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Returns why the classifier in a file is not that of the model, or ''. Layers are described with their shapes."""
+    texts = [listed(layers) or "none" for layers in (ours, theirs)]
+    return "" if ours == theirs else "the model's classifier is {}; the file has {}".format(*texts)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Joins the first names and counts the others."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
 
 
 def describe(model: ModelConfig) -> str:
-    """Returns what differs from the defaults of `config.model`, and the name: 'xception, num_classes=10'."""
-    default = to_dict(resolve_model({"name": model.name}))
-    differing = (f"{key}={json.dumps(value)}" for key, value in to_dict(model).items() if value != default[key])
-    return ", ".join([model.name, *differing])
+    """Returns the name of a model and the fields that differ from their defaults: 'xception, num_classes=10'."""
+    fields, default = to_dict(model), to_dict(resolve_model({"name": model.name}))
+    changed = [f"{key}={json.dumps(value)}" for key, value in fields.items() if value != default[key]]
+    return ", ".join([model.name, *changed])
