@@ -18,7 +18,7 @@ def test_the_config_offers_exactly_the_augmentations_of_the_table():
     assert FIELDS["data.augmentation"].expects == "one of " + ", ".join(map(repr, AUGMENTATIONS))
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", [name for name, function in AUGMENTATIONS.items() if function])
 def test_every_augmentation_fills_its_output_and_draws_from_its_generator_only(name):
     data = DataConfig(augmentation=name, image_size=40)
 
@@ -29,7 +29,7 @@ def test_every_augmentation_fills_its_output_and_draws_from_its_generator_only(n
 
     assert np.abs(view(1)).max() <= 1
     np.testing.assert_array_equal(view(1), view(1))
-    assert np.array_equal(view(1), view(2)) == (name == "none")
+    assert not np.array_equal(view(1), view(2))
 
 
 def test_random_crops_have_the_area_and_the_aspect_that_were_asked_for():

@@ -56,17 +56,8 @@ def shift(
     images.to_float(shifted_view(view, data.shift_pixels, rng), out)
 
 
-def none(
-    image: UInt8[np.ndarray, "h w 3"],
-    data: DataConfig,
-    rng: np.random.Generator,
-    out: Float32[np.ndarray, "s s 3"],
-) -> None:
-    """Writes the evaluation view."""
-    images.to_float(images.central_view(image, data.image_size, data.eval_crop), out)
-
-
-AUGMENTATIONS: dict[str, Augmentation] = {"inception": inception, "shift": shift, "none": none}
+AUGMENTATIONS: dict[str, Augmentation | None] = {"inception": inception, "shift": shift, "none": None}
+"""By the value of `config.data.augmentation`; None is the evaluation view, which needs no generator."""
 
 
 def inception_view(

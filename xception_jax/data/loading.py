@@ -115,7 +115,7 @@ class BatchLoader:
         )
 
     def _write_view(self, image: np.ndarray, epoch: int, index: int, out: np.ndarray) -> None:
-        if self._seed is None:
+        if self._seed is None or self._augment is None:
             self._view(image, out)
         else:
             self._augment(image, self._data, np.random.default_rng((self._seed, epoch, index)), out)
