@@ -178,6 +178,18 @@ def test_frozen_layers_come_last_in_a_legacy_file(larger, frozen, tmp_path):
     assert_same(load_keras(tmp_path / "x.legacy", released.model), released.backbone_leaves)
 
 
+def test_an_order_that_single_frozen_layers_lose_is_refused(inception_v3: Released, tmp_path):
+    """Layers of equal shape can change places; then the numbers in automatic names disagree."""
+    backbone = inception_v3.backbone()
+    layers = [layer for layer in backbone.layers if layer.weights]
+    for layer, is_frozen in zip(layers, np.random.default_rng(9).random(len(layers)) < 0.5, strict=True):
+        layer.trainable = not is_frozen
+    write(transfer_learning(backbone), tmp_path / "x.legacy")
+    with pytest.raises(BadDataError) as caught:
+        load_keras(tmp_path / "x.legacy", inception_v3.model)
+    assert "base.trainable = True" in caught.value.fix
+
+
 def test_a_head_on_the_output_itself(xception: Released, tmp_path):
     """Layers added to `base.output` are in the same submodel as the network."""
     backbone = xception.backbone()
