@@ -38,9 +38,8 @@ def test_logits_and_feature_maps_of_a_photograph(reference, key):
     directory, outputs = reference
     name, size = key.split(":")
     network = load_network(directory / f"{name}.safetensors")
-    network.model.dtype = "float64"
     with jax.enable_x64(True):
-        apply = jax.jit(create_model(network.model).apply)
+        apply = jax.jit(create_model(network.model.replace(dtype="float64")).apply)
         images = part(data.astronaut(), int(size))
         logits, endpoints = jax.device_get(apply(jax.tree.map(np.float64, network.variables), images))
     expected = outputs[f"{key}/logits"]
