@@ -17,6 +17,9 @@ from xception_jax.metrics.roc import AreaUnderROC
 from xception_jax.metrics.single_label import SoftmaxLoss, TopK
 
 
+pytestmark = pytest.mark.smoke
+
+
 def state_of(metric: Metric, logits, labels, mask=None):
     logits = jnp.asarray(logits)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
