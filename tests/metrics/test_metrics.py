@@ -16,7 +16,6 @@ from xception_jax.metrics.multi_label import MeanAveragePrecision, SigmoidLoss, 
 from xception_jax.metrics.roc import AreaUnderROC
 from xception_jax.metrics.single_label import SoftmaxLoss, TopK
 
-
 pytestmark = pytest.mark.smoke
 
 
