@@ -1,4 +1,4 @@
-"""Metrics of examples with one label each."""
+"""Defines metrics for examples with one label."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _true_logit(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Metric):
-    """The share of examples whose label is among the k highest logits (section 4.1)."""
+    """Share of examples whose label is among the k highest logits (section 4.1)."""
 
     k: int
 
@@ -38,7 +38,7 @@ class TopK(Metric):
 
 
 class SoftmaxLoss(Metric):
-    """The mean cross-entropy in nats, without label smoothing; NaN or infinite if a logit is."""
+    """Mean cross-entropy in nats, without label smoothing. NaN or infinite if a logit is."""
 
     name = "loss"
     higher_is_better = False
