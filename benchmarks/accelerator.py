@@ -79,8 +79,8 @@ def timm(kind: str, batch: int, model: dict) -> tuple[Callable[[], object], Call
 
 def measure(work: str, batch: int, model: dict) -> dict:
     """Runs steps in this process and returns the measurements."""
-    who, kind = work.split()
-    step, memory = {"ours": ours, "timm": timm}[who](kind, batch, model)
+    contestant, kind = work.split()
+    step, memory = {"ours": ours, "timm": timm}[contestant](kind, batch, model)
     step()
     first = time.perf_counter() - STARTED
     seconds = []

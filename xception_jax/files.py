@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync_directory(directory: str | os.PathLike) -> None:
-    """Makes the creation, renaming and removal of files in a directory survive a power failure."""
+    """Syncs a directory, so that created, renamed and removed files in it survive a power failure."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

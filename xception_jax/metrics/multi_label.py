@@ -30,12 +30,12 @@ class MeanAveragePrecision(Metric):
 
     @property
     def name(self) -> str:
-        """'map_at_k' or 'map_at_k_all'."""
+        """Name in metrics.jsonl: 'map_at_k' or 'map_at_k_all'."""
         return "map_at_k_all" if self.over_all_labels else "map_at_k"
 
     @property
     def title(self) -> str:
-        """'MAP@100'."""
+        """Name in reports, such as 'MAP@100'."""
         return f"MAP@{self.k}" + (" over all labels" if self.over_all_labels else "")
 
     def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b c"], mask: Bool[Array, " b"]) -> State:

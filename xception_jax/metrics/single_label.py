@@ -23,12 +23,12 @@ class TopK(Metric):
 
     @property
     def name(self) -> str:
-        """'top1' or 'top5'."""
+        """Name in metrics.jsonl: 'top1' or 'top5'."""
         return f"top{self.k}"
 
     @property
     def title(self) -> str:
-        """'top-1 accuracy' or 'top-5 accuracy'."""
+        """Name in reports: 'top-1 accuracy' or 'top-5 accuracy'."""
         return f"top-{self.k} accuracy"
 
     def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:

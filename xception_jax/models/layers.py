@@ -15,8 +15,8 @@ from xception_jax.ops.padding import Padding
 
 Dtype = jnp.dtype
 
-# The default of Keras for convolutions. For a depthwise kernel with 728 channels, its standard deviation is 1/19 of
-# that of Flax' default.
+# Keras's default for convolutions. For a depthwise kernel with 728 channels, its standard deviation is 1/19 of that of
+# Flax's default.
 glorot_uniform = nn.initializers.glorot_uniform()
 
 

@@ -45,9 +45,9 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     variables = flatten_dict(_for_our_images(network), sep="/")
     start, new = _choose(experiment, network, variables)
     state = experiment.init()
-    params, batch_stats = (_placed(getattr(state, kind), start, kind) for kind in ("params", "batch_stats"))
+    params, batch_stats = (_with_arrays(getattr(state, kind), start, kind) for kind in ("params", "batch_stats"))
     # The average needs its own arrays, because the step donates both.
-    ema = None if state.ema is None else {kind: _placed(state.ema[kind], start, kind) for kind in state.ema}
+    ema = None if state.ema is None else {kind: _with_arrays(state.ema[kind], start, kind) for kind in state.ema}
     named = f"; new: {', '.join(new)}" if new else ""
     report(f"starts from {path} (SHA-256 {network.sha256}), {len(start)} arrays{named}")
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
@@ -103,7 +103,7 @@ def _choose(
     return {name: variables[name] for name in wanted if name not in new}, new
 
 
-def _placed(tree: dict, start: dict[str, np.ndarray], kind: str) -> dict:
+def _with_arrays(tree: dict, start: dict[str, np.ndarray], kind: str) -> dict:
     """Replaces arrays of a tree by those of `start`, with the dtypes and shardings of the tree."""
     flat = flatten_dict(tree, sep="/")
     for name, leaf in flat.items():

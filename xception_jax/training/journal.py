@@ -18,7 +18,7 @@ from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.training.experiment import Experiment
 
-# Splits of metrics.jsonl besides 'train', 'dev' and 'test'.
+# Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
 INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
 RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
