@@ -1,8 +1,8 @@
 """Trains a network: python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-A config is a Python file, and it is run. Any field of it is overridden on the command line:
---config.batch_size=64 --config.model.segments=4. The same command again resumes the run.
-Exit codes: 0 done, 75 stopped by a signal and resumable; all of them are in docs/reliability.md.
+A config is a Python file that is executed. Any field can be overridden on the command line:
+--config.batch_size=64 --config.model.segments=4. Running the same command again resumes the run.
+Exit codes: 0 if the run has finished, 75 if it was stopped by a signal. docs/reliability.md lists all of them.
 """
 
 from absl import app, flags, logging
@@ -13,22 +13,22 @@ from xception_jax.config import resolve
 from xception_jax.errors import UsageError
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "a file of configs/, with ':variant' if it has variants.\n" + field_help()
+    "config", None, "a config file such as those in configs/, with ':variant' if it has variants.\n" + field_help()
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of config.json, metrics.jsonl, checkpoints/ and report.html")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory for config.json, metrics.jsonl, checkpoints/ and report.html")
 
 
 def main(argv: list[str]) -> None:
-    """Trains what the flags say."""
+    """Trains a network as specified by the flags."""
     if len(argv) > 1:
-        raise UsageError(f"unexpected argument {argv[1]!r}", " ".join(argv), "every flag is --name=value; see --help")
+        raise UsageError(f"unexpected argument {argv[1]!r}", " ".join(argv), "write flags as --name=value; see --help")
     config, workdir = CONFIG.value, WORKDIR.value
     if config is None or workdir is None:
         missing = "config" if config is None else "workdir"
         raise UsageError(f"--{missing} is missing", "the command line", str(__doc__).splitlines()[0])
 
-    logging.set_verbosity(logging.WARNING)  # libraries tell much about themselves at INFO
-    resolve(config)  # a mistake in it shows before JAX is imported, which takes seconds
+    logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO
+    resolve(config)  # reports mistakes in the config before JAX is imported, which takes seconds
     from xception_jax.training.loop import train
 
     print(train(config, workdir))

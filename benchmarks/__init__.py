@@ -1,1 +1,1 @@
-"""Side by side with Keras, timm, PyTorch, plain Flax and tf.data: python -m benchmarks --help."""
+"""Compares this repository with Keras, timm, PyTorch, plain Flax and tf.data: python -m benchmarks --help."""

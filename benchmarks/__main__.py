@@ -1,4 +1,4 @@
-"""Measures this repository beside its peers and writes docs/benchmarks.md, its data and its plots."""
+"""Compares the speed of this repository with its peers, and writes docs/benchmarks.md, its data and its plots."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ from xception_jax.errors import InputMissingError, UsageError
 
 def _parse() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--peers", default=".venv-peers/bin/python", help="interpreter that has requirements.txt here")
-    parser.add_argument("--cases", metavar="NAME,...", help="measure these and keep the others' results; see --list")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of each case (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of work in a round (default: %(default)s)")
+    parser.add_argument(
+        "--peers",
+        default=".venv-peers/bin/python",
+        help="Python interpreter with benchmarks/requirements.txt (default: %(default)s)",
+    )
+    parser.add_argument("--cases", metavar="NAME,...", help="measure only these cases, keep other results; see --list")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds per case (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds of work per round (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="directory to write to (default: docs)")
-    parser.add_argument("--same_allocator", action="store_true", help="give the peers' allocators our settings, too")
-    parser.add_argument("--growth", action="store_true", help="measure ours alone as the work grows, not the cases")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the report from the data anew")
+    parser.add_argument("--same_allocator", action="store_true", help="also use our allocator settings for the peers")
+    parser.add_argument("--growth", action="store_true", help="measure how our cost grows with the work, not the cases")
+    parser.add_argument("--report", action="store_true", help="only write the report again, from existing data")
     parser.add_argument("--list", action="store_true", help="list the cases")
     parser.add_argument("--json", action="store_true", help="print the results (or the list) as JSON")
     return parser.parse_args()
@@ -44,7 +48,7 @@ def _say(line: str) -> None:
 
 
 def _about() -> dict[str, Any]:
-    """What every record of a measurement says of itself."""
+    """Returns the date, commit and command of a measurement."""
     describe = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "date": datetime.date.today().isoformat(),
@@ -54,7 +58,7 @@ def _about() -> dict[str, Any]:
 
 
 def _is_private(argument: str) -> bool:
-    """Paths of this machine stay out of the documents."""
+    """Returns whether an argument is a local path, which must not appear in the documents."""
     return "/" in argument or argument in ("--peers", "--output")
 
 
@@ -82,14 +86,14 @@ def _list(as_json: bool) -> int:
 
 
 def main() -> int:
-    """Measures what the arguments ask for. Returns 1 if a contestant failed; a goal that is missed is no failure."""
+    """Runs the benchmarks. Returns 1 if a contestant failed. A missed goal is not a failure."""
     args = _parse()
     if args.list:
         return _list(args.json)
     names = args.cases.split(",") if args.cases else list(CASES)
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise UsageError(f"there is no case {unknown[0]!r}", "--cases", f"choose among {', '.join(CASES)}")
+        raise UsageError(f"there is no case {unknown[0]!r}", "--cases", f"choose one of {', '.join(CASES)}")
     if args.repeats < 1:
         raise UsageError(f"--repeats is {args.repeats}", "--repeats", "set it to a whole number, at least 1")
 
@@ -101,14 +105,14 @@ def main() -> int:
         data.write_text(json.dumps(results, indent=1) + "\n")
         (args.output / "benchmarks.md").write_text(report.markdown(results))
 
-    about = _about()  # of the code before the first result is written beside it
+    about = _about()  # must come before the results are written, which makes the checkout dirty
     if args.growth:
         results["growth"] = about | {"points": measure_growth(args.seconds, _say)}
     elif not args.report:
         peers = shutil.which(args.peers)
         if peers is None:
             raise InputMissingError(
-                "the peers' environment is not there", args.peers, "run make bench, or name an interpreter by --peers"
+                "the environment of the peers is missing", args.peers, "run make bench, or set --peers"
             )
         results["hardware"] = _hardware()
         with tempfile.TemporaryDirectory() as directory:
@@ -125,7 +129,7 @@ def main() -> int:
                     ALLOCATOR if args.same_allocator else None,
                 )
                 results["cases"][name] = about | {"repeats": args.repeats, "contestants": contestants}
-                save()  # what is measured stays, whatever comes after
+                save()  # keeps the results if a later case fails
     results["cases"] = {name: results["cases"][name] for name in CASES if name in results["cases"]}
     save()
     if results["cases"]:

@@ -1,11 +1,12 @@
-"""Xception at 299 in bfloat16 on the accelerator of this machine, ours and timm: training and inference, images/s.
+"""Measures training and inference of Xception at 299 x 299 in bfloat16 on an accelerator, ours and timm.
 
     python -m benchmarks.accelerator --batch=256
     python -m benchmarks.accelerator --peers=.venv-peers/bin/python     # an interpreter with torch for CUDA and timm
 
-Each runs in a process of its own, one after the other, on a batch that stays on the device: no input, no checkpoints.
-Parameters and BatchNorm statistics are float32 in all. A line of JSON each: milliseconds a step (median, least, most
-of ten), images/s, seconds from the start of the process to the end of the first step, peak memory of the device.
+Each measurement runs in its own process, one after the other, on a batch that stays on the device, without input
+pipeline or checkpoints. Parameters and BatchNorm statistics are float32 everywhere. Prints one line of JSON per
+measurement: milliseconds per step (median, minimum and maximum of ten), images/s, seconds from the start of the process
+to the end of the first step, and peak memory of the device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WORKS = ("ours train", "ours infer", "timm train", "timm infer")
 
 
 def ours(kind: str, batch: int, model: dict) -> tuple[Callable[[], object], Callable[[], int]]:
-    """Returns a step that waits for its end, and what reads the peak memory in bytes."""
+    """Returns a function that runs one step and waits for it, and a function that returns the peak memory in bytes."""
     import jax
     import jax.numpy as jnp
 
@@ -50,13 +51,13 @@ def ours(kind: str, batch: int, model: dict) -> tuple[Callable[[], object], Call
 
 
 def timm(kind: str, batch: int, model: dict) -> tuple[Callable[[], object], Callable[[], int]]:
-    """As `ours`: timm's legacy_xception, eager, channels_last, autocast, the fastest algorithms of cuDNN."""
+    """Same as `ours` for timm's legacy_xception: eager, channels_last, autocast and autotuned cuDNN algorithms."""
     import timm
     import torch
     import torch.nn.functional as F
 
     if model:
-        raise SystemExit("timm has no fields of config.model")
+        raise SystemExit("timm does not support --model")
     torch.backends.cudnn.benchmark = True
     network = timm.create_model("legacy_xception").cuda().to(memory_format=torch.channels_last).train(kind == "train")
     images = torch.randn(batch, 3, 299, 299, device="cuda").to(memory_format=torch.channels_last)
@@ -77,9 +78,9 @@ def timm(kind: str, batch: int, model: dict) -> tuple[Callable[[], object], Call
 
 
 def measure(work: str, batch: int, model: dict) -> dict:
-    """Takes steps in this process, and returns what was measured."""
-    who, kind = work.split()
-    step, memory = {"ours": ours, "timm": timm}[who](kind, batch, model)
+    """Runs steps in this process and returns the measurements."""
+    contestant, kind = work.split()
+    step, memory = {"ours": ours, "timm": timm}[contestant](kind, batch, model)
     step()
     first = time.perf_counter() - STARTED
     seconds = []
@@ -101,20 +102,20 @@ def measure(work: str, batch: int, model: dict) -> dict:
 
 
 def main() -> None:
-    """Measures all, each in a process of its own."""
+    """Runs every measurement in its own process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accelerator", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--batch", type=int, default=256, help="images a step (default: 256)")
-    parser.add_argument("--peers", default=sys.executable, help="interpreter that has timm (default: this one)")
+    parser.add_argument("--batch", type=int, default=256, help="images per step (default: 256)")
+    parser.add_argument("--peers", default=sys.executable, help="Python interpreter with timm (default: this one)")
     parser.add_argument(
         "--model", type=json.loads, default={}, help="fields of config.model, such as '{\"segments\": 4}'"
     )
-    parser.add_argument("--work", choices=WORKS, help="measure only this, in this process")
+    parser.add_argument("--work", choices=WORKS, help="run only this measurement, in this process")
     args = parser.parse_args()
     if args.work:
         print(json.dumps(measure(args.work, args.batch, args.model)))
         return
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ  # so that the peak is what was needed
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ  # to measure the memory that is used
     for work in WORKS if not args.model else WORKS[:2]:
         interpreter = args.peers if work.startswith("timm") else sys.executable
         command = [interpreter, "-m", "benchmarks.accelerator", f"--batch={args.batch}", f"--work={work}"]

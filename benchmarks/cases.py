@@ -1,4 +1,7 @@
-"""What is measured, who takes part, and what must hold. Standard library only: every environment imports it."""
+"""Defines the benchmark cases, contestants and goals.
+
+Imports only the standard library, because the environments of all contestants import this module.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """One implementation.
+    """An implementation to measure.
 
     Attributes:
-      title: in the tables.
-      module: in benchmarks/contestants/.
-      is_peer: runs in the peers' environment.
-      options: for its `prepare`.
-      environment: variables of its process; in a value, {scratch} becomes an empty directory.
+      title: name in the tables.
+      module: its module in benchmarks/contestants/.
+      is_peer: whether it runs in the environment of the peers.
+      options: options of its `prepare`.
+      environment: environment variables of its process. {scratch} in a value is replaced by an empty directory.
     """
 
     title: str
@@ -25,14 +28,14 @@ class Contestant:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# As in the Makefile.
+# The same settings as in the Makefile.
 _KEPT = "glibc.malloc.mmap_threshold=0x40000000:glibc.malloc.trim_threshold=0x40000000"
 ALLOCATOR = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:{_KEPT}"}
 
 CONTESTANTS = {
     "ours": Contestant("xception_jax", "ours", is_peer=False, environment=ALLOCATOR),
     "ours_cold": Contestant(
-        "xception_jax, its kernels not yet built",
+        "xception_jax, kernels not built yet",
         "ours",
         is_peer=False,
         environment=ALLOCATOR | {"XDG_CACHE_HOME": "{scratch}"},
@@ -54,7 +57,7 @@ CONTESTANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A quantity: its unit, and whether more of it is better."""
+    """A measured quantity."""
 
     title: str
     unit: str
@@ -63,14 +66,14 @@ class Measure:
 
 MEASURES = {
     "rate": Measure("speed", "images/s", True),
-    "start": Measure("start of the process to the end of the first step", "s", False),
+    "start": Measure("time from process start to the end of the first step", "s", False),
     "memory": Measure("peak memory of the process", "GB", False),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """How many times better than the best of `against` the contestant `ours` must be."""
+    """A goal: `ours` must be at least `factor` times better than the best contestant of `against`."""
 
     measure: str
     factor: float
@@ -80,14 +83,16 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One piece of work.
+    """A workload that contestants run.
 
     Attributes:
-      title: in the tables.
-      work: for `prepare`: kind ('train', 'infer', 'input'), network, batch, size (pixels), model (of `config.model`).
-      goals: what must hold.
-      parameters: that each network must have.
-      fresh: starts each process anew in every round and measures its start, instead of speed in processes that stay.
+      title: name in the tables.
+      work: argument of `prepare`: kind ('train', 'infer' or 'input'), network, batch, size (in pixels), and model
+        (fields of `config.model`).
+      goals: the goals of the case.
+      parameters: number of trainable parameters that every network must have.
+      fresh: whether to start new processes in every round and to measure their start, instead of the speed of running
+        processes.
     """
 
     title: str
@@ -98,7 +103,7 @@ class Case:
 
     @property
     def contestants(self) -> list[str]:
-        """Names of all that take part, in a fixed order."""
+        """Names of the contestants, in the order of `CONTESTANTS`."""
         named = {name for goal in self.goals for name in (goal.ours, *goal.against)}
         return [name for name in CONTESTANTS if name in named]
 

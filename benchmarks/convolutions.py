@@ -1,11 +1,11 @@
-"""Times each kind of convolution of a network, alone: its value, and its gradients for the input and for the kernel.
+"""Times every convolution of a network in isolation: its value, and the gradients of its input and kernel.
 
     python -m benchmarks.convolutions --config=configs/fashion_mnist.py
     python -m benchmarks.convolutions --config=configs/imagenet.py --config.model.dtype=float32 --config.batch_size=8
     XCEPTION_JAX_CPU_KERNELS=0 python -m benchmarks.convolutions --config=configs/fashion_mnist.py     # in plain JAX
 
-Each is a program of its own, whose input is in memory when it begins; a time is the median of its calls. GFLOP/s counts
-padded positions in full.
+Each one is a separate program with its inputs in memory. A time is the median of its calls. GFLOP/s includes products
+with padding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KINDS = ("value", "input gradient", "kernel gradient")
 
 
 class Convolution(NamedTuple):
-    """Arguments of `ops.conv`; of x and the kernel the shapes."""
+    """The arguments of `ops.conv`, with the shapes of x and the kernel."""
 
     x: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -45,14 +45,14 @@ class Convolution(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of the value, as of each gradient."""
+        """FLOP of the value, and also of each gradient."""
         pads = explicit_padding(self.padding, self.x[1:3], self.kernel[:2], self.stride)
         pixels = self.x[0] * math.prod(output_size(self.x[1:3], self.kernel[:2], self.stride, pads))
         return 2 * pixels * math.prod(self.kernel)
 
 
 def find_convolutions(config: ExperimentConfig) -> Counter[Convolution]:
-    """Returns those of a training step, and how many are alike."""
+    """Counts the convolutions of a training step, grouped by their arguments."""
     found: Counter[Convolution] = Counter()
 
     def visit(layer, images, output):
@@ -66,7 +66,7 @@ def find_convolutions(config: ExperimentConfig) -> Counter[Convolution]:
 
 
 def measure(convolution: Convolution, dtype: str, seconds: float) -> dict[str, float]:
-    """Returns the milliseconds of each of `KINDS`."""
+    """Returns the time of each of `KINDS`, in milliseconds."""
     x = jax.random.normal(jax.random.key(0), convolution.x, dtype)
     kernel = jax.random.normal(jax.random.key(1), convolution.kernel, dtype)
     _, _, segments, stride, padding = convolution
@@ -82,7 +82,7 @@ def measure(convolution: Convolution, dtype: str, seconds: float) -> dict[str, f
 
 
 def median_seconds(call: Callable[[], jax.Array], seconds: float) -> float:
-    """Calls for so many seconds, at least three times, after two calls that do not count."""
+    """Returns the median time of a call, over at least `seconds` and three calls, after two warm-up calls."""
     for _ in range(2):
         call().block_until_ready()
     times: list[float] = []
@@ -94,24 +94,24 @@ def median_seconds(call: Callable[[], jax.Array], seconds: float) -> float:
 
 
 def row(title: str, milliseconds: dict[str, float], flops: float) -> str:
-    """Returns a line of the table."""
+    """Formats a line of the table."""
     times = "".join(f"{ms:12.3f} ms {flops / ms / 1e6:6.0f} GFLOP/s" for ms in milliseconds.values())
     return f"{title:64}{times}"
 
 
 def main() -> None:
-    """Measures one kind after the other, and prints a line for each and one for the sum."""
+    """Measures all convolutions, and prints a line for each of them and for their sum."""
     parser = Parser(prog="python -m benchmarks.convolutions", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", required=True, help="as train.py's, with --config.FIELD=VALUE behind it")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of calls for each time (default: %(default)s)")
+    parser.add_argument("--config", required=True, help="config as for train.py, with overrides --config.FIELD=VALUE")
+    parser.add_argument("--seconds", type=float, default=0.3, help="seconds per measurement (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the times as JSON")
     args, overrides = parser.parse_known_args()
     config = resolve(read_config(args.config, overrides))
 
     results: list[dict[str, Any]] = []
     say = partial(print, file=sys.stderr if args.json else sys.stdout, flush=True)
-    say(f"{'calls in a step, x, kernel, segments, stride, padding':64}" + "".join(f"{kind:>30}" for kind in KINDS))
+    say(f"{'calls per step, x, kernel, segments, stride, padding':64}" + "".join(f"{kind:>30}" for kind in KINDS))
     for convolution, count in find_convolutions(config).items():
         milliseconds = measure(convolution, config.model.dtype, args.seconds)
         sides = ["x".join(map(str, shape)) for shape in (convolution.x, convolution.kernel)]
@@ -121,7 +121,7 @@ def main() -> None:
             {"count": count} | convolution._asdict() | {"milliseconds": milliseconds, "flops": convolution.flops}
         )
     total = {kind: sum(r["count"] * r["milliseconds"][kind] for r in results) for kind in KINDS}
-    say(row("all of a step", total, sum(r["count"] * r["flops"] for r in results)))
+    say(row("sum of a step", total, sum(r["count"] * r["flops"] for r in results)))
     if args.json:
         print(json.dumps(results))
 

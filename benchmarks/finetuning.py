@@ -1,9 +1,9 @@
-"""Fine-tuning beside training from scratch, on the images shipped here: python -m benchmarks.finetuning runs/finetuning
+"""Compares fine-tuning with training from scratch: python -m benchmarks.finetuning runs/finetuning
 
-A small Xception is trained on five classes of Fashion-MNIST. The other five are then learned from 20 images of each, in
-equal steps: from these weights (whole, with a frozen entry flow, with all but the classifier frozen) and from scratch.
-Three seeds each, at the same three learning rates. Prints a Markdown table; the development split (1,000 other training
-images) is there to choose by, the test images of the five classes to report.
+Trains a small Xception on five classes of Fashion-MNIST, then learns the other five from 20 images each in the same
+number of steps: from these weights (nothing frozen, the entry flow frozen, or everything but the classifier frozen) and
+from scratch, with three learning rates and three seeds each. Prints a Markdown table. Choose a learning rate by the
+development split (1,000 other training images), and report the test accuracy on the five classes.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ SHORT = [
 
 
 def main() -> None:
-    """Runs what is not there yet, one after the other, and prints the table."""
+    """Runs everything that is not finished yet, and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetuning", description=__doc__)
-    parser.add_argument("directory", type=Path, help="for datasets and runs; what it holds already is not done again")
+    parser.add_argument("directory", type=Path, help="directory for datasets and runs; finished runs are reused")
     directory = parser.parse_args().directory.absolute()
     data_dir = directory / "datasets"
     weights = directory / "first.safetensors"
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def classes_of_fashion_mnist(name: str, classes: tuple[int, ...], per_class: int | None) -> Dataset:
-    """Returns a dataset of some classes: `per_class` training images of each (all by default), dev and test images."""
+    """Returns a dataset of some classes, with `per_class` training images each (None for all), dev and test images."""
     (images, labels), test = read_split(SHIPPED, "train"), read_split(SHIPPED, "test")
     places = {label: np.flatnonzero(labels == label) for label in classes}
     dev = np.concatenate([place[-DEVELOPMENT_PER_CLASS:] for place in places.values()])
@@ -113,13 +113,13 @@ def classes_of_fashion_mnist(name: str, classes: tuple[int, ...], per_class: int
             }
         ),
         splits={split: examples(*arrays) for split, arrays in splits.items()},
-        description="Some classes of the Fashion-MNIST images that are shipped with xception_jax.",
+        description="Some classes of the Fashion-MNIST images that are included in xception_jax.",
         expected={split: len(arrays[1]) for split, arrays in splits.items()},
     )
 
 
 def run(*arguments: object) -> None:
-    """Runs a command of this checkout; what it says goes to standard error."""
+    """Runs a command of this checkout, with its output on standard error."""
     environment = os.environ | ALLOCATOR
     subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=sys.stderr, env=environment)
 

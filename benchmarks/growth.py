@@ -1,4 +1,4 @@
-"""What a training step of ours costs as the work grows along one axis: a process for each point."""
+"""Measures how time and memory of our training step grow along one axis, in a separate process for each point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.rounds import Worker, WorkerError
 
 _TRAIN = XCEPTION | {"kind": "train"}
 
-# Axis: the values along it, and the work at each.
+# By axis: the work at each value.
 AXES: dict[str, dict[Any, dict[str, Any]]] = {
     "batch": {n: _TRAIN | {"size": 71, "batch": n} for n in (1, 2, 4, 8, 16, 32, 64)},
     "size": {n: _TRAIN | {"size": n, "batch": 2} for n in (71, 107, 149, 224, 299, 384, 512)},
@@ -21,7 +21,7 @@ AXES: dict[str, dict[Any, dict[str, Any]]] = {
 
 
 def measure_growth(seconds: float, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """Returns for each axis its points: value, seconds a step, memory (GB). A point that fails is left out, aloud."""
+    """Returns the points of each axis: value, seconds per step, memory (GB). Failed points are reported and skipped."""
     points: dict[str, list[dict[str, Any]]] = {}
     for axis, works in AXES.items():
         points[axis] = []
@@ -35,6 +35,6 @@ def measure_growth(seconds: float, say: Callable[[str], None]) -> dict[str, list
                 say(f"  {axis} {value} FAILED: {error}")
                 continue
             point = {"seconds": block["seconds"] / block["steps"], "memory": block["peak_memory"] / 1e9}
-            say(f"  {axis} {value}: {point['seconds']:.3g} s a step, {point['memory']:.3g} GB")
+            say(f"  {axis} {value}: {point['seconds']:.3g} s per step, {point['memory']:.3g} GB")
             points[axis].append({"value": value} | point)
     return points

@@ -1,4 +1,4 @@
-"""JPEGs of the size of ImageNet's, from the photographs that scikit-image and scikit-learn bring along."""
+"""Writes JPEG files of ImageNet's typical size, from the photographs included in scikit-image and scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SIZE = (500, 375)
 
 
 def write_photographs(directory: str) -> None:
-    """Writes them as numbered .jpg files, quality 90."""
+    """Writes the photographs as numbered .jpg files with quality 90."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 

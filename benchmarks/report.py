@@ -1,4 +1,4 @@
-"""From samples to docs/benchmarks.md and its plots. All of it follows from docs/data/benchmarks.json."""
+"""Writes docs/benchmarks.md and its plots from the samples in docs/data/benchmarks.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.cases import CASES, CONTESTANTS, MEASURES, Case, Goal
 
-# Share of the cores that other processes may take. More of it says little about the contestants: threads that wait for
-# each other actively (PyTorch's) then lose most.
+# Share of the cores that other processes may take. With a higher share the comparison is unfair, because threads that
+# wait actively for each other, such as those of PyTorch, lose the most.
 IDLE = 0.05
 
 GROWTH_TITLES = {
@@ -31,15 +31,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of a goal.
+    """The outcome of a goal.
 
     Attributes:
-      goal: what must hold.
-      best: name of the best peer, by its median.
-      ratio: how many times better ours is than the best peer: quartiles over the rounds, each compared with the
-        same round of the peer.
-      missing: contestants that failed; with any, the goal is open.
-      others: share of the cores that other processes took meanwhile, the median over rounds and contestants.
+      goal: the goal.
+      best: name of the peer with the best median.
+      ratio: how many times better ours is than the best peer. Quartiles over the rounds, each compared with the same
+        round of the peer.
+      missing: contestants that failed. If there are any, the goal is open.
+      others: share of the cores that other processes took, median over rounds and contestants.
     """
 
     goal: Goal
@@ -50,11 +50,11 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
-        """Whether the median ratio is at least the goal, with all peers there."""
+        """Whether no peer is missing and the median ratio reaches the goal."""
         return not self.missing and self.ratio is not None and self.ratio[1] >= self.goal.factor
 
     def __str__(self) -> str:
-        """The last column of the table."""
+        """Formats the last column of the table."""
         if self.missing:
             return "open: " + ", ".join(CONTESTANTS[name].title for name in self.missing) + " failed"
         assert self.ratio is not None
@@ -66,7 +66,7 @@ class Verdict:
 
 
 def judge(goal: Goal, contestants: dict[str, dict[str, Any]]) -> Verdict:
-    """Compares the samples of a case with a goal."""
+    """Checks whether the samples of a case reach a goal."""
     more_is_better = MEASURES[goal.measure].more_is_better
     samples = {
         name: contestants[name]["samples"][goal.measure]
@@ -89,7 +89,7 @@ def _others(contestants: dict[str, dict[str, Any]]) -> tuple[float, float, float
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, list[Verdict]]:
-    """Returns what became of the goals of each case that was measured."""
+    """Returns the verdicts on all goals of each measured case."""
     measured = {name: case for name, case in CASES.items() if name in results["cases"]}
     return {
         name: [judge(goal, results["cases"][name]["contestants"]) for goal in case.goals]
@@ -103,7 +103,7 @@ def _spread(values: tuple[float, float, float]) -> str:
 
 
 def goals_table(results: dict[str, Any]) -> str:
-    """Returns one row for each goal."""
+    """Returns a Markdown table with one row per goal."""
     rows = ["| work | measure | ours | best peer | ratio | goal | |", "|---|---|---|---|---|---|---|"]
     for name, judged in verdicts(results).items():
         for verdict in judged:
@@ -115,7 +115,7 @@ def goals_table(results: dict[str, Any]) -> str:
                 return f"{statistics.median(samples):.3g}" if samples else "-"
 
             peer = f"{median(verdict.best)}, {CONTESTANTS[verdict.best].title}" if verdict.best else "-"
-            work = CASES[name].title + (", kernels not yet built" if goal.ours == "ours_cold" else "")
+            work = CASES[name].title + (", kernels not built yet" if goal.ours == "ours_cold" else "")
             ratio = _spread(verdict.ratio) if verdict.ratio else "-"
             cells = [work, f"{measure.title}, {measure.unit}", median(goal.ours), peer, ratio, f"{goal.factor:g}"]
             rows.append("| " + " | ".join([*cells, str(verdict)]) + " |")
@@ -124,7 +124,7 @@ def goals_table(results: dict[str, Any]) -> str:
 
 def _not_measured(results: dict[str, Any]) -> str:
     missing = [case.title for name, case in CASES.items() if name not in results["cases"]]
-    return f"\nNot yet measured: {'; '.join(missing)}.\n" if missing else ""
+    return f"\nNot measured yet: {'; '.join(missing)}.\n" if missing else ""
 
 
 def _case_section(case: Case, result: dict[str, Any]) -> str:
@@ -141,7 +141,7 @@ def _case_section(case: Case, result: dict[str, Any]) -> str:
 
 
 def _versions(results: dict[str, Any]) -> str:
-    """Returns the versions of packages by who uses them, ours and the peers'."""
+    """Lists the package versions of our environment and of the peers' environment."""
     found: dict[bool, dict[str, str]] = {False: {}, True: {}}
     for case in results["cases"].values():
         for name, contestant in case["contestants"].items():
@@ -155,53 +155,54 @@ def _versions(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Returns the whole of docs/benchmarks.md."""
+    """Returns the text of docs/benchmarks.md."""
     cases = "\n\n".join(_case_section(CASES[n], result) for n, result in results["cases"].items() if n in CASES)
     text = f"""# Benchmarks
 
-Written by `python -m benchmarks`; do not edit. Raw samples: [data/benchmarks.json](data/benchmarks.json).
+Generated by `python -m benchmarks`; do not edit. Raw samples: [data/benchmarks.json](data/benchmarks.json).
 
 - hardware: {results["hardware"]}
 {_versions(results)}
 
-Float32, random weights and images. Every network has as many trainable parameters as ours, to the last one
-(the scales of BatchNorm in timm's Inception V3, which the others do without, are not trained). Each contestant has
-a process of its own that stays alive; they work in turn, in rounds, while the others wait. From commit 9d2249e on,
-every round begins with an untimed step; before, only where a step took less than a second. A figure is the median
-over the rounds, with its quartiles in parentheses. A ratio compares the same rounds of ours and of the best peer (by
-median), and says how many times better ours is; the goals are those that were set before.
+All measurements use float32, random weights and random images. Every network has exactly the same number of trainable
+parameters as ours (the BatchNorm scales of timm's Inception V3, which the other implementations lack, are not trained).
+Each contestant runs in its own process. The processes take turns in rounds, and wait while another one works. Every
+round begins with an untimed step (before commit 9d2249e, only if a step took less than a second). Values are medians
+over the rounds, with quartiles in parentheses. A ratio says how many times better ours is than the best peer (by
+median), compared round by round. The goals were set before the measurements.
 
-Everyone uses all cores, and what its documentation advises: Keras on TensorFlow a graph with oneDNN (inference: frozen,
-so that BatchNorm is folded), Keras on JAX and Flax jit, PyTorch channels_last (eager inference: BatchNorm folded;
-compiled: frozen by Inductor), ours the allocator's settings of `make train`. A start has no compilation cache.
-Where the processor has AMX, our kernels take its bfloat16 registers for products of float32: three parts of each
-value, six products, as exact as float32 (docs/results.md). The peers' libraries do not, by default.
+All contestants use all cores and follow the recommendations of their documentation: Keras on TensorFlow runs a graph
+with oneDNN (frozen for inference, so that BatchNorm is folded), Keras on JAX and Flax use jit, PyTorch uses
+channels_last (with BatchNorm folded for eager inference, and frozen by Inductor if compiled), and ours uses the
+allocator settings of `make train`. Start times are without a compilation cache. On processors with AMX, our kernels
+compute float32 products from six bfloat16 products of three parts of each value, as exactly as in float32
+(docs/results.md). The libraries of the peers do not use AMX for float32 by default.
 
 {goals_table(results)}
 {_not_measured(results)}
 ![Speed of ours and the peers](images/benchmarks.png)
 
-## Case by case
+## Cases
 
 {cases}
 """
     if results.get("growth"):
         text += f"""
-## Cost as work grows
+## Growth of cost
 
-Ours alone, one process for each point: the median step of the last three, and the peak memory of the process.
+Only ours, with one process per point: mean time per step, and peak memory of the process.
 `{results["growth"]["command"]}`; {results["growth"]["date"]}, commit {results["growth"]["commit"]}.
 
 ![Time and memory against batch, size, segments and devices](images/growth.png)
 """
         for axis, points in results["growth"]["points"].items():
             rows = "\n".join(f"| {p['value']} | {p['seconds']:.3g} | {p['memory']:.3g} |" for p in points)
-            text += f"\n| {GROWTH_TITLES[axis]} | seconds a step | peak memory, GB |\n|---|---|---|\n{rows}\n"
+            text += f"\n| {GROWTH_TITLES[axis]} | seconds per step | peak memory, GB |\n|---|---|---|\n{rows}\n"
     return text
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draws a bar for each contestant of each case: its speed, and the quartiles."""
+    """Draws a bar with quartiles for each contestant of each case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,7 +230,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def plot_growth(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws time and memory, a row for each axis along which the work grows."""
+    """Draws time and memory, with one row of plots per axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -239,9 +240,9 @@ def plot_growth(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for row, (axis, measured) in zip(axes, points.items(), strict=True):
         values = [point["value"] for point in measured]
         if not all(isinstance(value, int) for value in values):
-            values = [str(value) for value in values]  # "depthwise" among them: one beside the other
+            values = [str(value) for value in values]  # "depthwise" is not a number, so the axis is categorical
         for plot_axis, quantity, unit in zip(
-            row, ("seconds", "memory"), ("seconds a step", "peak memory, GB"), strict=True
+            row, ("seconds", "memory"), ("seconds per step", "peak memory, GB"), strict=True
         ):
             plot_axis.plot(values, [point[quantity] for point in measured], "o-")
             plot_axis.set_ylim(0, 1.1 * max(point[quantity] for point in measured))

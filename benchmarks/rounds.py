@@ -1,4 +1,4 @@
-"""Measures a case: a process for each contestant, which work in turn while the others wait."""
+"""Measures a case: each contestant has its own process, and they take turns while the others wait."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 from benchmarks.cases import CONTESTANTS, Case
 
 ROOT = Path(__file__).parent.parent
-# Not inherited: a cache would hold programs that an earlier process has compiled, the rest is each contestant's own.
+# Not inherited: a cache could have programs of an earlier process, and each contestant sets the other variables.
 _NOT_INHERITED = ("JAX_COMPILATION_CACHE_DIR", "GLIBC_TUNABLES", "XLA_FLAGS")
 
 
 class WorkerError(Exception):
-    """A contestant could not do its work; the text is the end of what it wrote."""
+    """A contestant failed. The message is the end of its log."""
 
 
 class Worker:
-    """A contestant's process, started at once; use it as a context.
+    """The process of a contestant, started by the constructor. Use it as a context manager.
 
     Args:
-      name: of the contestant.
-      work: of the case.
-      python: the interpreter that runs it.
-      environment: variables besides those of the contestant.
+      name: name of the contestant.
+      work: the work of the case.
+      python: the interpreter that runs the contestant.
+      environment: additional environment variables.
     """
 
     def __init__(self, name: str, work: dict[str, Any], python: str, environment: dict[str, str] | None = None):
@@ -63,11 +63,11 @@ class Worker:
         self._scratch.cleanup()
 
     def first_step(self) -> dict[str, Any]:
-        """Returns what the worker says after its first step, and `start`: the seconds that it took to get there."""
+        """Returns the answer of the worker after its first step, and `start`, the seconds since the process started."""
         return self._answer() | {"start": time.perf_counter() - self._start}
 
     def work(self, seconds: float) -> dict[str, Any]:
-        """Lets the worker work for about `seconds`; returns steps, seconds and peak_memory."""
+        """Lets the worker work for about `seconds`. Returns its steps, seconds, cpu and peak_memory."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"seconds": seconds}) + "\n")
         self._process.stdin.flush()
@@ -92,18 +92,20 @@ def measure(
     directory: str,
     environment: dict[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Returns for each contestant: samples by measure (one a round), versions; or an error.
-
-    Among the samples is `others`: the share of all cores that whatever else runs on this machine took meanwhile.
+    """Measures a case in rounds.
 
     Args:
-      case: to measure.
+      case: the case.
       peers: the interpreter of the peers' environment.
-      repeats: rounds.
-      seconds: that a contestant works in a round.
-      say: takes lines about the progress.
-      directory: with the JPEGs for the input pipelines.
-      environment: variables for all contestants, besides those of each.
+      repeats: number of rounds.
+      seconds: working time of a contestant per round.
+      say: called with lines about the progress.
+      directory: directory with JPEG files for the input pipelines.
+      environment: additional environment variables for all contestants.
+
+    Returns:
+      By contestant: samples by measure (one per round), versions, and an error if it failed. The sample `others` is the
+      share of all cores that other processes on this machine took.
     """
     work = case.work | {"cores": len(os.sched_getaffinity(0)), "directory": directory}
     results: dict[str, dict[str, Any]] = {name: {"samples": {}, "versions": {}} for name in case.contestants}
@@ -144,7 +146,7 @@ def measure(
             if first:
                 say(f"  {CONTESTANTS[name].title}: first step after {first['start']:.0f} s")
         for i in range(repeats):
-            # Each round begins with another one, so that nobody always follows the same neighbour.
+            # The starting contestant rotates.
             for name in case.contestants[i % len(case.contestants) :] + case.contestants[: i % len(case.contestants)]:
                 sample = attempt(name, one_round)
                 for quantity, value in sample.items():
@@ -158,7 +160,7 @@ def measure(
 
 
 def _busy_seconds() -> float:
-    """Returns how long all cores together have been busy so far, or taken by another virtual machine."""
+    """Returns the seconds that all cores together have been busy, or stolen by another virtual machine."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 

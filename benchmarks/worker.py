@@ -1,8 +1,8 @@
-"""The process of one contestant: python -m benchmarks.worker CONTESTANT WORK, where WORK is JSON.
+"""Runs one contestant: python -m benchmarks.worker CONTESTANT WORK, where WORK is JSON.
 
-It takes a first step and writes a line of JSON: parameters, versions, cpu (seconds of processor time), peak_memory
-(bytes). Then it waits: a line {"seconds": s} on standard input makes it work for about s seconds, and write how many
-steps it took in how many seconds. It ends when standard input does. What libraries print goes to standard error.
+After the first step, it writes a line of JSON with parameters, versions, cpu (seconds of processor time) and
+peak_memory (bytes). For each line {"seconds": s} on standard input, it works for about s seconds and writes a line with
+steps, seconds, cpu and peak_memory. It ends when standard input ends. Output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PACKAGES = (
 
 
 def work_for(step: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Takes an untimed step, then others until `seconds` have passed, at least one.
+    """Runs an untimed step, then at least one step until `seconds` have passed.
 
-    While a process waits, a virtual machine may give the memory that it has freed back to its host. To get it again is
-    work that is not the contestant's: the untimed step does it.
+    While a process waits, a virtual machine may return freed memory to its host. The untimed step requests it again, so
+    that this does not count as work of the contestant.
 
-    Returns steps, the seconds that they took, and cpu: seconds of processor time, of the untimed step too.
+    Returns steps, their seconds, and cpu: seconds of processor time, including the untimed step.
     """
     cpu = processor_time()
     step()
@@ -41,12 +41,12 @@ def work_for(step: Callable[[], object], seconds: float) -> dict[str, float]:
 
 
 def processor_time() -> float:
-    """Returns the seconds that all cores have worked for this process and the compilers that it ran."""
+    """Returns the processor time in seconds of this process and its children, such as compilers."""
     return sum(os.times()[:4])
 
 
 def main() -> None:
-    """Takes the first step, then works whenever it is asked to."""
+    """Runs the first step, then works on request."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

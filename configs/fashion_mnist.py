@@ -1,11 +1,11 @@
-"""First run: a small Xception on the 12,000 real images that are shipped with this package.
+"""First run: trains a small Xception on the 12,000 images included in this package.
 
     make train
     python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
 Expected: test accuracy 0.905 (mean of three seeds, standard deviation 0.006). Cost: 4 minutes on two cores.
-The network is figure 5 at a quarter of its width, with two middle modules; the
-recipe is a modern short one, and every choice in it was made on training images that were held out.
+The network is figure 5 with a quarter of the width and two middle modules. The recipe is short and modern, and was
+tuned only on held-out training images.
 """
 
 from xception_jax.config import default_config
@@ -18,7 +18,7 @@ def get_config():
     config.model.width_multiplier = 0.25
     config.model.middle_blocks = 2
     config.model.dropout_rate = 0.0
-    config.model.batch_norm.momentum = 0.9  # running averages with 0.99 lag behind so short a run
+    config.model.batch_norm.momentum = 0.9  # with 0.99, the running averages lag behind in such a short run
     config.data.name = "fashion_mnist_subset"
     config.data.train_split = "train[:98%]"
     config.data.eval_split = "train[98%:]"
@@ -27,7 +27,7 @@ def get_config():
     config.data.augmentation = "shift"
     config.data.eval_crop = 1.0
     config.data.shift_pixels = 1
-    config.data.threads = 1  # for images this small, handing work over costs more than it
+    config.data.threads = 1  # more threads do not pay off for such small images
     config.data.cache = True
     config.batch_size = 64
     config.duration = "25 epochs"

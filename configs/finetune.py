@@ -1,15 +1,16 @@
-"""Fine-tuning: a network with trained weights on a dataset of one's own (docs/finetuning.md).
+"""Fine-tuning: trains a network with pretrained weights on your own dataset (docs/finetuning.md).
 
     python -m xception_jax prepare image_folder --source ~/flowers --name flowers
     python train.py --config=configs/finetune.py --workdir=runs/flowers --config.init.weights=xception.safetensors \\
         --config.data.name=flowers --config.model.num_classes=5
     python train.py --config=configs/finetune.py:fashion_mnist --workdir=runs/small --config.init.weights=FILE
 
-The first convolutions up to block 4 stay as they are, the classifier is new and learns ten times as fast as the rest.
-The recipe for photographs was not tuned. The variant is for the small network of configs/fashion_mnist.py and the
-images shipped here; its learning rate is the best of three on a development split. Expected: unknown on photographs;
-with the variant, 100 images and 100 steps, 0.874, against 0.869 from scratch (docs/finetuning.md). Cost: at most that
-of training everything; the backward pass ends at block 5.
+Blocks 1 to 4 are frozen. The classifier is new and has ten times the learning rate of the other layers. The recipe for
+photographs was not tuned. The variant `fashion_mnist` is for the small network of configs/fashion_mnist.py and the
+images included in this package; its learning rate is the best of three on a development split.
+
+Expected: unknown for photographs. The variant reaches 0.874 with 100 images and 100 steps, and 0.869 from scratch
+(docs/finetuning.md). Cost: less than training all layers, because the backward pass ends at block 5.
 """
 
 from xception_jax.config import default_config
@@ -18,7 +19,7 @@ from xception_jax.config import default_config
 def get_config(variant=""):
     config = default_config()
     config.name = "fine-tuning"
-    config.init.weights = "weights.safetensors"  # any file that `convert` reads
+    config.init.weights = "weights.safetensors"  # any file that `convert` can read
     config.optimizer.frozen = "^block[1-4]_"
     config.optimizer.multipliers = (("^head/", 10.0),)
     config.optimizer.weight_decay = 1e-5
@@ -47,7 +48,7 @@ def get_config(variant=""):
         config.data.augmentation = "shift"
         config.data.eval_crop = 1.0
         config.data.shift_pixels = 1
-        config.data.threads = 1  # for images this small, handing work over costs more than it
+        config.data.threads = 1  # more threads do not pay off for such small images
         config.data.cache = True
         config.duration = "5 epochs"
         config.schedule.learning_rate = 0.03

@@ -1,9 +1,9 @@
-"""Many labels an image, on shipped data: the path of section 4.1's JFT in minutes, on one CPU.
+"""Multi-label classification, as for JFT in section 4.1, on data included in this package and on a CPU.
 
     python train.py --config=configs/multilabel.py --workdir=runs/multilabel
 
-Images of 64 x 64 with one to four garments of Fashion-MNIST, labelled with the set of their classes; RMSprop, sigmoid
-loss, MAP. Expected: MAP 0.9. Cost: some minutes on two cores.
+Images of 64 x 64 pixels show one to four garments of Fashion-MNIST, and are labeled with the set of their classes. Uses
+RMSprop, a sigmoid loss and MAP. Expected: MAP 0.9. Cost: a few minutes on two cores.
 """
 
 from xception_jax.config import default_config
@@ -25,7 +25,7 @@ def get_config():
     config.data.image_size = 64
     config.data.augmentation = "shift"
     config.data.eval_crop = 1.0
-    config.data.threads = 1  # for images this small, handing work over costs more than it
+    config.data.threads = 1  # more threads do not pay off for such small images
     config.data.cache = True
     config.batch_size = 64
     config.duration = "10 epochs"

@@ -1,11 +1,11 @@
-"""Open Images, the public stand-in for JFT: many labels an image, RMSprop, MAP@100 (sections 4.1 to 4.3, table 2).
+"""Open Images, a public substitute for JFT: multi-label, RMSprop, MAP@100 (sections 4.1 to 4.3, table 2).
 
     python train.py --config=configs/open_images.py --workdir=/data/open_images
     python train.py --config=configs/open_images.py:fc --workdir=/data/open_images_fc
 
-Expected: no published number; the paper's on JFT, whose images are private, are MAP@100 6.70 (6.78 with the fully
-connected layers of the variant `fc`) for Xception and 6.36 (6.50) for Inception V3. Cost: 50 GFLOP an image trained.
-Needs TFDS' open_images_v4 in any of its sizes: `python -m xception_jax prepare tfrecord --source DIR` copies it.
+Expected: there is no published result. On JFT, which is private, the paper reports MAP@100 6.70 for Xception (6.78 with
+the fully connected layers of the variant `fc`) and 6.36 (6.50) for Inception V3. Cost: 50 GFLOP per training image.
+Requires open_images_v4 of TFDS in any size: `python -m xception_jax prepare tfrecord --source DIR` copies it.
 """
 
 from xception_jax.config import default_config
@@ -24,10 +24,10 @@ def get_config(variant=""):
     config.data.eval_split = "validation"
     config.data.test_split = "test"
     config.duration = "30 epochs"
-    config.loss.name = "sigmoid"  # inferred: the paper does not say
+    config.loss.name = "sigmoid"  # inferred: the paper does not specify the loss
     config.loss.label_smoothing = 0.0
     config.optimizer.name = "rmsprop"
     config.schedule.learning_rate = 0.001
     config.schedule.decay_rate = 0.9
-    config.schedule.decay_every = "3e6 examples"  # paper: "samples"; read literally it falls fast, see docs/paper.md
+    config.schedule.decay_every = "3e6 examples"  # paper: "samples"; taken literally, it decays fast, see docs/paper.md
     return config

@@ -25,7 +25,7 @@ from tests.tiny_run import TINY, three_lines
         (["--nothing=1"], 64, "--help"),
         (["nothing"], 64, "unexpected argument 'nothing'"),
         (["--workdir=gs://bucket/run"], 78, "gs://bucket/run"),
-        (["--workdir=s3://bucket/run"], 78, "name a local directory"),
+        (["--workdir=s3://bucket/run"], 78, "use a local directory"),
         (["--workdir="], 78, "is empty"),
         (["--config.batch_size=2000", "--config.duration=1 epoch"], 78, "at most 640"),
     ],

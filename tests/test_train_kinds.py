@@ -26,7 +26,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path
         "--config.optimizer.weight_decay=0",
     )
     assert process.returncode == 70, process.stderr
-    assert "going back to the checkpoint of step" in process.stderr
+    assert "went back to the checkpoint of step" in process.stderr
     three_lines(process)
     assert list((tmp_path / "checkpoints").glob("*/manifest.json"))
 
@@ -106,7 +106,7 @@ def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
     first = run_python(*arguments, "--config.duration=1 step")
     assert first.returncode == 0, first.stderr
     assert "22,855,952 parameters" in first.stderr
-    assert "8.36 G multiply-adds an image at 299" in first.stderr
+    assert "8.36 G multiply-adds per image at 299" in first.stderr
     second = run_python(*arguments, "--config.duration=2 steps")
     assert second.returncode == 0, second.stderr
     assert "resumed at 1" in second.stderr

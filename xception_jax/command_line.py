@@ -1,4 +1,4 @@
-"""What every entry point shares: flags that make a config, and errors that become three lines and an exit code."""
+"""Parses command lines and configs, and converts errors to three lines and an exit code, for all entry points."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses arguments; what is wrong with them is a `UsageError`, and not argparse's usage and exit code 2."""
+    """An `ArgumentParser` that raises `UsageError` instead of printing its usage and exiting with code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.prog, f"see {self.prog} --help")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Ends the process with what `main` returns, or with the exit code of the `UserError` that it raises."""
+    """Exits with the code that `main` returns, or with that of the `UserError` that it raises."""
     try:
         sys.exit(main())
     except UserError as error:
@@ -40,9 +40,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        # Whatever argument is a path may be so, and it is found where the path is first used.
+        # Any path may be too long, and fails where it is first used.
         where = f"{str(error.filename)[:60]}..."
-        _end(InputMissingError("a path is longer than the system allows", where, "correct or shorten it"))
+        _end(InputMissingError("a path is longer than the system allows", where, "correct or shorten the path"))
 
 
 def _end(error: UserError) -> NoReturn:
@@ -51,12 +51,12 @@ def _end(error: UserError) -> NoReturn:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses absl flags with --config among them, for `app.run(flags_parser=...)`.
+    """Parses absl flags including --config, for `app.run(flags_parser=...)`.
 
     Raises:
-      UsageError: an unknown flag, or no --config.
-      InputMissingError: the file of the config is not there.
-      ConfigError: the file does not run, or an override does not fit its field.
+      UsageError: a flag is unknown or malformed.
+      InputMissingError: the config file is missing.
+      ConfigError: the config file does not run, or an override is not valid for its field.
     """
     sections = {name.rsplit(".", 1)[0] for name in FIELDS if "." in name}
     for argument in argv:
@@ -64,8 +64,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if override and override[1] not in FIELDS and override[1] not in sections:
             raise unknown_field(override[1])
     path = Path(_config_path(argv))
-    if path.name and not path.is_file():  # ml_collections would only say so when the config is read
-        raise InputMissingError(f"there is no config {path}", str(path), f"choose among {_configs()}")
+    if path.name and not path.is_file():  # ml_collections would report this only when the config is read
+        raise InputMissingError(f"there is no config {path}", str(path), f"choose one of {_configs()}")
     try:
         return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
@@ -74,15 +74,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UsageError(str(error).splitlines()[0], " ".join(argv), "see --help") from None
     except UserError:
         raise
-    except Exception as error:  # a config is Python and may raise anything
+    except Exception as error:  # a config is Python code and may raise any exception
         raise _broken_config(path, error) from None
 
 
 def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-    """Returns the config of a file with its overrides (--config.field=value); once in a process.
+    """Reads a config file and applies overrides such as --config.field=value. Call it only once per process.
 
     Raises:
-      UserError: as `parse_flags`.
+      UserError: see `parse_flags`.
     """
     config = config_flags.DEFINE_config_file("config")
     parse_flags(["", f"--config={path}", *overrides])
@@ -90,7 +90,7 @@ def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _config_path(argv: Sequence[str]) -> str:
-    """Returns the file that --config names; of several the last, as the flag itself does; '' without."""
+    """Returns the file named by --config, or ''. If there are several, the last one, like the flag itself."""
     given = [re.fullmatch(r"--?config(?:=(.*))?", argument) for argument in argv]
     paths = [match[1] or following for match, following in zip(given, [*argv[1:], ""], strict=True) if match]
     return paths[-1].partition(":")[0] if paths else ""
@@ -127,13 +127,13 @@ def _broken_config(path: Path, error: Exception) -> ConfigError:
 
 
 def failing_line(path: Path, error: Exception) -> int | None:
-    """Returns the line of a Python file that raised an error, or that cannot be parsed; None if it was elsewhere."""
+    """Returns the line of a Python file that raised an error or cannot be parsed. None if the error is elsewhere."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
     return getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
 
 
 def field_help() -> str:
-    """Returns one line for each field of a config: default, what it may be, and where the default comes from."""
+    """Describes each config field in one line: default, allowed values, and the source of the default."""
     return "\n".join(
         f"config.{name}={field.default!r}: {field.expects}. {field.source}" for name, field in FIELDS.items()
     )

@@ -1,4 +1,4 @@
-"""What this process runs with: its packages, and the memory that it has held."""
+"""Queries the environment of this process: peak memory and package versions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Returns the largest resident size of this process so far, in bytes.
+    """Returns the peak resident memory of this process, in bytes.
 
-    Linux' ru_maxrss also counts what the parent held when it started the process (it survives exec), so that a small
-    child of a large process looks large; the mark in /proc belongs to the program alone.
+    On Linux, ru_maxrss survives exec and includes the memory of the parent process, so this reads VmHWM from /proc,
+    which does not.
     """
     try:
         mark = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
@@ -26,7 +26,7 @@ def peak_memory() -> int:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed; this one is not where it runs from a checkout."""
+    """Returns the versions of the given packages. Packages that are not installed are omitted."""
     versions = {}
     for package in packages:
         try:

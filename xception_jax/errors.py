@@ -1,7 +1,7 @@
-"""Defines the errors that a user can cause, and all exit codes.
+"""Defines the errors that users can cause, and all exit codes.
 
-An entry point prints a `UserError` on standard error in three lines (what is wrong, where, what to do) and ends with
-the exit code of its class, a code of sysexits.h. Any other exception is a bug and keeps its traceback.
+Entry points print a `UserError` to standard error in three lines (what is wrong, where, and how to fix it) and exit
+with the code of its class, from sysexits.h. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class UserError(Exception):
 
     Args:
       what: what is wrong, in one line.
-      where: the field, file, path or step concerned.
-      fix: what to do about it.
+      where: the affected field, file, path or step.
+      fix: what the user can do.
     """
 
     exit_code = 64
@@ -26,7 +26,7 @@ class UserError(Exception):
         self.what, self.where, self.fix = what, where, fix
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
-        """Supports pickling, which passes errors from data workers to the trainer."""
+        """Makes the error picklable, because data workers send it to the trainer."""
         return type(self), (self.what, self.where, self.fix)
 
     def __str__(self) -> str:
@@ -34,31 +34,31 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """The command line makes no sense."""
+    """The command line is not valid."""
 
     exit_code = 64
 
 
 class BadDataError(UserError):
-    """Data, a label, a weight file or every checkpoint is damaged."""
+    """Data, labels, a weight file or all checkpoints are damaged or do not fit."""
 
     exit_code = 65
 
 
 class InputMissingError(UserError):
-    """A dataset, a file or a config is not there."""
+    """A dataset, a file or a config is missing."""
 
     exit_code = 66
 
 
 class DivergedError(UserError):
-    """The loss stayed non-finite, also after one return to the last good checkpoint."""
+    """The loss is not finite, even after going back to a checkpoint once."""
 
     exit_code = 70
 
 
 class DeviceMemoryError(UserError):
-    """The step does not fit into the memory of the device."""
+    """The step does not fit into the memory of a device."""
 
     exit_code = 71
 
@@ -70,22 +70,22 @@ class WorkdirError(UserError):
 
 
 class StorageError(UserError):
-    """Reading or writing failed: disk full, a data worker that died."""
+    """Reading or writing failed, for example because the disk is full or a data worker died."""
 
     exit_code = 74
 
 
 class PreemptedError(UserError):
-    """The run was told to stop, saved its state and can be resumed by the same command."""
+    """The run was asked to stop. It has saved its state, and the same command resumes it."""
 
     exit_code = 75
 
 
 class ConfigError(UserError):
-    """A config field is unknown, of the wrong type, out of range, or contradicts another."""
+    """A config field is unknown, has the wrong type, is out of range, or contradicts another field."""
 
     exit_code = 78
 
 
 RESUMABLE_EXIT_CODES = (PreemptedError.exit_code, INTERRUPTED_EXIT_CODE)
-"""The same command continues a run that ended with one of these."""
+"""Exit codes after which the same command resumes the run."""

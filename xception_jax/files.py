@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new one, never a part of either; and their digests."""
+"""Writes files atomically, syncs directories, and computes digests and free space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync_directory(directory: str | os.PathLike) -> None:
-    """Makes the creation, renaming and removal of files in a directory survive a power failure."""
+    """Syncs a directory, so that created, renamed and removed files in it survive a power failure."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -19,23 +19,23 @@ def sync_directory(directory: str | os.PathLike) -> None:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replaces a file; who reads it sees the old content or all of the new.
+    """Replaces a file atomically: after a crash it has either the old or the new content.
 
     Args:
-      path: the file; its directory must exist.
-      content: bytes, or text that is written as UTF-8.
+      path: the file, in an existing directory.
+      content: bytes, or text to encode as UTF-8.
 
     Raises:
-      OSError: it could not be written; the file is as before and nothing is left beside it.
+      OSError: the file could not be written. It is unchanged, and no temporary file is left.
     """
     path = Path(path)
-    # In the same directory, because a rename is atomic only within one file system.
+    # In the same directory, because a rename is atomic only within a file system.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())  # before the rename: a name must not point at bytes that are not there yet
+            os.fsync(file.fileno())  # must come before the rename, so that the name never refers to missing bytes
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -44,7 +44,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def free_space(directory: str | os.PathLike) -> str:
-    """Returns what room there is for a file, for an error: '1,024 bytes free', and the limit of the process, if any."""
+    """Describes the free space for an error message: '1,024 bytes free', and the file size limit, if there is one."""
     text = f"{shutil.disk_usage(directory).free:,} bytes free"
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     return text if limit == resource.RLIM_INFINITY else f"{text}, files limited to {limit:,} bytes"

@@ -1,4 +1,4 @@
-"""Processes, devices and shardings: the batch over all axes of the mesh, parameters over `fsdp`."""
+"""Connects processes, builds the device mesh, and shards batches over all of its axes and parameters over `fsdp`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ T = TypeVar("T")
 
 DeviceBatch = dict[str, jax.Array]  # a global batch, sharded over the devices
 
-# Environment variables by which a cluster says that this process is one of several; jax then finds the others.
+# Environment variables in which a cluster specifies the number of processes. JAX then finds the other processes.
 _CLUSTER = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", "JAX_NUM_PROCESSES")
 
 
 def start_distributed(distributed: DistributedConfig) -> None:
-    """Joins the other processes of this run; a run that is alone stays alone.
+    """Connects to the other processes of this run, if there are any.
 
-    With `config.distributed.coordinator` the config says who takes part. Otherwise a TPU pod, Slurm or MPI does.
+    They are given by `config.distributed` if its `coordinator` is set, and otherwise detected on TPU pods, Slurm and
+    MPI.
     """
     if distributed.coordinator:
         jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
@@ -38,9 +39,9 @@ def start_distributed(distributed: DistributedConfig) -> None:
 
 
 def check_processes() -> None:
-    """Raises ConfigError if this process is one of several that do not know of each other.
+    """Raises ConfigError if this process is one of several that are not connected.
 
-    On the hosts of a TPU slice JAX counts all of them, also where nothing has connected them.
+    On a TPU slice, JAX counts the processes of all hosts even if they are not connected.
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ConfigError(
@@ -51,16 +52,16 @@ def check_processes() -> None:
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh (data, fsdp) of all devices; on several TPU slices or GPU nodes, `data` goes across them.
+    """Returns a mesh (data, fsdp) of all devices. `data` spans TPU slices or GPU nodes if there are several.
 
-    The axes are Auto: with the Explicit ones that jax makes by default, `nn.Dropout` does not trace.
+    The axes are Auto, because `nn.Dropout` cannot be traced with Explicit axes, the default of JAX.
 
     Args:
       mesh: `config.mesh`.
-      devices: others than this machine's, to compile for.
+      devices: the devices of the mesh, by default all devices. May be devices to compile for that are not attached.
 
     Raises:
-      ConfigError: the mesh needs another number of devices than there are.
+      ConfigError: the mesh does not fit the number of devices.
     """
     devices, fsdp = jax.devices() if devices is None else devices, mesh.fsdp
     data = len(devices) // fsdp if mesh.data == -1 else mesh.data
@@ -81,7 +82,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def check_batch(name: str, batch_size: int, devices: int, parts: int = 1) -> None:
-    """Raises ConfigError, naming the nearest that does, unless batch_size / parts is divisible by the devices."""
+    """Raises ConfigError unless batch_size is divisible by devices * parts."""
     unit = devices * parts
     if batch_size % unit:
         nearest = max(unit, round(batch_size / unit) * unit)
@@ -89,17 +90,17 @@ def check_batch(name: str, batch_size: int, devices: int, parts: int = 1) -> Non
             f"config.{name}={batch_size} is not divisible by {devices} devices"
             + (f" x {parts} microbatches" if parts > 1 else ""),
             f"config.{name}",
-            f"the nearest that is: {nearest}",
+            f"set it to the nearest valid size, {nearest}",
         )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: its first axis over all devices."""
+    """Returns the sharding of a batch, whose first axis is sharded over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def state_sharding(mesh: Mesh, tree: Any) -> Any:
-    """Returns the sharding of each leaf: over `fsdp` along the largest axis that it divides, else replicated."""
+    """Returns the sharding of each leaf: over `fsdp` along its largest divisible axis, otherwise replicated."""
     fsdp = mesh.shape["fsdp"]
 
     def leaf_sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -113,9 +114,9 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
 
 
 def gathered(tree: T) -> T:
-    """Gathers sharded parameters on each device of the ambient mesh, to compute with them.
+    """Gathers sharded parameters on every device of the ambient mesh before they are used.
 
-    With a kernel that is sharded along its channels, XLA's partitioner would send activations around instead.
+    Otherwise XLA's partitioner would communicate activations instead, which are larger.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return tree
@@ -123,5 +124,5 @@ def gathered(tree: T) -> T:
 
 
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Returns the global batch, of which each process holds the part in `batch`."""
+    """Builds a global batch from the local batches of all processes."""
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}

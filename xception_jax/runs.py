@@ -1,4 +1,4 @@
-"""Opening a network for use: from a weight file, or from the work directory of a run."""
+"""Opens trained networks, from a weight file or from the work directory of a run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from xception_jax.weights import Network, Preprocessing, hub, load_network
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A checkpoint of a run, read without its images.
+    """A checkpoint of a run. Does not require the dataset.
 
     Attributes:
-      config: resolved, as the run had it.
-      step: of the checkpoint.
-      variables: by the prefix of their metrics: '' of the step, 'ema_' the Polyak average if there is one.
-      sha256: of the manifest of the checkpoint; '' if the run was killed before it was written.
+      config: the resolved config of the run.
+      step: the step of the checkpoint.
+      variables: variables by metric prefix: '' for those of the step, 'ema_' for the Polyak average if there is one.
+      sha256: SHA-256 of the manifest of the checkpoint, or '' if the run was killed before it was written.
     """
 
     config: ExperimentConfig
@@ -42,39 +42,41 @@ class Run:
 
 
 def is_run(source: str) -> bool:
-    """Says whether a source is the work directory of a run; what is no directory is taken for a weight file."""
+    """Returns whether a source is the work directory of a run. Anything but a directory is considered a weight file."""
     return Path(source).is_dir()
 
 
 def open_network(source: str, step: int | None = None) -> Network:
-    """Opens a network with its weights, its preprocessing and the names of its classes.
+    """Opens a network with its weights, preprocessing and class names.
+
+    For a run, the variables are the Polyak average if there is one, the preprocessing is that of `config.data`, and the
+    class names are those of the dataset, or None if it is not on this machine.
 
     Args:
-      source: a weight file, or the work directory of a run: then the Polyak average is taken if there is one, the
-        preprocessing from `config.data`, and the class names from the dataset, None if that is not on this machine.
-      step: of the checkpoint; by default the newest that is intact. Only for a run.
+      source: a weight file, or the work directory of a run.
+      step: the checkpoint of a run to open, by default the newest intact one.
 
     Raises:
       InputMissingError: there is no such file, run or checkpoint.
-      BadDataError: it is damaged or does not fit.
-      UsageError: a step of a weight file.
+      BadDataError: the file or checkpoint is damaged, or does not fit the network.
+      UsageError: `step` is set for a weight file.
     """
     if is_run(source):
         return run_network(source, open_run(source, step))
     if step is not None:
-        raise UsageError(f"{source} is a weight file, it has no steps", "--step", "leave --step out")
+        raise UsageError(f"{source} is a weight file, which has no steps", "--step", "remove --step")
     return load_network(source)
 
 
 def require_classifier(network: Network) -> None:
-    """Raises BadDataError if the weights end before the classifier, as those for transfer learning do."""
+    """Raises BadDataError if the weights have no classifier, as is common for transfer learning."""
     if "head" not in network.variables["params"]:
-        fix = "take a file with the classifier, or train one on a dataset of yours"
+        fix = "use a file with a classifier, or train a classifier on your own dataset"
         raise BadDataError("the weights have no classifier", network.source, fix)
 
 
 def run_network(source: str, run: Run) -> Network:
-    """Returns the network of a run, with the last of its variables: the Polyak average if there is one."""
+    """Returns the network of a run, with the Polyak average if there is one."""
     data = run.config.data
     return Network(
         model=run.config.model,
@@ -88,20 +90,20 @@ def run_network(source: str, run: Run) -> Network:
 
 
 def open_run(workdir: str, step: int | None = None) -> Run:
-    """Reads a checkpoint of a run, whatever devices it was trained on.
+    """Reads a checkpoint of a run, which may have been trained on other devices.
 
     Raises:
       InputMissingError: there is no run, or no such checkpoint.
-      BadDataError: the checkpoint is damaged, or every one is.
+      BadDataError: the checkpoint `step`, or every checkpoint, is damaged.
     """
     path = Path(workdir)
     if hub.read(path / CONFIG) is not None:
-        fix = f"give the file in it: {path / hub.WEIGHTS}"
-        raise InputMissingError("it is no run, but a folder of the Hugging Face hub", workdir, fix)
+        fix = f"use the weight file in it: {path / hub.WEIGHTS}"
+        raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
     try:
         config = from_json((path / CONFIG).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        fix = f"give the work directory of a run, it holds {CONFIG}; or a weight file"
+        fix = f"use a weight file, or the work directory of a run, which contains {CONFIG}"
         raise InputMissingError("there is no run", workdir, fix) from None
     abstract = _abstract_state(config)
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True, report=lambda line: print(line, file=sys.stderr))
@@ -123,8 +125,8 @@ def open_run(workdir: str, step: int | None = None) -> Run:
 
 
 def _abstract_state(config: ExperimentConfig) -> TrainState:
-    """Returns the shapes of a run's state, on one device of this process."""
-    # The shapes do not depend on how many examples an epoch has.
+    """Returns the shapes of the state of a run, on one device of this process."""
+    # The shapes do not depend on the number of examples.
     optimizer = make_optimizer(config.optimizer, make_schedule(config, num_examples=1))
     init = make_state_init(
         create_model(config.model),

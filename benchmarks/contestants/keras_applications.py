@@ -1,4 +1,4 @@
-"""Networks of keras.applications on the backend that KERAS_BACKEND names: compiled by jit, or a graph with oneDNN."""
+"""Runs keras.applications on the backend given by KERAS_BACKEND: jit on JAX, a graph with oneDNN on TensorFlow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prepare(work: dict, options: dict):
     model.compile(
         optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=on_jax,  # with TensorFlow, XLA would take the place of oneDNN
+        jit_compile=on_jax,  # with TensorFlow, XLA would replace oneDNN
     )
     return lambda: model.train_on_batch(images, labels), parameters
 
@@ -44,6 +44,6 @@ def _infer_tensorflow(model, images):
 
     images = tf.constant(images)
     graph = tf.function(lambda images: model(images, training=False))
-    # With the weights as constants TensorFlow folds BatchNorm into the convolutions.
+    # If the weights are constants, TensorFlow folds BatchNorm into the convolutions.
     frozen = convert_variables_to_constants_v2(graph.get_concrete_function(tf.TensorSpec(images.shape, tf.float32)))
     return lambda: frozen(images)[0].numpy()

@@ -1,4 +1,4 @@
-"""xception_jax itself: `compile_inference`, the step of `training/`, and the batches of `data/`."""
+"""Runs xception_jax: `compile_inference`, the training step of `training/`, and the batches of `data/`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prepare(work: dict, options: dict):
 
 
 def _config(work: dict) -> ExperimentConfig:
-    """The network of the case; what the peers' steps do not do (averages, decay, dropout, smoothing) is off."""
+    """Returns the config of a case, without averages, weight decay, dropout and smoothing, like the peers."""
     if work["network"] == "small":
         config = fashion_mnist.get_config()
     else:
@@ -87,7 +87,7 @@ def _infer(work: dict):
 
 
 class _Files:
-    """The JPEGs of a directory as a source of `EXAMPLES` examples; the bytes stay in memory."""
+    """The JPEG files of a directory, kept in memory, repeated to a source of `EXAMPLES` examples."""
 
     EXAMPLES = 10_000
 

@@ -1,4 +1,4 @@
-"""Xception as a user of Flax writes it down: `nn.Conv(feature_group_count=...)`, `nn.BatchNorm`, `nn.max_pool`."""
+"""Implements Xception in plain Flax: `nn.Conv(feature_group_count=...)`, `nn.BatchNorm` and `nn.max_pool`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 
 
 class Xception(nn.Module):
-    """Figure 5; the parameters are those of `xception_jax`."""
+    """Figure 5, with the same parameters as `xception_jax`."""
 
     @nn.compact
     def __call__(self, x, train: bool):

@@ -1,4 +1,4 @@
-"""PyTorch: timm's networks, and those of `config.model` written in PyTorch. All cores; channels_last."""
+"""Runs PyTorch on all cores: networks of timm, and variants of `config.model` implemented here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class SeparableConv(nn.Sequential):
-    """A spatial convolution on segments of the channels, then a pointwise one."""
+    """A spatial convolution on channel segments, then a pointwise convolution."""
 
     def __init__(self, channels: int, features: int, segments: int):
         super().__init__(
@@ -20,7 +20,7 @@ class SeparableConv(nn.Sequential):
 
 
 class InceptionModule(nn.Module):
-    """Figure 1, as `xception_jax.models.modules.InceptionModule`."""
+    """Figure 1, like `xception_jax.models.modules.InceptionModule`."""
 
     def __init__(self, channels: int, features: int):
         super().__init__()
@@ -46,7 +46,7 @@ class InceptionModule(nn.Module):
 
 
 class Xception(nn.Module):
-    """Figure 5 with the fields of `config.model` that the cases vary; where they agree, the parameters do too."""
+    """Figure 5 with the fields of `config.model` that the cases vary. Equal fields give the same parameters."""
 
     def __init__(
         self, num_classes=10, width_multiplier=0.25, middle_blocks=2, segments="depthwise", module="separable"
@@ -102,7 +102,7 @@ class Xception(nn.Module):
 
 
 def prepare(work: dict, options: dict):
-    """Returns (step, parameters); options: compile, channels_last."""
+    """Returns (step, parameters). The options are compile and channels_last."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     layout = torch.channels_last if options.get("channels_last", True) else torch.contiguous_format
@@ -123,7 +123,7 @@ def _network(work: dict) -> nn.Module:
     model = timm.create_model(work["network"])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.weight.requires_grad_(False)  # Keras's Inception V3 has no scale, nor has ours
+            module.weight.requires_grad_(False)  # Inception V3 of Keras, like ours, has no scale
     return model
 
 

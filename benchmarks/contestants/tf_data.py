@@ -1,4 +1,7 @@
-"""tf.data: decode_and_crop_jpeg of a random box, resize, flip, [-1, 1], batch; as many threads as cores."""
+"""Runs an input pipeline of tf.data: decodes and crops a random box, resizes, flips, scales to [-1, 1] and batches.
+
+Uses as many threads as cores.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_other_images_and_other_labels_are_refused(tmp_path):
     others = {
         "400 and 399 images": predictions(b[1:]),
         "different images: 0 and 1": dataclasses.replace(predictions(b), index=np.arange(1, 401)),
-        "of 400 images have another label": predictions(b, seed=2),
+        "of 400 images differ": predictions(b, seed=2),
         "shapes": Predictions(np.arange(400), np.ones((400, 5), bool), whole.classes, whole.probabilities),
     }
     for words, other in others.items():

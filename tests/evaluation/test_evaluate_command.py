@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     weights, network, multilabel_run, imagenet_dir, real_json, tmp_path
 ):
     on_imagenet = ["--dataset", "imagenet2012", "--split", "validation", "--data_dir", imagenet_dir]
-    with pytest.raises(UsageError, match="which images"):
+    with pytest.raises(UsageError, match="the dataset or the split is missing"):
         run(weights)
     with pytest.raises(ConfigError, match="10 classes"):
         run(multilabel_run, *on_imagenet)

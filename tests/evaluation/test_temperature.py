@@ -81,7 +81,7 @@ def test_a_temperature_at_its_limit_is_said_to_be_there(sign, limit):
     assert (found.temperature, found.temperature_at_limit) == (limit, True)
     metrics = {f"ema_{name}": value for name, value in dataclasses.asdict(found).items()}
     metrics |= {"source": "x", "dataset": "y", "split": "z", "count": 40}
-    lines = result.as_text(metrics, ["ema_"], 1).splitlines()
+    lines = result.as_text(metrics, ["ema_"], []).splitlines()
     assert [line for line in lines if "at its limit" in line] == [f"{'temperature':<28}{limit:.4f}  at its limit"]
     assert not calibration.calibrate(predictions(*drawn(n=200))).temperature_at_limit
 

@@ -60,7 +60,7 @@ def test_it_is_reported_once_with_a_row_an_operation(traced):
     (report,) = traced[2]
     head, columns, first, *_, end = report.splitlines()
     assert head.startswith(f"profile of {STEPS} steps, ")
-    assert columns.split() == ["ms", "a", "step", "share", "layer", "pass", "operation"]
+    assert columns.split() == ["ms", "per", "step", "share", "layer", "pass", "operation"]
     assert "dear" in first
     assert end == f"trace: {traced[0]}"
 
@@ -75,7 +75,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path):
     trace = StepTrace(tmp_path, STEPS, str, reports.append)
     trace.before_step(())
     trace.end(())
-    assert reports == ["nothing was traced: the run took fewer than 3 steps"]
+    assert reports == ["no profile: the run had fewer than 3 steps"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,6 +122,6 @@ def test_the_table():
         {Operation("conv1", "forward", "convolution"): 6e6, Operation("-", "update", "add_fusion"): 2e6},
     )
     assert format_operations(nanoseconds, steps=2, count=1).splitlines() == [
-        "ms a step  share  layer  pass     operation",
-        "     3.00  75.0%  conv1  forward  convolution",
+        "ms per step  share  layer  pass     operation",
+        "       3.00  75.0%  conv1  forward  convolution",
     ]

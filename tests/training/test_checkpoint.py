@@ -225,7 +225,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_older_one_used(tmp_path, name):
     (line,) = lines
     assert line.startswith("checkpoint 30 is damaged (")
     assert reason in line
-    assert line.endswith(": falling back to checkpoint 20")
+    assert line.endswith("; falling back to checkpoint 20")
     (aside,) = tmp_path.glob("30.corrupt-*")
     assert aside.name in line
     assert not (tmp_path / "30").exists()
@@ -257,7 +257,7 @@ def test_without_manifest_the_step_is_verified_by_reading_it(tmp_path):
     (tmp_path / "10" / "manifest.json.1.tmp").write_text(manifest[:50])  # killed while it was being written
     step, lines = latest(tmp_path)
     assert step == 10
-    assert lines == ["checkpoint 10 had no manifest; it was verified by reading it, and gets one"]
+    assert lines == ["checkpoint 10 had no manifest; it is readable, so a manifest is added"]
     assert (tmp_path / "10" / "manifest.json").read_text() == manifest
     assert latest(tmp_path) == (10, [])
 
@@ -405,7 +405,7 @@ def test_killed_between_commit_and_manifest(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert output == "saved checkpoint 1\n"
     assert (tmp_path / "2").exists()
-    assert latest(tmp_path) == (2, ["checkpoint 2 had no manifest; it was verified by reading it, and gets one"])
+    assert latest(tmp_path) == (2, ["checkpoint 2 had no manifest; it is readable, so a manifest is added"])
 
 
 # --- storage that fails ----------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def test_no_room_ends_the_process_with_74(tmp_path):
     assert lines[0] == "error: checkpoint 2 could not be written: File too large"
     assert lines[1].startswith(f"  where: {tmp_path} (needs 131,076 bytes, ")
     assert lines[1].endswith(" bytes free, files limited to 100 bytes)")
-    assert lines[2] == "  fix:   make room and run the same command to resume from step 1"
+    assert lines[2] == "  fix:   free some space and run the same command to resume from step 1"
     assert output == "saved checkpoint 1\n"
     assert os.listdir(tmp_path) == ["1"]
     assert latest(tmp_path) == (1, [])
@@ -575,7 +575,7 @@ def test_two_processes_agree_on_the_step(tmp_path, free_port):
         end = f"2 {state_fingerprint(state_at(2))}"
         said = [line for line in output.splitlines() if line.startswith(("checkpoint", end))]
         assert "falling back to checkpoint 2" in said[-3], outcomes
-        assert said[-2:] == ["checkpoint 2 had no manifest; it was verified by reading it, and gets one", end], outcomes
+        assert said[-2:] == ["checkpoint 2 had no manifest; it is readable, so a manifest is added", end], outcomes
     assert (tmp_path / "2" / "manifest.json").exists()
     assert sorted(os.listdir(tmp_path))[:2] == ["2", "3.corrupt-" + sorted(os.listdir(tmp_path))[1][10:]]
 

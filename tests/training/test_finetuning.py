@@ -242,8 +242,8 @@ def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python,
     arguments += ["--config.duration=3 steps", "--config.checkpoint.every=2 steps"]
     process = run_python(*arguments, devices=4)
     assert process.returncode == 0, process.stderr
-    assert load_network(weights).sha256 in process.stdout
-    assert "new: params/head/predictions/bias, params/head/predictions/kernel" in process.stdout
+    assert load_network(weights).sha256 in process.stderr
+    assert "new: params/head/predictions/bias, params/head/predictions/kernel" in process.stderr
 
     process = run_python("-m", "xception_jax", "export", workdir, exported, "--format=safetensors", "--no_check")
     assert process.returncode == 0, process.stderr
@@ -261,7 +261,7 @@ def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python,
     process = run_python(*arguments, devices=4)
     assert process.returncode == 0, process.stderr
     assert "resumed at 2" in process.stderr
-    assert "starts from" not in process.stdout
+    assert "starts from" not in process.stderr
 
     config = from_json((workdir / "config.json").read_text())
     assert config.init.weights == str(moved)

@@ -102,7 +102,7 @@ def test_second_signal_exits_130_while_the_main_thread_is_inside_c(signum):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert time.monotonic() - start_time < 2
-    assert errors == f"{signum.name} after {signum.name}: ended at once, the last checkpoint is intact\n"
+    assert errors == f"{signum.name} after {signum.name}: exiting now, the last checkpoint is intact\n"
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

@@ -113,8 +113,8 @@ def test_extending_a_run_is_noted_and_stored(tmp_path):
     with open_workdir(tmp_path, config, report=lines.append):
         pass
     assert lines == [
-        "changed since the last run here: config.data.threads: 16 -> 4",
-        "changed since the last run here: config.duration: '169 epochs' -> '200 epochs'",
+        "changed since the last run in this directory: config.data.threads: 16 -> 4",
+        "changed since the last run in this directory: config.duration: '169 epochs' -> '200 epochs'",
     ]
     assert from_json((tmp_path / "config.json").read_text()) == config
 
@@ -143,7 +143,7 @@ def test_before_the_first_checkpoint_a_mistake_is_corrected_in_place(tmp_path):
         (tmp_path / "checkpoints" / "100.orbax-checkpoint-tmp").mkdir(parents=True)
     with open_workdir(tmp_path, config_with(model__num_classes=10), report=lines.append):
         assert json.loads((tmp_path / "config.json").read_text())["model"]["num_classes"] == 10
-    assert lines == ["changed since the last run here: config.model.num_classes: 1000 -> 10"]
+    assert lines == ["changed since the last run in this directory: config.model.num_classes: 1000 -> 10"]
 
 
 def test_field_that_the_stored_config_does_not_know(tmp_path):

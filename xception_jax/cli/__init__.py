@@ -1,4 +1,4 @@
-"""The commands of `python -m xception_jax`, a thin file each."""
+"""Runs the commands of `python -m xception_jax`, one thin module each."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from importlib import import_module
 
 from xception_jax.command_line import Parser
 
-# Each is a module of this package with `add_arguments(parser)` and `run(args)`, which returns the exit code. It is
-# imported only when its command is called.
+# Each command is a module of this package with `add_arguments(parser)`, and `run(args)`, which returns the exit code.
+# It is imported only if its command is called.
 COMMANDS = {
-    "prepare": "write a dataset in the form that training reads",
-    "predict": "name the classes of images",
-    "evaluate": "evaluate a network on a split, exactly",
-    "export": "write a network as StableHLO, ONNX or safetensors, checked, with a model card",
+    "prepare": "write a dataset in the format that training reads",
+    "predict": "predict the classes of images",
+    "evaluate": "evaluate a network on every image of a split",
+    "export": "write a network as StableHLO, ONNX or safetensors, check it, and add a model card",
     "convert": "convert weights from Keras or timm, and back to Keras",
-    "study": "compare networks over seeds: run a study, report it",
+    "study": "compare networks over several seeds: run and report a study",
     "plan": "estimate memory, time and cost of a run on accelerators you do not have",
 }
 
 
 def main() -> int:
-    """Runs the command that the arguments name."""
+    """Runs the command given by the arguments."""
     parser = Parser(prog="python -m xception_jax", description="Xception and Inception V3 in JAX.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""`python -m xception_jax evaluate`: any network on any split, exactly; or the predictions of two, compared."""
+"""`python -m xception_jax evaluate` evaluates a network on every image of a split, or compares two predictions."""
 
 from __future__ import annotations
 
@@ -41,24 +41,28 @@ examples:
   python -m xception_jax evaluate runs/a --predictions a.npz     (the same for b)
   python -m xception_jax evaluate --compare a.npz b.npz
 """
-# Of a weight file; a run has its own. Fits small machines, and is enough to keep a large accelerator busy.
+# For weight files; a run has `evaluation.batch_size`. Fits into small machines, and keeps a large accelerator busy.
 BATCH_SIZE_PER_DEVICE = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Evaluates a network on every image of a split; of a run, its last weights and their average."
+    parser.description = (
+        "Evaluates a network on every image of a split. For a run, evaluates the weights and their Polyak average."
+    )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
-    parser.add_argument("--dataset", metavar="NAME", help="by default that of the run")
-    parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]'; by default the test split of the run")
-    parser.add_argument("--step", type=int, help="checkpoint of the run; by default the newest that is intact")
-    parser.add_argument("--data_dir", metavar="DIR", help="where datasets are; by default as in training, or as TFDS")
-    parser.add_argument("--batch_size", type=int, help="images at a time, over all devices")
-    parser.add_argument("--real", metavar="real.json", help="score ImageNet's validation set by ReaL labels too")
-    parser.add_argument("--per_class", metavar="FILE.csv", help="write a table of the classes")
-    parser.add_argument("--predictions", metavar="FILE.npz", help="save the best classes of each image")
+    parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
+    parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="directory of the datasets (default: that of the run, or that of TFDS)"
+    )
+    parser.add_argument("--batch_size", type=int, help="images per batch, over all devices")
+    parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
+    parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
+    parser.add_argument("--predictions", metavar="FILE.npz", help="save the most probable classes of each image")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A.npz", "B.npz"), help="test whether two saved predictions differ in accuracy"
     )
@@ -66,22 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates or compares, and prints what was found.
+    """Evaluates or compares, and prints the results.
 
     Raises:
-      UsageError, ConfigError: the arguments do not fit together, or the network not the dataset.
-      InputMissingError: the network, the checkpoint, the dataset or a file is not there.
+      UsageError: the arguments are not valid together.
+      ConfigError: the network does not fit the dataset.
+      InputMissingError: the network, the checkpoint, the dataset or a file is missing.
       BadDataError: one of them is damaged.
     """
     if args.compare:
         if args.source:
-            raise UsageError("--compare takes two files, and no network", args.source, "leave the network out")
+            raise UsageError("--compare takes two files and no network", args.source, "remove the network")
         comparison = compare.compare_files(*args.compare)
         text = compare.as_text(comparison, *args.compare)
         print(json.dumps(dataclasses.asdict(comparison)) if args.json else text)
         return 0
     if not args.source:
-        raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "give a work directory or a weight file")
+        raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "pass a work directory or a weight file")
     for path in filter(None, (args.predictions, args.per_class)):
         _require_directory(path)
     subject = _open_subject(args)
@@ -99,21 +104,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_directory(path: str) -> None:
-    """Raises InputMissingError, now and not after the evaluation, if a file cannot be written there."""
+    """Raises InputMissingError if the directory of an output file is missing, to fail before the evaluation."""
     directory = Path(path).absolute().parent
     if not directory.is_dir():
-        raise InputMissingError(f"there is no directory {directory}", path, "make it first, or write elsewhere")
+        raise InputMissingError(f"there is no directory {directory}", path, "create it, or choose another path")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """What is evaluated.
+    """The network to evaluate.
 
     Attributes:
-      network: the network, for all but its variables.
-      variables: by the prefix of their metrics.
-      config: of the run; for a weight file the defaults, whose `data` has the network's preprocessing.
-      step: of the checkpoint, or None.
+      network: the network. Its own variables are not used.
+      variables: sets of variables by metric prefix.
+      config: the config of the run. For a weight file, the defaults with the preprocessing of the network.
+      step: the step of the checkpoint, or None.
     """
 
     network: Network
@@ -134,12 +139,12 @@ def _open_subject(args: argparse.Namespace) -> _Subject:
 
 
 def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[DataConfig, Source]:
-    """Returns `config.data` as the arguments change it, and the split."""
+    """Returns `config.data` with the changes given by the arguments, and opens the split."""
     data = config.data
     own = is_run(args.source) and args.dataset in (None, data.name)
     if not own and not (args.dataset and args.split):
-        fix = "such as --dataset imagenet2012 --split validation"
-        raise UsageError("it has to be said which images to evaluate on", "--dataset and --split", fix)
+        fix = "pass for example --dataset imagenet2012 --split validation"
+        raise UsageError("the dataset or the split is missing", "--dataset and --split", fix)
     data_dir = args.data_dir if args.data_dir is not None else data.data_dir
     data = data.replace(name=args.dataset or data.name, data_dir=data_dir)
     return data, open_dataset(data, args.split or data.test_split or data.eval_split)
@@ -149,21 +154,21 @@ def _check_classes(network: Network, info: SourceInfo) -> None:
     """Checks that the outputs of the network are the classes of the dataset.
 
     Raises:
-      ConfigError: there are more or fewer of them, or they are in another order.
+      ConfigError: the number or the order of the classes differs.
     """
     if network.model.num_classes != info.num_classes:
-        what = f"the network has {network.model.num_classes} classes, {info.name} has {info.num_classes}"
-        raise ConfigError(what, network.source, "evaluate it on the dataset that it was trained on, or one like it")
+        what = f"the network has {network.model.num_classes} classes, but {info.name} has {info.num_classes}"
+        raise ConfigError(what, network.source, "use a dataset with the classes that the network was trained on")
     if network.classes is None or network.classes == info.class_names:
         return
     if set(network.classes) == set(info.class_names):
         raise ConfigError(
             f"the network has the classes of {info.name}, but in another order",
             network.source,
-            f"its first is {network.classes[0]}, that of the dataset {info.class_names[0]}: prepare it in this order",
+            f"prepare the dataset again so that its first class is {network.classes[0]}, not {info.class_names[0]}",
         )
     names = f"{network.classes[0]!r} and {info.class_names[0]!r}"
-    print(f"network and dataset name their classes differently ({names}): taken by their number", file=sys.stderr)
+    print(f"network and dataset name their classes differently ({names}); matching them by number", file=sys.stderr)
 
 
 def _evaluate(
@@ -219,4 +224,4 @@ def _evaluate(
 
 def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:
     for index in damaged.add(batch)[: DamagedImages.NAMED]:
-        print(f"image {index} is damaged: its neighbour is counted in its place", file=sys.stderr)
+        print(f"image {index} is damaged; the next image replaces it", file=sys.stderr)

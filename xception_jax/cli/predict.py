@@ -1,4 +1,4 @@
-"""`python -m xception_jax predict`: the most probable classes of images."""
+"""`python -m xception_jax predict` prints the most probable classes of images."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ MAX_ON_SHEET = 400
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Names the most probable classes of JPEG, PNG and WebP images."
+    parser.description = "Predicts the most probable classes of JPEG, PNG and WebP images."
     parser.epilog = (
-        'With --json each line is an object {"file", "predictions": [{"class", "name", "probability"}]}, the most '
-        'probable first; or {"file", "error"} for an image that cannot be read. If there is one, the exit code is 65.'
+        'With --json, each line is an object {"file", "predictions": [{"class", "name", "probability"}]}, the most '
+        'probable class first, or {"file", "error"} for an image that cannot be read. If an image cannot be read, the '
+        "exit code is 65."
     )
-    parser.add_argument("images", nargs="+", metavar="PATH", help="images, and folders that are searched for them")
+    parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file, or work directory of a run")
-    parser.add_argument("--step", type=int, help="checkpoint of a run; by default the newest that is intact")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each image (default: 5)")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
     parser.add_argument(
-        "--sigmoid", action="store_true", help="each class by itself, for weights that do not tell; a run's do"
+        "--sigmoid", action="store_true", help="apply a sigmoid, for weight files that do not record multi-label models"
     )
     parser.add_argument("--contact_sheet", metavar="FILE.png", help="draw a PNG of the images with their best class")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predicts, prints, and draws the contact sheet.
+    """Predicts the images, prints the predictions, and draws the contact sheet.
 
     Raises:
-      UsageError: a number is not positive, or the contact sheet is to be no PNG.
-      InputMissingError: the network or an image is not there.
-      BadDataError: the network is damaged, or, after all others were predicted, images are.
+      UsageError: a number is not positive, or the contact sheet is not a PNG.
+      InputMissingError: the network or an image is missing.
+      BadDataError: the network is damaged, or some images are. All other images have been predicted then.
     """
     for name in ("top", "batch_size"):
         if getattr(args, name) < 1:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadDataError(
             f"{len(damaged):,} of {len(paths):,} images cannot be read{others}",
             ", ".join(printable(path) for path in damaged[:10]),
-            "they are damaged, or neither JPEG nor PNG nor WebP: replace them",
+            "replace them by intact JPEG, PNG or WebP images",
         )
     return 0
 
@@ -102,11 +103,11 @@ def _as_dict(prediction: Prediction, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_sheet(path: Path) -> None:
-    """Raises a UserError, now and not after all is predicted, if the contact sheet cannot be written there."""
+    """Raises a UserError if the contact sheet cannot be written, to fail before the predictions."""
     if path.suffix.lower() != ".png":
-        raise UsageError("a contact sheet is a PNG", str(path), "let its name end in .png")
+        raise UsageError("the contact sheet is a PNG", str(path), "use a name that ends in .png")
     if not path.absolute().parent.is_dir():
-        raise InputMissingError("there is no such directory", str(path), "make it first, or write elsewhere")
+        raise InputMissingError("there is no such directory", str(path), "create it, or choose another path")
 
 
 def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[str], total: int) -> None:
@@ -128,5 +129,5 @@ def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[s
         write_atomically(path, draw(tiles))
     except OSError as error:
         raise StorageError(
-            f"the contact sheet cannot be written: {error.strerror}", path, "write it elsewhere"
+            f"the contact sheet cannot be written: {error.strerror}", path, "choose another path"
         ) from None

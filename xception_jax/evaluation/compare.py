@@ -1,7 +1,7 @@
-"""Two networks on the same images: is the difference more than chance?
+"""Compares the predictions of two networks on the same images, and tests whether the difference is significant.
 
-The images are the same, so the comparison is paired: only those on which one network is right and the other wrong say
-anything. Two intervals of accuracy that overlap may well hide a difference that is certain.
+The comparison is paired: only images that exactly one of the networks classifies correctly are informative. Therefore a
+difference may be significant although the intervals of the two accuracies overlap.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What two predictions of the same images say about each other.
+    """Compares two predictions, A and B, of the same images.
 
     Attributes:
-      count: images with a label.
-      accuracy_a, accuracy_b: shares of them whose most probable class is the label, or one of them.
-      interval_a, interval_b: Wilson intervals of 95 %.
-      only_a, only_b: images that only one of the two has right.
-      difference: accuracy of B minus that of A.
-      interval: of the difference, 95 %: percentiles of a paired bootstrap over the images.
-      p_value: of McNemar's test, exact and two-sided: how often chance alone would divide the images that only one has
-        right as unevenly as this, or more.
+      count: number of images with a label.
+      accuracy_a, accuracy_b: shares of these images whose most probable class is the label, or one of the labels.
+      interval_a, interval_b: 95 % Wilson intervals of the accuracies.
+      only_a, only_b: numbers of images that only A or only B classifies correctly.
+      difference: accuracy of B minus accuracy of A.
+      interval: 95 % interval of the difference, from a paired bootstrap over the images.
+      p_value: p-value of McNemar's test, exact and two-sided.
     """
 
     count: int
@@ -48,13 +47,13 @@ class Comparison:
 
 
 def compare(a: Predictions, b: Predictions) -> Comparison:
-    """Compares the predictions of two networks of the same images in the same order, see `check_same_images`."""
+    """Compares two predictions that pass `check_same_images`."""
     labelled = a.labelled
     right_a, right_b = a.right[labelled], b.right[labelled]
     count = len(right_a)
     only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
     accuracy_a, accuracy_b = right_a.mean().item(), right_b.mean().item()
-    # An image is worth -1, 0 or 1, so a resample of the images is a draw from a multinomial distribution.
+    # Each image contributes -1, 0 or 1, so resampling the images means drawing from a multinomial distribution.
     shares = np.array([only_a, only_b, count - only_a - only_b]) / count
     drawn = np.random.default_rng(SEED).multinomial(count, shares, RESAMPLES)
     low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / count, (0.025, 0.975))
@@ -74,11 +73,11 @@ def compare(a: Predictions, b: Predictions) -> Comparison:
 
 
 def compare_files(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str]) -> Comparison:
-    """Compares two files that `evaluate --predictions` wrote.
+    """Compares two files written by `evaluate --predictions`.
 
     Raises:
-      InputMissingError: a file is not there.
-      BadDataError: one is damaged, they are not of the same images, or none of these has a label.
+      InputMissingError: a file is missing.
+      BadDataError: a file is damaged, the images differ, or no image has a label.
     """
     a, b = load_predictions(path_a), load_predictions(path_b)
     check_same_images(a, b, f"{path_a} and {path_b}")
@@ -86,10 +85,10 @@ def compare_files(path_a: str | os.PathLike[str], path_b: str | os.PathLike[str]
 
 
 def check_same_images(a: Predictions, b: Predictions, where: str) -> None:
-    """Checks indices and labels.
+    """Checks that two predictions have the same indices and labels.
 
     Raises:
-      BadDataError: they differ, or no image has a label.
+      BadDataError: the indices or labels differ, or no image has a label.
     """
     fix = "evaluate both networks on the same split, with --predictions"
     if len(a.index) != len(b.index):
@@ -102,29 +101,29 @@ def check_same_images(a: Predictions, b: Predictions, where: str) -> None:
         raise BadDataError(f"the labels have the shapes {a.label.shape} and {b.label.shape}", where, fix)
     differ = np.flatnonzero((a.label != b.label).reshape(len(a.label), -1).any(axis=1))
     if len(differ):
-        what = f"{len(differ):,} of {len(a.label):,} images have another label, the first is image {a.index[differ[0]]}"
+        what = f"the labels of {len(differ):,} of {len(a.label):,} images differ, first at image {a.index[differ[0]]}"
         raise BadDataError(what, where, fix)
     if not a.labelled.any():
         raise BadDataError("no image has a label", where, fix)
 
 
 def as_text(comparison: Comparison, name_a: str, name_b: str) -> str:
-    """Returns the comparison as lines for a reader."""
+    """Formats a comparison as text."""
     c = comparison
     width = max(len(name_a), len(name_b)) + 2
 
     def row(letter: str, name: str, share: float, interval: tuple[float, float], only: int) -> str:
         return f"{letter}  {name:<{width}}{share:.4f}  [{interval[0]:.4f}, {interval[1]:.4f}]   {only:,}"
 
-    surprise = "nothing that chance would not do" if c.p_value >= 0.05 else "more than chance explains"
+    verdict = "not significant at the 5 % level" if c.p_value >= 0.05 else "significant at the 5 % level"
     return "\n".join(
         [
             f"{c.count:,} images",
-            f"   {'':<{width}}top-1   95 % interval      right alone",
+            f"   {'':<{width}}top-1   95 % interval      correct only here",
             row("A", name_a, c.accuracy_a, c.interval_a, c.only_a),
             row("B", name_b, c.accuracy_b, c.interval_b, c.only_b),
             f"B - A  {c.difference:+.4f}  [{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]  "
             f"(paired bootstrap, {RESAMPLES:,} resamples)",
-            f"McNemar's exact test: p = {c.p_value:.3g}, {surprise}",
+            f"McNemar's exact test: p = {c.p_value:.3g}, {verdict}",
         ]
     )

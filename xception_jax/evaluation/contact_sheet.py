@@ -1,4 +1,4 @@
-"""A contact sheet: thumbnails of images, each with what a network takes it for."""
+"""Draws a contact sheet: thumbnails of images with their predicted classes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 _DPI = 160
-_CELL = 2.0  # inches, a side of the square in which an image stands
-_CAPTION = 0.62  # inches below it
-_GAP = 0.22
-_SMALL = 160  # pixels of a longer side below which each is shown
+_CELL = 2.0  # width of an image, and its maximum height, in inches
+_CAPTION = 0.62  # height of a caption, in inches
+_GAP = 0.22  # in inches
+_SMALL = 160  # images with a longer side below this are drawn without smoothing, in pixels
 _MAX_COLUMNS = 8
 _NAME_LENGTH, _FILE_LENGTH = 24, 34  # characters that fit below an image
-# Matplotlib's own font has no Chinese, Japanese and Korean. One of these has, on Linux, macOS or Windows.
+# The default font of matplotlib lacks Chinese, Japanese and Korean. At least one of these fonts is usually available on
+# Linux, macOS or Windows.
 _FONTS = (
     *("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "IPAGothic"),
     *("Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
@@ -40,9 +41,9 @@ class Tile:
 
     Attributes:
       image: thumbnail, uint8 RGB.
-      file: its name.
+      file: file name.
       label: name of the most probable class.
-      probability: of that class, in [0, 1].
+      probability: probability of that class, in [0, 1].
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -52,14 +53,10 @@ class Tile:
 
 
 def draw(tiles: Sequence[Tile]) -> bytes:
-    """Draws the sheet, in rows of at most eight.
-
-    Returns:
-      A PNG.
-    """
+    """Draws the tiles in rows of at most eight, and returns a PNG."""
     columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(1.5 * len(tiles))))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    # A row is as high as its highest image: most photographs are wider than high.
+    # Most photographs are wider than tall, so a row is only as tall as its tallest image.
     heights = [_CELL * max(min(tile.image.shape[0] / tile.image.shape[1], 1.0) for tile in row) for row in rows]
     width, height = columns * (_CELL + _GAP) + _GAP, sum(heights) + len(rows) * (_CAPTION + _GAP) + _GAP
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
@@ -75,16 +72,16 @@ def draw(tiles: Sequence[Tile]) -> bytes:
         top -= row_height + _CAPTION + _GAP
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of characters that no font here has: boxes stand for them
+        warnings.simplefilter("ignore", UserWarning)  # characters missing in all installed fonts are drawn as boxes
         canvas.print_png(buffer)
     return buffer.getvalue()
 
 
 def _draw_image(axes: Axes, image: np.ndarray, aspect: float) -> None:
-    """Draws an image into a box of width 1 and height `aspect`, standing on its caption."""
+    """Draws an image at the bottom of a box of width 1 and height `aspect`."""
     height, width = image.shape[:2]
     longer = max(width, height / aspect)
-    # Small images are shown in their pixels, and not smoothed into something that the network does not see.
+    # Small images are not smoothed, so that the sheet shows the pixels that the network sees.
     axes.imshow(image, interpolation="nearest" if max(height, width) < _SMALL else "antialiased")
     axes.set_xlim((width - longer) / 2 - 0.5, (width + longer) / 2 - 0.5)
     axes.set_ylim(height - 0.5, height - longer * aspect - 0.5)
@@ -95,7 +92,7 @@ def _draw_caption(axes: Axes, tile: Tile) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.axis("off")
-    # A dollar sign in a name is no formula.
+    # A dollar sign in a name does not start a formula.
     style: dict[str, Any] = {"parse_math": False, "va": "baseline", "family": _installed_fonts()}
     axes.text(0, 0.62, _shorten(tile.label, _NAME_LENGTH), size=8.5, weight="bold", color=_INK, **style)
     axes.text(1, 0.62, f"{tile.probability:.0%}", size=8.5, color=_INK, ha="right", **style)
@@ -106,13 +103,13 @@ def _draw_caption(axes: Axes, tile: Tile) -> None:
 
 
 def _installed_fonts() -> list[str]:
-    """Returns those of `_FONTS` that are here: of any other, matplotlib says on standard error that it is not."""
+    """Returns the installed fonts of `_FONTS`. Matplotlib would print a warning for each of the others."""
     installed = font_manager.get_font_names()
     return [name for name in _FONTS if name in installed]
 
 
 def _shorten(text: str, length: int) -> str:
-    """Keeps both ends: the numbers of photographs are at the end of their names. Wide characters count as two."""
+    """Shortens a text in the middle, because file names often end in a number. Wide characters count as two."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     length = length * len(text) // (len(text) + wide) if wide else length
     kept = length - 1

@@ -1,4 +1,4 @@
-"""Exact evaluation: every image of a split counts once, whatever the batch size and the number of devices."""
+"""Evaluates a network exactly: every image counts once, for any batch size and any number of devices."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from xception_jax.metrics.metric import State, masked_count
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.parallel import DeviceBatch, gathered
 
-# Classes of each image that are saved with a prediction: enough for top-5.
+# Number of classes saved per image, enough for top-5.
 SAVED_CLASSES = 5
 
-_COUNTS = "counts"  # beside the states of the metrics
+_COUNTS = "counts"  # key of the image counts, beside the states of the metrics
 
 EvaluationStep = Callable[[dict, DeviceBatch], tuple[dict[str, State], DeviceBatch]]
 
 
 def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_logits: bool = False) -> EvaluationStep:
-    """Returns a jitted `step(variables, batch)`: the states of the metrics, and the best classes of each image.
+    """Returns a jitted `step(variables, batch) -> (metric states, best classes of each image)`.
 
     Args:
-      model: from `create_model`.
-      config: of the experiment; the loss, the number of classes and `evaluation.map_at` choose the metrics.
-      keep_logits: predictions also have the logits of all classes, 200 MB for ImageNet's validation set.
+      model: a network from `create_model`.
+      config: the config of the experiment. The loss, the number of classes and `evaluation.map_at` select the metrics.
+      keep_logits: whether predictions include the logits of all classes: 200 MB for ImageNet's validation set.
     """
     metrics, multi_label = metrics_of(config), config.loss.multi_label
 
@@ -69,20 +69,20 @@ def evaluate(
     """Evaluates several sets of variables in one pass over the images.
 
     Args:
-      step: from `make_evaluation_step`.
-      metrics: from `metrics_of` the same config.
-      variables: by the prefix of their metrics: {'': of this step, 'ema_': Polyak-averaged}.
-      batches: of this process; padded, with a mask.
-      num_examples: what the masks of all processes must sum to.
-      to_devices: makes a global batch of the parts that the processes hold.
-      poll: called with each batch before it is used; what it raises ends the evaluation.
+      step: a step from `make_evaluation_step`.
+      metrics: the metrics from `metrics_of` for the same config.
+      variables: sets of variables by metric prefix: '' for the current step, 'ema_' for the Polyak average.
+      batches: batches of this process, padded, with a mask.
+      num_examples: number of images, to which the masks of all processes must sum.
+      to_devices: builds a global batch from the local batches of all processes.
+      poll: called with each batch before it is used. An exception that it raises ends the evaluation.
 
     Returns:
-      The metrics, prefixed, with one `count` of images (with any number of labels an image also `unlabelled`, those
-      without any); and the predictions of the last set of variables.
+      The metrics, with prefixes, `count` (the number of images) and, for multi-label data, `unlabelled` (the number of
+      images without a label); and the predictions of the last set of variables.
 
     Raises:
-      RuntimeError: the masks do not sum to `num_examples`: an image was dropped or counted twice.
+      RuntimeError: the masks do not sum to `num_examples`, so an image was dropped or counted twice.
     """
     measured: dict[str, list[dict[str, State]]] = {prefix: [] for prefix in variables}
     parts: list[DeviceBatch] = []
@@ -109,12 +109,12 @@ def evaluate(
 
 
 def _fetch(parts: list[Any]) -> list[Any]:
-    """Returns trees of global arrays as NumPy arrays, of all processes."""
+    """Gathers trees of global arrays from all processes as NumPy arrays."""
     return [jax.tree.map(np.asarray, multihost_utils.process_allgather(part, tiled=True)) for part in parts]
 
 
 def _predictions(parts: list[Batch]) -> Predictions:
-    """Joins the predictions of all batches, without the padding."""
+    """Concatenates the predictions of all batches, without the padding."""
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     mask = columns.pop("mask").astype(bool)
     if columns["label"].ndim == 2:

@@ -17,20 +17,20 @@ from xception_jax.errors import InputMissingError
 from xception_jax.models import create_model
 from xception_jax.weights import Network
 
-THUMBNAIL = 320  # longer side, in pixels
+THUMBNAIL = 320  # longer side of a thumbnail, in pixels
 THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a network says of one image.
+    """The prediction of a network for one image.
 
     Attributes:
-      path: of the image.
-      classes: the most probable first; empty if the image cannot be read.
-      probabilities: of these.
+      path: path of the image.
+      classes: the most probable classes, best first. Empty if the image cannot be read.
+      probabilities: probabilities of these classes.
       error: why the image cannot be read, or ''.
-      thumbnail: the image, uint8 RGB, if it was asked for.
+      thumbnail: the image, uint8 RGB, if requested.
     """
 
     path: Path
@@ -43,15 +43,15 @@ class Prediction:
 def find_images(arguments: Sequence[str]) -> list[Path]:
     """Returns the files among the arguments, and the images in the folders among them, in alphabetical order.
 
-    In folders links are followed, and hidden names passed over. What is named itself is taken whatever its name.
+    In folders, links are followed and hidden files are ignored. An argument that is a file may have any name.
 
     Raises:
-      InputMissingError: one of them is not there, or a folder holds no image.
+      InputMissingError: a path does not exist, or a folder contains no image.
       StorageError: a folder cannot be read.
     """
-    found: dict[Path, None] = {}  # each once, in their order
+    found: dict[Path, None] = {}  # an ordered set
     for argument in map(Path, arguments):
-        if not os.path.exists(argument):  # unlike Path.exists also of a name that is too long for any file
+        if not os.path.exists(argument):  # unlike Path.exists, returns False for names that are too long
             raise InputMissingError("there is no such image or folder", printable(argument), "correct the path")
         if not argument.is_dir():
             found[argument] = None
@@ -59,21 +59,23 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         files = [path for path in folders.files(argument) if path.suffix.lower() in images.SUFFIXES and path.is_file()]
         if not files:
             suffixes = ", ".join(images.SUFFIXES)
-            raise InputMissingError("there is no image in the folder", printable(argument), f"names end in {suffixes}")
+            raise InputMissingError(
+                "there is no image in the folder", printable(argument), f"use images with the suffix {suffixes}"
+            )
         found |= dict.fromkeys(files)
     return list(found)
 
 
 def class_names(network: Network) -> list[str]:
-    """Returns a name for each class, with words for ImageNet's WordNet ids.
+    """Returns a name for each class. WordNet ids of ImageNet are replaced by words.
 
-    A file that names none is taken for ImageNet's if it has as many: those of Keras and timm are in this order.
-    Otherwise classes have numbers.
+    If the weights do not name their 1,000 classes, ImageNet's order is assumed, as in Keras and timm. Other classes
+    without a name are numbered.
     """
     words = imagenet_classes.class_words()
     names = network.classes
     if names is None and network.model.num_classes == len(words):
-        print("the weights do not name their 1,000 classes: they are taken for ImageNet's", file=sys.stderr)
+        print("the weights do not name their 1,000 classes; assuming those of ImageNet", file=sys.stderr)
         names = tuple(imagenet_classes.class_names())
     if names is None:
         return [f"class {number}" for number in range(network.model.num_classes)]
@@ -88,17 +90,19 @@ def predict(
     batch_size: int = 32,
     thumbnails: int = 0,
 ) -> Iterator[Prediction]:
-    """Predicts images in batches of equal size, so that one program is compiled, and loads the next one meanwhile.
+    """Predicts the classes of images in batches. The next batch is loaded while the devices compute.
+
+    All batches have the same size, so that only one program is compiled.
 
     Args:
-      network: with a classifier; it tells how logits become probabilities.
-      paths: files of images.
-      top: classes of each image.
-      batch_size: images at a time.
-      thumbnails: so many of the first images come with one.
+      network: a network with a classifier.
+      paths: paths of the images.
+      top: number of classes per image.
+      batch_size: images per batch.
+      thumbnails: number of images, from the first, whose predictions include a thumbnail.
 
     Yields:
-      A prediction for each path, in their order.
+      A prediction for each path, in the same order.
     """
     model = create_model(network.model)
     top = min(top, network.model.num_classes)
@@ -135,7 +139,7 @@ def predict(
 
 
 def _load(path: Path, view: images.Preprocessing, thumbnail: bool) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Returns the view of an image, black if it cannot be read; why it cannot; and its thumbnail if it is wanted."""
+    """Returns the preprocessed image, an error and an optional thumbnail. An unreadable image is all zeros."""
     pixels = np.zeros((view.size, view.size, 3), np.float32)
     try:
         image = images.decode(path.read_bytes())
@@ -148,5 +152,5 @@ def _load(path: Path, view: images.Preprocessing, thumbnail: bool) -> tuple[np.n
 
 
 def printable(path: str | Path) -> str:
-    """Returns a path as one line of text: no control characters, and no bytes that are no text."""
+    """Returns a path as one line of text, with unprintable characters replaced."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(path))

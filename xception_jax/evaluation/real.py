@@ -1,8 +1,8 @@
-"""ReaL: other labels for ImageNet's validation set (Beyer et al. 2020, "Are we done with ImageNet?", 2006.07159).
+"""Scores predictions by the ReaL labels of ImageNet's validation set (Beyer et al. 2020, arXiv 2006.07159).
 
-Several people looked at each image again and named every class that it shows; a prediction is right if it is one of
-them. real.json is a list of 50,000 lists of labels, in the order of the file names ILSVRC2012_val_00000001.JPEG and on.
-An image for which nobody found a class (3,163 of them) is left out.
+Several annotators labeled each image again with every class that it shows; a prediction is correct if it is one of
+them. real.json is a list of 50,000 lists of labels, in the order of the file names, from ILSVRC2012_val_00000001.JPEG.
+The 3,163 images without a label are excluded.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FETCH = "get real.json from github.com/google-research/reassessed-imagenet"
 
 
 def load_real_labels(path: str | os.PathLike[str], num_classes: int) -> list[frozenset[int]]:
-    """Reads real.json: for each validation image, by its number - 1, the set of its labels.
+    """Reads real.json, and returns the set of labels of each validation image, indexed by its number - 1.
 
     Raises:
       InputMissingError: there is no such file.
-      BadDataError: it is something else.
+      BadDataError: the file does not contain such labels.
     """
     try:
         lists = json.loads(Path(path).read_text())
@@ -36,36 +36,36 @@ def load_real_labels(path: str | os.PathLike[str], num_classes: int) -> list[fro
     except (FileNotFoundError, IsADirectoryError):
         raise InputMissingError("there is no such file of ReaL labels", os.fspath(path), _FETCH) from None
     except (ValueError, TypeError) as error:
-        raise BadDataError(f"the file is no list of lists of labels: {error}", os.fspath(path), _FETCH) from None
+        raise BadDataError(f"the file is not a list of lists of labels: {error}", os.fspath(path), _FETCH) from None
     for number, of_image in enumerate(labels, 1):
         if not all(0 <= label < num_classes for label in of_image):
-            what = f"image {number} has the labels {sorted(of_image)}, the network has {num_classes} classes"
+            what = f"image {number} has the labels {sorted(of_image)}, but the network has {num_classes} classes"
             raise BadDataError(what, os.fspath(path), _FETCH)
     return labels
 
 
 def image_numbers(source: Source, labels: list[frozenset[int]]) -> list[int]:
-    """Returns the number in the file name of every image of a split of imagenet2012, in its order.
+    """Returns the number in the file name of every image of a split of imagenet2012.
 
-    Every record is read for it, but nothing is decoded.
+    Reads every record, without decoding the images.
 
     Raises:
-      UsageError: the images are not those of ImageNet's validation set.
-      BadDataError: an image has no entry in the labels.
+      UsageError: the images are not from ImageNet's validation set.
+      BadDataError: the labels have no entry for an image.
     """
     names = source.file_names() if isinstance(source, TfdsSource) else None
     found = [_FILE_NAME.fullmatch(Path(name).name) for name in names or ()]
     if not found or not all(found):
-        example = f": an image is called {names[found.index(None)]!r}" if names else ", it does not name its files"
+        example = f" with a file {names[found.index(None)]!r}" if names else ", which does not record file names"
         raise UsageError(
-            f"ReaL labels are for ImageNet's validation set, and this is {source.info.name}{example}",
+            f"ReaL labels are for ImageNet's validation set, but this is {source.info.name}{example}",
             f"split {source.info.split}",
-            "leave --real out, or pass --dataset imagenet2012 --split validation",
+            "remove --real, or pass --dataset imagenet2012 --split validation",
         )
     numbers = [int(match[1]) for match in found if match]
     if max(numbers) > len(labels):
-        what = f"there is an image {max(numbers)}, but labels of {len(labels):,} images"
-        raise BadDataError(what, "--real", f"{_FETCH}, the whole of it")
+        what = f"the split has an image {max(numbers)}, but the file has labels of {len(labels):,} images"
+        raise BadDataError(what, "--real", f"{_FETCH}, the complete file")
     return numbers
 
 
@@ -73,12 +73,13 @@ def real_accuracy(predictions: Predictions, numbers: list[int], labels: list[fro
     """Scores predictions by ReaL labels.
 
     Args:
-      predictions: of a split of ImageNet's validation set.
-      numbers: in the file name of each image of the split, by its index.
-      labels: of each image of the set, by its number - 1.
+      predictions: predictions for a split of ImageNet's validation set.
+      numbers: result of `image_numbers` for the split.
+      labels: result of `load_real_labels`.
 
     Returns:
-      real_count, the images with a label; real_top1 and real_top5, shares of them, with their intervals.
+      real_count, the number of images with a label; real_top1 and real_top5, accuracies over these images; and the
+      intervals of both.
     """
     hits = []
     for index, classes in zip(predictions.index, predictions.classes[:, :5], strict=True):

@@ -1,4 +1,4 @@
-"""The outcome of an evaluation for a reader and for a program: a text, a table of the classes, JSON."""
+"""Formats the results of an evaluation as text and as a table of classes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _SETS = {"": "weights", "ema_": "Polyak average"}
 
 
 def as_text(metrics: dict[str, Any], prefixes: Sequence[str], measured: Sequence[Metric]) -> str:
-    """Returns the metrics as lines for a reader.
+    """Formats the metrics of an evaluation as text.
 
     Args:
-      metrics: as `evaluate --json` prints them.
-      prefixes: of the sets of variables, one column each.
+      metrics: values by name, as printed by `evaluate --json`.
+      prefixes: metric prefixes of the sets of variables, one column each.
       measured: the metrics of the evaluation.
     """
     rows = {metric.name: metric.title for metric in measured} | {
@@ -32,7 +32,7 @@ def as_text(metrics: dict[str, Any], prefixes: Sequence[str], measured: Sequence
         "real_top5": "ReaL top-5",
         "calibration_error": "calibration error",
         "temperature": "temperature",
-        "calibration_error_after": "calibration error with it",
+        "calibration_error_after": "calibration error, scaled",
     }
     where = metrics["source"] + (f", checkpoint {metrics['step']}" if "step" in metrics else "")
     images = f"{metrics['count']:,} images"
@@ -58,16 +58,16 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
         low, high = metrics[f"{key}_interval"]
         text += f"  [{low:.4f}, {high:.4f}]"
     if metrics.get(f"{key}_at_limit"):
-        text += "  at its limit"
+        text += "  at its limit"  # of the search interval
     return text
 
 
 def class_rows(predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns a row for each class: images, and how well they are recognised.
+    """Returns one row per class, with the number of its images and how well they are recognized.
 
-    With one label an image: right, accuracy, low and high (a Wilson interval of 95 %), confused_with (the class that
-    its images are most often taken for) and confused (how often). With any number of labels: average_precision, a
-    lower bound where there are more classes than were saved for an image. A figure over no image is None.
+    Single-label rows have right (number of correct predictions), accuracy, low and high (95 % Wilson interval),
+    confused_with (the most frequent wrong prediction) and confused (its count). Multi-label rows have
+    average_precision, a lower bound unless all classes were saved. Values of classes without images are None.
     """
     if predictions.multi_label:
         images, precisions = predictions.label.sum(axis=0), class_average_precision(predictions)
@@ -108,10 +108,10 @@ def class_rows(predictions: Predictions, names: Sequence[str]) -> list[dict[str,
 
 
 def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows of the same fields as a CSV file with a header.
+    """Writes rows with the same fields to a CSV file with a header.
 
     Raises:
-      StorageError: it cannot be written.
+      StorageError: the file cannot be written.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -120,4 +120,4 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
     try:
         write_atomically(path, text.getvalue())
     except OSError as error:
-        raise StorageError(f"the table cannot be written: {error.strerror}", path, "write it elsewhere") from None
+        raise StorageError(f"the table cannot be written: {error.strerror}", path, "choose another path") from None

@@ -1,7 +1,7 @@
-"""Temperature scaling (Guo et al. 2017, 1706.04599, section 4.2): one number that makes probabilities honest.
+"""Calibrates probabilities by temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2).
 
-Logits are divided by a temperature, fitted by minimising the negative log-likelihood. The order of the classes, and so
-the accuracy, stays as it is.
+Logits are divided by a temperature that minimizes the negative log-likelihood. The order of the classes, and so the
+accuracy, does not change.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LOWEST, HIGHEST = 0.02, 50.0
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How honest the probabilities are.
+    """Calibration of the probabilities, before and after temperature scaling.
 
     Attributes:
-      calibration_error: expected calibration error of the probabilities as they are, in 15 bins.
-      temperature: fitted on all images: the one to use on others.
-      temperature_at_limit: it is `LOWEST` or `HIGHEST`, and the minimum there or beyond.
-      calibration_error_after: with temperatures that were fitted on other images than those they are applied to.
+      calibration_error: expected calibration error before scaling, in 15 bins.
+      temperature: temperature fitted on all images, to use on other images.
+      temperature_at_limit: whether the temperature is `LOWEST` or `HIGHEST`; the optimum may then lie beyond.
+      calibration_error_after: expected calibration error after scaling, by cross-fitting.
     """
 
     calibration_error: float
@@ -36,14 +36,14 @@ class Calibration:
 
 
 def calibrate(predictions: Predictions) -> Calibration:
-    """Fits temperatures by cross-fitting: that of the images with an even index is applied to the odd, and vice versa.
+    """Measures the calibration error before and after temperature scaling.
 
-    So the error afterwards is that on images which the temperature has not seen, every image counts, and no second
-    split is needed, which ImageNet's validation set, for one, has not. Halves by parity, and not first and second,
-    because a dataset may be sorted by class.
+    The error after scaling is cross-fitted: the temperature of the images with even indices is applied to those with
+    odd indices, and vice versa. Every image counts, no image is scaled by a temperature that was fitted on it, and no
+    second split is needed. The images are divided by parity because a dataset may be sorted by class.
 
     Args:
-      predictions: with logits, one label an image.
+      predictions: single-label predictions with logits.
     """
     assert predictions.logits is not None
     even = predictions.index % 2 == 0
@@ -63,9 +63,10 @@ def calibrate(predictions: Predictions) -> Calibration:
 
 
 def fit_temperature(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> float:
-    """Returns the temperature in [LOWEST, HIGHEST] with the smallest negative log-likelihood.
+    """Returns the temperature in [LOWEST, HIGHEST] that minimizes the negative log-likelihood.
 
-    That is convex in 1 / temperature, so the minimum is the only one. NaN without images, or if a logit is not finite.
+    The minimum is unique, because the loss is convex in 1 / temperature. Returns NaN if there are no images or if a
+    logit is not finite.
     """
     if not len(logits) or not np.isfinite(logits).all():
         return math.nan
@@ -78,7 +79,7 @@ def fit_temperature(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " 
 
     bounds = (math.log(LOWEST), math.log(HIGHEST))
     found = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
-    # The search comes close to a bound, and never reaches it.
+    # The search approaches a bound but never reaches it.
     return next((limit for limit in (LOWEST, HIGHEST) if math.isclose(found, limit, rel_tol=1e-3)), found)
 
 
@@ -88,5 +89,5 @@ def _best_probability(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _log_sum_exp(shifted: np.ndarray, scale: float) -> np.ndarray:
-    """Returns [n] of logits whose largest is zero, times a scale."""
+    """Returns log-sum-exp [n] of scaled logits [n, c], whose maximum in each row is zero."""
     return np.log(np.exp(shifted * np.float32(scale)).sum(axis=1, dtype=np.float64))

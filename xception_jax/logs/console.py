@@ -1,4 +1,4 @@
-"""Console output of a run: a header, messages, and a progress line; and the throughput that it shows."""
+"""Prints the console output of a run (header, messages and progress line), and measures its throughput."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 
 def format_count(count: float) -> str:
-    """Returns a large number with three digits and a prefix: 8357403496 is '8.36 G'."""
+    """Formats a large number with three digits and a prefix: 8357403496 is '8.36 G'."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= 0.9995 * factor:
             value = count / factor
@@ -27,7 +27,7 @@ def format_count(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Returns the two largest units of a duration: '2d 03h', '1h 05m', '12m 09s', '42s'; '?' if not finite."""
+    """Formats a duration by its two largest units: '2d 03h', '1h 05m', '12m 09s', '42s'; '?' if not finite."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(max(seconds, 0)), 60)
@@ -41,7 +41,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_header(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Returns a title, then rows of name and value with the values aligned."""
+    """Formats a title followed by rows of names and values, with the values aligned."""
     width = max((len(name) for name, _ in rows), default=0)
     lines = (f"  {name:<{width}}  {value}".replace("\n", "\n" + " " * (width + 4)) for name, value in rows)
     return "\n".join([title, *lines])
@@ -49,16 +49,17 @@ def format_header(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is. None stands for what is not known yet.
+    """The progress of a run. None means not known yet.
 
     Attributes:
-      step, total_steps: steps done and to do.
-      epoch: passes over the training data so far.
-      loss: of the last step that was read.
-      learning_rate: of that step.
-      images_per_second: over all devices.
-      input_share: share of the time in which the devices wait for the next batch, in [0, 1].
-      seconds_left: estimated, with evaluations and saves.
+      step: number of finished steps.
+      total_steps: number of steps of the whole run.
+      epoch: number of passes over the training data so far.
+      loss: loss of the last finished step.
+      learning_rate: learning rate of that step.
+      images_per_second: speed of training, over all devices.
+      input_share: share of the time that the devices wait for input, in [0, 1].
+      seconds_left: estimated remaining time, including evaluations and saves.
     """
 
     step: int
@@ -71,7 +72,7 @@ class Progress:
     seconds_left: float | None = None
 
     def __str__(self) -> str:
-        """Returns what follows the step in a line, the most important first: a narrow terminal cuts the end off."""
+        """Formats everything except the step, the most important first, because narrow terminals cut off the end."""
         parts = [f"loss {self.loss:.4g}"]
         if self.seconds_left is not None:
             parts.append(f"{format_duration(self.seconds_left)} left")
@@ -85,19 +86,19 @@ class Progress:
 
 
 def say(line: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one; a closed stream is ignored."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+    """Prints a line to standard error, above the progress bar if there is one. Errors of the stream are ignored."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError if the stream is closed
         tqdm.write(line, file=sys.stderr)
 
 
 class ProgressLine:
-    """Shows the progress: a bar that is updated in place on a terminal, plain lines at log points elsewhere.
+    """Context manager that shows the progress: a bar in a terminal, otherwise one line per log point.
 
-    Whatever `say` prints and records of logging appear above the bar. Used as a context manager.
+    Lines printed by `say` and log records appear above the bar.
 
     Args:
-      total_steps: of the whole run.
-      step: that the run starts from.
+      total_steps: number of steps of the whole run.
+      step: the step that the run starts from.
     """
 
     def __init__(self, total_steps: int, step: int):
@@ -110,7 +111,7 @@ class ProgressLine:
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%  step {n_fmt}/{total_fmt}  {desc}",
         )
-        # absl's own handler passes records on without asking its filters, so the one inside gets the filter too.
+        # The handler of absl ignores its own filters, so the filter is also added to the handler inside it.
         handlers = [*logging.root.handlers, logging.lastResort, absl_logging.get_absl_handler().python_handler]
         self._handlers = [handler for handler in handlers if handler is not None and terminal]
         for handler in self._handlers:
@@ -121,7 +122,7 @@ class ProgressLine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the last line where it is and the terminal as it was found."""
+        """Closes the bar, which leaves its last line on the terminal, and removes the logging filters."""
         for handler in self._handlers:
             handler.removeFilter(self._clear)
         with contextlib.suppress(OSError, ValueError):
@@ -133,7 +134,7 @@ class ProgressLine:
         return True
 
     def show(self, progress: Progress, *, log_point: bool) -> None:
-        """Shows the progress now; where there is no terminal, only at log points."""
+        """Shows the progress. Without a terminal, only at log points."""
         if self._bar.disable:
             if log_point:
                 say(f"step {progress.step:,}/{progress.total_steps:,}  {progress}")
@@ -146,16 +147,15 @@ class ProgressLine:
 
 
 class Throughput:
-    """Measures the speed of training from the time between marks, set where a step is known to have finished.
+    """Measures the speed of training from the intervals between marks, which are set when a step has finished.
 
-    The first mark only starts the clock, so that compiling does not count, and neither does what runs in `paused`.
-    The speed is that of the median interval, so that an interval in which the process was stopped or the machine was
-    busy changes nothing.
+    The first mark only starts the clock, so compilation does not count. Time spent in `paused` does not count either.
+    The speed is that of the median interval, so a disturbed interval has no effect.
 
     Args:
       batch_size: images per step.
-      window: intervals that are remembered.
-      clock: seconds, monotonic.
+      window: number of intervals to keep.
+      clock: returns monotonic time in seconds.
     """
 
     def __init__(self, batch_size: int, window: int = 20, clock: Callable[[], float] = time.monotonic):
@@ -166,7 +166,7 @@ class Throughput:
         self._paused_seconds, self._steps = 0.0, 0
 
     def mark(self, step: int) -> None:
-        """Notes that `step` steps have finished by now."""
+        """Records that `step` steps have finished."""
         now = self._clock()
         if self._step is not None and step > self._step:
             steps, seconds = step - self._step, max(now - self._since, 1e-9)
@@ -176,7 +176,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes what happens within, an evaluation or a save; `seconds_left` expects more of it."""
+        """Excludes an evaluation or a save from the speed. `seconds_left` assumes that more of them will follow."""
         start = self._clock()
         try:
             yield
@@ -188,7 +188,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what happens within as waiting for input."""
+        """Counts the time spent in this context as waiting for input."""
         start = self._clock()
         try:
             yield
@@ -197,22 +197,22 @@ class Throughput:
 
     @property
     def _seconds_per_step(self) -> float | None:
-        # The lower of two, as the higher is more often a disturbance.
+        # The lower median, because a slow interval is more likely to be disturbed.
         return statistics.median_low(seconds for seconds, _ in self._intervals) if self._intervals else None
 
     @property
     def images_per_second(self) -> float | None:
-        """Images per second over all devices; None before the second mark."""
+        """Images per second over all devices, or None before the second mark."""
         seconds = self._seconds_per_step
         return self._batch_size / seconds if seconds else None
 
     @property
     def input_share(self) -> float | None:
-        """The share of an interval spent in `waiting`, in [0, 1], on average; None before the second mark."""
-        # A mean of shares: in a ratio of sums, one interval in which the process was stopped would be all there is.
+        """Average share of an interval spent in `waiting`, in [0, 1], or None before the second mark."""
+        # A mean of shares, because a single very long interval would dominate a ratio of sums.
         return statistics.fmean(share for _, share in self._intervals) if self._intervals else None
 
     def seconds_left(self, steps: int) -> float | None:
-        """Returns the time that `steps` more steps take, with as many pauses per step as there were so far."""
+        """Estimates the seconds for `steps` more steps, with as much pause time per step as so far."""
         seconds = self._seconds_per_step
         return steps * (seconds + self._paused_seconds / self._steps) if seconds else None

@@ -1,6 +1,6 @@
-"""The record of a run: metrics.jsonl, one JSON object a line, each with its `step` and `split`.
+"""Reads and writes metrics.jsonl: one JSON object per line, each with a `step` and a `split`.
 
-Numbers that JSON cannot hold (NaN, inf) are written as null, which every reader accepts, and read back as NaN.
+Numbers that JSON cannot represent (NaN, inf) are written as null and read back as NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def _plain(value: Any) -> Any:
-    """Returns a scalar of Python, NumPy or JAX as what JSON can hold."""
+    """Converts a scalar of Python, NumPy or JAX, or a list of them, to JSON-serializable data."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, list):
@@ -31,7 +31,7 @@ def _plain(value: Any) -> Any:
 
 
 def json_ready(value: Any) -> Any:
-    """Returns plain data with None in the place of floats that JSON has no word for."""
+    """Replaces floats that are not finite by None, in nested mappings and lists."""
     if isinstance(value, Mapping):
         return {str(name): json_ready(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -46,7 +46,7 @@ def _with_nan(value: Any) -> Any:
 
 
 def _parse(content: bytes) -> Iterator[dict[str, Any] | None]:
-    """Yields the entry of each line, None for a line that is torn or damaged."""
+    """Yields the entry of each line, or None if the line is incomplete or damaged."""
     for line in content.splitlines():
         try:
             entry = json.loads(line)
@@ -60,9 +60,9 @@ def _encode(entry: Mapping[str, Any]) -> bytes:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the entries of a metrics.jsonl in their order: none if there is no file, and no torn line.
+    """Returns the entries of a metrics.jsonl in order, with null as NaN. A missing file has no entries.
 
-    A run that is writing the file may be going on. Null is read as NaN.
+    Skips incomplete lines, so it can read the file of a run that is still training.
     """
     try:
         content = Path(path).read_bytes()
@@ -73,19 +73,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends to a metrics.jsonl, which after any crash and resume holds each entry once and each line whole.
+    """Appends to a metrics.jsonl, which has each entry exactly once after any crash and resume.
 
-    Opening it for a run that starts or resumes at `step` drops the entries after `step`, because the run will write
-    them again, and lines that a kill or a power cut left torn. An entry goes to the operating system as one write
-    before `write` returns, so a kill -9 loses none. If the disk is full or fails, that is one warning: entries wait
-    in memory, and each later call tries again.
+    Opening the file drops incomplete lines, and all entries after `step`, which the run will write again. `write`
+    passes each entry to the operating system in one call, so kill -9 loses none. If the disk is full or fails, there
+    is one warning; entries are kept in memory, and every later call retries.
 
     Args:
-      path: the file; its directory exists.
-      step: the step of the state that the run starts from; 0 for a new one.
+      path: the file, in an existing directory.
+      step: the step that the run starts or resumes from.
 
     Raises:
-      WorkdirError: the file cannot be opened, or not be repaired.
+      WorkdirError: the file cannot be opened or repaired.
     """
 
     def __init__(self, path: str | os.PathLike[str], step: int = 0):
@@ -115,15 +114,15 @@ class MetricsLog:
         if repaired != content:
             write_atomically(self._path, repaired)
         if damaged := parsed.count(None):
-            log.warning("%s: left out %d damaged line%s", self._path, damaged, "s" * (damaged > 1))
+            log.warning("%s: removed %d damaged line%s", self._path, damaged, "s" * (damaged > 1))
         return entries
 
     def has(self, step: int, split: str) -> bool:
-        """Whether there is an entry of this step and split, also one from before a resume."""
+        """Returns whether there is an entry for this step and split, including entries before a resume."""
         return (step, split) in self._written
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Appends one entry; values are scalars (Python, NumPy, JAX), strings, or lists of them.
+        """Appends one entry. Values are scalars (Python, NumPy or JAX), strings, or lists of them.
 
         Raises:
           ValueError: a value is an array.
@@ -137,12 +136,11 @@ class MetricsLog:
         data = b"".join(self._waiting)
         try:
             done = 0
-            while done < len(data):  # a disk that fills up takes a part of a write, and fails the next
+            while done < len(data):  # a disk that fills up completes part of a write and fails the next
                 done += os.write(self._file, data[done:])
         except OSError as error:
             self._warn(error)
-            # The file keeps whole lines only; what is waiting is written again from its start. Making a file shorter
-            # needs no space.
+            # Remove partial lines; all waiting entries will be written again. Truncating a file needs no space.
             os.ftruncate(self._file, self._size)
             return False
         self._waiting.clear()
@@ -152,16 +150,17 @@ class MetricsLog:
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             log.warning(
-                "%s: cannot be written (%s); training goes on, and entries wait in memory until it can",
+                "%s: cannot be written (%s); training continues, and entries are kept in memory until it can",
                 self._path,
                 error.strerror,
             )
         self._warned = True
 
     def sync(self) -> None:
-        """Puts all entries on the disk: to be called before a checkpoint counts as saved.
+        """Flushes all entries to disk. Must be called before a checkpoint is saved.
 
-        Otherwise a power cut could keep the checkpoint and lose the entries before it, which no resume writes again.
+        Otherwise a power failure could keep the checkpoint but lose entries before it, which a resumed run does not
+        write again.
         """
         if self._flush():
             try:
@@ -170,7 +169,7 @@ class MetricsLog:
                 self._warn(error)
 
     def close(self) -> None:
-        """Syncs and closes the file; entries that still cannot be written are lost."""
+        """Syncs and closes the file. Entries that still cannot be written are lost."""
         self.sync()
         if self._waiting:
             log.warning("%s: %d entries could not be written", self._path, len(self._waiting))

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace of some steps, and their most expensive operations by layer."""
+"""Profiles training steps: records a trace, and lists the most expensive operations by layer."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, NamedTuple
 
 import jax
 
-STEPS_BEFORE = 2  # steps before the trace: the first ones pay for buffers and caches
+STEPS_BEFORE = 2  # steps before the trace; the first steps are slower, because they fill buffers and caches
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
-# Parts of an op_name that are JAX's, not the network's: transformations, control flow, and Flax' method calls.
+# Parts of an op_name that are not layers: transformations, control flow, and method calls of Flax.
 _NOT_A_LAYER = re.compile(
     r".*\(.*\)|.*\._?\w+|cond|while|body|scan|shard_map|closed_call|eval_jaxpr|checkpoint|custom_\w+|branch_\d+_fun|"
 )
 
 
 class Operation(NamedTuple):
-    """What belongs together in a profile.
+    """A group of compiled operations in a profile.
 
     Attributes:
-      layer: path of the layer in the network, such as 'block2_sepconv1/spatial'; '-' outside of any.
-      direction: 'forward', 'backward', or 'update' for what is neither, such as the optimiser.
+      layer: path of the layer in the network, such as 'block2_sepconv1/spatial', or '-' if outside of any layer.
+      direction: 'forward', 'backward', or 'update' for everything else, such as the optimizer.
       kind: name of the compiled operation without its number, such as 'convolution' or 'add_multiply_fusion'.
     """
 
@@ -37,7 +37,7 @@ class Operation(NamedTuple):
 def layer_of(op_name: str) -> tuple[str, str]:
     """Returns (layer, direction) of an XLA op_name: 'jit(step)/jvp(Net)/conv1/add' is ('conv1', 'forward').
 
-    An operation that XLA made of several has their names with semicolons between; the first counts.
+    If XLA has combined several operations, their names are separated by semicolons. The first one is used.
     """
     parts = op_name.partition(";")[0].split("/")
     layer = "/".join(part for part in parts[:-1] if not _NOT_A_LAYER.fullmatch(part))
@@ -47,16 +47,15 @@ def layer_of(op_name: str) -> tuple[str, str]:
 
 
 def read_trace(directory: Path, hlo: str) -> Counter[Operation]:
-    """Returns the nanoseconds that each operation of one compiled program took in the newest trace of `directory`.
+    """Returns the time in nanoseconds of each operation of one compiled program, from the newest trace in `directory`.
 
-    An operation inside another, such as the body of a loop, counts once. Several threads or devices at work at the same
-    time count each. On a CPU XLA's threads name the operation, and on a GPU its streams do (except of kernels inside a
-    CUDA graph, which have no layer). On a TPU the line 'XLA Ops' of each device does, after XLA's documentation: that
-    has not been run on one.
+    Nested operations, such as the body of a loop, are counted once. Times are summed over threads and devices. Events
+    name their operation in XLA's threads on CPU, and in its streams on GPU (kernels of a CUDA graph have no layer). For
+    TPU this reads the line 'XLA Ops' of each device, as documented by XLA; it has not been tested on a TPU.
 
     Args:
-      directory: as given to `jax.profiler.trace`.
-      hlo: text of the compiled program, `compiled.as_text()`; it says which layer an operation comes from.
+      directory: the directory passed to `jax.profiler.trace`.
+      hlo: text of the compiled program, `compiled.as_text()`, which maps operations to layers.
 
     Raises:
       FileNotFoundError: there is no trace.
@@ -80,7 +79,7 @@ def read_trace(directory: Path, hlo: str) -> Counter[Operation]:
 
 
 def _instruction(event: Any, on_device: bool, module: str | None) -> str:
-    """Returns the name of the HLO instruction that an event is about; '' if none, or one of another program."""
+    """Returns the name of the HLO instruction of an event, or '' if it has none or is from another program."""
     stats = dict(event.stats)
     if stats.get("hlo_module", module) != module:
         return ""
@@ -91,7 +90,7 @@ def _instruction(event: Any, on_device: bool, module: str | None) -> str:
 
 
 def _own_time(events: Iterable[tuple[Any, str]]) -> Iterable[tuple[str, float]]:
-    """Yields the nanoseconds of each event without those in which a later one runs, inside it or on beyond its end."""
+    """Yields the name and nanoseconds of each event, excluding the time during which a later event runs."""
     open_events: list[list[Any]] = []  # [end, name, own nanoseconds], the innermost last
     for event, name in sorted(events, key=lambda pair: (pair[0].start_ns, -pair[0].duration_ns)):
         while open_events and open_events[-1][0] <= event.start_ns:
@@ -104,13 +103,13 @@ def _own_time(events: Iterable[tuple[Any, str]]) -> Iterable[tuple[str, float]]:
 
 
 def format_operations(nanoseconds: Counter[Operation], steps: int, count: int = 10) -> str:
-    """Returns a table of the `count` most expensive operations: milliseconds a step, share, layer, kind."""
+    """Formats a table of the `count` most expensive operations: milliseconds per step, share, layer, kind."""
     total = nanoseconds.total()
     rows = [
         (f"{own / steps / 1e6:.2f}", f"{own / total:.1%}", layer, direction, kind)
         for (layer, direction, kind), own in nanoseconds.most_common(count)
     ]
-    rows = [("ms a step", "share", "layer", "pass", "operation"), *rows]
+    rows = [("ms per step", "share", "layer", "pass", "operation"), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         f"{ms:>{widths[0]}}  {share:>{widths[1]}}  {layer:{widths[2]}}  {direction:{widths[3]}}  {kind}"
@@ -119,13 +118,13 @@ def format_operations(nanoseconds: Counter[Operation], steps: int, count: int = 
 
 
 class StepTrace:
-    """Traces some steps of a loop, once, and reports what is expensive in them.
+    """Traces a number of training steps once, and reports their most expensive operations.
 
     Args:
-      directory: gets the trace, which TensorBoard, XProf and Perfetto show.
-      steps: how many; 0 traces none.
+      directory: directory for the trace, which TensorBoard, XProf and Perfetto can open.
+      steps: number of steps to trace, or 0 for none.
       hlo: returns the text of the compiled step.
-      report: takes the finished table.
+      report: called with the finished table.
     """
 
     def __init__(self, directory: Path, steps: int, hlo: Callable[[], str | None], report: Callable[[str], None]):
@@ -133,12 +132,12 @@ class StepTrace:
         self._calls, self._started = 0, 0.0
 
     def before_step(self, state: Any) -> None:
-        """Starts or ends the trace if it is time; waits for `state` (what the last step gave) when it does."""
+        """Starts or ends the trace if it is due, after waiting for `state`, the result of the previous step."""
         if self._steps:
             if self._calls == STEPS_BEFORE:
                 jax.block_until_ready(state)
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # Python's calls would be most of the file
+                options.python_tracer_level = 0  # otherwise most of the file would be Python calls
                 jax.profiler.start_trace(self._directory, profiler_options=options)
                 self._started = time.monotonic()
             self._calls += 1
@@ -146,20 +145,20 @@ class StepTrace:
                 self.end(state)
 
     def end(self, state: Any) -> None:
-        """Ends the trace if one is going on, and reports."""
+        """Ends the trace, if one is active, and reports it."""
         steps, self._steps = self._steps, 0
         if not steps:
             return
         traced = min(steps, self._calls - STEPS_BEFORE)
         if traced < 1:
-            self._report(f"nothing was traced: the run took fewer than {STEPS_BEFORE + 1} steps")
+            self._report(f"no profile: the run had fewer than {STEPS_BEFORE + 1} steps")
             return
         jax.block_until_ready(state)
         seconds = time.monotonic() - self._started
         jax.profiler.stop_trace()
         nanoseconds = read_trace(self._directory, self._hlo() or "")
         self._report(
-            f"profile of {traced} steps, {seconds / traced * 1e3:.1f} ms each; the operations of a step add up to "
+            f"profile of {traced} steps, {seconds / traced * 1e3:.1f} ms each; the operations of a step sum to "
             f"{nanoseconds.total() / traced / 1e6:.1f} ms over all threads or devices\n"
             f"{format_operations(nanoseconds, traced)}\ntrace: {self._directory}"
         )

@@ -1,8 +1,8 @@
-"""TensorBoard and Weights & Biases: optional copies of what metrics.jsonl holds, which never stop a run.
+"""Copies the entries of metrics.jsonl to TensorBoard or Weights & Biases.
 
-Both packages are imported only here and only when asked for. A package that is missing is an error of the config,
-told before training starts; whatever fails later (a directory that is not writable, a disk, a network, a service)
-is one warning, and the tracker is off from then on.
+Both packages are optional, and are imported only if they are used. A missing package is a ConfigError before training
+starts. Any later failure (an unwritable directory, the network, the service) disables the tracker with one warning, and
+never stops the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xception_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# What a tracker needs: a function that takes (step, {"split/name": value}), and one that closes it.
+# A function that sends (step, {"split/name": value}), and a function that closes the connection.
 Connection = tuple[Callable[[int, dict[str, Any]], None], Callable[[], None]]
 
 
@@ -27,7 +27,7 @@ class Tracker:
     """Sends entries to a service until the first failure.
 
     Args:
-      name: of the service, for the warning.
+      name: name of the service, for the warning.
       connect: opens the connection.
     """
 
@@ -37,7 +37,7 @@ class Tracker:
         self._connection = self._attempt(connect)
 
     def _attempt(self, action: Callable[..., Any], *args: Any) -> Any:
-        # Everything is caught: services raise what they like, and none of it is worth a training run.
+        # Services may raise any exception, and none of them should stop a training run.
         try:
             return action(*args)
         except Exception as error:
@@ -46,13 +46,13 @@ class Tracker:
             return None
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Sends one entry, its names as 'split/name'; strings are left out."""
+        """Sends the numbers of one entry, named 'split/name'. Strings are skipped."""
         if self._connection is not None:
             numbers = {f"{split}/{name}": float(v) for name, v in values.items() if not isinstance(v, str)}
             self._attempt(self._connection[0], step, numbers)
 
     def close(self) -> None:
-        """Sends what is left and closes the connection."""
+        """Flushes and closes the connection."""
         if self._connection is not None:
             self._attempt(self._connection[1])
             self._connection = None
@@ -88,12 +88,12 @@ def tensorboard(directory: str | os.PathLike[str]) -> Tracker:
 
 
 def wandb(directory: str | os.PathLike[str], project: str, name: str, config: Mapping[str, Any]) -> Tracker:
-    """Returns a tracker that logs to Weights & Biases; a run that resumes in `directory` continues there too.
+    """Returns a tracker that logs to Weights & Biases. A resumed run continues the same run there.
 
     Args:
-      directory: the work directory; the run's id is kept in its `wandb_id`.
-      project: the project at wandb.
-      name: what the run is called there.
+      directory: the work directory, whose file `wandb_id` stores the id of the run.
+      project: the W&B project.
+      name: the name of the run in W&B.
       config: the resolved config, as nested dicts.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Metrics as objects that merge across batches, devices and processes under a mask.
+"""Defines metrics that merge across batches, devices and processes, and ignore padding.
 
-`METRICS` lists the metrics of each loss, the main one first. The same objects give the name, the direction and the
-format of a value to the journal, the ranking of checkpoints, the report and `evaluate`.
+`METRICS` lists the metrics of each loss, the main one first. The journal, the ranking of checkpoints, the report and
+`evaluate` all take the name, direction and format of a metric from its object.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xception_jax.metrics.single_label import SoftmaxLoss, TopK
 
 __all__ = ["METRICS", "Metric", "describe", "main_metric", "metrics_of"]
 
-# By the name of the loss. To add a metric, add its class in this package and a line here.
+# By loss name. To add a metric, add its class in this package and a line here.
 METRICS: dict[str, Callable[[ExperimentConfig], tuple[Metric, ...]]] = {
     "softmax": lambda config: (TopK(1), TopK(5), AreaUnderROC(multi_label=False), SoftmaxLoss()),
     "sigmoid": lambda config: (
@@ -34,5 +34,5 @@ def metrics_of(config: ExperimentConfig) -> tuple[Metric, ...]:
 
 
 def main_metric(config: ExperimentConfig) -> Metric:
-    """Returns the metric that checkpoints are ranked by and that a report leads with."""
+    """Returns the metric that ranks the checkpoints and comes first in reports."""
     return metrics_of(config)[0]

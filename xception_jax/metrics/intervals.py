@@ -1,4 +1,4 @@
-"""Intervals of measured shares."""
+"""Computes confidence intervals of proportions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 
 def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """Returns the interval of a share of `count` independent trials (Wilson 1927); the default z gives 95 %."""
+    """Returns the Wilson interval (1927) of a share in `count` independent trials, 95 % with the default z."""
     if not count:
         return 0.0, 1.0
-    centre = share + z * z / (2 * count)
+    center = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
+    return (center - half) / (1 + z * z / count), (center + half) / (1 + z * z / count)

@@ -1,4 +1,4 @@
-"""The base of all metrics."""
+"""Defines the base class of all metrics."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ State = dict[str, Any]  # of arrays
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A figure of an evaluation, measured batch by batch.
+    """A metric of an evaluation, measured batch by batch.
 
     `measure` runs on the devices under jit and returns a state; `merge` and `compute` run on the host. Padding never
-    counts, and the result depends neither on the batch size nor on how a batch is sharded. As implemented here the
-    state holds sums, which `merge` adds; a metric that is not additive overrides `merge`.
+    counts, and the result depends neither on the batch size nor on the sharding. By default the state has sums, which
+    `merge` adds. A metric that is not additive overrides `merge`.
 
-    Ties are broken against the model, and an example with a logit that is not finite is wrong, whatever its other
-    logits say. A network that gives all classes the same logit is then wrong everywhere instead of right on class 0.
+    Ties count as errors, and so does an example with a logit that is not finite. Otherwise a network with the same
+    logit for all classes would be correct for every example of class 0.
     """
 
     higher_is_better = True
-    is_share = True  # in [0, 1]; reports show it in percent
+    is_share = True  # values are in [0, 1], and reports show percentages
 
     @property
     def name(self) -> str:
-        """Its name in metrics.jsonl."""
+        """Name in metrics.jsonl."""
         raise NotImplementedError
 
     @property
     def title(self) -> str:
-        """Its name for a reader."""
+        """Name in reports."""
         return self.name
 
     def format(self, value: float) -> str:
-        """Returns a value as text."""
+        """Formats a value as text."""
         return f"{value:.4f}"
 
     def suits(self, num_classes: int) -> bool:
-        """Whether the metric is measured for this number of classes."""
+        """Returns whether the metric supports this number of classes."""
         return True
 
     def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]) -> State:
@@ -53,7 +53,7 @@ class Metric:
 
         Args:
           logits: [b, c], at least float32.
-          labels: [b] in [0, c), or [b, c] of zeros and ones; anything where the mask is not set.
+          labels: [b] in [0, c), or [b, c] of zeros and ones. Masked labels may have any value.
           mask: [b], False for padding.
         """
         raise NotImplementedError
@@ -63,23 +63,23 @@ class Metric:
         return jax.tree.map(lambda *sums: np.sum(sums, axis=0, dtype=np.result_type(sums[0], np.int64)), *states)
 
     def compute(self, state: State) -> float:
-        """Returns the figure of a merged state; NaN over no example."""
+        """Returns the value of a merged state, or NaN if there are no examples."""
         count = float(state["count"])
         return float(state["total"]) / count if count else math.nan
 
 
 def masked_sum(values: Shaped[Array, " b"], mask: Bool[Array, " b"]) -> Shaped[Array, ""]:
-    """Sums where the mask is set. Not a product with the mask: padding may hold NaN, and 0 * NaN is NaN."""
+    """Sums values where the mask is True. Uses `where` because padding may contain NaN, and 0 * NaN is NaN."""
     return jnp.sum(jnp.where(mask, values, 0))
 
 
 def masked_count(condition: Bool[Array, " b"]) -> Int[Array, ""]:
-    """Counts in integers: a float32 stops counting at 16.8 million."""
+    """Counts True values as an integer, because a float32 cannot count beyond 16.8 million."""
     return jnp.sum(condition, dtype=jnp.int32)
 
 
 def describe(values: Mapping[str, Any], metrics: Iterable[Metric], prefixes: Iterable[str]) -> str:
-    """Returns the values of these metrics among others as one line: 'top1 0.9010  loss 0.3210  ema_top1 0.9050'."""
+    """Formats the values of the given metrics as one line: 'top1 0.9010  loss 0.3210  ema_top1 0.9050'."""
     return "  ".join(
         f"{prefix}{metric.name} {metric.format(values[prefix + metric.name])}"
         for prefix in prefixes

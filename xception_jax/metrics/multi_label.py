@@ -1,4 +1,4 @@
-"""Metrics of examples with any number of labels each (section 4.1: MAP@100 on JFT)."""
+"""Defines metrics for examples with any number of labels (section 4.1: MAP@100 on JFT)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from xception_jax.metrics.metric import Metric, State, masked_count, masked_sum
 
 
 def sigmoid_cross_entropy(logits: Float[Array, "b c"], labels: Shaped[Array, "b c"]) -> Float[Array, " b"]:
-    """Returns the logistic loss of each example in nats, summed over its classes; labels are in [0, 1]."""
+    """Returns the logistic loss of each example in nats, summed over the classes. Labels are in [0, 1]."""
     return jnp.sum(jax.nn.softplus(logits) - logits * labels, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanAveragePrecision(Metric):
-    """The mean average precision over the k highest classes of each example; examples without a label are left out.
+    """Mean average precision over the k highest classes of each example. Examples without a label are excluded.
 
-    The average precision of an example is the sum of precision@i over the ranks i <= k that hold one of its labels,
-    over a denominator on which publications differ. The paper names none, so both exist: min(k, number of labels),
-    with which a perfect ranking always has 1, and the number of labels, also where the ranking is too short for all.
+    The average precision of an example is the sum of precision@i over all ranks i <= k of its labels, divided by
+    min(k, number of labels). With `over_all_labels`, it is divided by the number of labels, so a perfect ranking may
+    score less than 1. Publications use both, and the paper does not specify which.
     """
 
     k: int
@@ -30,17 +30,17 @@ class MeanAveragePrecision(Metric):
 
     @property
     def name(self) -> str:
-        """'map_at_k' or 'map_at_k_all'."""
+        """Name in metrics.jsonl: 'map_at_k' or 'map_at_k_all'."""
         return "map_at_k_all" if self.over_all_labels else "map_at_k"
 
     @property
     def title(self) -> str:
-        """'MAP@100'."""
+        """Name in reports, such as 'MAP@100'."""
         return f"MAP@{self.k}" + (" over all labels" if self.over_all_labels else "")
 
     def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b c"], mask: Bool[Array, " b"]) -> State:
         relevant = labels.astype(jnp.int32)
-        # The second key puts the irrelevant among equal scores first.
+        # Among equal scores, the second key sorts irrelevant classes first.
         _, ranking = jax.lax.sort((-logits, relevant), dimension=-1, num_keys=2)
         ranking = ranking[:, : self.k]
         precision = jnp.cumsum(ranking, axis=-1) / jnp.arange(1, ranking.shape[-1] + 1)
@@ -52,7 +52,7 @@ class MeanAveragePrecision(Metric):
 
 
 class SigmoidLoss(Metric):
-    """The mean over examples of the logistic loss in nats, summed over the classes."""
+    """Mean over examples of the logistic loss in nats, summed over the classes."""
 
     name = "loss"
     higher_is_better = False

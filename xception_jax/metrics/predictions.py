@@ -1,4 +1,4 @@
-"""The saved predictions of an evaluation, and statistics of them."""
+"""Saves and loads the predictions of an evaluation, and computes statistics of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from xception_jax.files import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The best classes for each of n examples, the first the most probable.
+    """The k most probable classes of each of n examples, best first.
 
     Attributes:
-      index: [n] int64, the number of the example in its split.
-      label: [n] int64; or [n, c] bool where an example has any number of labels.
+      index: [n] int64, number of the example in its split.
+      label: [n] int64, or [n, c] bool for multi-label data.
       classes: [n, k] int32.
       probabilities: [n, k] float32.
-      logits: [n, c] float32 of all classes, or None; not saved.
+      logits: [n, c] float32, or None. Not saved to files.
     """
 
     index: np.ndarray
@@ -35,17 +35,17 @@ class Predictions:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an example can have several labels."""
+        """Whether an example can have more than one label."""
         return self.label.ndim == 2
 
     @property
     def labelled(self) -> np.ndarray:
-        """[n] bool: the example has a label, so that a prediction can be right."""
+        """[n] bool, whether the example has a label."""
         return np.asarray(self.label.any(axis=1)) if self.multi_label else np.ones(len(self.label), bool)
 
     @property
     def right(self) -> np.ndarray:
-        """[n] bool: the most probable class is the label, or one of them."""
+        """[n] bool, whether the most probable class is the label, or one of the labels."""
         best = self.classes[:, 0]
         return self.label[np.arange(len(best)), best] if self.multi_label else self.label == best
 
@@ -54,10 +54,10 @@ _SAVED_FIELDS = ("index", "label", "classes", "probabilities")
 
 
 def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> None:
-    """Writes predictions as one .npz, in the order of their index: the file does not depend on how they were batched.
+    """Writes predictions to an .npz file, sorted by index, so that the file does not depend on the batches.
 
     Raises:
-      OSError: it could not be written; a file that was there is then untouched.
+      OSError: the file could not be written. An existing file is then unchanged.
     """
     order = np.argsort(predictions.index, kind="stable")
     label = predictions.label
@@ -73,14 +73,14 @@ def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> 
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
-    """Reads what `save_predictions` wrote.
+    """Reads a file written by `save_predictions`.
 
     Raises:
       InputMissingError: there is no such file.
-      BadDataError: it is damaged, or something else.
+      BadDataError: the file is damaged or has a different format.
     """
     try:
-        # Opened here: NumPy leaves a file that turns out to be damaged open.
+        # Open the file here, because NumPy does not close a damaged one.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             predictions = Predictions(**{name: arrays[name] for name in _SAVED_FIELDS})
     except FileNotFoundError:
@@ -92,15 +92,15 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """Returns [c, c] int64 counts: rows are labels, columns the most probable class."""
+    """Returns [c, c] int64 counts: rows are labels, columns are predicted classes."""
     cell = predictions.label * num_classes + predictions.classes[:, 0]
     return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def most_confused(predictions: Predictions, limit: int) -> list[tuple[int, int, int]]:
-    """Returns up to `limit` triples of label, wrong class and count, the most frequent first.
+    """Returns up to `limit` triples (label, wrong class, count), most frequent first.
 
-    It needs no matrix, which for 20,000 classes would take 3 GB.
+    Does not build the confusion matrix, which would take 3 GB for 20,000 classes.
     """
     wrong = ~predictions.right
     pairs = np.stack([predictions.label[wrong], predictions.classes[wrong, 0]], axis=1)
@@ -110,10 +110,10 @@ def most_confused(predictions: Predictions, limit: int) -> list[tuple[int, int, 
 
 
 def class_average_precision(predictions: Predictions) -> np.ndarray:
-    """Returns [c] the average precision of each class over the images, NaN for a class that no image shows.
+    """Returns the average precision [c] of each class over all images, NaN for classes without images.
 
-    Only the k classes saved for an image take part: an image that has a class further down counts as never found.
-    So this is a lower bound, and exact if k is the number of classes.
+    This is a lower bound unless k is the number of classes: a label that is not among the k saved classes of an image
+    counts as not found.
     """
     n, num_classes = predictions.label.shape
     scores = np.full((n, num_classes), -np.inf)
@@ -122,7 +122,7 @@ def class_average_precision(predictions: Predictions) -> np.ndarray:
     for c in range(num_classes):
         found = np.isfinite(scores[:, c])
         relevant = predictions.label[found, c]
-        order = np.lexsort((relevant, -scores[found, c]))  # equal scores: the irrelevant first, as everywhere
+        order = np.lexsort((relevant, -scores[found, c]))  # irrelevant first among equal scores
         relevant = relevant[order]
         precision_sums[c] = np.sum(relevant * np.cumsum(relevant) / np.arange(1, len(relevant) + 1))
     num_images = predictions.label.sum(axis=0)
@@ -130,10 +130,10 @@ def class_average_precision(predictions: Predictions) -> np.ndarray:
 
 
 def expected_calibration_error(predictions: Predictions, bins: int = 15) -> float:
-    """Returns the mean gap between the probability of the best class and how often it is right, in [0, 1].
+    """Returns the expected calibration error in [0, 1] (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
-    Equal bins of probability, weighted by their examples (Guo et al. 2017, 1706.04599, equation 3). NaN without
-    examples, or if a probability is not finite.
+    It is the mean gap between confidence and accuracy over equal bins of confidence, weighted by their examples.
+    Returns NaN if there are no examples or if a probability is not finite.
     """
     confidence = predictions.probabilities[:, 0].astype(np.float64)
     if not len(confidence) or not np.isfinite(confidence).all():

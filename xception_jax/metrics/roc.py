@@ -1,4 +1,4 @@
-"""The area under the receiver operating characteristic curve."""
+"""Computes the area under the receiver operating characteristic (ROC) curve."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from scipy.stats import rankdata
 
 from xception_jax.metrics.metric import Metric, State
 
-MAX_CLASSES = 100  # all probabilities of a split are kept: 8 MB for 20,000 images of this many classes
+MAX_CLASSES = 100  # the state keeps all probabilities of a split: 8 MB for 20,000 images and 100 classes
 
 
 @dataclasses.dataclass(frozen=True)
 class AreaUnderROC(Metric):
-    """The area under the ROC curve: how often a positive has a higher probability than a negative; a tie counts half.
+    """Area under the ROC curve: the probability that a positive scores higher than a negative. Ties count half.
 
-    With two classes it is that of class 1. With more, or with any number of labels, it is the mean of one class against
-    the rest over all classes that have both positives and negatives (scikit-learn's `average='macro'`).
+    With two classes, it is the area of class 1. With more classes, or with multi-label data, it is the one-vs-rest mean
+    over all classes that have both positives and negatives (scikit-learn's `average='macro'`).
 
-    It is not additive: the state holds the probabilities of the examples. An example with a logit that is not finite
-    is ranked as wrongly as possible.
+    The metric is not additive, so the state has the probabilities of all examples. An example with a logit that is not
+    finite gets the worst possible rank.
     """
 
     multi_label: bool
@@ -35,7 +35,7 @@ class AreaUnderROC(Metric):
     is_share = False
 
     def suits(self, num_classes: int) -> bool:
-        """Whether there are few enough classes to keep all probabilities, and more than one."""
+        """Returns whether there are enough classes for a curve, and few enough to keep all probabilities."""
         return (2 - self.multi_label) <= num_classes <= MAX_CLASSES
 
     def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]) -> State:
@@ -51,7 +51,7 @@ class AreaUnderROC(Metric):
         return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
 
     def compute(self, state: State) -> float:
-        """Returns the area; NaN where no class has both positives and negatives."""
+        """Returns the area, or NaN if no class has both positives and negatives."""
         probabilities, positive = state["probabilities"], state["positive"]
         classes = range(1, 2) if positive.shape[1] == 2 and not self.multi_label else range(positive.shape[1])
         areas = [_area(probabilities[:, c], positive[:, c]) for c in classes]
@@ -60,7 +60,7 @@ class AreaUnderROC(Metric):
 
 
 def _area(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
-    """Returns the area of one class by the Mann-Whitney statistic; ranks of ties are averaged."""
+    """Returns the area of one class, computed by the Mann-Whitney statistic with average ranks for ties."""
     positives = int(positive.sum())
     negatives = len(positive) - positives
     if not positives or not negatives:

@@ -1,4 +1,4 @@
-"""Metrics of examples with one label each."""
+"""Defines metrics for examples with one label."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def _true_logit(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Metric):
-    """The share of examples whose label is among the k highest logits (section 4.1)."""
+    """Share of examples whose label is among the k highest logits (section 4.1)."""
 
     k: int
 
     @property
     def name(self) -> str:
-        """'top1' or 'top5'."""
+        """Name in metrics.jsonl: 'top1' or 'top5'."""
         return f"top{self.k}"
 
     @property
     def title(self) -> str:
-        """'top-1 accuracy' or 'top-5 accuracy'."""
+        """Name in reports: 'top-1 accuracy' or 'top-5 accuracy'."""
         return f"top-{self.k} accuracy"
 
     def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:
@@ -38,7 +38,7 @@ class TopK(Metric):
 
 
 class SoftmaxLoss(Metric):
-    """The mean cross-entropy in nats, without label smoothing; NaN or infinite if a logit is."""
+    """Mean cross-entropy in nats, without label smoothing. NaN or infinite if a logit is."""
 
     name = "loss"
     higher_is_better = False

@@ -1,4 +1,4 @@
-"""The networks of the paper: `create_model(config.model)` gives a `flax.linen` module."""
+"""Defines the networks of the paper: `create_model(config.model)` returns a `flax.linen` module."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 
 def create_model(model: ModelConfig | ConfigDict | Mapping[str, Any]) -> nn.Module:
-    """Builds the network that a `config.model` describes; fields that it does not set have their defaults.
+    """Builds the network described by `config.model`. Missing fields have their defaults.
 
-    `module.apply(variables, images, train=False)` gives `(logits, endpoints)`; images are NHWC in [-1, 1].
+    `module.apply(variables, images, train=False)` returns `(logits, endpoints)`. Images are float32 [b, h, w, 3] in
+    [-1, 1].
 
     Raises:
       ConfigError: a field is unknown, out of range, or would have no effect.
@@ -35,8 +36,8 @@ def create_model(model: ModelConfig | ConfigDict | Mapping[str, Any]) -> nn.Modu
     config = resolve_model(model)
     if jnp.dtype(config.dtype) == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
-            "config.model.dtype='float64' has no effect while JAX computes in 32 bits",
+            "config.model.dtype='float64' has no effect because JAX computes in 32 bits",
             "config.model.dtype",
-            "set the environment variable JAX_ENABLE_X64=1, or leave it at 'float32'",
+            "set the environment variable JAX_ENABLE_X64=1, or use 'float32'",
         )
     return NETWORKS[config.name](config)

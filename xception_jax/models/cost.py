@@ -20,8 +20,9 @@ class Cost:
     Attributes:
       parameters: number of trainable parameters.
       statistics: number of running averages of BatchNorm.
-      multiply_adds: of convolutions and dense layers, for one image. Products with padding are included.
-      multiply_adds_by_layer: the same by layer name.
+      multiply_adds: number of multiply-adds of convolutions and dense layers for one image, including products with
+        padding.
+      multiply_adds_by_layer: the same number for each layer, by name.
     """
 
     parameters: int

@@ -1,7 +1,7 @@
-"""Inception V3, the paper's baseline: the canonical network, and the 2016 graph that table 3 of the paper counts.
+"""Defines Inception V3, the baseline of the paper: the canonical network, and the 2016 graph of table 3.
 
-The canonical one is TF-Slim's and today's Keras'. The 2016 graph, the first that Keras released, differs in six
-places; its 23,626,728 parameters are the number in table 3.
+TF-Slim and current versions of Keras have the canonical network. The 2016 graph was the first that Keras released. It
+differs in six places, and has 23,626,728 parameters, the number in table 3.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ KernelSize = tuple[int, int]
 
 
 class InceptionV3(nn.Module):
-    """Inception V3 (Szegedy et al. 2015, arXiv 1512.00567), eleven modules `mixed0` to `mixed10`.
+    """Inception V3 (Szegedy et al. 2015, arXiv 1512.00567), with eleven modules `mixed0` to `mixed10`.
 
-    Named 'inception_v3_2016', it is the 2016 graph: convolutions with bias, ReLU before BN, 32 filters in the pool
-    projection of mixed1 and mixed2, 160 in the first convolution of mixed7's double 7 x 7, average pooling in mixed8.
+    With `config.name='inception_v3_2016'` it is the 2016 graph: convolutions with bias, ReLU before BN, 32 filters in
+    the pool projection of mixed1 and mixed2, 160 filters in the first convolution of the double 7 x 7 tower of mixed7,
+    and average pooling in mixed8.
 
-    With `config.aux_head` an auxiliary classifier stands on mixed7; while training, `endpoints['aux_logits']`. With
-    `config.padding='symmetric'` average pools count the padding, as PyTorch ports do.
+    `config.aux_head` adds an auxiliary classifier after mixed7, which returns `endpoints['aux_logits']` in training.
+    With `config.padding='symmetric'`, average pooling counts the padding, as in PyTorch ports.
     """
 
     config: InceptionV3Config
@@ -36,7 +37,11 @@ class InceptionV3(nn.Module):
     def __call__(
         self, images: Float[Array, "b h w 3"], train: bool = False
     ) -> tuple[Float[Array, "b n"], dict[str, Array]]:
-        """Returns (logits [b, num_classes], endpoints `mixed0` to `mixed10` and `pre_logits`), images in [-1, 1]."""
+        """Returns (logits [b, num_classes], endpoints) for images in [-1, 1].
+
+        `endpoints` has the output of each module, `mixed0` to `mixed10`, and `pre_logits` [b, 2048], the input of the
+        classifier before dropout.
+        """
         config = self.config
         dtype, norm_layer = jnp.dtype(config.dtype), norm_of(config)
         old = config.name == "inception_v3_2016"
@@ -51,7 +56,7 @@ class InceptionV3(nn.Module):
             return norm(nn.relu(x), train) if old else nn.relu(norm(x, train))
 
         def tower(x: Array, name: str, *layers: tuple[int, KernelSize], last_stride: int = 1) -> Array:
-            """Convolves by each (features, kernel_size) in turn; a strided last one is not padded."""
+            """Applies one convolution per (features, kernel_size). The last one is not padded if it is strided."""
             for i, (features, kernel_size) in enumerate(layers):
                 if last_stride > 1 and i == len(layers) - 1:
                     x = conv(x, features, kernel_size, f"{name}_{i}", stride=last_stride, padding="VALID")
@@ -93,7 +98,7 @@ class InceptionV3(nn.Module):
             ops.max_pool(x, padding="VALID"),
         )
 
-        # mixed4 to mixed7: 17 x 17, with 7 x 7 convolutions factorised into 1 x 7 and 7 x 1.
+        # mixed4 to mixed7: 17 x 17, with 7 x 7 convolutions factorized into 1 x 7 and 7 x 1.
         for module, features in ((4, 128), (5, 160), (6, 160), (7, 192)):
             name, f = f"mixed{module}", features
             first = 160 if old and module == 7 else f
@@ -118,7 +123,7 @@ class InceptionV3(nn.Module):
             ops.avg_pool(x, 3, 2, "VALID") if old else ops.max_pool(x, padding="VALID"),
         )
 
-        # mixed9 and mixed10: 8 x 8, the last convolution split into 1 x 3 beside 3 x 1.
+        # mixed9 and mixed10: 8 x 8, with the last convolution split into parallel 1 x 3 and 3 x 1.
         for module in (9, 10):
             name = f"mixed{module}"
             tower_1x1 = tower(x, f"{name}_1x1", (320, (1, 1)))
@@ -138,9 +143,9 @@ class InceptionV3(nn.Module):
         return logits, endpoints
 
     def _aux_head(self, x: Float[Array, "b h w c"], conv: Callable[..., Array]) -> Float[Array, "b n"]:
-        """Applies the auxiliary classifier of Szegedy et al., section 4, as in TF-Slim, to [b, 17, 17, 768]."""
+        """Applies the auxiliary classifier of Szegedy et al., section 4, as in TF-Slim, to x [b, 17, 17, 768]."""
         if min(x.shape[1:3]) < 5:
-            raise ValueError(f"the auxiliary head needs images of at least 107 x 107; mixed7 is {x.shape[1:3]} here")
+            raise ValueError(f"the auxiliary head needs images of at least 107 x 107, but mixed7 is {x.shape[1:3]}")
         x = ops.avg_pool(x, 5, 3, "VALID")  # [b, 5, 5, 768]
         x = conv(x, 128, (1, 1), "aux_0")
         x = conv(x, 768, x.shape[1:3], "aux_1", padding="VALID")  # [b, 1, 1, 768]

@@ -1,4 +1,4 @@
-"""Layers that every network here is made of: convolution, BatchNorm, and the classifier at the end."""
+"""Defines the layers that all networks share: convolution, BatchNorm and the classifier."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from xception_jax.ops.padding import Padding
 
 Dtype = jnp.dtype
 
-# Keras' default for convolutions. On a depthwise kernel its standard deviation at 728 channels is a nineteenth of
-# that of Flax' default.
+# Keras's default for convolutions. For a depthwise kernel with 728 channels, its standard deviation is 1/19 of that of
+# Flax's default.
 glorot_uniform = nn.initializers.glorot_uniform()
 
 
 def param_dtype(dtype: Dtype) -> Dtype:
-    """Parameters and statistics are float32 whatever the computation is in, unless it is in float64."""
+    """Returns the dtype of parameters and statistics: float32, or float64 if the computation is in float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 class Conv(nn.Module):
-    """A convolution over images, with any number of channel segments.
+    """A two-dimensional convolution, with any number of channel segments.
 
     Attributes:
-      features: filters.
+      features: number of filters.
       kernel_size: (height, width).
-      stride: of rows and columns.
+      stride: stride of both rows and columns.
       padding: 'SAME', 'VALID' or 'SYMMETRIC'.
-      segments: equal parts of the channels that are convolved separately; all channels is a depthwise convolution.
-      use_bias: adds a learned constant to each filter.
-      dtype: of the computation.
+      segments: number of equal groups of channels that are convolved separately. If it is the number of channels, this
+        is a depthwise convolution.
+      use_bias: whether to add a learned constant per filter.
+      dtype: dtype of the computation.
     """
 
     features: int
@@ -64,18 +65,18 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel by its mean and variance over the images of a group and all pixels.
+    """Normalizes each channel by its mean and variance over all pixels of a group of images.
 
-    While training, the batch is cut into groups of consecutive images; each is normalised by its own statistics, and
-    the running averages move towards the mean of the groups' statistics. The variance is the biased one, as in Keras.
+    In training, the batch is divided into groups of consecutive images. Each group is normalized by its own statistics,
+    and the running averages move towards the mean of the statistics of all groups. The variance is biased, as in Keras.
 
     Attributes:
       momentum: share of the running averages that a step keeps.
-      epsilon: added to the variance.
-      use_scale: learns a factor for each channel (gamma); the constant (beta) is always learned.
-      statistics: 'global' is one group; 'device' one for each device of the ambient mesh (one without a mesh), which
-        needs no communication before the next layer; a number is the images in each group.
-      dtype: of the result; statistics are always computed in float32 or better.
+      epsilon: constant added to the variance.
+      use_scale: whether to learn a factor per channel (gamma). The constant (beta) is always learned.
+      statistics: 'global' for a single group, 'device' for one group per device of the ambient mesh, which needs no
+        communication, or the number of images in each group.
+      dtype: dtype of the result. Statistics are always computed in float32 or float64.
     """
 
     momentum: float = 0.99
@@ -95,7 +96,7 @@ class BatchNorm(nn.Module):
             factor = jax.lax.rsqrt(running_var.value + self.epsilon) * gamma
             return (x * factor + (beta - running_mean.value * factor)).astype(self.dtype)
 
-        # Sums over each image first: an activation that is reshaped into groups is copied on a TPU.
+        # Average over each image first: reshaping the whole activation into groups would copy it on a TPU.
         groups = self._num_groups(x.shape[0])
         values = x.astype(dtype)
 
@@ -103,7 +104,7 @@ class BatchNorm(nn.Module):
             return values.mean((1, 2)).reshape(groups, -1, *channels).mean(1)
 
         mean = over_group(values)
-        # One pass over x for both sums, and one all-reduce where the group spans devices.
+        # Both averages take one pass over x, and one all-reduce if the group spans devices.
         var = jnp.maximum(over_group(jnp.square(values)) - jnp.square(mean), 0.0)
         if not self.is_initializing():
             for running, batch in ((running_mean, mean), (running_var, var)):
@@ -118,8 +119,8 @@ class BatchNorm(nn.Module):
         if self.statistics == "global":
             return 1
         if self.statistics == "device":
-            # The batch is sharded over all axes of the mesh, in order: a group is what one device holds. Without an
-            # ambient mesh, one device holds it all.
+            # The batch is sharded over all axes of the mesh, in order, so a group is the shard of one device. Without
+            # an ambient mesh, there is one group.
             divisor = groups = max(1, jax.sharding.get_abstract_mesh().size)
         else:
             divisor = int(self.statistics)
@@ -130,7 +131,7 @@ class BatchNorm(nn.Module):
 
 
 def norm_of(config: ModelConfig) -> partial[BatchNorm]:
-    """Returns the constructor of a network's BatchNorm layers; it takes their name."""
+    """Returns the constructor of the BatchNorm layers of a network, which takes their name."""
     norm = config.batch_norm
     return partial(
         BatchNorm,
@@ -143,9 +144,9 @@ def norm_of(config: ModelConfig) -> partial[BatchNorm]:
 
 
 class Head(nn.Module):
-    """Global average pooling, optional fully connected layers, dropout, logistic regression (sections 3 and 4.2).
+    """Global average pooling, optional fully connected layers, dropout and logistic regression (sections 3 and 4.2).
 
-    Returns (logits [b, num_classes], pre_logits [b, c]); both at least float32.
+    Returns (logits [b, num_classes], pre_logits [b, c]), both in float32 or float64.
     """
 
     config: ModelConfig

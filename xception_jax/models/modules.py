@@ -1,4 +1,4 @@
-"""The modules of figures 1 to 4 of the paper, and the separable convolution of Xception.
+"""Defines the modules of figures 1 to 4 of the paper, and the separable convolution of Xception.
 
 Figures 1, 2 and 3 show Inception modules, figure 4 the "extreme" one. All of them first map correlations across
 channels (1 x 1), then spatial ones (3 x 3). They differ in the number of segments into which the channels are divided
@@ -38,7 +38,7 @@ class SeparableConv(nn.Module):
       depth_multiplier: number of spatial filters per input channel of the spatial convolution. With 'pointwise_first'
         the pointwise convolution has features / depth_multiplier output channels.
       kernel_size: side of the spatial convolution.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     features: int
@@ -80,7 +80,7 @@ class InceptionModule(nn.Module):
       features: output channels. If it is not divisible by 4, the last tower is wider.
       norm: constructor of BatchNorm.
       kernel_size: side of the spatial convolutions.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     features: int
@@ -115,7 +115,7 @@ class SimplifiedInceptionModule(nn.Module):
     Attributes:
       features: output channels.
       towers: number of towers.
-      dtype: of the computation.
+      dtype: dtype of the computation.
     """
 
     features: int

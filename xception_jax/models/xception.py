@@ -1,4 +1,4 @@
-"""Xception: figure 5 of Chollet 2017, and every variation of it that the paper or its open questions ask for."""
+"""Defines Xception (figure 5 of Chollet 2017), and variants for the experiments and open questions of the paper."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from xception_jax.models.modules import InceptionModule, SeparableConv, channel_
 
 
 class Xception(nn.Module):
-    """36 convolutional layers in 14 modules, with linear residuals around all but the first and the last.
+    """36 convolutional layers in 14 modules, with linear residuals around all modules except the first and the last.
 
-    Where `config.segments` or `config.group_width` do not divide a layer's channels, the channels are rounded to the
+    If the channels of a layer are not divisible by `config.segments` or `config.group_width`, they are rounded to the
     nearest multiple.
     """
 
@@ -30,8 +30,8 @@ class Xception(nn.Module):
     ) -> tuple[Float[Array, "b n"], dict[str, Array]]:
         """Returns (logits [b, num_classes], endpoints) for images in [-1, 1].
 
-        `endpoints` holds the output of each module, `block1` to `block14` with eight middle modules, and
-        `pre_logits` [b, 2048], what the classifier sees before dropout.
+        `endpoints` has the output of each module, `block1` to `block14` with eight middle modules, and `pre_logits`
+        [b, 2048], the input of the classifier before dropout.
         """
         config, width = self.config, self._width
         dtype, norm = jnp.dtype(config.dtype), norm_of(config)
@@ -96,7 +96,7 @@ class Xception(nn.Module):
         return max(1, round(channels * config.width_multiplier / divisor)) * divisor
 
     def _module(self, features: int, name: str) -> Callable[[Array, bool], Any]:
-        """Returns what stands where figure 5 has a separable convolution, called with (x, train)."""
+        """Returns the module in place of a separable convolution of figure 5, a function of (x, train)."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.module == "inception":
             return InceptionModule(features, norm_of(config), config.kernel_size, dtype, name=name)

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: Orbax writes them, a manifest of ours proves what was written.
+"""Manages checkpoints: Orbax writes them, and a manifest proves that they are intact.
 
-The order that must hold: Orbax writes `<step>.orbax-checkpoint-tmp` and renames it to `<step>` (committed); then the
-digests of its files go to `<step>/manifest.json`, on disk before its name is; only then is the step reported as saved.
-A process may be killed between any two of these. Orbax itself restores a flipped bit in silence.
+Orbax restores a flipped bit without an error, so every file is verified against the manifest. The order of a save must
+hold, because the process may be killed at any point: Orbax writes `<step>.orbax-checkpoint-tmp` and renames it to
+`<step>`; the digests of the files are written to `<step>/manifest.json`; the step is reported as saved.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from xception_jax.training import manifest
 from xception_jax.training.fingerprint import compare_signatures, tree_fingerprint, tree_signature, versions
 from xception_jax.training.manifest import DamagedError
 
-_REASON = "damage.txt"  # in a directory that was set aside: why
+_REASON = "damage.txt"  # says why a directory was set aside
 
-# Orbax logs each error with its traceback before it raises it, and warns of files that it did not write. All that
-# concerns the user is raised here, in three lines.
+# Orbax logs each error with its traceback before raising it, and warns about files that it did not write. This module
+# raises everything that concerns the user, as a UserError.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 def _from_primary(value: int) -> int:
-    """Returns what process 0 passed, on every process."""
+    """Returns the value of process 0 on every process."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @dataclasses.dataclass
 class _LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest steps, the newest regular one, and those with the highest scores.
+    """Keeps the newest steps, the newest regular step, and the steps with the highest scores.
 
-    Not Orbax's own pair of policies: they read the metrics of earlier runs from files that no digest covers, and a
-    damaged one ends the constructor of the manager.
+    Orbax's own policies read the metrics of earlier runs from files without a digest, and a damaged file makes the
+    constructor of the manager fail.
     """
 
     keep_latest: int
@@ -68,7 +68,7 @@ class _LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
 
 @dataclasses.dataclass
 class _Pending:
-    """A save in the background: its step, the bytes of its arrays, and the future that ends with its manifest."""
+    """A save in progress: its step, its size, and a future that completes when its manifest is on disk."""
 
     step: int
     num_bytes: int
@@ -76,22 +76,22 @@ class _Pending:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `<directory>/<step>/`, on a file system that all processes share.
+    """Saves and restores the checkpoints of a run, in `<directory>/<step>/` on a file system shared by all processes.
 
-    With several processes every method but `poll` is a collective: all of them call it. Use as a context manager, or
-    `close` it: a process that exits without loses the save that is under way.
+    With several processes, every method except `poll` is a collective that all of them must call. Use it as a context
+    manager or call `close`; otherwise a save in progress is lost at exit.
 
     Args:
-      directory: where the steps are; created if it is not there.
-      keep_latest: how many of the newest steps to keep, at least 1.
-      keep_best: how many of the steps with the highest `best_metric` to keep besides.
-      best_metric: a key of the metrics given to `save`.
-      higher_is_better: whether a high `best_metric` is a good one.
-      regular_every: steps that this divides are regular: saved by every run of the config, interrupted or not.
-      identity: what the run is: 'dataset' is compared on restoring, everything is recorded.
-      allow_dataset_change: restore although the dataset has changed.
-      read_only: for evaluation beside a running trainer: nothing is created, moved, repaired or deleted.
-      report: takes one line for each event: saved, damaged, repaired.
+      directory: parent of the checkpoint directories; created if missing.
+      keep_latest: number of newest steps to keep, at least 1.
+      keep_best: number of steps with the best `best_metric` to keep as well.
+      best_metric: a key of the metrics passed to `save`.
+      higher_is_better: whether a higher `best_metric` is better.
+      regular_every: steps divisible by this number are regular. Every run of the config saves them, interrupted or not.
+      identity: identifies the run. All entries are recorded; 'dataset' is compared on restore.
+      allow_dataset_change: whether to restore a checkpoint that was trained on a different dataset.
+      read_only: whether to leave all files as they are, for evaluation beside a running trainer.
+      report: called with one line per event (saved, damaged, repaired).
 
     Raises:
       StorageError: the directory cannot be created or read.
@@ -111,7 +111,7 @@ class Checkpoints:
         read_only: bool = False,
         report: Callable[[str], None] = print,
     ):
-        self._directory = Path(directory).absolute()  # Orbax takes no relative path
+        self._directory = Path(directory).absolute()  # Orbax rejects relative paths
         self._best_metric, self._sign = best_metric, 1 if higher_is_better else -1
         self._identity = dict(identity or {})
         self._allow_dataset_change = allow_dataset_change
@@ -119,14 +119,14 @@ class Checkpoints:
         self._report = report
         self._primary = jax.process_index() == 0
         self._pending: _Pending | None = None
-        self._held_step = -1  # the step whose state this object has last saved or restored
+        self._held_step = -1  # the step that was last saved or restored
         self._policy = _LatestOrBest(keep_latest, keep_best if best_metric else 0, regular_every, {})
         options = ocp.CheckpointManagerOptions(
-            read_only=read_only,  # also turns the next line off
-            cleanup_tmp_directories=True,  # what a killed process was writing
+            read_only=read_only,  # also disables the next option
+            cleanup_tmp_directories=True,  # left behind by a killed process
             preservation_policy=self._policy,
-            lightweight_initialize=True,  # do not read metrics, see the policy
-            # Otherwise a directory that cannot be written hangs the exit for 300 seconds.
+            lightweight_initialize=True,  # does not read metrics, see _LatestOrBest
+            # Otherwise a read-only directory delays the exit by 300 seconds.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
@@ -137,7 +137,7 @@ class Checkpoints:
             raise StorageError(
                 f"the checkpoint directory cannot be used: {error.strerror or error}",
                 str(self._directory),
-                "make it a directory that this user can write",
+                "make it a directory that you can write to",
             ) from error
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
         for step in self.steps():
@@ -151,7 +151,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Closes; an error that is under way is not replaced by that of a save."""
+        """Closes. An error of a save does not replace an exception that is already propagating."""
         try:
             self.close()
         except StorageError as lost:
@@ -160,22 +160,22 @@ class Checkpoints:
             self._report(str(lost))
 
     def steps(self) -> list[int]:
-        """Returns the committed steps, oldest first; whether they are intact shows when one is restored."""
+        """Returns the committed steps, oldest first. They are verified only when they are restored."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Copies the state off the devices and returns while it is written in the background.
+        """Copies the state to the host and writes it in the background.
 
-        The state may be donated as soon as this returns. If the previous save is still being written, this waits for
-        it. A step that exists is replaced, unless its state is the one that was last saved or restored here.
+        Waits for the previous save first. The state may be donated as soon as this returns. An existing checkpoint of
+        the step is replaced, unless it is the one that this object last saved or restored.
 
         Args:
-          step: number of the directory.
+          step: number of the step, and name of its directory.
           state: a tree of arrays, without PRNG key arrays.
-          metrics: recorded with the step; `best_metric` among them ranks it.
+          metrics: recorded with the step, and ranked by `best_metric`.
 
         Raises:
-          StorageError: this save or the previous one failed; after that there is only `close`.
+          StorageError: this save or the previous one failed. Only `close` may be called afterwards.
         """
         self.wait()
         if step == self._held_step:
@@ -193,7 +193,7 @@ class Checkpoints:
         try:
             if step in self._manager.all_steps():
                 self._manager.delete(step)
-            # `force`: Orbax would otherwise skip a step below the newest in silence.
+            # Without `force`, Orbax silently skips a step that is older than the newest.
             self._manager.save(
                 step, args=ocp.args.StandardSave(state), force=True, custom_metadata={"record": json.dumps(record)}
             )
@@ -203,19 +203,19 @@ class Checkpoints:
         self._held_step = step
 
     def poll(self) -> None:
-        """Reports a save that has been completed since the last call; costs microseconds.
+        """Reports a save that has completed since the last call. Takes microseconds.
 
         Raises:
-          StorageError: it failed.
+          StorageError: the save failed.
         """
         if self._pending is not None and self._pending.future.done():
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk with its manifest.
+        """Blocks until the last save and its manifest are on disk.
 
         Raises:
-          StorageError: it could not be written.
+          StorageError: the checkpoint could not be written.
         """
         if self._pending is None:
             return
@@ -227,28 +227,28 @@ class Checkpoints:
         self._report(f"saved checkpoint {pending.step}")
 
     def close(self) -> None:
-        """Waits as `wait`, and ends the threads."""
+        """Waits for the last save and stops the threads."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
-            with contextlib.suppress(Exception):  # a failed save: raised by `wait`, and once more by Orbax
+            with contextlib.suppress(Exception):  # Orbax raises the error of a failed save again, after `wait`
                 self._manager.close()
 
     def restore_latest(self, abstract_state: Any, *, regular: bool = False) -> tuple[int, Any] | None:
-        """Restores the newest step that is intact, and sets aside the damaged ones that are newer.
+        """Restores the newest intact step, and sets aside the damaged steps that are newer.
 
         Args:
-          abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings, which need not be those of the save. Without
-            one, an array comes back as it was sharded, or on one device where there are others than then.
-          regular: leave out the steps that only an interrupted run has.
+          abstract_state: a tree of `jax.ShapeDtypeStruct`. Shardings may differ from those of the save. A leaf without
+            one keeps its saved sharding, or is placed on one device if the devices have changed.
+          regular: whether to skip the steps that only interrupted runs save.
 
         Returns:
-          The step and its state, or None if nothing was saved yet.
+          The step and its state, or None if there is no checkpoint yet.
 
         Raises:
-          BadDataError: every checkpoint is damaged, or the newest intact one holds another model or was trained on
-            another dataset. The latter two are not set aside.
+          BadDataError: every checkpoint is damaged, or the newest intact one holds a different model or was trained on
+            a different dataset. The latter two are not set aside.
         """
         self.wait()
         damaged = {}
@@ -265,7 +265,7 @@ class Checkpoints:
             except DamagedError as error:
                 damaged[self._set_aside(step, str(error), older)] = str(error)
             step = older
-        # What an earlier run has set aside counts: without that, the second attempt would start again from step 0.
+        # Include what an earlier run has set aside. Otherwise a second attempt would silently start from step 0.
         for path in sorted(self._directory.glob("*.corrupt-*")):
             reason = path / _REASON
             damaged[path.name] = reason.read_text() if reason.exists() else "damaged"
@@ -273,16 +273,16 @@ class Checkpoints:
             raise BadDataError(
                 "every checkpoint is damaged",
                 f"{self._directory}: " + "; ".join(f"{name}: {reason}" for name, reason in damaged.items()),
-                "bring one back from a backup, or delete these directories to start again from step 0",
+                "restore one from a backup, or delete these directories to start again from step 0",
             )
         return None
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """Restores one step; a damaged one stays where it is.
+        """Restores one step. A damaged step is not set aside.
 
         Raises:
           InputMissingError: there is no such step.
-          BadDataError: it is damaged, or holds another model or dataset.
+          BadDataError: the step is damaged, or is of a different model or dataset.
         """
         self.wait()
         if step not in self.steps():
@@ -295,18 +295,18 @@ class Checkpoints:
             raise BadDataError(f"checkpoint {step} is damaged: {error}", where, "use an older one") from None
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
-        """Verifies a step, compares it with what is wanted, and reads it."""
+        """Verifies a step, compares it with the expected model and dataset, and reads it."""
         has_manifest = bool(_from_primary((self._path(step) / manifest.NAME).exists()))
         if has_manifest:
             with _damage_on_all_processes(DamagedError):
                 if self._primary:
                     manifest.verify(self._path(step))
-        # Without a manifest (killed just after the commit) being read is the proof, so there any error is damage.
-        # With one, an error is none of the files', and keeps its traceback.
+        # A process that is killed just after the commit leaves no manifest. Reading the step then verifies it, and any
+        # error means damage. With a manifest the files are intact, so an error is a bug and keeps its traceback.
         reading = contextlib.nullcontext if has_manifest else _damage_on_all_processes
         with reading():
             stored = tree_signature(self._manager.item_metadata(step))
-            if not stored:  # Orbax says nothing when it cannot read this
+            if not stored:  # Orbax does not raise when it cannot read this
                 raise DamagedError("the names of its arrays cannot be read")
             record = manifest.read(self._path(step)) if has_manifest else self._record(step)
         self._refuse_other_model(step, stored, tree_signature(abstract_state))
@@ -316,9 +316,9 @@ class Checkpoints:
         with reading():
             state = self._manager.restore(step, args=restore)
         if not has_manifest and not self._read_only:
-            self._report(f"checkpoint {step} had no manifest; it was verified by reading it, and gets one")
+            self._report(f"checkpoint {step} had no manifest; it is readable, so a manifest is added")
             if self._primary:
-                with contextlib.suppress(OSError):  # no room: the next run verifies it again
+                with contextlib.suppress(OSError):  # the disk is full; the next run verifies the step again
                     manifest.write(self._path(step), record)
         self._held_step = step
         return state
@@ -327,7 +327,7 @@ class Checkpoints:
         differences, table = compare_signatures(stored, wanted)
         if differences:
             raise BadDataError(
-                f"checkpoint {step} is of another model: {differences} of {len(wanted)} parameters differ",
+                f"checkpoint {step} holds a different model: {differences} of {len(wanted)} parameters differ",
                 f"{self._path(step)}\n{table}",
                 "use the config that it was trained with, or another work directory",
             )
@@ -336,29 +336,29 @@ class Checkpoints:
         stored, now = record.get("identity", {}).get("dataset"), self._identity.get("dataset")
         if stored and now and stored != now and not self._allow_dataset_change:
             raise BadDataError(
-                f"checkpoint {step} was trained on another dataset: fingerprint {stored}, now {now}",
+                f"checkpoint {step} was trained on a different dataset: fingerprint {stored}, now {now}",
                 str(self._path(step)),
-                "restore the dataset, start in another work directory, or allow the change",
+                "restore the dataset, use another work directory, or set config.checkpoint.allow_dataset_change=True",
             )
 
     def _record(self, step: int) -> dict[str, Any]:
-        """Returns what `save` told Orbax of a step, for when there is no manifest."""
+        """Returns the record that `save` passed to Orbax, for a step without a manifest."""
         return json.loads((self._manager.metadata(step).custom_metadata or {}).get("record", "{}"))
 
     def _set_aside(self, step: int, reason: str, older: int) -> str:
-        """Renames a damaged step, so that neither Orbax nor a later run takes it for one; returns its new name."""
+        """Renames a damaged step so that Orbax and later runs ignore it. Returns its new name."""
         now = datetime.datetime.now(datetime.UTC)
         name = str(step) if self._read_only else f"{step}.corrupt-{now:%Y%m%dT%H%M%SZ}"
         if not self._read_only:
             if self._primary:
                 self._path(step).rename(self._directory / name)
-                with contextlib.suppress(OSError):  # no room
+                with contextlib.suppress(OSError):  # the disk is full
                     write_atomically(self._directory / name / _REASON, reason)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"set aside {step}")
             self._manager.reload()
-        instead = f"falling back to checkpoint {older}" if older >= 0 else "there is no older one"
-        self._report(f"checkpoint {step} is damaged ({reason}) and was left as {name}: {instead}")
+        instead = f"falling back to checkpoint {older}" if older >= 0 else "there is no older checkpoint"
+        self._report(f"checkpoint {step} is damaged ({reason}) and was kept as {name}; {instead}")
         return name
 
     def _path(self, step: int) -> Path:
@@ -371,7 +371,7 @@ class Checkpoints:
             self._policy.scores[step] = self._sign * score
 
     def _finish(self, record: dict[str, Any]) -> None:
-        """Runs in the background: the manifest of a step once Orbax has committed it."""
+        """Waits until Orbax has committed a step and writes its manifest. Runs in the background thread."""
         self._manager.wait_until_finished()
         if self._primary:
             manifest.write(self._path(record["step"]), record)
@@ -382,29 +382,29 @@ class Checkpoints:
         if self._primary:
             for temporary in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(temporary, ignore_errors=True)
-        # tensorstore hides the cause at the end of several lines.
+        # The message of tensorstore has several lines, and the cause is at its end.
         number = re.search(r"os_error_code='(\d+)'", str(error))
         cause = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).split("\n")[0]
         last = max((s for s in self.steps() if s != step), default=0)
         return StorageError(
             f"checkpoint {step} could not be written: {cause}",
             f"{self._directory} (needs {num_bytes:,} bytes, {free_space(self._directory)})",
-            f"make room and run the same command to resume from step {last}",
+            f"free some space and run the same command to resume from step {last}",
         )
 
 
 @contextlib.contextmanager
 def _damage_on_all_processes(kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turns an error of a kind, on any process, into a DamagedError on every process."""
+    """Converts an exception of the given kind on any process to a DamagedError on every process."""
     reason = ""
     try:
         yield
     except kind as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # the devices are too small, not the checkpoint damaged
+            raise  # the devices are out of memory; the checkpoint is not damaged
         reason = str(error).split("\n")[0] or type(error).__name__
     found = bool(reason)
     if jax.process_count() > 1:
         found = bool(np.any(multihost_utils.process_allgather(np.asarray(found))))
     if found:
-        raise DamagedError(reason or "as another process found")
+        raise DamagedError(reason or "found by another process")

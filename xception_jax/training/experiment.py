@@ -1,4 +1,4 @@
-"""What a config amounts to: network, optimiser, data, mesh and the compiled step, ready for the loop."""
+"""Builds model, optimizer, data, mesh and compiled training step from a config."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ from xception_jax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A resolved config and what follows from it; nothing here changes while a run goes on.
+    """A resolved config and everything built from it. Constant during a run.
 
     Attributes:
-      config: resolved.
-      mesh: of all devices.
-      sources: by split: 'train', 'dev' and 'test'; the last two only where the config names them.
-      model, optimizer, schedule, cost: of the network and its training.
+      config: the resolved config.
+      mesh: mesh of all devices.
+      sources: data by split: 'train', and 'dev' and 'test' if the config names them.
+      model: the network.
+      optimizer: the optimizer.
+      schedule: learning rate as a function of the number of updates.
+      cost: parameters and multiply-adds of the network.
       abstract: shapes, dtypes and shardings of the state.
-      init: makes the first state, already sharded.
+      init: returns the initial state, sharded.
     """
 
     config: ExperimentConfig
@@ -51,32 +54,32 @@ class Experiment:
     init: Callable[[], TrainState]
 
     def steps(self, duration: str) -> int:
-        """Returns a duration of the config in steps."""
+        """Converts a duration, such as '2 epochs', to steps."""
         return duration_in_steps(duration, self.config.batch_size, len(self.sources["train"]))
 
     def every(self, duration: str) -> int:
-        """Returns the steps between events that are this far apart, at least 1."""
+        """Converts the interval between two events to steps, at least 1."""
         return max(1, self.steps(duration))
 
     def replicate(self, value: np.ndarray | np.generic) -> jax.Array:
-        """Returns a value of the host on every device of the mesh."""
+        """Copies a host value to every device of the mesh."""
         return jax.device_put(value, NamedSharding(self.mesh, PartitionSpec()))
 
     @property
     def data(self) -> SourceInfo:
-        """What is known of the training data."""
+        """Description of the training data."""
         return self.sources["train"].info
 
     @functools.cached_property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.steps(self.config.duration)
 
     def compile_step(self) -> jax.stages.Compiled:
         """Compiles the training step for the mesh: (state, batch, key_bits) -> (state, metrics). It donates the state.
 
         Raises:
-          DeviceMemoryError: the compiler finds that the step does not fit.
+          DeviceMemoryError: the step does not fit into the memory of a device.
         """
         step = make_train_step(self.model, self.optimizer, self.schedule, self.config)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
@@ -86,14 +89,14 @@ class Experiment:
         key_bits = jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=replicated)
         options: dict[str, str | bool] = {}
         if self.config.profile and self.mesh.devices.flat[0].platform == "gpu":
-            options = {"xla_gpu_enable_command_buffer": ""}  # in a CUDA graph a kernel does not say whose it is
+            options = {"xla_gpu_enable_command_buffer": ""}  # traces of CUDA graphs do not name the operation
         try:
             return jitted.lower(self.abstract, self.abstract_batch(), key_bits).compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, self.config) from error
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes, dtypes and sharding of a global batch."""
+        """Returns the shapes, dtypes and sharding of a global batch."""
         config, sharding = self.config, batch_sharding(self.mesh)
         multi_label = config.loss.multi_label
         label_shape = (config.batch_size, config.model.num_classes) if multi_label else (config.batch_size,)
@@ -105,7 +108,7 @@ class Experiment:
 
 
 def out_of_memory(error: jax.errors.JaxRuntimeError, config: ExperimentConfig) -> Exception:
-    """Returns the error for a step that does not fit into memory; any other one comes back as it is."""
+    """Converts an out-of-memory error of XLA to a DeviceMemoryError, and returns any other error unchanged."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     return DeviceMemoryError(
@@ -116,14 +119,15 @@ def out_of_memory(error: jax.errors.JaxRuntimeError, config: ExperimentConfig) -
 
 
 def make_experiment(config: ExperimentConfig) -> Experiment:
-    """Opens the data and builds everything but the compiled step.
+    """Opens the data and builds everything except the compiled step.
 
     Args:
-      config: a whole resolved config.
+      config: a resolved config.
 
     Raises:
       ConfigError: the config does not fit the data or the devices.
-      InputMissingError, BadDataError: the data are missing or wrong.
+      InputMissingError: the data are missing.
+      BadDataError: the data are damaged.
     """
     splits = {"train": config.data.train_split, "dev": config.data.eval_split, "test": config.data.test_split}
     sources = {name: open_dataset(config.data, split) for name, split in splits.items() if split}
@@ -134,10 +138,10 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
 
 
 def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh: Mesh) -> Experiment:
-    """Builds an experiment on open data and any mesh, which may be of devices that are only compiled for.
+    """Builds an experiment on opened data. The mesh may consist of devices to compile for that are not attached.
 
     Raises:
-      ConfigError: the batch cannot be shared out among the devices, or a pattern of the optimiser has no effect.
+      ConfigError: the batch cannot be divided among the devices, or a pattern of the optimizer has no effect.
     """
     check_batch("batch_size", config.batch_size, mesh.size, config.accumulation_steps)
     model = create_model(config.model)
@@ -157,7 +161,7 @@ def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh:
         schedule=schedule,
         cost=count_cost(model, config.data.image_size),
         abstract=abstract,
-        init=lambda: seeded(seed_bits(config.seed)),  # the mesh may be of devices that cannot compute
+        init=lambda: seeded(seed_bits(config.seed)),  # lazy, because the devices of the mesh may not be attached
     )
 
 
@@ -168,12 +172,12 @@ def _check_duration(config: ExperimentConfig, num_examples: int) -> None:
             f"config.duration='{config.duration}' is less than one step of {config.batch_size:,} images: "
             f"an epoch has {num_examples:,}",
             "config.duration",
-            f"lower config.batch_size, to at most {num_examples:,}, or set a longer config.duration",
+            f"lower config.batch_size to at most {num_examples:,}, or set a longer config.duration",
         )
 
 
 def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
-    """Checks that network, loss and data speak of the same classes.
+    """Checks that network, loss and data agree about the classes.
 
     Raises:
       ConfigError: the number of classes or the kind of labels differs.
@@ -190,7 +194,7 @@ def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
     if config.loss.name != loss:
         labels = "any number of labels" if info.multi_label else "one label"
         raise ConfigError(
-            f"config.loss.name is {config.loss.name!r}, but an image of {info.name} has {labels}",
+            f"config.loss.name is {config.loss.name!r}, but images of {info.name} have {labels} each",
             "config.loss.name",
             f"set it to {loss!r}",
         )

@@ -1,4 +1,4 @@
-"""Feeds the devices: the next batch is loaded and transferred while a step runs."""
+"""Loads the next batch and transfers it to the devices while a step runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _POLL_SECONDS = 0.5
 
 
 class Feed:
-    """Fetches one batch ahead in a thread of its own.
+    """Fetches one batch ahead in a background thread.
 
     Args:
-      batches: of this process; closed together with the feed.
-      to_devices: makes a global batch of the parts that the processes hold.
+      batches: batches of this process, closed together with the feed.
+      to_devices: builds a global batch from the local batches of all processes.
     """
 
     def __init__(self, batches: BatchIterator, to_devices: Callable[[Batch], DeviceBatch]):
@@ -32,10 +32,10 @@ class Feed:
         """Waits for the next batch.
 
         Args:
-          poll: called about twice a second while waiting; what it raises ends the wait.
+          poll: called about twice a second while waiting. An exception that it raises ends the wait.
 
         Returns:
-          The batch of this process, and its images and labels on the devices.
+          The batch of this process, and the global batch (images and labels) on the devices.
         """
         while True:
             try:

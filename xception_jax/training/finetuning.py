@@ -1,6 +1,7 @@
-"""Training a part of a network: frozen parameters, BatchNorm at rest, and a learning rate for each layer.
+"""Fine-tunes part of a network: freezes parameters and BatchNorm statistics, and sets learning rates by layer.
 
-Names are those of `params`, joined by slashes: `block2_sepconv1/spatial/kernel`, `head/predictions/bias`.
+Parameters are selected by regular expressions, which are searched in their names: the keys of `params` joined by
+slashes, such as `block2_sepconv1/spatial/kernel` or `head/predictions/bias`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from xception_jax.models.layers import BatchNorm
 
 
 def frozen_names(params: dict, pattern: str) -> set[str]:
-    """Returns the names in which the pattern is found; none for an empty one."""
+    """Returns the names that match the pattern. An empty pattern matches none."""
     return {name for name in flatten_dict(params, sep="/") if pattern and re.search(pattern, name)}
 
 
 def stop_frozen(params: dict, pattern: str) -> dict:
-    """Returns the parameters, with no gradient for the frozen ones: what only they would need is not computed."""
+    """Returns the parameters with `stop_gradient` applied to the frozen ones, so that no gradient is computed."""
     frozen = frozen_names(params, pattern)
     flat = flatten_dict(params, sep="/")
     return unflatten_dict({k: jax.lax.stop_gradient(v) if k in frozen else v for k, v in flat.items()}, sep="/")
 
 
 def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
-    """Returns a context in which a BatchNorm whose parameters are all frozen normalises by its running averages.
+    """Returns a context in which a BatchNorm layer runs in inference mode if all of its parameters are frozen.
 
-    It leaves them as they are: a frozen layer computes what it does in inference.
+    Such a layer normalizes by its running averages and does not update them.
     """
     frozen = frozen_names(params, pattern)
     trained = {name.rpartition("/")[0] for name in flatten_dict(params, sep="/") if name not in frozen}
@@ -52,7 +53,7 @@ def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
 
 
 def only_trained(inner: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
-    """Returns an optimiser that sees, and has state for, nothing but the parameters that are not frozen."""
+    """Restricts an optimizer to the parameters that are not frozen. The others have no optimizer state."""
 
     def trained(tree: dict) -> dict:
         frozen = frozen_names(tree, pattern)
@@ -67,7 +68,7 @@ def only_trained(inner: optax.GradientTransformation, pattern: str) -> optax.Gra
 
 
 def multiply_rates(multipliers: Iterable[tuple[str, float]]) -> optax.GradientTransformation:
-    """Multiplies each update by the factor of the first pattern that is found in its name, if there is one."""
+    """Multiplies each update by the factor of the first pattern that matches its name, or by 1."""
 
     def factor(name: str) -> float:
         return next((factor for pattern, factor in multipliers if re.search(pattern, name)), 1.0)
@@ -83,23 +84,23 @@ def check_patterns(optimizer: OptimizerConfig, params: dict) -> None:
     """Checks that each pattern of `config.optimizer` has an effect.
 
     Raises:
-      ConfigError: one matches no parameter, or none that is trained and not taken by an earlier one; or nothing is
-        left to train.
+      ConfigError: a pattern matches no parameter, only frozen ones, or only those matched by an earlier pattern; or all
+        parameters are frozen.
     """
     names = list(flatten_dict(params, sep="/"))
     frozen = frozen_names(params, optimizer.frozen)
-    fix = f"patterns are searched in names such as {names[0]!r} and {names[-1]!r}"
+    fix = f"use a regular expression that matches part of a name such as {names[0]!r} or {names[-1]!r}"
     if optimizer.frozen and not frozen:
         where = "config.optimizer.frozen"
         raise ConfigError(f"{optimizer.frozen!r} matches none of the {len(names)} parameters", where, fix)
     left = set(names) - frozen
     if not left:
         what = f"{optimizer.frozen!r} matches every parameter: nothing is left to train"
-        raise ConfigError(what, "config.optimizer.frozen", "to train the classifier alone: '^(?!head/)'")
+        raise ConfigError(what, "config.optimizer.frozen", "to train only the classifier, set it to '^(?!head/)'")
     for pattern, _ in optimizer.multipliers:
         matched = {name for name in left if re.search(pattern, name)}
         if not matched:
-            others = " that are trained and in no earlier pattern" if len(left) < len(names) else ""
+            others = " that are trained and not matched by an earlier pattern" if len(left) < len(names) else ""
             what = f"{pattern!r} matches none of the parameters{others}"
             raise ConfigError(what, "config.optimizer.multipliers", fix)
         left -= matched

@@ -1,4 +1,4 @@
-"""What a state is: the names, types and shapes of its leaves, a digest of their bits, and what computed it."""
+"""Identifies a training state by leaf names, dtypes, shapes, content hash and package versions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from xception_jax.environment import installed_versions
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by names such as 'params/block2_sepconv1/kernel'."""
+    """Returns the leaves of a tree by name, such as 'params/block2_sepconv1/kernel'."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def tree_signature(tree: Any) -> dict[str, str]:
-    """Returns dtype and shape of every leaf by its name, as 'float32[3, 3, 32, 64]'."""
+    """Returns the dtype and shape of every leaf by name, such as 'float32[3, 3, 32, 64]'."""
 
     def signature(leaf: Any) -> str:
         leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
@@ -30,14 +30,14 @@ def tree_signature(tree: Any) -> dict[str, str]:
 
 
 def tree_fingerprint(tree: Any) -> str:
-    """Returns the SHA-256 over names, dtypes and shapes: equal if one state can take the place of another."""
+    """Returns the SHA-256 over names, dtypes and shapes. States with the same fingerprint are interchangeable."""
     return hashlib.sha256(json.dumps(tree_signature(tree), sort_keys=True).encode()).hexdigest()
 
 
 def state_fingerprint(state: Any) -> str:
-    """Returns the SHA-256 over name, dtype, shape and bits of every leaf: equal if and only if the states are.
+    """Returns the SHA-256 over the name, dtype, shape and bits of every leaf.
 
-    With several processes it is a collective: all of them call it, and all get the same answer.
+    With several processes, this is a collective that all of them must call. All get the same result.
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(state).items()):
@@ -54,7 +54,8 @@ def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows:
     """Compares two results of `tree_signature`.
 
     Returns:
-      How many leaves differ or are on one side only, and a table of the first of them: parameter, stored, wanted.
+      The number of leaves that differ or exist on one side only, and a table (parameter, stored, wanted) of the first
+      `max_rows` of them.
     """
     names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
     rows = [("parameter", "stored", "wanted")]

@@ -1,4 +1,4 @@
-"""The state that a run starts from: initialised, and where `config.init.weights` names a file, with its weights."""
+"""Creates the initial state of a run, with the weights of `config.init.weights` if it names a file."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from xception_jax.training.fingerprint import compare_signatures, tree_signature
 from xception_jax.training.state import TrainState
 from xception_jax.weights import Network, Preprocessing, load_network
 
-# What of `config.model` may differ from the network in the file: it changes the head, or training alone.
+# Fields of `config.model` that may differ from the network in the file. They affect only the head or only training.
 _MAY_DIFFER = ("num_classes", "fc_layers", "fc_width", "dropout_rate", "aux_head", "dtype")
 _HEAD, _CLASSIFIERS = ("head/", "aux_"), ("head/predictions/", "aux_predictions/")
 
 
 def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainState:
-    """Makes the state of step 0, sharded.
+    """Creates the state of step 0, sharded.
 
-    The classifier keeps its initial values if the file has none, or one of other classes; so do fully connected
-    layers and an auxiliary head that the file does not have.
+    The classifier keeps its initial values if the file has no classifier or one for different classes. Fully connected
+    layers and an auxiliary head keep theirs if they are not in the file.
 
     Args:
-      experiment: its `config.init.weights` is a file that `load_network` reads, or empty.
-      report: takes one line that says what was read.
+      experiment: its `config.init.weights` is a file that `load_network` can read, or empty.
+      report: called with one line that describes what was read.
 
     Raises:
       InputMissingError: there is no such file.
-      BadDataError: it is damaged, or of a network with other parameters.
-      ConfigError: it is of another network than `config.model`, or expects other images than training makes.
+      BadDataError: the file is damaged, or its network has different parameters.
+      ConfigError: the network in the file is not that of `config.model`, or expects images that training cannot
+        provide.
     """
     path = experiment.config.init.weights
     if not path:
@@ -44,24 +45,24 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     variables = flatten_dict(_for_our_images(network), sep="/")
     start, new = _choose(experiment, network, variables)
     state = experiment.init()
-    params, batch_stats = (_placed(getattr(state, kind), start, kind) for kind in ("params", "batch_stats"))
-    # Arrays of their own for the average: the step donates both.
-    ema = None if state.ema is None else {kind: _placed(state.ema[kind], start, kind) for kind in state.ema}
+    params, batch_stats = (_with_arrays(getattr(state, kind), start, kind) for kind in ("params", "batch_stats"))
+    # The average needs its own arrays, because the step donates both.
+    ema = None if state.ema is None else {kind: _with_arrays(state.ema[kind], start, kind) for kind in state.ema}
     named = f"; new: {', '.join(new)}" if new else ""
     report(f"starts from {path} (SHA-256 {network.sha256}), {len(start)} arrays{named}")
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
 
 def _check_model(model: ModelConfig, network: Network) -> None:
-    """Raises ConfigError if the network in the file computes something else with the same parameters."""
+    """Raises ConfigError if the network in the file computes a different function of the same parameters."""
     ours, theirs = (_flat(model), _flat(network.model))
     differing = {name: theirs[name] for name in theirs if ours.get(name) != theirs[name]}
     if differing:
         options = " ".join(f"--config.model.{name}={value}" for name, value in differing.items())
         raise ConfigError(
-            f"config.model is another network than that of the file: {', '.join(sorted(differing))} differ",
+            f"config.model does not match the network in the file: {', '.join(sorted(differing))} differ",
             network.source,
-            f"take those of the file: {options}",
+            f"use the values of the file: {options}",
         )
 
 
@@ -73,7 +74,7 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
 def _choose(
     experiment: Experiment, network: Network, variables: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns what of the file is taken, by name, and the names of what stays as it is initialised."""
+    """Returns the arrays to load from the file, by name, and the names of the arrays that keep their initial values."""
     state, classes = experiment.abstract, experiment.data.class_names
     wanted = tree_signature({"params": state.params, "batch_stats": state.batch_stats})
     stored = tree_signature(variables)
@@ -83,7 +84,7 @@ def _choose(
         return name.partition("/")[2].startswith(parts)
 
     def shape(signatures: dict[str, str], name: str) -> str:
-        return signatures.get(name, "").partition("[")[2]  # weights are read in any precision
+        return signatures.get(name, "").partition("[")[2]  # ignores the dtype: weights of any precision are loaded
 
     new = [
         name
@@ -95,15 +96,15 @@ def _choose(
     differences, table = compare_signatures(theirs, ours)
     if differences:
         raise BadDataError(
-            f"the weights are of another network: {differences} of {len(wanted)} arrays differ",
+            f"the weights are for a different network: {differences} of {len(wanted)} arrays differ",
             f"{network.source}\n{table}",
-            "give config.model as it was when they were trained",
+            "set config.model to the values that they were trained with",
         )
     return {name: variables[name] for name in wanted if name not in new}, new
 
 
-def _placed(tree: dict, start: dict[str, np.ndarray], kind: str) -> dict:
-    """Returns a tree of arrays with those of `start` in their places, sharded as they were."""
+def _with_arrays(tree: dict, start: dict[str, np.ndarray], kind: str) -> dict:
+    """Replaces arrays of a tree by those of `start`, with the dtypes and shardings of the tree."""
     flat = flatten_dict(tree, sep="/")
     for name, leaf in flat.items():
         if f"{kind}/{name}" in start:
@@ -113,17 +114,17 @@ def _placed(tree: dict, start: dict[str, np.ndarray], kind: str) -> dict:
 
 
 def _for_our_images(network: Network) -> dict[str, Any]:
-    """Returns the variables for images in [-1, 1], which is what training makes, whatever the file was trained on.
+    """Converts the variables of a network with any preprocessing to images in [-1, 1], which training uses.
 
-    The first convolution takes over the scaling; its constant goes to the mean of the BatchNorm behind it, or to its
-    bias. That is exact because the first convolution does not pad; where it does, the file is refused.
+    The scale is folded into the first convolution, and the shift into the mean of its BatchNorm or into its bias. This
+    is exact only if the first convolution does not pad; otherwise the file is rejected.
     """
     preprocessing, ours = network.preprocessing, Preprocessing()
     if (preprocessing.mean, preprocessing.std) == (ours.mean, ours.std):
         return network.variables
     if isinstance(network.model, XceptionConfig) and network.model.stem == "small":
         what = f"the weights expect images with mean {preprocessing.mean} and standard deviation {preprocessing.std}"
-        raise ConfigError(what, network.source, "with model.stem='small' only images in [-1, 1] can be trained on")
+        raise ConfigError(what, network.source, "use weights for images in [-1, 1], which model.stem='small' requires")
     first = "block1_conv1" if network.model.name == "xception" else "stem_0"
     flat = flatten_dict(network.variables, sep="/")
     mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)

@@ -18,26 +18,26 @@ from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.training.experiment import Experiment
 
-# Splits of metrics.jsonl beside 'train', 'dev' and 'test'.
-INTERVAL = "interval"  # steps before a checkpoint that no 'train' entry covers yet, so that a resumed run can
-RECOVERY = "recovery"  # the run went back to a checkpoint and passed over the batches in between
+# Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
+INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
+RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
 _AVERAGED = ("loss", "top1", "grad_norm")
 
 
 def print_once(line: str) -> None:
-    """Prints a line, by process 0."""
+    """Prints a line on process 0 only."""
     if jax.process_index() == 0:
         say(line)
 
 
 class Journal:
-    """Keeps the records of a run. All processes may call it; only process 0 writes and prints.
+    """Writes the metrics of a run to all outputs. All processes call it; only process 0 writes and prints.
 
     Args:
-      experiment: what is run.
+      experiment: the experiment that is run.
       workdir: the work directory.
-      step: the step that the run starts or resumes from; later entries of an earlier attempt are dropped.
+      step: the step that the run starts or resumes from. Later entries of an earlier attempt are dropped.
       started: `time.monotonic()` at the start of the program.
     """
 
@@ -77,16 +77,16 @@ class Journal:
             self._exit.close()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Returns all entries of metrics.jsonl so far."""
+        """Returns all entries of metrics.jsonl."""
         return read_metrics(self._path)
 
     def has(self, step: int, split: str) -> bool:
-        """Returns whether there is an entry for this step and split; every process gets the answer of process 0."""
+        """Returns whether there is an entry for this step and split. All processes get the same answer."""
         return self._agree(self._writes and self._log.has(step, split))
 
     @property
     def has_recovered(self) -> bool:
-        """Whether the run went back to a checkpoint, at any earlier step; the same on every process."""
+        """Whether the run has gone back to a checkpoint before. All processes get the same answer."""
         return self._agree(self._writes and any(entry["split"] == RECOVERY for entry in self.entries()))
 
     def _agree(self, found: bool) -> bool:
@@ -94,21 +94,21 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Wall time of this run, with its earlier starts."""
+        """Wall time of the run in seconds, including earlier attempts."""
         return self._seconds_before + self.seconds_since_start if self._writes else 0.0
 
     @property
     def seconds_since_start(self) -> float:
-        """Wall time since the program was started."""
+        """Wall time since the start of the program, in seconds."""
         return time.monotonic() - self._started
 
     def message(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line on process 0 only."""
         if self._writes:
             say(text)
 
     def header(self, workdir: Path, step: int) -> None:
-        """Prints what a run consists of, where a mistake would show."""
+        """Prints a summary of the run before it starts, so that mistakes in the config are visible."""
         experiment = self._experiment
         config, cost, data = experiment.config, experiment.cost, experiment.data
         sizes = ", ".join(f"{source.info.split} {len(source):,}" for source in experiment.sources.values())
@@ -121,18 +121,18 @@ class Journal:
             (
                 "network",
                 f"{config.model.name}, {cost.parameters:,} parameters, "
-                f"{format_count(cost.multiply_adds)} multiply-adds an image at {config.data.image_size}",
+                f"{format_count(cost.multiply_adds)} multiply-adds per image at {config.data.image_size}",
             ),
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
-            ("cost", f"{format_count(flops)}FLOP: 3 forward passes of 2 x multiply-adds an image"),
+            ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
             ("workdir", str(workdir)),
         ]
         self.message(format_header(config.name or "xception_jax", rows))
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the metrics of a step that has finished; writes their mean over the interval at a log point."""
+        """Records the metrics of a finished step. At a log point, writes their mean over the interval."""
         self.throughput.mark(step)
         self._interval.append({name: metrics[name] for name in _AVERAGED if name in metrics})
         self._last_step = step
@@ -165,10 +165,11 @@ class Journal:
         self.message(f"step {step:,}  {split}: {describe(metrics, metrics_of(self._experiment.config), ('', 'ema_'))}")
 
     def recovery(self, step: int, restored_step: int) -> None:
-        """Records that the state of an earlier checkpoint goes on at `step`."""
+        """Records that training continues at `step` with the state of an earlier checkpoint."""
         self._write(step, RECOVERY, {"restored_step": restored_step})
         self.message(
-            f"went back to the checkpoint of step {restored_step:,}, once; batches up to {step:,} are left out"
+            f"went back to the checkpoint of step {restored_step:,}; skipping all batches up to step {step:,}. "
+            "A run does this only once."
         )
 
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
@@ -179,7 +180,7 @@ class Journal:
                 tracker.write(step, split, values)
 
     def sync(self) -> None:
-        """Makes what is written survive a power failure; called before a checkpoint refers to it."""
+        """Flushes all entries to disk. Must be called before the checkpoint of the same step is saved."""
         if self._writes:
             if self._interval and not self._log.has(self._last_step, INTERVAL):
                 columns = {name: [entry[name] for entry in self._interval] for name in self._interval[0]}
@@ -187,12 +188,12 @@ class Journal:
             self._log.sync()
 
     def pause(self) -> contextlib.AbstractContextManager:
-        """Returns a context whose time does not count as training."""
+        """Returns a context whose duration is excluded from the throughput."""
         return self.throughput.paused()
 
 
 def _unfinished_interval(entries: list[dict[str, Any]], step: int) -> list[dict[str, float]]:
-    """Returns the metrics of the steps up to `step` that the next 'train' entry has to cover."""
+    """Returns the metrics of the steps up to `step` that the next 'train' entry must include."""
     found = [entry for entry in entries if entry["split"] == INTERVAL and entry["step"] == step]
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""The training loop: `train(config, workdir)` starts a run or resumes it."""
+"""Trains a network: `train(config, workdir)` starts or resumes a run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 
 def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str) -> Summary:
-    """Trains what the config describes in `workdir`, from its last checkpoint if it has one.
+    """Trains the model described by `config` in `workdir`, resuming from its last checkpoint if there is one.
 
     Args:
-      config: as `get_config()` in a file of configs/ returns it.
-      workdir: gets config.json, metrics.jsonl, checkpoints/<step>/ and report.html.
+      config: a config, such as `get_config()` in a file of configs/ returns.
+      workdir: directory for config.json, metrics.jsonl, checkpoints/<step>/ and report.html.
 
     Returns:
-      What the run ended with.
+      A summary of the finished run.
 
     Raises:
-      UserError: one of its subclasses; each says what to do and has an exit code of its own.
+      UserError: one of its subclasses, each with its own exit code.
     """
     started = time.monotonic()
     config = resolve(config)
@@ -92,17 +92,17 @@ def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
 
 @dataclasses.dataclass
 class _Dispatched:
-    """A step that the devices may still be computing: its number (from 1) and its metrics."""
+    """A step that the devices may still be computing: its number, starting at 1, and its metrics."""
 
     step: int
     metrics: dict[str, jax.Array]
 
 
 class Loop:
-    """Takes steps, and between them evaluates, saves and stops when it is due.
+    """Runs training steps, evaluations and saves.
 
-    What is due at a step follows from the step and the journal only, so that a run that resumes at a step does there
-    what the interrupted run would have done.
+    What is due at a step depends only on the step and the journal, so a resumed run does the same as an uninterrupted
+    one.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Loop:
         self.state: TrainState = experiment.abstract
         self.feed: Feed | None = None
         self.dispatched: _Dispatched | None = None
-        self.dev_metrics: dict[str, float] = {}  # of the state that the next checkpoint holds
+        self.dev_metrics: dict[str, float] = {}  # of the current state; saved with the next checkpoint
         self.seconds_to_first_step: float | None = None
 
     def run(self, step: int, state: TrainState) -> Summary:
-        """Trains from `step` to the end of the config's duration, evaluates on the test split and reports."""
+        """Trains from `step` to the end of the run, evaluates on the test split and writes the report."""
         self.step, self.state = step, state
         every, total = self.experiment.every, self.experiment.total_steps
         evaluation, checkpoint = every(self.config.evaluation.every), every(self.config.checkpoint.every)
@@ -160,7 +160,7 @@ class Loop:
             self.state, metrics = train_step(self.state, batch, dropout)
             self.step += 1
             self.dispatched = _Dispatched(self.step, metrics)
-            # Read only now: the devices compute this step while the host waits for the metrics of the last one.
+            # Read the previous metrics only after dispatching this step, so that the devices always have work.
             self._read(before)
             self.checkpoints.poll()
         if trains:
@@ -168,9 +168,9 @@ class Loop:
         self._save()
         self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
-        from xception_jax.training.summary import summarise_run  # matplotlib, which the first step need not wait for
+        from xception_jax.training.summary import summarize_run  # imports matplotlib, which would delay the first step
 
-        return summarise_run(
+        return summarize_run(
             self.experiment,
             self.workdir,
             self.journal,
@@ -203,7 +203,7 @@ class Loop:
         return to_devices(batch, batch_sharding(self.experiment.mesh))
 
     def _next_batch(self) -> DeviceBatch:
-        """Waits for the next batch, or until a signal comes."""
+        """Waits for the next batch, or until a signal arrives."""
         assert self.feed is not None
         with self.journal.throughput.waiting():
             batch, on_devices = self.feed.next(self._stop_if_requested)
@@ -217,35 +217,35 @@ class Loop:
                 self.journal.message(f"image {index} of {split} is damaged; the next image replaces it")
 
     def _read(self, dispatched: _Dispatched | None) -> None:
-        """Records a step's metrics; too many bad steps in a row send the run back to a checkpoint."""
+        """Records the metrics of a step. Goes back to a checkpoint after too many consecutive bad steps."""
         if dispatched is None:
             return
         metrics = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = self.journal.seconds_since_start
         if metrics["bad_steps"]:
-            self.journal.message(f"step {dispatched.step}: loss or gradient is not finite; the state stays as it was")
+            self.journal.message(f"step {dispatched.step}: loss or gradient is not finite; the update is skipped")
         self.journal.train(dispatched.step, metrics)
         if metrics["bad_steps"] >= self.config.max_bad_steps:
             self._recover(dispatched.step)
 
     def _flush(self) -> None:
-        """Reads the metrics that are still out, which may send the run back; before anything uses the state."""
+        """Reads pending metrics, which may replace the state by a checkpoint. Call it before using the state."""
         dispatched, self.dispatched = self.dispatched, None
         self._read(dispatched)
 
     def _recover(self, bad_step: int) -> None:
-        """Goes on from the last regular checkpoint with the batches after `bad_step`; once in a run.
+        """Continues from the last regular checkpoint with the batches after `bad_step`, at most once per run.
 
-        The steps in between count as skipped, so that the position in the data still follows from the step, and a run
-        that is interrupted anywhere recovers in the same way. The same batches would lead to the same divergence.
+        The same batches would lead to the same divergence. The steps in between count as skipped, so the position in
+        the data still depends only on the step, and an interrupted run recovers in the same way.
         """
         has_recovered = self.journal.has_recovered
         restored = None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
         if restored is None:
             raise DivergedError(
                 f"the loss was not finite for {self.config.max_bad_steps} steps in a row, "
-                + ("also after a recovery" if has_recovered else "and there is no checkpoint to go back to"),
+                + ("also after a recovery" if has_recovered else "and there is no checkpoint to restore"),
                 f"step {bad_step}; the last checkpoint is kept in {self.workdir / 'checkpoints'}",
                 "lower config.schedule.learning_rate, or add a config.schedule.warmup",
             )
@@ -260,7 +260,7 @@ class Loop:
     # --- between the steps -------------------------------------------------------------------------------------------
 
     def _is_due(self, every: int) -> bool:
-        """Returns whether something due every so many steps, and at the end, is due now."""
+        """Returns whether an event that happens every `every` steps, and at the last step, is due now."""
         return self.step > 0 and (self.step % every == 0 or self.step == self.experiment.total_steps)
 
     def _save(self) -> None:
@@ -275,7 +275,7 @@ class Loop:
             self._stop()
 
     def _stop(self) -> None:
-        """Saves and ends the run, to be resumed."""
+        """Saves a checkpoint and ends the run with a PreemptedError."""
         self._save()
         self.checkpoints.wait()
         raise self.preemption.error(self.step, self.workdir)
@@ -311,7 +311,7 @@ class Loop:
             self.journal.evaluation(self.step, "dev", self.dev_metrics)
 
     def _evaluate_test(self) -> Predictions:
-        """Evaluates on the test split and saves the predictions; the journal keeps the first result."""
+        """Evaluates on the test split and saves the predictions. The journal keeps the first result."""
         metrics, predictions = self._evaluate("test")
         if not self.journal.has(self.step, "test"):
             self.journal.evaluation(self.step, "test", metrics)

@@ -1,4 +1,4 @@
-"""The manifest of a directory: size and SHA-256 of every file in it, beside a record of what it holds."""
+"""Reads, writes and verifies the manifest of a directory: a record, and the size and SHA-256 of every file."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ NAME = "manifest.json"
 
 
 class DamagedError(Exception):
-    """A directory that does not hold what was written there; the message is the reason, in part of a line."""
+    """The contents of a directory have changed since they were written. The message is a short reason."""
 
 
 def write(directory: Path, record: dict[str, Any]) -> None:
-    """Writes the manifest of all files in a directory, which is on disk when this returns.
+    """Writes the manifest of all files in a directory, and syncs all of them to disk.
 
     Args:
-      directory: complete; nothing in it changes any more.
-      record: anything that JSON can hold, given back by `read`.
+      directory: the directory, whose files must not change afterwards.
+      record: JSON-serializable data, returned by `read`.
 
     Raises:
-      OSError: a file cannot be read, or the manifest not be written.
+      OSError: a file cannot be read, or the manifest cannot be written.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(NAME))
     files = {
         path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _synced_digest(path)}
         for path in paths
     }
-    # Files, then the directories that name them, then the manifest: after a power failure it proves all of them.
+    # Sync the files, then their directories, then the manifest, so that a manifest that survives a power failure proves
+    # that everything else did.
     for subdirectory in {path.parent for path in paths} | {directory, directory.parent}:
         sync_directory(subdirectory)
     content = {"record": record, "files": files}
@@ -40,19 +41,19 @@ def write(directory: Path, record: dict[str, Any]) -> None:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """Returns the record.
+    """Returns the record of a directory.
 
     Raises:
-      DamagedError: there is no manifest, or it is not what was written.
+      DamagedError: the manifest is missing or damaged.
     """
     return _read(directory)["record"]
 
 
 def verify(directory: Path) -> None:
-    """Reads every file that the manifest names.
+    """Reads every file in the manifest and compares its size and SHA-256.
 
     Raises:
-      DamagedError: one is missing, has another size or other content.
+      DamagedError: the manifest is missing or damaged, or a file is missing or differs.
     """
     for name, entry in _read(directory)["files"].items():
         path = directory / name
@@ -76,7 +77,7 @@ def _read(directory: Path) -> dict[str, Any]:
         raise DamagedError(f"{NAME} is missing") from None
     except OSError as error:
         raise DamagedError(f"{NAME} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError):  # not text, not JSON, or not an object with a seal
+    except (ValueError, KeyError, AttributeError):  # not text, not JSON, or not an object with a digest
         raise DamagedError(f"{NAME} is not readable as JSON") from None
     if seal != _seal(content):
         raise DamagedError(f"the SHA-256 of {NAME} differs")

@@ -1,6 +1,6 @@
-"""Learning-rate schedules and optimizers: the paper's (section 4.2), and modern ones from optax.
+"""Builds learning-rate schedules and optimizers: those of the paper (section 4.2), and modern ones from optax.
 
-To add one, add a function and a line in its table here, and its fields in config/training.py.
+To add one, add a function, a line in `SCHEDULES` or `OPTIMIZERS`, and its fields in config/training.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _constant(config: ScheduleConfig, steps: Callable[[str], int], _: int) -> op
     return optax.constant_schedule(config.learning_rate)
 
 
-# Each takes its config, a function that converts durations to steps, and the steps that remain after the warm-up.
+# Arguments: the config, a function that converts durations to steps, and the number of steps after the warm-up.
 SCHEDULES: dict[str, Callable[[Any, Callable[[str], int], int], optax.Schedule]] = {
     "staircase": _staircase,
     "cosine": _cosine,
@@ -52,12 +52,12 @@ SCHEDULES: dict[str, Callable[[Any, Callable[[str], int], int], optax.Schedule]]
 def make_schedule(config: ExperimentConfig, num_examples: int) -> optax.Schedule:
     """Returns the learning rate as a function of the number of updates.
 
-    'staircase' multiplies by `decay_rate` once every `decay_every`; 'cosine' falls to zero at the end of the run.
-    A warm-up rises linearly from zero, and the schedule itself starts where the warm-up ends.
+    'staircase' multiplies by `decay_rate` once every `decay_every`. 'cosine' decays to zero at the end of the run. A
+    warm-up rises linearly from zero to `learning_rate`; the schedule starts after it.
 
     Args:
-      config: of the experiment.
-      num_examples: in one epoch.
+      config: the config of the experiment.
+      num_examples: number of examples in one epoch.
     """
 
     def steps(duration: str) -> int:
@@ -69,7 +69,7 @@ def make_schedule(config: ExperimentConfig, num_examples: int) -> optax.Schedule
 
 
 def _l2(config: OptimizerConfig, decayed: Mask) -> list[optax.GradientTransformation]:
-    """Returns coupled weight decay: the gradient of `weight_decay` / 2 times the squared norm, as in TF-Slim."""
+    """Returns coupled weight decay: adds the gradient of `weight_decay` / 2 times the squared norm, as in TF-Slim."""
     return [optax.add_decayed_weights(config.weight_decay, decayed)] if config.weight_decay else []
 
 
@@ -78,7 +78,7 @@ def _sgd(config: SGDConfig, rate: optax.Schedule, decayed: Mask) -> list[optax.G
 
 
 def _rmsprop(config: RMSPropConfig, rate: optax.Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
-    # TensorFlow's: epsilon inside the root, the mean square starts at one, the learning rate comes before the momentum.
+    # As in TensorFlow: epsilon inside the root, mean square initialized to one, learning rate applied before momentum.
     rmsprop = optax.rmsprop(
         rate,
         decay=config.rmsprop_decay,
@@ -107,7 +107,7 @@ def _lion(config: LionConfig, rate: optax.Schedule, decayed: Mask) -> list[optax
     return [optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)]
 
 
-# Each takes its config, the schedule, and the mask of the parameters that decay.
+# Arguments: the config, the schedule, and a mask of the parameters to decay.
 OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule, Mask], list[optax.GradientTransformation]]] = {
     "sgd": _sgd,
     "rmsprop": _rmsprop,
@@ -119,13 +119,13 @@ OPTIMIZERS: dict[str, Callable[[Any, optax.Schedule, Mask], list[optax.GradientT
 
 
 def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimizer that a `config.optimizer` describes.
+    """Returns the optimizer described by `config.optimizer`.
 
-    What `weight_decay` multiplies depends on the optimizer. For sgd, rmsprop and adam it is coupled (L2): added to the
-    gradient, before momentum and scaling. For adamw, lamb and lion it is decoupled: `weight_decay` times the parameter
-    is added to the scaled update, which the learning rate (in lamb, the trust ratio too) then multiplies.
+    In sgd, rmsprop and adam, weight decay is coupled (L2): it is added to the gradient, before momentum and scaling. In
+    adamw, lamb and lion it is decoupled: `weight_decay` times the parameter is added to the scaled update, which is
+    then multiplied by the learning rate (and by the trust ratio in lamb).
 
-    Frozen parameters have no update, no decay and no state, and do not count when the norm is clipped.
+    Frozen parameters have no update, decay or optimizer state, and are excluded from the norm that is clipped.
     """
     steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     steps += OPTIMIZERS[config.name](config, schedule, by_name(config.decayed))
@@ -135,9 +135,9 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 
 def by_name(pattern: str) -> Mask:
-    """Returns a function from a parameter tree to a mask: True where the pattern is found in a leaf's name.
+    """Returns a function that maps a parameter tree to a mask, True where the name of a leaf matches the pattern.
 
-    Names join the path with slashes: `block2_sepconv1/spatial/kernel`.
+    Names are paths joined by slashes, such as `block2_sepconv1/spatial/kernel`.
     """
 
     def mask(params: Any) -> Any:

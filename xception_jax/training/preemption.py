@@ -1,4 +1,4 @@
-"""Stops on request: the first SIGTERM or SIGINT ends the run after its step, the second ends it at once."""
+"""Handles SIGTERM and SIGINT: the first one ends the run after the current step, a second one immediately."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from xception_jax.errors import PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_AT_ONCE = 130
-# A program such as `timeout` signals its child and the group that the child belongs to: both signals are one request.
+# Programs such as `timeout` signal both their child and its process group. The two signals count as one request.
 ONE_REQUEST_SECONDS = 1.0
 
-# signal(2) itself: Python's module neither tells of nor restores a handler that a C++ library has installed.
+# signal(2), because Python's signal module can neither query nor restore a handler installed by a C++ library.
 _set_handler = ctypes.CDLL(None).signal
 _set_handler.argtypes, _set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
 
@@ -29,19 +29,19 @@ _set_handler.argtypes, _set_handler.restype = (ctypes.c_int, ctypes.c_void_p), c
 class Preemption:
     """Context manager that turns SIGTERM and SIGINT into a request to stop.
 
-    The loop asks `should_stop(step)` once after each step; told to stop, it saves and raises `error(step)`.
-    A second signal, at least a second later, ends the process with code 130, even while the main thread is inside a
-    compilation; what was saved before stays as it is.
+    The loop calls `should_stop(step)` once after each step. If this is True, the loop saves and raises `error(step)`. A
+    second signal, at least one second later, ends the process with code 130, even during a compilation. Existing
+    checkpoints stay intact.
 
-    On several processes a signal to one of them stops all of them after the same step. JAX sees to that: its
-    distributed runtime has a SIGTERM handler of its own, which tells the others. Therefore
-    `jax.distributed.initialize()` comes first and this context second, which then calls that handler.
+    With several processes, a signal to one of them stops all of them after the same step: the distributed runtime of
+    JAX has its own SIGTERM handler, which notifies the others. This context calls that handler, so
+    `jax.distributed.initialize()` must run first.
 
     Args:
-      report: takes the line that acknowledges the first signal; called from another thread.
+      report: called with one line that acknowledges the first signal, from another thread.
 
     Raises:
-      ValueError: entered outside the main thread, where Python cannot install signal handlers.
+      ValueError: entered outside of the main thread, where Python cannot install signal handlers.
     """
 
     def __init__(self, report: Callable[[str], None] = print):
@@ -56,8 +56,8 @@ class Preemption:
         self._distributed = jax.distributed.is_initialized()
         self._foreign_handlers = {signum: _foreign_handler(signum) for signum in SIGNALS}
         self._previous_handlers = {signum: signal.signal(signum, self._on_signal) for signum in SIGNALS}
-        # A Python handler runs between two bytecodes of the main thread, so not while it compiles. The number of the
-        # signal is written to this socket at once, to a thread that can still end the process.
+        # Python runs signal handlers between two bytecodes of the main thread, so not during a compilation. The signal
+        # number is written to this socket immediately, and the thread that reads it can end the process.
         listener, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -68,7 +68,7 @@ class Preemption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Restores the handlers that were there before."""
+        """Restores the previous handlers."""
         signal.set_wakeup_fd(self._previous_wakeup)
         for signum in SIGNALS:
             signal.signal(signum, self._previous_handlers[signum] or signal.SIG_DFL)
@@ -79,26 +79,26 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop now; cheap enough for every batch of an evaluation or a wait for input.
+        """Whether to stop now. Cheap enough to check at every batch of an evaluation, or while waiting for input.
 
-        On several processes it stays False until `should_stop` has found the step at which all of them stop: a
-        process that left a loop earlier would leave the others waiting for it in a collective.
+        With several processes, it stays False until `should_stop` has agreed on the step at which all of them stop. If
+        one process left the loop earlier, the others would wait for it in a collective.
         """
         return self._agreed if self._distributed else self._signal is not None
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run ends after this step.
+        """Returns whether the run must end after this step.
 
         Args:
-          step: the step that was just dispatched. Every process asks for every step in turn, without a gap: JAX
-            answers yes for one step only, the first that none of the processes had reached when the signal came.
+          step: the step that was just dispatched. Every process must ask for every step, in order: JAX answers yes only
+            for one step, the first that no process had reached when the signal arrived.
         """
         if self._distributed and not self._agreed:
             self._agreed = multihost_utils.reached_preemption_sync_point(step)
         return self.requested
 
     def error(self, step: int, workdir: str | os.PathLike) -> PreemptedError:
-        """Returns what the loop raises once the checkpoint of `step` is on disk."""
+        """Returns the error to raise after the checkpoint of `step` has been written."""
         cause = self._signal.name if self._signal else "a signal to another process"
         return PreemptedError(
             f"stopped by {cause} after step {step}, which is saved", str(workdir), "run the same command to resume"
@@ -122,15 +122,15 @@ class Preemption:
                     if first is not None and time.monotonic() - first_time < ONE_REQUEST_SECONDS:
                         continue
                     if first is not None:
-                        # Not through print: the main thread may hold the lock of its buffer for good.
-                        os.write(2, f"{name} after {first}: ended at once, the last checkpoint is intact\n".encode())
+                        # `print` could block, because the main thread may hold the lock of the stream.
+                        os.write(2, f"{name} after {first}: exiting now, the last checkpoint is intact\n".encode())
                         os._exit(EXIT_AT_ONCE)
                     first, first_time = name, time.monotonic()
-                    self._report(f"{name}: stopping after this step; a second signal ends the run at once")
+                    self._report(f"{name}: stopping after this step; send a second signal to exit now")
 
 
 def _foreign_handler(signum: int) -> int | None:
-    """Takes a signal away from a handler that some C++ library installed, and returns its address if there is one."""
+    """Removes the signal handler that a C++ library has installed and returns its address, or None."""
     if callable(signal.getsignal(signum)):
         return None
     address = _set_handler(signum, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds and a step changes."""
+"""Defines the training state, which checkpoints store and training steps update."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from xception_jax.parallel import state_sharding
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a step reads and writes; the data order follows from `step` alone.
+    """Everything that a training step reads and writes. The position in the data depends only on `step`.
 
     Attributes:
-      step: steps taken, int32; also the position in the data.
+      step: number of steps so far, int32.
       params: trainable parameters.
       batch_stats: running averages of BatchNorm.
-      opt_state: of the optimiser.
-      ema: Polyak averages {'params', 'batch_stats'}, or None without them.
-      bad_steps: non-finite steps in a row, int32.
-      skipped_steps: steps without an update, int32: non-finite ones, and those that a recovery has passed over.
+      opt_state: state of the optimizer.
+      ema: Polyak averages {'params', 'batch_stats'}, or None if disabled.
+      bad_steps: number of consecutive non-finite steps, int32.
+      skipped_steps: number of steps without an update, int32: non-finite steps, and steps skipped by a recovery.
     """
 
     step: jax.Array
@@ -38,16 +38,16 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def updates(self) -> jax.Array:
-        """Updates of the parameters so far, the position in the schedule: skipped steps do not count."""
+        """Number of parameter updates so far, which is the position in the learning-rate schedule."""
         return self.step - self.skipped_steps
 
     def all_variables(self) -> dict[str, dict]:
-        """Returns what `model.apply` takes, by the prefix of its metrics: of this step, and Polyak-averaged."""
+        """Returns the variables for `model.apply` by metric prefix: '' for this step, 'ema_' for the Polyak average."""
         averaged = {} if self.ema is None else {"ema_": self.ema}
         return {"": {"params": self.params, "batch_stats": self.batch_stats}} | averaged
 
 
-# What keys are for, folded into the key of the seed. Initialisation uses that key itself.
+# Folded into the key of the seed. Initialization uses the key of the seed itself.
 DROPOUT = 1
 
 StateInit = Callable[[np.ndarray | jax.Array], TrainState]
@@ -56,9 +56,9 @@ StateInit = Callable[[np.ndarray | jax.Array], TrainState]
 def make_state_init(
     model: nn.Module, optimizer: optax.GradientTransformation, *, image_size: int, ema: bool
 ) -> StateInit:
-    """Returns a function that makes the first state, to be jitted with `abstract_state`'s shardings.
+    """Returns a function that creates the initial state, to be jitted with the shardings of `abstract_state`.
 
-    It takes `seed_bits(seed)`, so that one program serves all seeds.
+    Its argument is `seed_bits(seed)`, so that all seeds share one compiled program.
     """
 
     def init(bits: np.ndarray | jax.Array) -> TrainState:
@@ -74,13 +74,13 @@ def make_state_init(
 
 
 def seed_bits(seed: int, purpose: int | None = None) -> np.ndarray:
-    """Returns the key of a seed, or that of one purpose, as numbers on the host: the same for every process."""
+    """Returns the data of the PRNG key of a seed, with `purpose` folded in, as a host array."""
     key = jax.random.key(seed)
     return np.asarray(jax.random.key_data(key if purpose is None else jax.random.fold_in(key, purpose)))
 
 
 def abstract_state(init: StateInit, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state that `init` makes; nothing is computed."""
+    """Returns the shapes, dtypes and shardings of the state that `init` creates, without computing it."""
     shapes = jax.eval_shape(lambda: init(jax.random.key_data(jax.random.key(0))))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -1,4 +1,7 @@
-"""One training step: a pure function of the state and a global batch, jitted over the mesh by the loop."""
+"""Builds the training step, a pure function of the state and a global batch.
+
+`Experiment.compile_step` compiles it for the mesh.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ def make_train_step(
 ) -> TrainStep:
     """Returns `step(state, batch, key_bits) -> (state, metrics)`.
 
-    `batch` has 'image' [b, h, w, 3] and 'label'; `key_bits` are `seed_bits(seed, DROPOUT)`, an argument so that one
-    program serves all seeds. Metrics are float32 scalars: loss, grad_norm, learning_rate, top1 (only with one label an
-    image), and the counters bad_steps and skipped_steps.
+    `batch` has 'image' [b, h, w, 3] and 'label' ([b], or [b, c] for multi-label data). `key_bits` is
+    `seed_bits(seed, DROPOUT)`, an argument so that all seeds share one compiled program. The metrics are scalars: loss,
+    grad_norm, learning_rate, top1 (only for single-label data), and the counters bad_steps and skipped_steps.
     """
     loss_function = LOSSES[config.loss.name]
     frozen = config.optimizer.frozen
@@ -52,7 +55,7 @@ def make_train_step(
         return loss, (updates["batch_stats"], metrics)
 
     def accumulated(state: TrainState, batch: dict, key: jax.Array) -> tuple[dict, dict, dict]:
-        """Averages gradients and metrics over microbatches; BatchNorm sees one microbatch after the other."""
+        """Averages gradients and metrics over microbatches. BatchNorm processes the microbatches one by one."""
         gradient = jax.value_and_grad(loss_and_aux, has_aux=True)
         n = config.accumulation_steps
         if n == 1:
@@ -70,7 +73,7 @@ def make_train_step(
             grads = jax.tree.map(lambda total, g: total + g / n, grads, new_grads)
             return (grads, batch_stats, jax.tree.map(lambda total, m: total + m / n, metrics, new)), None
 
-        # Every n-th image goes into one microbatch, so that each device cuts its own share.
+        # A microbatch takes every n-th image, so that each device splits its own shard.
         images, labels = (x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         names = ("loss",) if config.loss.multi_label else ("loss", "top1")
@@ -87,7 +90,7 @@ def make_train_step(
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
-        # A bad step leaves everything as it was, but it counts as a step: the next one gets the next batch.
+        # A bad step changes only the counters. It counts as a step, so training continues with the next batch.
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         new = new.replace(
             step=state.step + 1,
@@ -101,7 +104,7 @@ def make_train_step(
 
 
 def _polyak_average(state: TrainState, params: dict, batch_stats: dict, decay: float) -> dict | None:
-    """Averages weights and BN statistics; the decay starts low so that the first weights are soon forgotten."""
+    """Averages weights and BN statistics. The decay starts low, so that the initial weights are soon forgotten."""
     if state.ema is None:
         return None
     kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))

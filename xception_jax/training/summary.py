@@ -1,4 +1,4 @@
-"""What a run ends with: its report, and the lines that a person or a program reads."""
+"""Writes the report of a finished run and summarizes its results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The end of a run.
+    """The results of a finished run.
 
     Attributes:
-      step: the last one.
-      metrics: of the test split, else of the last evaluation on the development split.
-      main_metric: the one that `str` shows.
-      state_sha256: over every bit of the final state.
+      step: the last step.
+      metrics: metrics of the test split if there is one, otherwise of the last evaluation on the development split.
+      main_metric: the metric that `str` shows.
+      state_sha256: fingerprint of the final state.
       report: path of report.html.
       checkpoint: path of the last checkpoint.
     """
@@ -47,7 +47,7 @@ class Summary:
     checkpoint: Path
 
     def __str__(self) -> str:
-        """Returns the lines that close a run."""
+        """Returns the lines that are printed at the end of a run."""
         lines, main = [], self.main_metric
         for prefix, label in (("ema_", " (Polyak average)"), ("", "")):
             value = self.metrics.get(prefix + main.name)
@@ -60,7 +60,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarise_run(
+def summarize_run(
     experiment: Experiment,
     workdir: Path,
     journal: Journal,
@@ -69,7 +69,7 @@ def summarise_run(
     fingerprint: str,
     seconds_to_first_step: float | None,
 ) -> Summary:
-    """Writes report.html and returns the summary of a run that has reached its end."""
+    """Writes report.html and returns the summary of a finished run."""
     entries = journal.entries()
     evaluations = [entry for split in ("dev", "test") for entry in entries if entry["split"] == split]
     final = evaluations[-1] if evaluations else {}
@@ -106,7 +106,7 @@ def summarise_run(
 
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory that a device has held; on a CPU, the process."""
+    """Returns the peak memory of a device in bytes, or of the process on CPU."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -119,7 +119,7 @@ def _example_images(source: Source, predictions: Predictions) -> dict[int, Any]:
         try:
             decoded[index] = images.decode(source[index]["image"])
         except images.DamagedImageError:
-            continue  # its neighbour was evaluated, and the report shows no picture in its place
+            continue  # the evaluation used the next image instead; the report shows no image
     return decoded
 
 

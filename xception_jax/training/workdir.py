@@ -1,4 +1,4 @@
-"""The work directory of a run: usable, held by one run at a time, and always of the same experiment."""
+"""Opens the work directory of a run, locks it, and checks that it belongs to the same experiment."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CONFIG = "config.json"
 LOCK = "lock"
 CHECKPOINTS = "checkpoints"
 
-# With other values of these, what was trained so far is not the beginning of the same run. Others may change on the
-# way: a researcher extends `duration`, or lowers the learning rate.
+# A run cannot resume with different values of these fields. Other fields may change, for example to extend `duration`
+# or to lower the learning rate.
 _IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.frozen|batch_size|seed")
-# Where the images are and how they are read. Raising `max_bad_fraction` is how a run goes on after exit code 65.
+# Where the images are and how they are read. Raising `max_bad_fraction` allows a run to resume after exit code 65.
 _NOT_IDENTITY = (
     "data.data_dir",
     "data.threads",
@@ -43,11 +43,11 @@ def check_path(workdir: str) -> Path:
     """Returns the absolute path of a work directory.
 
     Raises:
-      ConfigError: it is empty, or the address of an object store.
+      ConfigError: the path is empty, or is the address of an object store.
     """
     if not workdir or "://" in workdir:
         what = "is not supported: checkpoints and locks need a file system" if workdir else "is empty"
-        raise ConfigError(f"the work directory {workdir!r} {what}", "--workdir", "name a local directory")
+        raise ConfigError(f"the work directory {workdir!r} {what}", "--workdir", "use a local directory")
     return Path(workdir).absolute()
 
 
@@ -59,43 +59,43 @@ def open_workdir(
     primary: bool | None = None,
     report: Callable[[str], None] = print,
 ) -> Iterator[Path]:
-    """Creates a work directory or opens an existing one, and holds it while the context lasts.
+    """Creates or opens a work directory, and locks it while the context is active.
 
-    It then has `config.json`, the config of this run, and `lock`, which says who holds it. A lock file that a killed
-    run left behind holds nothing: the kernel drops a `flock` together with the process.
+    Writes `config.json`, and `lock`, which names the process that holds the lock. A lock file left behind by a killed
+    run does not lock anything, because the kernel releases a `flock` when its process ends.
 
     Args:
       path: the directory.
-      config: as `resolve` returned it.
-      primary: whether this process is the one that locks and writes; the others of a distributed run only get the
-        path. Left out, it is process 0.
-      report: takes one line for each field that has changed since the last run here.
+      config: the resolved config.
+      primary: whether this process locks and writes. The other processes of a distributed run only get the path. By
+        default, process 0 is primary.
+      report: called with one line for each field that has changed since the last run in this directory.
 
     Yields:
       The absolute path.
 
     Raises:
-      WorkdirError: it cannot be created or written, or another run holds it.
-      ConfigError: it has checkpoints of another model, dataset, batch size or seed.
+      WorkdirError: the directory cannot be created or written, or another run holds the lock.
+      ConfigError: the directory has checkpoints of a different model, dataset, batch size or seed.
     """
     path = Path(path).absolute()
-    if primary is None:  # asking for the process index starts the devices, which takes seconds
+    if primary is None:  # process_index() initializes the devices, which takes seconds
         primary = not jax.distributed.is_initialized() or jax.process_index() == 0
     if not primary:
         yield path
         return
     with hold_directory(path):
-        # Only now: until the lock is held, config.json is another run's.
+        # Must come after the lock: config.json may belong to another run that is still active.
         _write_config(path, config, report)
         yield path
 
 
 @contextlib.contextmanager
 def hold_directory(path: Path) -> Iterator[None]:
-    """Creates a directory or takes an existing one, and keeps other processes out while the context lasts.
+    """Creates or opens a directory, and locks it while the context is active.
 
     Raises:
-      WorkdirError: it cannot be created or written, or another process holds it.
+      WorkdirError: the directory cannot be created or written, or another process holds the lock.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _unusable(path: Path, error: OSError) -> WorkdirError:
     if isinstance(error, FileExistsError | NotADirectoryError):
         reason = "there is a file in its place"
     return WorkdirError(
-        f"the work directory cannot be used: {reason}", str(path), "choose a directory that this user can write"
+        f"the work directory cannot be used: {reason}", str(path), "choose a directory that you can write to"
     )
 
 
@@ -133,7 +133,7 @@ def _hold(lock: int, path: Path) -> None:
         raise WorkdirError(
             "another run holds the work directory",
             f"{path}: {_describe(os.pread(lock, 1 << 16, 0))}",
-            "wait for it, stop it, or choose another work directory",
+            "wait for that run, stop it, or choose another work directory",
         ) from None
     except OSError as error:
         raise _unusable(path, error) from None
@@ -142,12 +142,12 @@ def _hold(lock: int, path: Path) -> None:
 def _describe(holder: bytes) -> str:
     try:
         return "process {pid} on {host} since {since}: {command}".format(**json.loads(holder))
-    except (ValueError, KeyError, TypeError):  # it has the lock, and has not yet written who it is
+    except (ValueError, KeyError, TypeError):  # the process has the lock but has not yet described itself
         return "it has just started"
 
 
 def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], None]) -> None:
-    """Compares config.json with this run's config, and replaces it."""
+    """Compares config.json with the config of this run, and replaces it."""
     text = to_json(config)
     try:
         stored = (path / CONFIG).read_text()
@@ -158,20 +158,22 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
         changes = {}
     except ValueError:
         raise ConfigError(
-            f"{CONFIG} is not readable as JSON", str(path / CONFIG), "delete it if you know that this config is its own"
+            f"{CONFIG} is not readable as JSON",
+            str(path / CONFIG),
+            "delete it if the work directory was created with this config",
         ) from None
     except OSError as error:
         raise _unusable(path, error) from None
     refused = [line for name, line in changes.items() if _IDENTITY.fullmatch(name) and name not in _NOT_IDENTITY]
-    # Before the first checkpoint there is nothing to protect: a mistyped model is corrected in place.
+    # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.
     if refused and _has_checkpoints(path):
         raise ConfigError(
             f"the work directory has checkpoints of another experiment: {len(refused)} of its fields differ",
             "\n    ".join([f"{path} (stored -> now)", *refused]),
-            "set these fields back, or choose another work directory",
+            "restore these fields, or choose another work directory",
         )
     for line in changes.values():
-        report(f"changed since the last run here: config.{line}")
+        report(f"changed since the last run in this directory: config.{line}")
     try:
         write_atomically(path / CONFIG, text)
     except OSError as error:
@@ -179,12 +181,12 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
 
 
 def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Returns a line 'field: stored -> now' for each field that differs, by its name."""
+    """Returns a line 'field: stored -> now' for each field that differs, by field name."""
     stored, now = _flatten(stored), _flatten(json.loads(json.dumps(now)))
     changes = {}
     for name, field in FIELDS.items():
-        # A field that is newer than the stored config had the effect of its default, and one that only other networks
-        # or optimizers have has none.
+        # A field may be missing in either config: it was added later, or only other networks or optimizers have it. Its
+        # default then applies.
         default = json.loads(json.dumps(field.default))
         before, after = stored.get(name, default), now.get(name, default)
         if before != after:
