@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import FIELDS, unknown_field
-from xception_jax.errors import ConfigError, InputMissingError, UsageError, UserError
+from xception_jax.errors import INTERRUPTED_EXIT_CODE, ConfigError, InputMissingError, UsageError, UserError
 
 _OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
 
@@ -34,7 +34,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         _end(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:
         sys.exit(74)
     except OSError as error:

@@ -4,8 +4,11 @@ import types
 import numpy as np
 import pytest
 
+from xception_jax.config import override, resolve
 from xception_jax.errors import ConfigError
 from xception_jax.logs import trackers
+
+CONFIG = override(resolve({}), {"name": "name", "logs.wandb_project": "project"})
 
 instances = []
 
@@ -36,18 +39,18 @@ def tensorboard_module(monkeypatch):
 
 
 def test_tensorboard_gets_numbers_by_split_and_name(tensorboard_module, tmp_path):
-    tracker = trackers.tensorboard(tmp_path)
+    tracker = trackers.tensorboard(CONFIG, tmp_path)
     tracker.write(1, "train", {"loss": np.float32(0.5), "note": "text"})
     tracker.write(2, "dev", {"top1": 0.25})
     tracker.close()
     (writer,) = instances
-    assert writer.directory == str(tmp_path)
+    assert writer.directory == str(tmp_path / "tensorboard")
     assert writer.scalars == [("train/loss", 0.5, 1), ("dev/top1", 0.25, 2)]
     assert writer.closed
 
 
 def test_a_failure_is_one_warning_and_the_tracker_is_off(tensorboard_module, tmp_path, caplog):
-    tracker = trackers.tensorboard(tmp_path)
+    tracker = trackers.tensorboard(CONFIG, tmp_path)
     for step in (2, 3, 3, 4):
         tracker.write(step, "train", {"loss": 1.0})
     tracker.close()
@@ -62,7 +65,7 @@ def test_a_directory_that_cannot_be_used_is_one_warning(tensorboard_module, tmp_
         raise PermissionError(13, "Permission denied", directory)
 
     monkeypatch.setattr(tensorboard_module, "SummaryWriter", refuse)
-    tracker = trackers.tensorboard(tmp_path)
+    tracker = trackers.tensorboard(CONFIG, tmp_path)
     tracker.write(1, "train", {"loss": 1.0})
     tracker.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -88,13 +91,13 @@ def wandb_module(monkeypatch):
 def test_wandb_continues_the_run_of_its_work_directory(wandb_module, tmp_path):
     for directory in ("a", "a", "b"):
         (tmp_path / directory).mkdir(exist_ok=True)
-        tracker = trackers.wandb(tmp_path / directory, "project", "name", {"model": {"num_classes": 10}})
+        tracker = trackers.wandb(CONFIG, tmp_path / directory)
         tracker.write(1, "train", {"loss": 0.5})
         tracker.close()
     first, again, other = wandb_module.started
     assert first["id"] == again["id"] != other["id"]
     assert (first["project"], first["name"], first["resume"]) == ("project", "name", "allow")
-    assert first["config"] == {"model": {"num_classes": 10}}
+    assert first["config"]["model"]["num_classes"] == 1000
     assert wandb_module.logged == [(1, {"train/loss": 0.5})] * 3
     assert wandb_module.finished == [True] * 3
 
@@ -104,18 +107,18 @@ def test_wandb_without_a_network_is_one_warning(wandb_module, tmp_path, caplog, 
         raise RuntimeError("no network\nand a long story")
 
     monkeypatch.setattr(wandb_module, "init", fail)
-    tracker = trackers.wandb(tmp_path, "project", "name", {})
+    tracker = trackers.wandb(CONFIG, tmp_path)
     tracker.write(1, "train", {"loss": 0.5})
     assert [record.getMessage() for record in caplog.records] == ["Weights & Biases is off: RuntimeError: no network"]
 
 
 @pytest.mark.parametrize(
-    ("package", "open_tracker"),
-    [("tensorboardX", lambda d: trackers.tensorboard(d)), ("wandb", lambda d: trackers.wandb(d, "p", "n", {}))],
+    ("package", "field", "value"), [("tensorboardX", "tensorboard", True), ("wandb", "wandb_project", "project")]
 )
-def test_a_missing_package_is_an_error_of_the_config(package, open_tracker, tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_of_the_config(package, field, value, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
+    assert trackers.open_trackers(resolve({}), tmp_path) == []
     with pytest.raises(ConfigError) as error:
-        open_tracker(tmp_path)
+        trackers.open_trackers(override(resolve({}), {f"logs.{field}": value}), tmp_path)
     assert f"pip install {package}" in error.value.fix
     assert error.value.exit_code == 78

@@ -12,9 +12,9 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from xception_jax.config import ExperimentConfig, to_dict
 from xception_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def _missing(package: str, field: str) -> ConfigError:
     )
 
 
-def tensorboard(directory: str | os.PathLike[str]) -> Tracker:
-    """Returns a tracker that writes TensorBoard event files into `directory`.
+def tensorboard(config: ExperimentConfig, workdir: Path) -> Tracker:
+    """Returns a tracker that writes TensorBoard event files into `workdir`/tensorboard.
 
     Raises:
       ConfigError: tensorboardX is not installed.
@@ -76,7 +76,7 @@ def tensorboard(directory: str | os.PathLike[str]) -> Tracker:
         raise _missing("tensorboardX", "config.logs.tensorboard") from None
 
     def connect() -> Connection:
-        writer = tensorboardX.SummaryWriter(os.fspath(directory))
+        writer = tensorboardX.SummaryWriter(os.fspath(workdir / "tensorboard"))
 
         def send(step: int, numbers: dict[str, Any]) -> None:
             for name, number in numbers.items():
@@ -87,14 +87,10 @@ def tensorboard(directory: str | os.PathLike[str]) -> Tracker:
     return Tracker("TensorBoard", connect)
 
 
-def wandb(directory: str | os.PathLike[str], project: str, name: str, config: Mapping[str, Any]) -> Tracker:
+def wandb(config: ExperimentConfig, workdir: Path) -> Tracker:
     """Returns a tracker that logs to Weights & Biases. A resumed run continues the same run there.
 
-    Args:
-      directory: the work directory, whose file `wandb_id` stores the id of the run.
-      project: the W&B project.
-      name: the name of the run in W&B.
-      config: the resolved config, as nested dicts.
+    The file `wandb_id` in the work directory stores the id of the run.
 
     Raises:
       ConfigError: wandb is not installed.
@@ -103,16 +99,35 @@ def wandb(directory: str | os.PathLike[str], project: str, name: str, config: Ma
         import wandb as service
     except ImportError:
         raise _missing("wandb", "config.logs.wandb_project") from None
-    return Tracker("Weights & Biases", lambda: _connect_wandb(service, Path(directory), project, name, config))
+
+    def connect() -> Connection:
+        id_file = workdir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        run = service.init(
+            project=config.logs.wandb_project,
+            name=config.name or workdir.name,
+            config=to_dict(config),
+            dir=workdir,
+            id=id_file.read_text(),
+            resume="allow",
+        )
+        return lambda step, numbers: run.log(numbers, step=step), run.finish
+
+    return Tracker("Weights & Biases", connect)
 
 
-def _connect_wandb(
-    service: ModuleType, directory: Path, project: str, name: str, config: Mapping[str, Any]
-) -> Connection:
-    id_file = directory / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(8))
-    run = service.init(
-        project=project, name=name, config=dict(config), dir=directory, id=id_file.read_text(), resume="allow"
-    )
-    return lambda step, numbers: run.log(numbers, step=step), run.finish
+# By the field of `config.logs` that turns the tracker on.
+TRACKERS: dict[str, Callable[[ExperimentConfig, Path], Tracker]] = {
+    "tensorboard": tensorboard,
+    "wandb_project": wandb,
+}
+
+
+def open_trackers(config: ExperimentConfig, workdir: Path) -> list[Tracker]:
+    """Opens the trackers that `config.logs` asks for.
+
+    Raises:
+      ConfigError: the package of one is not installed.
+    """
+    return [tracker(config, workdir) for field, tracker in TRACKERS.items() if getattr(config.logs, field)]

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from xception_jax.config import to_dict
-from xception_jax.logs import trackers
 from xception_jax.logs.console import Progress, ProgressLine, Throughput, format_count, format_header, say
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
+from xception_jax.logs.trackers import open_trackers
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.training.experiment import Experiment
 
@@ -47,7 +46,6 @@ class Journal:
         self._log_every = max(1, experiment.steps(config.log_every))
         self.throughput = Throughput(config.batch_size)
         self._interval: list[dict[str, float]] = []
-        self._trackers: list[trackers.Tracker] = []
         self._last_step = step
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -58,16 +56,10 @@ class Journal:
         self._interval = _unfinished_interval(entries, step)
         self._exit = contextlib.ExitStack()
         self._exit.callback(self._log.close)
-        if config.logs.tensorboard:
-            self._add_tracker(trackers.tensorboard(workdir / "tensorboard"))
-        if config.logs.wandb_project:
-            name = config.name or workdir.name
-            self._add_tracker(trackers.wandb(workdir, config.logs.wandb_project, name, to_dict(config)))
+        self._trackers = open_trackers(config, workdir)
+        for tracker in self._trackers:
+            self._exit.callback(tracker.close)
         self._line = self._exit.enter_context(ProgressLine(experiment.total_steps, step))
-
-    def _add_tracker(self, tracker: trackers.Tracker) -> None:
-        self._exit.callback(tracker.close)
-        self._trackers.append(tracker)
 
     def __enter__(self) -> Journal:
         return self

@@ -14,10 +14,9 @@ from types import TracebackType
 import jax
 from jax.experimental import multihost_utils
 
-from xception_jax.errors import PreemptedError
+from xception_jax.errors import INTERRUPTED_EXIT_CODE, PreemptedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-EXIT_AT_ONCE = 130
 # Programs such as `timeout` signal both their child and its process group. The two signals count as one request.
 ONE_REQUEST_SECONDS = 1.0
 
@@ -124,7 +123,7 @@ class Preemption:
                     if first is not None:
                         # `print` could block, because the main thread may hold the lock of the stream.
                         os.write(2, f"{name} after {first}: exiting now, the last checkpoint is intact\n".encode())
-                        os._exit(EXIT_AT_ONCE)
+                        os._exit(INTERRUPTED_EXIT_CODE)
                     first, first_time = name, time.monotonic()
                     self._report(f"{name}: stopping after this step; send a second signal to exit now")
 
