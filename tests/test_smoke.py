@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from xception_jax.logs.metrics import read_metrics
 
 from tests.tiny_run import TINY
+from xception_jax.logs.metrics_log import read_metrics
 
 pytestmark = pytest.mark.smoke
 
