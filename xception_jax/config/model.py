@@ -13,6 +13,8 @@ from xception_jax.config.fields import choice, choice_or_integer, flag, integer,
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
+_INCEPTION_MODULES = {"module": "inception"}  # these have towers instead of segments
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchNormConfig(Section):
@@ -27,41 +29,48 @@ class BatchNormConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class XceptionConfig(Section):
-    """Xception (figure 5) and its variations along the axes that the paper asks about."""
+class ModelConfig(Section):
+    """The fields that all networks have."""
 
     path: ClassVar[str] = "model."
 
-    name: str = "xception"
+    name: str = ""
     num_classes: int = integer(1000, 1, "paper: section 4.1, ImageNet")
     width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
-    middle_blocks: int = integer(8, 0, "paper: figure 5")
-    module: str = choice("separable", ("separable", "inception"), "paper: figure 5 has separable convolutions")
-    segments: str | int = choice_or_integer(
-        "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless={"module": "inception"}
-    )
-    group_width: int | None = integer(
-        None, 1, "local: channels per segment; an alternative to `segments`", unless={"module": "inception"}
-    )
-    order: str = choice(
-        "depthwise_first",
-        ("depthwise_first", "pointwise_first"),
-        "reference: as Keras' layer",
-        unless={"module": "inception"},
-    )
-    intermediate_activation: str = choice(
-        "none", ("none", "relu", "elu"), "paper: section 4.7, figure 10", unless={"module": "inception"}
-    )
-    depth_multiplier: int = integer(1, 1, "reference", unless={"module": "inception"})
-    residual: bool = flag(True, "paper: section 4.6, figure 9")
-    kernel_size: int = integer(3, 1, "paper: figure 5")
-    stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
     fc_layers: int = integer(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
     fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
     dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
     dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
     batch_norm: BatchNormConfig = BatchNormConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class XceptionConfig(ModelConfig):
+    """Xception (figure 5) and its variations along the axes that the paper asks about."""
+
+    name: str = "xception"
+    middle_blocks: int = integer(8, 0, "paper: figure 5")
+    module: str = choice("separable", ("separable", "inception"), "paper: figure 5 has separable convolutions")
+    segments: str | int = choice_or_integer(
+        "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless=_INCEPTION_MODULES
+    )
+    group_width: int | None = integer(
+        None, 1, "local: channels per segment; an alternative to `segments`", unless=_INCEPTION_MODULES
+    )
+    order: str = choice(
+        "depthwise_first",
+        ("depthwise_first", "pointwise_first"),
+        "reference: as Keras' layer",
+        unless=_INCEPTION_MODULES,
+    )
+    intermediate_activation: str = choice(
+        "none", ("none", "relu", "elu"), "paper: section 4.7, figure 10", unless=_INCEPTION_MODULES
+    )
+    depth_multiplier: int = integer(1, 1, "reference", unless=_INCEPTION_MODULES)
+    residual: bool = flag(True, "paper: section 4.6, figure 9")
+    kernel_size: int = integer(3, 1, "paper: figure 5")
+    stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
 
     def check(self) -> None:
         """Refuses two answers to one question, and kernels without a centre."""
@@ -80,24 +89,12 @@ class XceptionConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class InceptionV3Config(Section):
+class InceptionV3Config(ModelConfig):
     """Inception V3, the paper's baseline."""
 
-    path: ClassVar[str] = "model."
-
     name: str = "inception_v3"
-    num_classes: int = integer(1000, 1, "paper: section 4.1, ImageNet")
-    width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
-    fc_layers: int = integer(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
-    fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
-    dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
     aux_head: bool = flag(False, "paper: section 4.2, not used")
-    padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
-    dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
-    batch_norm: BatchNormConfig = BatchNormConfig()
 
-
-ModelConfig = XceptionConfig | InceptionV3Config
 
 NETWORKS: dict[str, ModelConfig] = {
     "xception": XceptionConfig(),
