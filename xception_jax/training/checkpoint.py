@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +32,7 @@ from xception_jax.files import free_space, write_atomically
 from xception_jax.training import manifest
 from xception_jax.training.fingerprint import compare_signatures, tree_fingerprint, tree_signature, versions
 from xception_jax.training.manifest import DamagedError
+from xception_jax.training.preservation import LatestOrBest
 
 _REASON = "damage.txt"  # says why a directory was set aside
 
@@ -43,27 +44,6 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 def _from_primary(value: int) -> int:
     """Returns the value of process 0 on every process."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-@dataclasses.dataclass
-class _LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the newest steps, the newest regular step, and the steps with the highest scores.
-
-    Orbax's own policies read the metrics of earlier runs from files without a digest, and a damaged file makes the
-    constructor of the manager fail.
-    """
-
-    keep_latest: int
-    keep_best: int
-    regular_every: int
-    scores: dict[int, float]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = sorted(info.step for info in checkpoints)
-        scored = sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
-        kept = set(steps[-self.keep_latest :]) | set(scored[len(scored) - self.keep_best :] if self.keep_best else ())
-        kept |= set([step for step in steps if step % self.regular_every == 0][-1:])
-        return [info.step in kept for info in checkpoints]
 
 
 @dataclasses.dataclass
@@ -120,7 +100,7 @@ class Checkpoints:
         self._primary = jax.process_index() == 0
         self._pending: _Pending | None = None
         self._held_step = -1  # the step that was last saved or restored
-        self._policy = _LatestOrBest(keep_latest, keep_best if best_metric else 0, regular_every, {})
+        self._policy = LatestOrBest(keep_latest, keep_best if best_metric else 0, regular_every, {})
         options = ocp.CheckpointManagerOptions(
             read_only=read_only,  # also disables the next option
             cleanup_tmp_directories=True,  # left behind by a killed process

@@ -1,0 +1,30 @@
+"""Decides which checkpoints are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+
+@dataclasses.dataclass
+class LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the newest steps, the newest regular step, and the steps with the highest scores.
+
+    Orbax's own policies read the metrics of earlier runs from files without a digest, and a damaged file makes the
+    constructor of the manager fail.
+    """
+
+    keep_latest: int
+    keep_best: int
+    regular_every: int
+    scores: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        scored = sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
+        kept = set(steps[-self.keep_latest :]) | set(scored[len(scored) - self.keep_best :] if self.keep_best else ())
+        kept |= set([step for step in steps if step % self.regular_every == 0][-1:])
+        return [info.step in kept for info in checkpoints]
