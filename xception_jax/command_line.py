@@ -133,7 +133,9 @@ def failing_line(path: Path, error: Exception) -> int | None:
 
 
 def field_help() -> str:
-    """Describes each config field in one line: default, allowed values, and the source of the default."""
+    """Returns one line for each field of a config: default, what it accepts, source of the default, and its owners."""
     return "\n".join(
-        f"config.{name}={field.default!r}: {field.expects}. {field.source}" for name, field in FIELDS.items()
+        f"config.{name}={field.default!r}: {field.expects}. {field.source}"
+        + (f". Only for {', '.join(field.owners)}" if field.owners else "")
+        for name, field in FIELDS.items()
     )
