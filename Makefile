@@ -27,7 +27,7 @@ UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annot
 # a training step on a CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x40000000:glibc.malloc.trim_threshold=0x40000000
 
-.PHONY: help train smoke test test-peers test-plan check format lock bench clean
+.PHONY: help train smoke test test-kernels test-peers test-plan check format lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' sel
 
 test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/weights.md
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
+
+test-kernels: $(VENV)/.installed-dev ## Compile the CPU kernels with clang++ and for AVX2, and test them
+	$(BIN)/python -m pytest -m kernels --dist=load tests/ops $(ARGS)
 
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/pods.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)

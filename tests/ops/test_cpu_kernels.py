@@ -219,9 +219,16 @@ def test_the_kernels_have_no_warnings(run_tests_with):
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
 def test_the_kernels_of_clang_equal_xla(run_tests_with):
-    run_tests_with("clang++", WARNINGS, f"can_be_built or {REPRESENTATIVE}")
+    run_tests_with("clang++", f"-O1 {WARNINGS}", "can_be_built or odd_sizes or lets_nan_through")
 
 
+@pytest.mark.kernels
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++")
+def test_the_optimized_kernels_of_clang_equal_xla(run_tests_with):
+    run_tests_with("clang++", "", REPRESENTATIVE)
+
+
+@pytest.mark.kernels
 @pytest.mark.skipif(not shutil.which("g++") or " avx2 " not in build.processor(), reason="needs g++ and AVX2")
 def test_the_kernels_for_avx2_equal_xla(run_tests_with):
     """Vectors of 8 lanes, which no machine with AVX-512 would compile."""

@@ -18,7 +18,7 @@ from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule
-from xception_jax.training.state import abstract_state, make_state_init, seed_bits
+from xception_jax.training.state import DROPOUT, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
 FIELDS = {"model.num_classes": 5, "model.fc_layers": 1, "model.fc_width": 8, "data.image_size": 4, "mesh.fsdp": 2}
@@ -58,7 +58,7 @@ for name in OPTIMIZERS:
         def train(state, numbers, config=config, step=step, mesh=mesh):
             for number in numbers:
                 batch = {name: np.asarray(part) for name, part in make_batch(config, number).items()}
-                state, _ = step(state, to_devices(batch, batch_sharding(mesh)))
+                state, _ = step(state, to_devices(batch, batch_sharding(mesh)), seed_bits(0, DROPOUT))
             return state
 
         saved = train(jax.jit(init, out_shardings=shardings)(seed_bits(0)), range(2))
