@@ -134,7 +134,7 @@ class ExperimentConfig(Section):
     path: ClassVar[str] = ""
 
     name: str = text("", "local: what the run is called in reports")
-    seed: int = integer(0, 0, "local: initialisation, data order, augmentation and dropout all derive from it")
+    seed: int = integer(0, 0, "local: initialization, data order, augmentation and dropout all derive from it")
     model: ModelConfig = variants(NETWORKS, "paper: section 3, table 3")
     data: DataConfig = DataConfig()
     batch_size: int = integer(1920, 1, "inferred: 60 replicas of 32")
@@ -161,7 +161,7 @@ class ExperimentConfig(Section):
             raise ConfigError(
                 f"config.batch_size={self.batch_size} is not divisible by accumulation_steps={self.accumulation_steps}",
                 "config.batch_size",
-                f"the nearest that is: {nearest}",
+                f"the nearest valid batch size is {nearest}",
             )
         group = self.model.batch_norm.statistics
         microbatch = self.batch_size // self.accumulation_steps
