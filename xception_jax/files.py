@@ -8,6 +8,8 @@ import resource
 import shutil
 from pathlib import Path
 
+from xception_jax.errors import ConfigError
+
 
 def sync_directory(directory: str | os.PathLike) -> None:
     """Syncs a directory, so that created, renamed and removed files in it survive a power failure."""
@@ -54,3 +56,19 @@ def sha256(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_directory(path: str, where: str) -> Path:
+    """Returns the absolute path of a directory on a file system.
+
+    Args:
+      path: a path; ~ is the home directory.
+      where: the flag or field that gave it, for the error.
+
+    Raises:
+      ConfigError: the path is empty, or is the address of an object store.
+    """
+    if not path or "://" in path:
+        what = "is not supported: locks and renames need a file system" if path else "is empty"
+        raise ConfigError(f"the directory {path!r} {what}", where, "use a local directory")
+    return Path(path).expanduser().absolute()

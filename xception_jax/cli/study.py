@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from xception_jax.errors import UsageError
+from xception_jax.files import local_directory
 
 EXAMPLES = """\
 examples:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "report":
         from xception_jax.study.report import format_results, write_study_report
 
-        results = write_study_report(Path(args.workdir))
+        results = write_study_report(local_directory(args.workdir, "workdir"))
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
     from xception_jax.study.separability import analyse, format_separability
@@ -98,12 +99,14 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         fix = "remove --reuse, or first copy the cells by `study run --reuse` without these options"
         raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
     if args.cell is not None:
-        return run_cell(Path(args.workdir), args.cell, environment)
+        return run_cell(local_directory(args.workdir, "--workdir"), args.cell, environment)
     study, reuse = load_study(args.study), [read_study(Path(directory)) for directory in args.reuse]
     if args.print:
         print(list_cells(study))
         return 0
-    with open_study(Path(args.workdir), study, lambda line: print(line, file=sys.stderr)) as stored:
+    with open_study(
+        local_directory(args.workdir, "--workdir"), study, lambda line: print(line, file=sys.stderr)
+    ) as stored:
         if args.slurm is not None:
             command = f"{shlex.quote(sys.executable)} -m xception_jax study run {shlex.quote(args.study)}"
             Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))

@@ -21,6 +21,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
+from xception_jax.files import local_directory
 
 SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
@@ -73,8 +74,13 @@ class Source(Protocol):
 
 
 def resolve_data_dir(data_dir: str) -> Path:
-    """Returns the directory of all datasets: `data_dir` if set, else TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    """Returns the directory of all datasets: `data_dir` if set, else TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises:
+      ConfigError: it is the address of an object store.
+    """
+    directory = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return local_directory(directory, "config.data.data_dir or TFDS_DATA_DIR")
 
 
 def find_dataset(name: str, data_dir: Path) -> Path | None:

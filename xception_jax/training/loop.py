@@ -18,6 +18,7 @@ from xception_jax.config import ExperimentConfig, resolve, to_json
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
+from xception_jax.files import local_directory
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
@@ -30,7 +31,7 @@ from xception_jax.training.initial_weights import first_state
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
 from xception_jax.training.state import DROPOUT, TrainState, seed_bits
-from xception_jax.training.workdir import check_path, open_workdir
+from xception_jax.training.workdir import open_workdir
 
 if TYPE_CHECKING:
     from xception_jax.training.summary import Summary
@@ -51,7 +52,7 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     """
     started = time.monotonic()
     config = resolve(config)
-    path = check_path(workdir)
+    path = local_directory(workdir, "--workdir")
     start_distributed(config.distributed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(path, config))

@@ -39,18 +39,6 @@ _NOT_IDENTITY = (
 )
 
 
-def check_path(workdir: str) -> Path:
-    """Returns the absolute path of a work directory.
-
-    Raises:
-      ConfigError: the path is empty, or is the address of an object store.
-    """
-    if not workdir or "://" in workdir:
-        what = "is not supported: checkpoints and locks need a file system" if workdir else "is empty"
-        raise ConfigError(f"the work directory {workdir!r} {what}", "--workdir", "use a local directory")
-    return Path(workdir).absolute()
-
-
 @contextlib.contextmanager
 def open_workdir(
     path: str | os.PathLike,
