@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--{missing} is missing", "the command line", str(__doc__).splitlines()[0])
 
     logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO
-    resolve(config)  # reports mistakes in the config before JAX is imported, which takes seconds
+    config = resolve(config)  # reports mistakes in the config before JAX is imported, which takes seconds
     from xception_jax.training.loop import train
 
     print(train(config, workdir))

@@ -1,4 +1,4 @@
-"""What a config may name and what the code implements are the same: a line in one table only is a mistake."""
+"""Checks that the names allowed in a config are those that the code implements."""
 
 from __future__ import annotations
 

@@ -18,10 +18,8 @@ from xception_jax.config.convert import (
     unknown_field,
 )
 from xception_jax.config.experiment import (
-    CheckpointConfig,
     DataConfig,
     DistributedConfig,
-    EvaluationConfig,
     ExperimentConfig,
     MeshConfig,
 )
@@ -31,7 +29,6 @@ from xception_jax.config.section import Section
 from xception_jax.config.training import (
     AdamConfig,
     LionConfig,
-    LossConfig,
     OptimizerConfig,
     RMSPropConfig,
     ScheduleConfig,
@@ -43,14 +40,11 @@ __all__ = [
     "FIELDS",
     "AdamConfig",
     "BatchNormConfig",
-    "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",
-    "EvaluationConfig",
     "ExperimentConfig",
     "InceptionV3Config",
     "LionConfig",
-    "LossConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -184,9 +184,9 @@ def to_dict(section: Section) -> dict[str, Any]:
     return dataclasses.asdict(section)
 
 
-def flatten(config: ExperimentConfig) -> dict[str, Any]:
-    """Returns the value of each field of a config by its dotted name."""
-    return _flat(to_dict(config))
+def flatten(config: ExperimentConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the value of each field of a config, typed or as a nested dict, by its dotted name."""
+    return _flat(to_dict(config) if isinstance(config, ExperimentConfig) else config)
 
 
 def default_values(config: ExperimentConfig) -> dict[str, Any]:

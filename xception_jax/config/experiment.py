@@ -48,7 +48,7 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Section):
-    """What a run starts from."""
+    """The initial weights of a run."""
 
     path: ClassVar[str] = "init."
 

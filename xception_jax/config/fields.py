@@ -46,7 +46,7 @@ class Field:
       expects: what the check accepts, in words.
       source: where the default comes from, starting with one of the labels above.
       kind: type of the value, for the command line.
-      unless: values of fields of the same section with which this field has no effect, by their name.
+      unless: values of other fields of the section that leave this field without effect, by field name.
       owners: names of the networks, optimizers or schedules that have this field; () if all have it.
       optional: a config may hold None, which stands for the default (of the chosen owner).
     """

@@ -43,7 +43,7 @@ class Journal:
     def __init__(self, experiment: Experiment, workdir: Path, step: int, started: float):
         config = experiment.config
         self._experiment, self._path, self._started = experiment, workdir / "metrics.jsonl", started
-        self._log_every = max(1, experiment.steps(config.log_every))
+        self._log_every = experiment.every(config.log_every)
         self.throughput = Throughput(config.batch_size)
         self._interval: list[dict[str, float]] = []
         self._last_step = step

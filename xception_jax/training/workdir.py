@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from xception_jax.config import FIELDS, ExperimentConfig, to_dict, to_json
+from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import write_atomically
 
@@ -141,7 +141,7 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
         stored = (path / CONFIG).read_text()
         if stored == text:
             return
-        changes = _changes(json.loads(stored), to_dict(config))
+        changes = _changes(json.loads(stored), json.loads(text))
     except FileNotFoundError:
         changes = {}
     except ValueError:
@@ -170,7 +170,7 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
 
 def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Returns a line 'field: stored -> now' for each field that differs, by field name."""
-    stored, now = _flatten(stored), _flatten(json.loads(json.dumps(now)))
+    stored, now = flatten(stored), flatten(now)
     changes = {}
     for name, field in FIELDS.items():
         # A field may be missing in either config: it was added later, or only other networks or optimizers have it. Its
@@ -180,13 +180,6 @@ def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         if before != after:
             changes[name] = f"{name}: {before!r} -> {after!r}"
     return changes
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _has_checkpoints(path: Path) -> bool:
