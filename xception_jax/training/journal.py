@@ -21,7 +21,7 @@ from xception_jax.training.experiment import Experiment
 INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
 RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
-_AVERAGED = ("loss", "top1", "grad_norm")
+_AVERAGED = ("loss", "weighted_loss", "top1", "grad_norm")
 
 
 def print_once(line: str) -> None:
