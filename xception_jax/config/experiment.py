@@ -126,6 +126,8 @@ class LogsConfig(Section):
 
     tensorboard: bool = flag(False, "local: needs tensorboardX")
     wandb_project: str = text("", "local: needs wandb; empty is off")
+    images: int = integer(16, 0, "local: augmented training images sent to trackers at each evaluation; 0 is off")
+    histograms: bool = flag(False, "local: distributions of all parameters sent to trackers at each evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
