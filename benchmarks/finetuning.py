@@ -38,7 +38,13 @@ COMMON = [
     "--config.data.eval_split=dev",
     "--config.data.test_split=test",
 ]
-FROM_NOTHING = ["--config.init.weights=", "--config.optimizer.frozen=", "--config.optimizer.multipliers=()"]
+FROM_NOTHING = [
+    "--config.init.weights=",
+    "--config.optimizer.frozen=",
+    "--config.optimizer.multipliers=()",
+    "--config.model.width_multiplier=0.25",
+    "--config.model.middle_blocks=2",
+]
 SHORT = [
     "--config.data.name=fashion_mnist_other",
     "--config.batch_size=50",

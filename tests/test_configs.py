@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 VARIANTS = {
     "imagenet": ["xception", "inception_v3", "inception_v3_2016"],
     "open_images": ["", "fc"],
-    "finetune": ["", "fashion_mnist"],
+    "finetune": ["", "head", "fashion_mnist"],
 }
 PARAMETERS = {
     ("imagenet", "xception"): 22_855_952,

@@ -22,7 +22,7 @@ from xception_jax.config import ExperimentConfig
 from xception_jax.data import images as files
 from xception_jax.data.images import Preprocessing
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation.predict import class_names, printable
+from xception_jax.evaluation.predict import class_names, printable, probabilities
 from xception_jax.models import create_model
 from xception_jax.runs import open_network, require_classifier, without_classifier
 from xception_jax.training import loop
@@ -151,8 +151,7 @@ class LoadedNetwork:
         return found if are_several else found[0]
 
     def _rows(self, images: Sequence[Image]) -> Float[np.ndarray, "b num_classes"]:
-        activation = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[self.network.probabilities]
-        return np.asarray(activation(self(self.preprocess(images)).astype("float32")))
+        return np.asarray(probabilities(self.network, self(self.preprocess(images)).astype("float32")))
 
 
 def load(source: str | os.PathLike[str], *, step: int | None = None) -> LoadedNetwork:

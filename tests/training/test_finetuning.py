@@ -19,7 +19,7 @@ from xception_jax.data.prepare.fashion_mnist import fashion_mnist_subset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.models import create_model
 from xception_jax.training.finetuning import check_patterns
-from xception_jax.training.initial_weights import _for_our_images
+from xception_jax.training.initial_weights import _for_our_images, complete_config
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import DROPOUT, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
@@ -213,8 +213,6 @@ WITH_HIDDEN_LAYER = {"num_classes": 10, "fc_layers": 1, "fc_width": 8}
 ARGUMENTS = [
     "train.py",
     "--config=configs/finetune.py:fashion_mnist",
-    "--config.model.width_multiplier=0.05",
-    "--config.model.middle_blocks=0",
     "--config.data.train_split=train[:128]",
     "--config.data.eval_split=",
     "--config.data.test_split=test[:50]",
@@ -290,6 +288,27 @@ def start(shared_environment):
         return first_state(dataclasses.replace(experiment, config=config), lines.append), *lines
 
     return start
+
+
+def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environment):
+    from configs.finetune import get_config
+
+    data = {"data.data_dir": shared_environment["TFDS_DATA_DIR"], "init.weights": str(weights)}
+    config = override(resolve(get_config("fashion_mnist")), data)
+    whole, network = complete_config(config, tmp_path / "none")
+    file = load_network(weights)
+    # Dropout concerns only training, and the dataset has ten classes.
+    assert whole.model == file.model.replace(num_classes=10, dropout_rate=0.0, batch_norm=config.model.batch_norm)
+    assert network.sha256 == file.sha256
+    again, _ = complete_config(whole, tmp_path / "none")
+    assert again == whole
+    given = override(config, {"model.num_classes": 3, "model.fc_layers": 1, "model.fc_width": 8})
+    assert complete_config(given, tmp_path)[0].model.replace(num_classes=10, fc_layers=0, fc_width=4096) == whole.model
+    for fields in ({"model.width_multiplier": 0.25}, {"model.padding": "symmetric"}, {"model.name": "inception_v3"}):
+        with pytest.raises(ConfigError, match="does not match the network in the file"):
+            complete_config(override(config, fields), tmp_path)
+    nothing = override(config, {"init.weights": ""})
+    assert complete_config(nothing, tmp_path) == (nothing, None)
 
 
 def test_files_of_other_networks_are_refused(start, weights, tmp_path):

@@ -33,6 +33,9 @@ class DataConfig(Section):
     threads: int = integer(16, 1, "local: decoding threads in each process")
     workers: int = integer(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")
     cache: bool = flag(False, "local: keep decoded images in memory, which a small dataset fits into")
+    cache_features: bool = flag(
+        False, "modern: keep what frozen layers compute on disk, if only the head is trained without augmentation"
+    )
     max_bad_fraction: float = number(0.001, 0.0, 1.0, "local: share of damaged images above which the run stops")
     synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 

@@ -42,6 +42,7 @@ from jaxtyping import Int64
 from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.buffers import Buffers
+from xception_jax.data.features import FeatureLoader, FeatureSource
 from xception_jax.data.loading import PADDING, Batch, BatchLoader
 from xception_jax.data.sources import Source, SourceInfo
 from xception_jax.errors import BadDataError, StorageError, UserError
@@ -81,7 +82,16 @@ def train_batches(
     """
     examples = _balanced(source, seed) if data.sampling == "balanced" else _uniform(len(source), seed)
     batches = examples.batch(batch_size, drop_remainder=True)[process_index::process_count][start_step:]
-    return BatchIterator(batches, BatchLoader(data, source, seed), data.workers)
+    return BatchIterator(batches, *_loader(data, source, seed))
+
+
+def _loader(
+    data: DataConfig, source: Source, seed: int | None, view: images.Preprocessing | None = None
+) -> tuple[BatchLoader | FeatureLoader, int]:
+    """Returns what loads a batch, and the number of worker processes in which it runs."""
+    if isinstance(source, FeatureSource):
+        return FeatureLoader(source.features, masked=seed is None), 0
+    return BatchLoader(data, source, seed, view), data.workers
 
 
 def _uniform(num_examples: int, seed: int) -> grain.MapDataset:
@@ -146,9 +156,9 @@ class EvaluationBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._num_examples, self._workers = len(source), data.workers
+        self._num_examples = len(source)
         self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
-        self._load = BatchLoader(data, source, None, view)
+        self._load, self._workers = _loader(data, source, None, view)
 
     def __len__(self) -> int:
         """Number of batches on every process."""
@@ -175,7 +185,7 @@ class BatchIterator:
       workers: number of worker processes; 0 loads in this process.
     """
 
-    def __init__(self, batches: grain.MapDataset, load: BatchLoader, workers: int):
+    def __init__(self, batches: grain.MapDataset, load: BatchLoader | FeatureLoader, workers: int):
         loaded = batches.map(functools.partial(load, buffers=Buffers()))
         if workers:
             if not flags.FLAGS.is_parsed():

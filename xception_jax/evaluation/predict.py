@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from xception_jax.data import folders, imagenet_classes, images
 from xception_jax.errors import InputMissingError
@@ -83,6 +84,11 @@ def class_names(network: Network) -> list[str]:
     return [words.get(name, name) for name in names]
 
 
+def probabilities(network: Network, logits: Float[Array, "b n"]) -> Float[Array, "b c"]:
+    """Returns the probability of each class; for a single logit, those of both classes that it separates."""
+    return jax.nn.sigmoid(logits) if network.multi_label else jax.nn.softmax(two_class_logits(logits))
+
+
 def predict(
     network: Network,
     paths: Sequence[Path],
@@ -113,8 +119,7 @@ def predict(
     @jax.jit
     def forward(variables: dict, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = model.apply(variables, pixels, train=False)
-        probabilities = jax.nn.sigmoid(logits) if network.multi_label else jax.nn.softmax(two_class_logits(logits))
-        return jax.lax.top_k(probabilities, top)
+        return jax.lax.top_k(probabilities(network, logits), top)
 
     def load(number: int) -> tuple[np.ndarray, str, np.ndarray | None]:
         return _load(paths[number], view, number < thumbnails)
@@ -129,13 +134,13 @@ def predict(
             pixels = np.zeros((size, view.size, view.size, 3), np.float32)
             for row, (image, _, _) in enumerate(loaded):
                 pixels[row] = image
-            probabilities, classes = jax.device_get(forward(variables, pixels))
+            shares, classes = jax.device_get(forward(variables, pixels))
             for row, (_, error, thumbnail) in enumerate(loaded):
                 path = paths[start + row]
                 if error:
                     yield Prediction(path, error=error)
                 else:
-                    best = tuple(map(int, classes[row])), tuple(map(float, probabilities[row]))
+                    best = tuple(map(int, classes[row])), tuple(map(float, shares[row]))
                     yield Prediction(path, *best, thumbnail=thumbnail)
 
 

@@ -42,6 +42,7 @@ class Experiment:
       cost: parameters and multiply-adds of the network.
       abstract: shapes, dtypes and shardings of the state.
       init: returns the initial state, sharded.
+      input_shape: shape of one input of the network, an image or its features.
     """
 
     config: ExperimentConfig
@@ -53,6 +54,7 @@ class Experiment:
     cost: Cost
     abstract: TrainState
     init: Callable[[], TrainState]
+    input_shape: tuple[int, ...]
 
     def steps(self, duration: str) -> int:
         """Converts a duration, such as '2 epochs', to steps."""
@@ -107,9 +109,8 @@ class Experiment:
         config, sharding = self.config, batch_sharding(self.mesh)
         multi_label = config.loss.multi_label
         label_shape = (config.batch_size, config.model.num_classes) if multi_label else (config.batch_size,)
-        image_shape = (config.batch_size, config.data.image_size, config.data.image_size, 3)
         return {
-            "image": jax.ShapeDtypeStruct(image_shape, jnp.float32, sharding=sharding),
+            "image": jax.ShapeDtypeStruct((config.batch_size, *self.input_shape), jnp.float32, sharding=sharding),
             "label": jax.ShapeDtypeStruct(label_shape, jnp.float32 if multi_label else jnp.int32, sharding=sharding),
         }
 
@@ -169,6 +170,7 @@ def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh:
         cost=count_cost(model, config.data.image_size),
         abstract=abstract,
         init=lambda: seeded(seed_bits(config.seed)),  # lazy, because the devices of the mesh may not be attached
+        input_shape=(config.data.image_size, config.data.image_size, 3),
     )
 
 

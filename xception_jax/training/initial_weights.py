@@ -3,33 +3,108 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from xception_jax.config import ModelConfig, XceptionConfig, to_dict
+from xception_jax.config import (
+    ExperimentConfig,
+    ModelConfig,
+    XceptionConfig,
+    default_values,
+    flatten,
+    from_json,
+    override,
+    to_dict,
+)
+from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.fingerprint import compare_signatures, tree_signature
+from xception_jax.training.restore import is_run, open_run, run_network
 from xception_jax.training.state import TrainState
+from xception_jax.training.workdir import CONFIG, has_checkpoints
 from xception_jax.weights import Network, Preprocessing, load_network
 
 # Fields of `config.model` that may differ from the network in the file. They affect only the head or only training.
 _MAY_DIFFER = ("num_classes", "fc_layers", "fc_width", "dropout_rate", "aux_head", "dtype")
+# Fields that say how the network is trained. They are never taken from the file.
+_OF_TRAINING = ("dropout_rate", "aux_head", "dtype", "batch_norm.momentum", "batch_norm.statistics")
+_NUM_CLASSES = "model.num_classes"
 _HEAD, _CLASSIFIERS = ("head/", "aux_"), ("head/predictions/", "aux_predictions/")
 
 
-def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainState:
+def complete_config(config: ExperimentConfig, workdir: Path) -> tuple[ExperimentConfig, Network | None]:
+    """Completes `config.model` by what the weights of `config.init.weights` and the dataset determine.
+
+    Fields of `config.model` that are at their defaults take the values of the network that the weights are for, except
+    those that only concern training. `num_classes`, if it is at its default, is the number of classes of the dataset; a
+    network with a single logit keeps it if the dataset has two. In a work directory with checkpoints, the values are
+    those of its config.json, so that a run resumes when the file is gone.
+
+    Args:
+      config: the config of the run.
+      workdir: its work directory, which may not exist yet.
+
+    Returns:
+      The config, and the network if it was read.
+
+    Raises:
+      InputMissingError: there is no such file or run.
+      BadDataError: the file is damaged.
+      ConfigError: a field of `config.model` contradicts the weights.
+    """
+    if not config.init.weights:
+        return config, None
+    if has_checkpoints(workdir) and (workdir / CONFIG).is_file():
+        saved = from_json((workdir / CONFIG).read_text())
+        return _with_model(config, saved.model, saved.model.num_classes), None
+    network = _read(config)
+    names = find_class_names(config.data)
+    num_classes = network.model.num_classes if names is None else len(names)
+    if num_classes == 2 and network.model.num_classes == 1 and not config.loss.multi_label:
+        num_classes = 1
+    config = _with_model(config, network.model, num_classes)
+    _check_model(config.model, network)
+    return config, network
+
+
+def _with_model(config: ExperimentConfig, model: ModelConfig, num_classes: int) -> ExperimentConfig:
+    """Returns the config with the fields of `model` where its own are at their defaults."""
+    given, defaults = flatten(config), default_values(config)
+    if config.model.name not in (defaults["model.name"], model.name):
+        return config  # another network, whose fields these are not
+    theirs = flatten({"model": to_dict(model)}) | {_NUM_CLASSES: num_classes}
+    kept = {f"model.{name}" for name in _OF_TRAINING}
+    if config.model.fc_layers:  # a new head
+        kept |= {"model.fc_layers", "model.fc_width"}
+    fields = {
+        name: value for name, value in theirs.items() if name not in kept and given.get(name) == defaults.get(name)
+    }
+    return override(config, fields)
+
+
+def _read(config: ExperimentConfig) -> Network:
+    source = config.init.weights
+    if is_run(source):
+        return run_network(source, open_run(source))
+    return load_network(source, size=config.data.image_size)
+
+
+def first_state(experiment: Experiment, report: Callable[[str], None], network: Network | None = None) -> TrainState:
     """Creates the state of step 0, sharded.
 
     The classifier keeps its initial values if the file has no classifier or one for different classes. Fully connected
     layers and an auxiliary head keep theirs if they are not in the file.
 
     Args:
-      experiment: its `config.init.weights` is a file that `load_network` can read, or empty.
+      experiment: its `config.init.weights` is a file that `load_network` can read, the work directory of a run, or
+        empty.
       report: called with one line that describes what was read.
+      network: what `complete_config` has read; by default, the weights are read here.
 
     Raises:
       InputMissingError: there is no such file.
@@ -37,10 +112,9 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
       ConfigError: the network in the file is not that of `config.model`, or expects images that training cannot
         provide.
     """
-    path = experiment.config.init.weights
-    if not path:
+    if not experiment.config.init.weights:
         return experiment.init()
-    network = load_network(path, size=experiment.config.data.image_size)
+    network = network or _read(experiment.config)
     _check_model(experiment.config.model, network)
     variables = flatten_dict(_for_our_images(network), sep="/")
     start, new = _choose(experiment, network, variables)
@@ -49,7 +123,7 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     # The average needs its own arrays, because the step donates both.
     ema = None if state.ema is None else {kind: _with_arrays(state.ema[kind], start, kind) for kind in state.ema}
     named = f"; new: {', '.join(new)}" if new else ""
-    report(f"starts from {path} (SHA-256 {network.sha256}), {len(start)} arrays{named}")
+    report(f"starts from {network.source} (SHA-256 {network.sha256}), {len(start)} arrays{named}")
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
 

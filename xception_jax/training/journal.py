@@ -17,7 +17,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
-from xception_jax.logs.console import Progress, ProgressLine, Throughput, format_count, format_header, say
+from xception_jax.logs.console import (
+    Progress,
+    ProgressLine,
+    Throughput,
+    format_count,
+    format_duration,
+    format_header,
+    say,
+)
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.logs.trackers import Tracker, open_trackers
 from xception_jax.metrics import describe, metrics_of
@@ -27,6 +35,7 @@ from xception_jax.training.experiment import Experiment
 INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
 RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
+_STEPS_TO_ESTIMATE = 5  # the speed of these steps gives the first estimate of the time that a run takes
 _BINS = 64  # of the histogram of a parameter
 _AVERAGED = ("loss", "weighted_loss", "top1", "grad_norm")
 
@@ -54,6 +63,7 @@ class Journal:
         self.throughput = Throughput(config.batch_size)
         self._interval: list[dict[str, float]] = []
         self._last_step = step
+        self._estimate_at = step + _STEPS_TO_ESTIMATE
         self._trackers: list[Tracker] = []
         everywhere = NamedSharding(experiment.mesh, PartitionSpec())
         self._histogram = jax.jit(functools.partial(jnp.histogram, bins=_BINS), out_shardings=everywhere)
@@ -148,6 +158,10 @@ class Journal:
             latest = {name: metrics[name] for name in ("learning_rate", "skipped_steps")}
             self._interval.clear()
             self._write(step, "train", means | latest | speed)
+        if step == self._estimate_at:
+            left = self.throughput.seconds_left(self._experiment.total_steps - step)
+            if left is not None:
+                self.message(f"about {format_duration(left)} left, not counting evaluations and checkpoints")
         if self._writes:
             total, data = self._experiment.total_steps, self._experiment.data
             progress = Progress(

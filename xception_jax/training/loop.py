@@ -25,9 +25,10 @@ from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, check_processes, start_distributed, to_devices
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
+from xception_jax.training.features import with_features
 from xception_jax.training.feed import Feed
 from xception_jax.training.fingerprint import state_fingerprint
-from xception_jax.training.initial_weights import first_state
+from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
 from xception_jax.training.state import DROPOUT, TrainState, seed_bits
@@ -54,6 +55,7 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     config = resolve(config)
     path = local_directory(workdir, "--workdir")
     start_distributed(config.distributed)
+    config, initial = complete_config(config, path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(path, config))
         preemption = stack.enter_context(Preemption(print_once))
@@ -62,9 +64,16 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, path))
         restored = checkpoints.restore_latest(experiment.abstract)
-        step, state = restored if restored else (0, first_state(experiment, print_once))
+        step, state = restored if restored else (0, first_state(experiment, print_once, initial))
         journal = stack.enter_context(Journal(experiment, path, step, started))
         journal.header(path, step)
+        if config.data.cache_features:
+
+            def stop_if_requested() -> None:
+                if preemption.requested:
+                    raise preemption.error(step, path)
+
+            experiment = with_features(experiment, state, journal.message, stop_if_requested)
         loop = stack.enter_context(contextlib.closing(Loop(experiment, path, checkpoints, journal, preemption)))
         try:
             return loop.run(step, state)
@@ -209,7 +218,7 @@ class Loop:
         with self.journal.throughput.waiting():
             batch, on_devices = self.feed.next(self._stop_if_requested)
         self._note_damaged("train", batch)
-        if self.step % self.experiment.every(self.config.evaluation.every) == 0:
+        if batch["image"].ndim == 4 and self.step % self.experiment.every(self.config.evaluation.every) == 0:
             self.journal.images(self.step, batch["image"])
         return on_devices
 

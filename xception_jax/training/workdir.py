@@ -154,7 +154,7 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
         raise _unusable(path, error) from None
     refused = [line for name, line in changes.items() if _IDENTITY.fullmatch(name) and name not in _NOT_IDENTITY]
     # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.
-    if refused and _has_checkpoints(path):
+    if refused and has_checkpoints(path):
         raise ConfigError(
             f"the work directory has checkpoints of another experiment: {len(refused)} of its fields differ",
             "\n    ".join([f"{path} (stored -> now)", *refused]),
@@ -182,5 +182,6 @@ def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return changes
 
 
-def _has_checkpoints(path: Path) -> bool:
+def has_checkpoints(path: Path) -> bool:
+    """Returns whether a work directory has checkpoints, intact or not."""
     return any(re.fullmatch(r"\d+(\.corrupt-.*)?", entry.name) for entry in (path / CHECKPOINTS).glob("*"))

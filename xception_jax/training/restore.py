@@ -1,0 +1,108 @@
+"""Reads the checkpoint of a run as a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xception_jax.config import ExperimentConfig, MeshConfig, from_json
+from xception_jax.data.prepare.datasets import find_class_names
+from xception_jax.errors import InputMissingError
+from xception_jax.files import sha256
+from xception_jax.models import create_model
+from xception_jax.parallel import make_mesh
+from xception_jax.training import manifest
+from xception_jax.training.checkpoint import Checkpoints
+from xception_jax.training.optimizers import make_optimizer, make_schedule
+from xception_jax.training.state import TrainState, abstract_state, make_state_init
+from xception_jax.training.workdir import CHECKPOINTS, CONFIG
+from xception_jax.weights import Network, Preprocessing, hub
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checkpoint of a run. Does not require the dataset.
+
+    Attributes:
+      config: the resolved config of the run.
+      step: the step of the checkpoint.
+      variables: variables by metric prefix: '' for those of the step, 'ema_' for the Polyak average if there is one.
+      sha256: SHA-256 of the manifest of the checkpoint, or '' if the run was killed before it was written.
+    """
+
+    config: ExperimentConfig
+    step: int
+    variables: dict[str, dict[str, Any]]
+    sha256: str
+
+
+def is_run(source: str) -> bool:
+    """Returns whether a source is the work directory of a run. Anything but a directory is considered a weight file."""
+    return Path(source).is_dir()
+
+
+def run_network(source: str, run: Run) -> Network:
+    """Returns the network of a run, with the Polyak average if there is one."""
+    data = run.config.data
+    return Network(
+        model=run.config.model,
+        variables=list(run.variables.values())[-1],
+        preprocessing=Preprocessing(size=data.image_size, crop=data.eval_crop),
+        classes=find_class_names(data),
+        source=source,
+        sha256=run.sha256,
+        multi_label=run.config.loss.multi_label,
+    )
+
+
+def open_run(workdir: str, step: int | None = None) -> Run:
+    """Reads a checkpoint of a run, which may have been trained on other devices.
+
+    Raises:
+      InputMissingError: there is no run, or no such checkpoint.
+      BadDataError: the checkpoint `step`, or every checkpoint, is damaged.
+    """
+    path = Path(workdir)
+    if hub.read(path / CONFIG) is not None:
+        fix = f"use the weight file in it: {path / hub.WEIGHTS}"
+        raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
+    try:
+        config = from_json((path / CONFIG).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        fix = f"use a weight file, or the work directory of a run, which contains {CONFIG}"
+        raise InputMissingError("there is no run", workdir, fix) from None
+    abstract = _abstract_state(config)
+    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True, report=lambda line: print(line, file=sys.stderr))
+    with checkpoints:
+        if step is None:
+            restored = checkpoints.restore_latest(abstract)
+            if restored is None:
+                raise InputMissingError("there is no checkpoint yet", workdir, "train first")
+            step, state = restored
+        else:
+            state = checkpoints.restore(step, abstract)
+    seal = path / CHECKPOINTS / str(step) / manifest.NAME
+    return Run(
+        config=config,
+        step=step,
+        variables={prefix: jax.tree.map(np.asarray, tree) for prefix, tree in state.all_variables().items()},
+        sha256=sha256(seal) if seal.exists() else "",
+    )
+
+
+def _abstract_state(config: ExperimentConfig) -> TrainState:
+    """Returns the shapes of the state of a run, on one device of this process."""
+    # The shapes do not depend on the number of examples.
+    optimizer = make_optimizer(config.optimizer, make_schedule(config, num_examples=1))
+    init = make_state_init(
+        create_model(config.model),
+        optimizer,
+        image_size=config.data.image_size,
+        ema=config.ema.decay > 0,
+    )
+    return abstract_state(init, make_mesh(MeshConfig(), jax.local_devices()[:1]))
