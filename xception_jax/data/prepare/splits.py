@@ -25,8 +25,8 @@ def divide(keys: Sequence[str], labels: Sequence[str], shares: Mapping[str, floa
     Of every class, each split has its share of the files, rounded up or down; what rounding takes from a split in one
     class it gets back in the next. 'train' has at least one file of each class. The files of a class are ordered by a
     hash of their keys, and consecutive ones belong to one split. When m files are added to a class, each boundary
-    between two splits therefore passes at most m + 2 of the files that were there before. Other classes change by a
-    single file, if at all.
+    between two of S splits therefore passes at most m + 2(S - 1) of the files that were there before, and in other
+    classes at most 2(S - 1).
 
     Args:
       keys: a name for each file that does not change, such as its path relative to the folder.
