@@ -32,6 +32,8 @@ def test_the_shipped_images_need_no_preparation(data, capsys):
     assert images.decode(example["image"]).shape == (32, 32, 3)
     counts = np.bincount([train[i]["label"] for i in range(0, len(train), 10)], minlength=10)
     assert counts.min() > 70
+    assert train.column("label")[::10] == [train[i]["label"] for i in range(0, len(train), 10)]
+    assert train.column("file_name") is None
     open_dataset(data, "train")
     assert capsys.readouterr().err.count("\n") <= 1
 

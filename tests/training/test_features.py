@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from configs.finetune import get_config
 from tests.data.small_imagenet import jpeg, photograph
 from tests.models.random_weights import random_variables
+from xception_jax.cli import evaluate
 from xception_jax.config import from_json, override, resolve
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
@@ -116,6 +119,15 @@ def test_a_head_is_trained_and_judged_without_any_field_of_the_network(run, weig
             assert np.array_equal(leaf, new[name]) == (not name.startswith("head/")), name
         jax.tree.map(np.testing.assert_array_equal, before.variables["batch_stats"], variables["batch_stats"])
     assert open_network(str(workdir)).classes == ("bright", "dark")
+
+
+def test_evaluate_finds_on_images_what_the_run_found_on_features(run, capsys):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    assert evaluate.run(parser.parse_args([str(run[0]), "--json"])) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("count", "top1", "ema_top1", "ema_roc_auc", "loss", "ema_loss"):
+        assert found[name] == pytest.approx(run[1].metrics[name], rel=1e-4), name
 
 
 def test_features_train_the_head_that_images_train(run, config, tmp_path):
