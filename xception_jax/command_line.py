@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -100,7 +101,9 @@ def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        unused = values(argv)[1:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections runs a file
+            unused = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise _illegal_value(str(error), path) from None
     except flags.Error as error:

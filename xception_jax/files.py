@@ -63,9 +63,13 @@ def require_source(source: str) -> None:
 
     Names of published weights (keras/..., timm/..., hf://...) are not files and pass.
     """
-    if not os.path.exists(source) and "://" not in source and source.partition("/")[0] not in ("keras", "timm"):
+    if "://" in source or source.partition("/")[0] in ("keras", "timm"):
+        return
+    try:
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
         fix = "give the path of a .safetensors, .keras or .h5 file, or the work directory of a run"
-        raise InputMissingError("there is no such weight file or work directory", source, fix)
+        raise InputMissingError("there is no such weight file or work directory", source, fix) from None
 
 
 def local_directory(path: str, where: str) -> Path:
