@@ -147,7 +147,8 @@ def test_train_has_the_settings_however_it_is_started(run_python, tmp_path, star
     none = {TUNABLES: "glibc.cpu.x=1"}  # `run_python` adds them otherwise
     process = run_python(*start, f"--config={config}", "--workdir=x", environment=none)
     assert process.returncode == 7, process.stderr
-    assert f"{TUNABLES}=glibc.cpu.x=1:{ALLOCATOR}" in process.stdout.split("\0")
+    # Some versions of glibc replace the colons when they have read it.
+    assert f"{TUNABLES}=glibc.cpu.x=1:{ALLOCATOR}" in process.stdout.replace("\0", ":")
 
 
 def test_the_program_and_the_command_are_named_as_they_were_typed(monkeypatch):
