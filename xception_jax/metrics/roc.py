@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
-from scipy.stats import rankdata
 
 from xception_jax.metrics.metric import Metric, State
 
@@ -65,5 +64,6 @@ def _area(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> 
     negatives = len(positive) - positives
     if not positives or not negatives:
         return math.nan
-    ranks = rankdata(scores)
+    _, position, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[position]
     return (ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives)
