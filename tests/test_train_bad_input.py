@@ -75,5 +75,6 @@ def test_help_names_the_fields_and_where_defaults_come_from(run_python):
     lines = process.stdout.splitlines()
     schedule = lines[lines.index("schedule:") : lines.index("ema:")]
     rate = schedule.index("  config.schedule.learning_rate=0.045")
-    assert schedule[rate + 1] == "      a number above 0. paper: section 4.2"
+    assert schedule[rate + 1].startswith("      a number above 0")
+    assert "paper: section 4.2" in schedule[rate + 1]
     assert max(map(len, lines)) <= 120

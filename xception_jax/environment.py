@@ -15,7 +15,7 @@ SCRIPT = "xception-jax"
 _MODULE = "python -m xception_jax"
 
 # Settings of glibc's allocator for training on a CPU. It enables huge pages, and keeps up to 1 GiB of freed memory for
-# the next step; page faults would otherwise take a third of a step. glibc reads them only when a process starts.
+# the next step; page faults would otherwise take up to a third of a step. glibc reads them only when a process starts.
 # `mallopt` could set the last two in a running process, but not the huge pages, which have most of the effect.
 TUNABLES = "GLIBC_TUNABLES"
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x40000000:glibc.malloc.trim_threshold=0x40000000"

@@ -13,6 +13,7 @@ from xception_jax.config import resolve
 from xception_jax.config.shipped import shipped_names
 from xception_jax.environment import program
 from xception_jax.errors import UsageError
+from xception_jax.files import local_directory
 
 EXAMPLES = """\
 examples:
@@ -54,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name} is missing", "the command line", fix)
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO
-    config = resolve(read_config(args.config, args.overrides))  # reports mistakes before JAX is imported
+    config = resolve(read_config(args.config, args.overrides))
+    local_directory(args.workdir, "--workdir")
+    # Mistakes in the arguments are reported before JAX is imported.
     from xception_jax.logs.console import announce
 
     with announce("loading JAX"):
