@@ -1,9 +1,9 @@
 """Fine-tuning: trains a network with pretrained weights on your own dataset (docs/finetuning.md).
 
-    python -m xception_jax prepare image_folder --source ~/flowers --name flowers
-    python train.py --config=configs/finetune.py --workdir=runs/flowers --config.init.weights=xception.safetensors \\
+    xception-jax prepare image_folder --source ~/flowers --name flowers
+    xception-jax train --config=finetune --workdir=runs/flowers --config.init.weights=xception.safetensors \\
         --config.data.name=flowers --config.model.num_classes=5
-    python train.py --config=configs/finetune.py:fashion_mnist --workdir=runs/small --config.init.weights=FILE
+    xception-jax train --config=finetune:fashion_mnist --workdir=runs/small --config.init.weights=FILE
 
 Blocks 1 to 4 are frozen. The classifier is new and has ten times the learning rate of the other layers. The recipe for
 photographs was not tuned. The variant `fashion_mnist` is for the small network of configs/fashion_mnist.py and the

@@ -1,4 +1,4 @@
-"""`python -m xception_jax convert`: converts weights of Keras or timm to our safetensors, and back to Keras."""
+"""`xception-jax convert`: converts weights of Keras or timm to our safetensors, and back to Keras."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.files import sha256
-from xception_jax.weights import tree
-from xception_jax.weights.keras import save_keras
-from xception_jax.weights.load import load_network
-from xception_jax.weights.network import Network
-from xception_jax.weights.own import save_network
+from xception_jax.files import require_source, sha256
+
+if TYPE_CHECKING:
+    from xception_jax.weights import Network
 
 NAMES = ("xception", "inception_v3", "inception_v3_2016")
 EXAMPLES = """\
 examples:
   the released weights of Keras, or any other Keras file (.h5, .weights.h5, .keras)
-    python -m xception_jax convert xception_weights_tf_dim_ordering_tf_kernels.h5 xception.safetensors
+    xception-jax convert xception_weights_tf_dim_ordering_tf_kernels.h5 xception.safetensors
   a model that was fine-tuned in Keras: its Xception and its classifier
-    python -m xception_jax convert flowers.keras flowers.safetensors --classes flowers.txt
+    xception-jax convert flowers.keras flowers.safetensors --classes flowers.txt
   timm's legacy_xception or inception_v3
-    python -m xception_jax convert model.safetensors xception.safetensors --classes imagenet
+    xception-jax convert model.safetensors xception.safetensors --classes imagenet
   back to Keras, for keras.applications.Xception(weights=None).load_weights
-    python -m xception_jax convert xception.safetensors xception.weights.h5
+    xception-jax convert xception.safetensors xception.weights.h5
 """
 
 
@@ -67,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out} has an unknown ending", "out", "write to OUT.safetensors or OUT.weights.h5")
     if args.size is not None and args.size < 1:
         raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
+    require_source(args.source)
+    from xception_jax.weights import load_network, save_keras, save_network  # JAX takes seconds to import
+
     model = None if args.model is None else _model(args.model)
     network = load_network(args.source, model, head=args.head, size=args.size)
     if args.classes is not None:
@@ -121,6 +123,8 @@ def _read_names(path: Path) -> list[str]:
 
 
 def _report(args: argparse.Namespace, network: Network) -> None:
+    from xception_jax.weights import tree
+
     sizes = [(name, leaf.size) for name, leaf in tree.flatten(network.variables).items()]
     report = {
         "path": args.out,

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from xception_jax.data import folders, imagenet_classes, images
 from xception_jax.errors import InputMissingError
-from xception_jax.models import create_model
-from xception_jax.weights import Network
+
+if TYPE_CHECKING:
+    import jax
+
+    from xception_jax.weights import Network
 
 THUMBNAIL = 320  # longer side of a thumbnail, in pixels
 THREADS = 8
@@ -104,6 +107,10 @@ def predict(
     Yields:
       A prediction for each path, in the same order.
     """
+    import jax  # only here, so that a wrong path is reported at once
+
+    from xception_jax.models import create_model
+
     model = create_model(network.model)
     top = min(top, network.model.num_classes)
     size = min(batch_size, len(paths))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from xception_jax.environment import program
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, study_cells
@@ -69,7 +70,7 @@ def read_study(root: Path) -> StoredStudy:
         return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputMissingError(
-            "there is no study", str(root), "name the --workdir of `python -m xception_jax study run`"
+            "there is no study", str(root), f"name the --workdir of `{program()} study run`"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadDataError(f"{STUDY} cannot be read: {error}", str(root / STUDY), "restore it from a copy") from None

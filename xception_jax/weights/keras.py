@@ -155,4 +155,4 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
     write(path, content.getvalue())
     if counts["dense"] > 1:
         text = "keras.applications has no hidden layers: put average pooling and these Dense layers on a base without"
-        print(f"note: {text} top; it then loads the file (docs/weights.md)", file=sys.stderr)
+        print(f"note: {text} top; it then loads the file", file=sys.stderr)
