@@ -173,7 +173,7 @@ def test_a_path_wins_over_a_name(server, cache, tmp_path, monkeypatch):
         ("xception", "keras/xception"),
         ("timm/inception_v3.tv", "timm/inception_v3.tv_in1k"),
         ("keras/resnet50", "weights list"),
-        ("timm/vit_base", "hf://OWNER/REPO"),
+        ("timm/inception_v3.tf_adv_in1k", "hf://timm/inception_v3.tf_adv_in1k"),
     ],
 )
 def test_a_name_that_is_not_there(server, cache, wrong, right):

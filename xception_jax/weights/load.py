@@ -95,6 +95,8 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
     timm pads max pools and counts the padding in average pools (`model.padding='symmetric'`). BatchNorm's epsilon is
     1e-5 in `legacy_xception` and 1e-3 in `inception_v3`, whose BatchNorm has a scale. A note reports a `model` with
     another padding or epsilon. The auxiliary classifier is read if `model` has one.
+
+    timm publishes `legacy_xception` only as a pickle, which is not read here. Convert it first (docs/weights.md).
     """
     path = sources.find(path).path
     guard.require_file(path)

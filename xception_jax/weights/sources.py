@@ -109,13 +109,10 @@ def require_known(source: str) -> None:
         )
         raise BadDataError("timm publishes legacy_xception only as a pickle, which may run any code", source, fix)
     similar = difflib.get_close_matches(source.lower(), RELEASES, n=1)
-    if similar:
-        raise InputMissingError(
-            "there is no such weight file or name", source, f"did you mean {similar[0]}? Or {_LIST}"
-        )
-    if source.startswith(("keras/", "timm/")):
-        fix = f"{_LIST}; any repository on the hub: hf://OWNER/REPO"
-        raise InputMissingError("there is no such weight file or name", source, fix)
+    if similar or source.startswith(("keras/", "timm/")):
+        hints = [*(f"did you mean {name}?" for name in similar), _LIST]
+        hints += [f"any repository of timm: hf://{source}"] if source.startswith("timm/") else []
+        raise InputMissingError("there is no such weight file or name", source, "; ".join(hints))
 
 
 def parse(address: str) -> HubFile:
@@ -155,7 +152,8 @@ def _require_online(name: str, path: Path) -> None:
     variable = offline_variable()
     if variable:
         what = f"{name} is not in the cache, and {variable} turns downloads off"
-        raise InputMissingError(what, str(path), f"unset {variable}, or copy the file to this place")
+        fix = f"unset {variable}; or copy the file from another machine and use its path"
+        raise InputMissingError(what, str(path), fix)
 
 
 def recorded(path: Path) -> Path:
@@ -223,34 +221,40 @@ def _lock(path: Path) -> Path:
 def _find_on_hub(file: HubFile) -> Source:
     """Returns a file of the hub. A branch or tag is looked up each time; if that fails, its last commit is used."""
     repository = cache_directory() / "hf" / file.repository
-    reference = repository / "refs" / quote(file.revision, safe="")
-    commit, sums, problem = file.revision, {}, None
+    commit, sums = file.revision, dict[str, str]()
     if not _COMMIT.fullmatch(file.revision):
-        commit = reference.read_text().strip() if reference.exists() else "unknown"
-        if not offline_variable():
-            try:
-                commit, sums = _describe(file)
-                _remember(reference, commit)
-            except (InputMissingError, StorageError) as error:
-                problem = error
+        commit, sums = _look_up(file, repository / "refs" / quote(file.revision, safe=""))
     path = repository / "commits" / commit / file.file
     if path.exists():
-        if problem is not None:
-            print(f"note: {problem.what}; using the cached commit {commit}", file=sys.stderr)
         for cached in (path, path.with_name(CONFIG)):
             if cached.exists():
                 verify(cached, {})
-    elif problem is not None:
-        raise problem
     else:
         _require_online(file.address, path)
-        if not sums:
-            _, sums = _describe(file)
-        _download_from_hub(file, commit, sums, path, {})
+        _download_from_hub(file, commit, sums or _describe(file)[1], path, {})
     return Source(path, dataclasses.replace(file, revision=commit).address)
 
 
+def _look_up(file: HubFile, reference: Path) -> tuple[str, dict[str, str]]:
+    """Returns the commit of a branch or tag, and the sum of the file if the hub was asked."""
+    known = reference.read_text().strip() if reference.exists() else ""
+    if not known:
+        _require_online(file.address, reference)
+    if offline_variable():
+        return known, {}
+    try:
+        commit, sums = _describe(file)
+    except (InputMissingError, StorageError) as error:
+        if not known:
+            raise
+        print(f"note: {error.what}; using the cached commit {known}", file=sys.stderr)
+        return known, {}
+    _remember(reference, commit)
+    return commit, sums
+
+
 def _remember(reference: Path, commit: str) -> None:
+    """Writes which commit a branch or tag is at, for when the hub cannot be asked."""
     try:
         if not reference.exists() or reference.read_text().strip() != commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
