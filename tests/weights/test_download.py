@@ -68,6 +68,43 @@ def test_after_four_cuts_the_rest_is_left_for_the_next_call(server, cache):
     assert left_in(cache) == {name, f"{name}.sha256"}
 
 
+@pytest.mark.parametrize(("tag", "continued"), [("Mon, 01 Jan 2024 00:00:00 GMT", True), ("", False)])
+def test_servers_without_a_strong_tag(server, cache, tag, continued):
+    server.tag = tag
+    server.behaviours[SERVED] = [cut(300_000)]
+    assert sources.find(NAME).path.read_bytes() == CONTENT
+    assert ("Range" in server.gets(SERVED)[-1]) is continued
+
+
+def another_part(handler) -> None:
+    handler.send_response(206)
+    handler.send_header("Content-Range", "bytes 0-9/1000000")
+    handler.send_header("Content-Length", "10")
+    handler.end_headers()
+    handler.wfile.write(CONTENT[:10])
+
+
+def test_an_answer_with_another_part_is_not_used(server, cache):
+    server.behaviours[SERVED] = [cut(300_000), another_part]
+    assert sources.find(NAME).path.read_bytes() == CONTENT
+    assert "Range" not in server.gets(SERVED)[-1]
+
+
+def without_length(handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(CONTENT)
+    handler.close_connection = True
+
+
+def test_an_answer_that_is_too_long(server, cache, monkeypatch):
+    monkeypatch.setattr(download, "MAX_BYTES", 999_999)
+    server.behaviours[SERVED] = [without_length]
+    for what in ("more than 999,999 bytes", "the answer has 1,000,000 bytes"):
+        assert what in failure(BadDataError).what
+        assert left_in(cache) == set()
+
+
 def test_a_large_file_may_be_cut_often(server, cache, monkeypatch):
     monkeypatch.setattr(download, "_PROGRESS", 100_000)
     server.behaviours[SERVED] = [cut(150_000)] * 5

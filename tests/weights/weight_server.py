@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
         tag, start = f'"{hashlib.md5(content).hexdigest()}"', 0
-        if "Range" in self.headers and self.headers["If-Range"] == tag:
+        if "Range" in self.headers and self.headers["If-Range"] in (tag, self.server.tag):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         if start >= len(content):
             return self.refuse(416, {})
@@ -54,7 +54,11 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", tag)
+        if self.server.tag == "ETag":
+            self.send_header("ETag", tag)
+        elif self.server.tag:
+            self.send_header("ETag", f"W/{tag}")
+            self.send_header("Last-Modified", self.server.tag)
         if "/resolve/" in self.path:
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
@@ -86,6 +90,7 @@ class WeightServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.behaviours: dict[str, list[Behaviour]] = {}
+        self.tag = "ETag"  # or the date of the last change, or ''
         self.heads: list[Behaviour] = []
         self.seen: list[tuple[str, str, dict[str, str]]] = []
 

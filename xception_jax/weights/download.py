@@ -119,11 +119,11 @@ def _complete(remote: Remote, partial: Path, verify: Callable[[Path], None]) -> 
     """Downloads the partial file to its end and verifies it."""
     while True:
         is_continued = partial.exists()
-        _download(remote, partial)
         try:
+            _download(remote, partial)
             return verify(partial)
         except BadDataError:
-            partial.unlink()
+            partial.unlink(missing_ok=True)
             _tag(partial).unlink(missing_ok=True)
             if not is_continued:  # otherwise, the part from an earlier call may be the wrong one
                 raise
@@ -140,7 +140,8 @@ def _download(remote: Remote, partial: Path) -> None:
             if cuts == ATTEMPTS:
                 fix = f"run the same command again; it continues {partial} ({_size(partial):,} bytes)"
                 raise StorageError(f"the download was cut {cuts} times: {cut}", remote.url, fix) from None
-            print(f"the download was cut; continuing at byte {_size(partial):,}", file=sys.stderr)
+            start = _size(partial) if _tag(partial).exists() else 0
+            print(f"the download was cut; continuing at byte {start:,}", file=sys.stderr)
             time.sleep(BACKOFF * 2 ** (cuts - 1))
 
 
@@ -162,7 +163,8 @@ def _receive(remote: Remote, partial: Path) -> None:
             raise _refusal(response, remote)
         is_rest = response.status_code == 206
         if is_rest and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise BadDataError("the server answers with another part of the file", remote.url, "try again later")
+            tag.unlink()
+            raise _CutError("the server answers with another part of the file")
         start = start if is_rest else 0
         length = int(response.headers.get("Content-Length", 0))
         _require_room(partial, length)
@@ -170,7 +172,9 @@ def _receive(remote: Remote, partial: Path) -> None:
             partial.write_bytes(b"")  # first, so that the tag never belongs to the bytes of another version
             tag.unlink(missing_ok=True)
             version = response.headers.get("ETag", "")
-            if version.startswith('"'):  # a weak tag does not promise the same bytes
+            if not version.startswith('"'):  # a weak tag does not promise the same bytes
+                version = response.headers.get("Last-Modified", "")
+            if version:
                 tag.write_text(version)
         with (
             partial.open("ab") as file,
