@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": "predict the classes of images",
     "evaluate": "evaluate a network on every image of a split",
     "export": "write a network as StableHLO, ONNX or safetensors, check it, and add a model card",
+    "weights": "list, download and verify public weights by name",
     "convert": "convert weights from Keras or timm, and back to Keras",
     "study": "compare networks over several seeds: run and report a study",
     "plan": "estimate memory, time and cost of a run on accelerators you do not have",

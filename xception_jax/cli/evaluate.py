@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
+    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file or its name")
     parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
     parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")

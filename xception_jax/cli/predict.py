@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit code is 65."
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file, or work directory of a run")
+    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")

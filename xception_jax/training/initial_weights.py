@@ -28,11 +28,12 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     layers and an auxiliary head keep theirs if they are not in the file.
 
     Args:
-      experiment: its `config.init.weights` is a file that `load_network` can read, or empty.
+      experiment: its `config.init.weights` is what `load_network` can read, or empty.
       report: called with one line that describes what was read.
 
     Raises:
       InputMissingError: there is no such file.
+      StorageError: the weights cannot be downloaded.
       BadDataError: the file is damaged, or its network has different parameters.
       ConfigError: the network in the file is not that of `config.model`, or expects images that training cannot
         provide.
@@ -49,7 +50,7 @@ def first_state(experiment: Experiment, report: Callable[[str], None]) -> TrainS
     # The average needs its own arrays, because the step donates both.
     ema = None if state.ema is None else {kind: _with_arrays(state.ema[kind], start, kind) for kind in state.ema}
     named = f"; new: {', '.join(new)}" if new else ""
-    report(f"starts from {path} (SHA-256 {network.sha256}), {len(start)} arrays{named}")
+    report(f"starts from {network.source} (SHA-256 {network.sha256}), {len(start)} arrays{named}")
     return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
 
