@@ -10,6 +10,8 @@ from weight_server import CONTENT, NAME, SERVED, running
 from xception_jax.weights import download
 from xception_jax.weights.released import RELEASES
 
+from tests.evaluation.conftest import multilabel_run  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def xception() -> Released:
