@@ -63,8 +63,7 @@ def import_timm(
             above[name] = tensor
         elif not name.endswith(".num_batches_tracked"):
             own[inner] = tensor
-    found = [layer for layer in _HEADS if f"{prefix}{layer}.weight" in above]
-    head = found[0] if len(found) == 1 else "fc"
+    head = next((layer for layer in _HEADS if f"{prefix}{layer}.weight" in above), "fc")
     model = _infer(own, above.get(f"{prefix}{head}.weight")) if model is None else model
     names, shapes, notes = timm_names(model, head), tree.shapes(model), []
     theirs = _NETWORKS.get(model.name, model)
