@@ -7,6 +7,7 @@ import pytest
 from released import Released
 from weight_server import CONTENT, NAME, SERVED, running
 
+from tests.evaluation.conftest import multilabel_run  # noqa: F401
 from xception_jax.weights import download
 from xception_jax.weights.released import RELEASES
 

@@ -10,8 +10,18 @@ if TYPE_CHECKING:
     from xception_jax.weights.load import load_keras, load_network, load_timm
     from xception_jax.weights.network import Network, Preprocessing
     from xception_jax.weights.own import save_network
+    from xception_jax.weights.timm import save_timm
 
-__all__ = ["Network", "Preprocessing", "load_keras", "load_network", "load_timm", "save_keras", "save_network"]
+__all__ = [
+    "Network",
+    "Preprocessing",
+    "load_keras",
+    "load_network",
+    "load_timm",
+    "save_keras",
+    "save_network",
+    "save_timm",
+]
 
 _MODULES = {
     "Network": "network",
@@ -21,6 +31,7 @@ _MODULES = {
     "load_timm": "load",
     "save_keras": "keras",
     "save_network": "own",
+    "save_timm": "timm",
 }
 
 
