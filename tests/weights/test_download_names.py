@@ -15,7 +15,7 @@ import safetensors.numpy
 from released import narrow
 from weight_server import COMMIT, CONTENT, NAME, SERVED, status
 
-from xception_jax.__main__ import main
+from xception_jax.cli import main
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.runs import open_network
@@ -252,7 +252,7 @@ def test_verify(server, cache, flowers, tmp_path, monkeypatch, capsys):
 
 def test_the_command_does_not_need_jax(server, cache):
     code = (
-        "import sys; from xception_jax.__main__ import main; from xception_jax.command_line import run_main\n"
+        "import sys; from xception_jax.cli import main; from xception_jax.command_line import run_main\n"
         "try: run_main(main)\nfinally: print('jax' in sys.modules, file=sys.stderr)"
     )
     for arguments, status_ in ((["list"], 0), (["--help"], 0), (["path", "keras/xeption"], 66)):
