@@ -1,0 +1,66 @@
+"""Cuts a network at one of its endpoints, to differentiate its logits with respect to the activation there.
+
+The cut is made in the traced program, so networks need no hooks, and it works for any module that returns
+`(logits, endpoints)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.core import eval_jaxpr
+from jaxtyping import Array, Float
+
+
+def spatial_endpoints(endpoints: Mapping[str, Array]) -> list[str]:
+    """Returns the names of the endpoints that have positions [b, h, w, c], in the order of the forward pass."""
+    return [name for name, value in endpoints.items() if value.ndim == 4]
+
+
+def list_endpoints(model: nn.Module, variables: Mapping[str, Any], image_size: int) -> list[str]:
+    """Returns the names of the spatial endpoints of a network, without running it."""
+    names: list[str] = []
+
+    def record(variables: Mapping[str, Any], images: Array) -> None:
+        # An array of the result would lose the order: JAX sorts the keys of dicts.
+        names.extend(spatial_endpoints(model.apply(variables, images, train=False)[1]))
+
+    jax.eval_shape(record, variables, jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32"))
+    return names
+
+
+def cut(
+    model: nn.Module, variables: Mapping[str, Any], images: Float[Array, "b s s 3"], endpoint: str | None
+) -> tuple[Float[Array, "b h w c"], Callable[[Float[Array, "b h w c"]], Float[Array, "b n"]]]:
+    """Returns the activation at an endpoint, and the rest of the network: a function from it to the logits.
+
+    Args:
+      model: a module whose `apply(variables, images, train=False)` returns `(logits, endpoints)`.
+      variables: its variables.
+      images: preprocessed images.
+      endpoint: name of an endpoint; None is the last one that has positions.
+
+    Raises:
+      KeyError: there is no such endpoint.
+      ValueError: the endpoint is computed inside another transformation, such as `jax.checkpoint`.
+    """
+
+    def forward(variables: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
+        logits, endpoints = model.apply(variables, images, train=False)
+        return logits, endpoints[endpoint or spatial_endpoints(endpoints)[-1]]
+
+    program = jax.make_jaxpr(forward)(variables, images)
+    jaxpr, arguments = program.jaxpr, jax.tree.leaves((variables, images))
+    logits, activation = jaxpr.outvars
+    later = [equation for equation in jaxpr.eqns if activation not in equation.outvars]
+    if len(later) == len(jaxpr.eqns):
+        raise ValueError(f"the endpoint {endpoint!r} is not an operation of the traced network")
+    rest = jaxpr.replace(invars=[*jaxpr.invars, activation], outvars=[logits], eqns=later, debug_info=None)
+
+    def logits_of(value: Array) -> Array:
+        return eval_jaxpr(rest, program.consts, *arguments, value)[0]
+
+    return eval_jaxpr(jaxpr, program.consts, *arguments)[1], logits_of
