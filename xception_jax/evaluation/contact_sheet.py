@@ -130,10 +130,10 @@ def _draw_legend(axes: Axes, legend: Legend, width: float) -> None:
     axes.set_ylim(0, 1)
     axes.axis("off")
     style: dict[str, Any] = {"parse_math": False, "va": "center", "size": 8.5, "color": INK}
-    axes.text(width - _GAP, 0.6, legend.high, ha="right", **style)
-    right = width - _GAP - _LEGEND_TEXT
-    axes.imshow(legend.strip, extent=(right - _LEGEND_BAR, right, 0.4, 0.8), aspect="auto")
-    axes.text(right - _LEGEND_BAR - 0.1, 0.6, legend.low, ha="right", **style)
+    left, right = width - _GAP - _LEGEND_TEXT - _LEGEND_BAR, width - _GAP - _LEGEND_TEXT
+    axes.imshow(legend.strip, extent=(left, right, 0.4, 0.8), aspect="auto")
+    axes.text(left - 0.1, 0.6, legend.low, ha="right", **style)
+    axes.text(right + 0.1, 0.6, legend.high, ha="left", **style)
 
 
 def installed_fonts() -> list[str]:

@@ -147,7 +147,7 @@ def check_output(path: str, suffix: str) -> None:
 
 
 def save_maps(path: str, explained: Sequence[Explained], method: str, block: str | None) -> None:
-    """Writes the maps to an .npz file: maps [n, h, w], file, class, probability [n], method and block.
+    """Writes the maps to an .npz file: maps [n, h, w], path, class, probability [n], method and block.
 
     Raises:
       StorageError: the file cannot be written.
@@ -155,14 +155,14 @@ def save_maps(path: str, explained: Sequence[Explained], method: str, block: str
     buffer = io.BytesIO()
     arrays = {
         "maps": np.stack([each.heat for each in explained]),
-        "file": np.array([str(each.path) for each in explained]),
+        "path": np.array([str(each.path) for each in explained]),
         "class": np.array([each.label for each in explained], np.int32),
         "absence": np.array([each.is_absence for each in explained]),
         "probability": np.array([each.probability for each in explained], np.float32),
         "method": np.array(method),
         "block": np.array(block or ""),
     }
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)
     _write(Path(path), buffer.getvalue())
 
 
