@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.extend.core as jex
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Float
 
@@ -55,12 +56,23 @@ def cut(
     program = jax.make_jaxpr(forward)(variables, images)
     jaxpr, arguments = program.jaxpr, jax.tree.leaves((variables, images))
     logits, activation = jaxpr.outvars
-    later = [equation for equation in jaxpr.eqns if activation not in equation.outvars]
-    if len(later) == len(jaxpr.eqns):
+    if not any(activation in equation.outvars for equation in jaxpr.eqns):
         raise ValueError(f"the endpoint {endpoint!r} is not an operation of the traced network")
-    rest = jaxpr.replace(invars=[*jaxpr.invars, activation], outvars=[logits], eqns=later, debug_info=None)
+    # The activation becomes a constant of the program.
+    constants, equations = [*jaxpr.constvars, activation], _equations_between(jaxpr, activation, logits)
+    rest = jaxpr.replace(constvars=constants, eqns=equations)
 
     def logits_of(value: Array) -> Array:
-        return eval_jaxpr(rest, program.consts, *arguments, value)[0]
+        return eval_jaxpr(rest, [*program.consts, value], *arguments)[0]
 
     return eval_jaxpr(jaxpr, program.consts, *arguments)[1], logits_of
+
+
+def _equations_between(jaxpr: jex.Jaxpr, start: Any, end: Any) -> list[jex.JaxprEqn]:
+    """Returns the equations that compute `end`, in order, without those that compute `start`."""
+    needed, kept = {end}, []
+    for equation in reversed(jaxpr.eqns):
+        if start not in equation.outvars and not needed.isdisjoint(equation.outvars):
+            kept.append(equation)
+            needed.update(each for each in equation.invars if not isinstance(each, jex.Literal))
+    return kept[::-1]
