@@ -1,4 +1,4 @@
-"""`python -m xception_jax embed` saves the features of images."""
+"""`xception-jax embed` saves the features of images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.files import require_source
 
 if TYPE_CHECKING:
     from xception_jax.evaluation.features import Embedder, Features
@@ -21,9 +22,9 @@ An .npz file has the arrays features [n, c], path [n] and, with labels, label [n
 row per image. If an image cannot be read, it is left out and the exit code is 65.
 
 examples:
-  python -m xception_jax embed --weights xception.safetensors photos/ --out photos.npz
-  python -m xception_jax embed --weights xception.safetensors photos/train --labels folder --out train.npz
-  python -m xception_jax embed --weights runs/fashion_mnist --dataset fashion_mnist_subset --split test --out test.npz
+  xception-jax embed --weights xception.safetensors photos/ --out photos.npz
+  xception-jax embed --weights xception.safetensors photos/train --labels folder --out train.npz
+  xception-jax embed --weights runs/fashion_mnist --dataset fashion_mnist_subset --split test --out test.npz
 """
 
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="*", metavar="PATH", help="images, or folders to search for images")
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file, or work directory of a run")
+    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--out", required=True, metavar="FILE.npz|FILE.csv", help="where to save the features")
     parser.add_argument("--labels", choices=("folder",), help="label each image with the name of its folder")
@@ -56,11 +57,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from xception_jax.evaluation.features import make_embedder, save_features
     from xception_jax.evaluation.predict import find_images, printable
-    from xception_jax.runs import open_network
 
     paths = find_images(args.images) if args.images else []
+    require_source(args.weights)
+    from xception_jax.runs import open_network, without_classifier  # JAX takes seconds to import
+
     network = open_network(args.weights, args.step)
-    embedder = make_embedder(network)
+    has_classifier = "head" in network.variables["params"]
+    embedder = make_embedder(network if has_classifier else without_classifier(network))
     if args.dataset:
         features, damaged = _embed_split(args, network, embedder)
     else:

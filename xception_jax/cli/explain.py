@@ -1,4 +1,4 @@
-"""`python -m xception_jax explain` draws which parts of an image speak for a class."""
+"""`xception-jax explain` draws which parts of an image speak for a class."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
+from xception_jax.explain.paths import check_output
+from xception_jax.files import require_source
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network
@@ -25,10 +27,10 @@ picture of each. With --json, each line is an object {"file", "class", "name", "
 an image that cannot be read. If an image cannot be read, the exit code is 65.
 
 examples:
-  python -m xception_jax explain --weights runs/fashion_mnist photo.jpg
-  python -m xception_jax explain --weights xception.safetensors photos/ --class tabby --out sheet.png
-  python -m xception_jax explain --weights xception.safetensors photos/ --method hires_cam --block block4 --out maps/
-  python -m xception_jax explain --weights xception.safetensors photos/ --sanity
+  xception-jax explain --weights runs/fashion_mnist photo.jpg
+  xception-jax explain --weights xception.safetensors photos/ --class tabby --out sheet.png
+  xception-jax explain --weights xception.safetensors photos/ --method hires_cam --block block4 --out maps/
+  xception-jax explain --weights xception.safetensors photos/ --sanity
 """
 
 
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file, or work directory of a run")
+    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--method", choices=METHODS, default="grad_cam", help="default: grad_cam")
     parser.add_argument(
@@ -77,15 +79,13 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from xception_jax.evaluation.predict import class_names, find_images, printable
-    from xception_jax.explain import files
+
+    paths = find_images(args.images)
+    require_source(args.weights)
+    from xception_jax.explain import files  # JAX takes seconds to import
     from xception_jax.explain.explainer import explain_files, make_explainer
     from xception_jax.runs import open_network, require_classifier
 
-    if not args.sanity:
-        files.check_output(args.out, ".png")
-    if args.npz:
-        files.check_output(args.npz, ".npz")
-    paths = find_images(args.images)
     network = open_network(args.weights, args.step)
     require_classifier(network)
     names = class_names(network)
@@ -141,6 +141,10 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and option not in METHODS[args.method].options:
             what = f"{args.method} does not read --{option}"
             raise UsageError(what, f"--{option}", f"remove it, or use --method {reader}")
+    if not args.sanity:
+        check_output(args.out, ".png")
+    if args.npz:
+        check_output(args.npz, ".npz")
 
 
 def find_class(wanted: str, names: Sequence[str], identifiers: Sequence[str]) -> int:

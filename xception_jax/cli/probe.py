@@ -1,4 +1,4 @@
-"""`python -m xception_jax probe` judges saved features by nearest neighbours and ridge regression."""
+"""`xception-jax probe` judges saved features by nearest neighbours and ridge regression."""
 
 from __future__ import annotations
 

@@ -44,18 +44,12 @@ class Features:
 
 
 def make_embedder(network: Network) -> Embedder:
-    """Returns a function from preprocessed images [b, s, s, 3] to their features. The network needs no classifier."""
+    """Returns a function from preprocessed images [b, s, s, 3] to their features."""
     import jax  # not needed to read features
 
     from xception_jax.models import create_model
-    from xception_jax.weights import tree
 
-    leaves = tree.flatten(network.variables)
-    if "head" not in network.variables["params"]:
-        # The features do not depend on the classifier, but the module cannot be applied without one.
-        shapes = tree.shapes(network.model)
-        leaves |= {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name.startswith(tree.HEAD)}
-    model, variables = create_model(network.model), jax.device_put(tree.unflatten(leaves))
+    model, variables = create_model(network.model), jax.device_put(network.variables)
 
     @jax.jit
     def features_of(variables: dict[str, Any], images: jax.Array) -> jax.Array:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from xception_jax.errors import InputMissingError, StorageError, UsageError
+from xception_jax.errors import StorageError
 from xception_jax.evaluation.loading import THUMBNAIL
 from xception_jax.explain.explainer import Explained
 from xception_jax.explain.options import METHODS
+from xception_jax.explain.paths import is_file
 from xception_jax.explain.pictures import LONGEST, draw_picture, draw_sheet
 from xception_jax.files import write_atomically
 from xception_jax.weights import Network
@@ -126,24 +126,6 @@ def make_output(path: str, describer: Describer, total: int) -> Output:
         except OSError as error:
             raise StorageError(f"the folder cannot be created: {error.strerror}", path, "choose another one") from None
     return kind(Path(path), describer, total)
-
-
-def is_file(path: str) -> bool:
-    """Returns whether an output path means a PNG. Everything without a suffix is a folder."""
-    return not path.endswith(os.sep) and Path(path).suffix != "" and not Path(path).is_dir()
-
-
-def check_output(path: str, suffix: str) -> None:
-    """Checks that an output file can be written, to fail before the computation.
-
-    Raises:
-      UsageError: the file has another suffix.
-      InputMissingError: its folder is missing.
-    """
-    if is_file(path) and Path(path).suffix.lower() != suffix:
-        raise UsageError(f"the file is written as {suffix}", path, f"use a name that ends in {suffix}")
-    if not Path(path).absolute().parent.is_dir():
-        raise InputMissingError("there is no such directory", path, "create it, or choose another path")
 
 
 def save_maps(path: str, explained: Sequence[Explained], method: str, block: str | None) -> None:
