@@ -37,9 +37,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from xception_jax.evaluation.features import load_features
     from xception_jax.evaluation.probe import count_shared, probe
-    from xception_jax.metrics.intervals import wilson_interval
 
     train, test = load_features(args.train), load_features(args.test)
+    from xception_jax.metrics.intervals import wilson_interval  # imports JAX
+
     fitted, judged = _labels(train, args.train), _labels(test, args.test)
     _check_pair(train, test, f"{args.train} and {args.test}")
     if shared := count_shared(train.features, test.features):

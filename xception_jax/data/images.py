@@ -117,7 +117,8 @@ def central_view(
     image: UInt8[np.ndarray, "h w 3"], size: int, share: float, interpolation: int = cv2.INTER_LINEAR
 ) -> UInt8[np.ndarray, "s s 3"]:
     """Resizes the central `share` of each side to size x size."""
-    top, left, height, width = _central_box(*image.shape[:2], share)
+    height, width = image.shape[:2]
+    top, left, height, width = _central_box(height, width, share)
     return resize(image[top : top + height, left : left + width], size, interpolation)
 
 

@@ -27,7 +27,8 @@ def list_endpoints(model: nn.Module, variables: Mapping[str, Any], image_size: i
 
     def record(variables: Mapping[str, Any], images: Array) -> None:
         # An array of the result would lose the order: JAX sorts the keys of dicts.
-        names.extend(spatial_endpoints(model.apply(variables, images, train=False)[1]))
+        outputs: Any = model.apply(variables, images, train=False)
+        names.extend(spatial_endpoints(outputs[1]))
 
     jax.eval_shape(record, variables, jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32"))
     return names
@@ -50,7 +51,8 @@ def cut(
     """
 
     def forward(variables: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
-        logits, endpoints = model.apply(variables, images, train=False)
+        outputs: Any = model.apply(variables, images, train=False)
+        logits, endpoints = outputs
         return logits, endpoints[endpoint or spatial_endpoints(endpoints)[-1]]
 
     program = jax.make_jaxpr(forward)(variables, images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -135,7 +135,7 @@ def save_maps(path: str, explained: Sequence[Explained], method: str, block: str
       StorageError: the file cannot be written.
     """
     buffer = io.BytesIO()
-    arrays = {
+    arrays: dict[str, Any] = {
         "maps": np.stack([each.heat for each in explained]),
         "path": np.array([str(each.path) for each in explained]),
         "class": np.array([each.label for each in explained], np.int32),

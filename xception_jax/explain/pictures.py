@@ -39,7 +39,7 @@ _SMOOTHING = 0.008  # standard deviation of the smoothing of pixelwise maps, as 
 
 def display_values(heat: Float[np.ndarray, "h w"], method: Method) -> Float[np.ndarray, "h w"]:
     """Returns a map in units of its largest value: in [-1, 1], or [0, 1] for methods without a sign."""
-    values = np.nan_to_num(heat.astype(np.float64))
+    values: np.ndarray = np.nan_to_num(heat.astype(np.float64))
     if method.is_pixelwise:
         values = cv2.GaussianBlur(values, (0, 0), max(0.5, _SMOOTHING * len(values)))
     largest = np.percentile(np.abs(values), 100 - _CLIPPED) if method.is_pixelwise else np.abs(values).max()
