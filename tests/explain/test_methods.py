@@ -144,20 +144,22 @@ def test_the_batch_of_steps_does_not_change_integrated_gradients(xception):
     np.testing.assert_allclose(several.maps, one.maps, rtol=1e-3, atol=1e-6)
 
 
-class Linear(nn.Module):
-    """A network without a curve: one step is exact."""
+class Squared(nn.Module):
+    """A network whose gradient is linear: the midpoint rule is exact with any number of steps."""
 
     @nn.compact
     def __call__(self, images, train=False):
-        return nn.Dense(4)(images.reshape(len(images), -1)), {}
+        return nn.Dense(4)(jnp.square(images).reshape(len(images), -1)), {}
 
 
-def test_integrated_gradients_of_a_linear_network_are_exact():
-    model, images = Linear(), np.random.default_rng(0).normal(size=(3, 5, 5, 3)).astype(np.float32)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_integrated_gradients_of_a_quadratic_network_are_exact(steps):
+    model, images = Squared(), np.random.default_rng(0).normal(size=(3, 5, 5, 3)).astype(np.float32)
     variables = model.init(jax.random.key(0), images)
-    found = methods.integrated_gradients(model, variables, images, 1, steps=1, baseline=0.5)
+    found = methods.integrated_gradients(model, variables, images, 1, steps=steps, baseline=0.5)
     weights = variables["params"]["Dense_0"]["kernel"][:, 1].reshape(5, 5, 3)
-    np.testing.assert_allclose(found.maps, ((images - 0.5) * weights).sum(-1), rtol=1e-4, atol=1e-6)
+    expected = ((np.square(images) - 0.25) * weights).sum(-1)
+    np.testing.assert_allclose(found.maps, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_endpoint_that_is_no_operation_is_refused():
