@@ -7,7 +7,7 @@ from xception_jax.environment import restart_with_allocator
 
 def start() -> None:
     """Runs the command given by the arguments and exits with its code: the entry point of all programs."""
-    if sys.argv[1:2] == ["train"]:
+    if {"train", "explain"}.intersection(sys.argv[1:2]):  # they compute gradients
         restart_with_allocator()
     # After the restart, which takes as long as what was imported before.
     from xception_jax.cli import main
