@@ -102,14 +102,12 @@ os.kill(os.getpid(), signal.SIGTERM)
 def run_survives(**environment: str) -> subprocess.CompletedProcess:
     variables = {name: value for name, value in os.environ.items() if name != TUNABLES} | environment
     return subprocess.run(
-        ["python", "-X", "utf8", "-c", SURVIVES, "a b", "--c=*"],
-        executable=sys.executable,
+        ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-X", "utf8", "-c", SURVIVES, "a b", "--c=*"],
         cwd=ROOT,
         env=variables,
         input="two\nlines\n",
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
 
 

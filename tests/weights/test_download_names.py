@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from released import narrow
+from released import narrow, narrow_xception
 from weight_server import COMMIT, CONTENT, NAME, SERVED, status
 
 from xception_jax.cli import main
@@ -21,7 +21,6 @@ from xception_jax.errors import BadDataError, InputMissingError, StorageError, U
 from xception_jax.runs import open_network
 from xception_jax.weights import Network, Preprocessing, load_network, save_network, sources, tree
 from xception_jax.weights.download import digest
-from xception_jax.weights.keras import save_keras
 from xception_jax.weights.released import KERAS_FILES, PICKLES, RELEASES
 from xception_jax.weights.timm import timm_names
 
@@ -150,7 +149,7 @@ def test_a_release_of_timm_has_the_classes_of_imagenet(server, cache):
 
 
 def test_a_release_of_keras(server, cache, tmp_path, monkeypatch):
-    save_keras(tmp_path / "x.weights.h5", random_network(narrow(), None))
+    narrow_xception().save_weights(tmp_path / "x.weights.h5")
     server.files[SERVED] = (tmp_path / "x.weights.h5").read_bytes()
     pinned = dataclasses.replace(RELEASES[NAME], md5=hashlib.md5(server.files[SERVED]).hexdigest())
     monkeypatch.setitem(RELEASES, NAME, pinned)
