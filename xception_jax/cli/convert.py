@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.files import require_source, sha256
+from xception_jax.files import sha256
+from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.out} has an unknown ending", "out", "write to OUT.safetensors or OUT.weights.h5")
     if args.size is not None and args.size < 1:
         raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
-    require_source(args.source)
+    require_known(args.source)
     from xception_jax.weights import load_network, save_keras, save_network  # JAX takes seconds to import
 
     model = None if args.model is None else _model(args.model)

@@ -12,8 +12,9 @@ from pathlib import Path
 from xception_jax.config.shipped import shipped_names
 from xception_jax.environment import program
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.files import local_directory, require_source
+from xception_jax.files import local_directory
 from xception_jax.study.design import load_study
+from xception_jax.weights.sources import require_known
 
 EXAMPLES = """\
 examples:
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         results = write_study_report(local_directory(args.workdir, "workdir"))
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
-    require_source(args.source)
+    require_known(args.source)
     from xception_jax.study.separability import analyse, format_separability
 
     layers = analyse(Path(args.source))
