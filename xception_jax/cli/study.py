@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from xception_jax.config.shipped import shipped_names
-from xception_jax.environment import program
 from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import local_directory
 from xception_jax.study.design import load_study
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def _require_directory(workdir: str) -> None:
     """Raises InputMissingError if a study directory is missing. Answers before JAX is imported."""
     if not os.path.isdir(workdir):
-        fix = f"name the --workdir of `{program()} study run`"
+        fix = "name the --workdir of `xception-jax study run`"
         raise InputMissingError("there is no such directory", workdir, fix)
 
 
