@@ -45,6 +45,7 @@ LONG_FILES = (
     "test_train_bad_input.py",
     "test_plan.py",
     "test_smoke.py",
+    "test_install.py",
     "test_step.py",
     "test_networks.py",
     "test_parity_catches.py",

@@ -23,7 +23,7 @@ LONG = "long" * 2000
         ("predict a.png --weights b --top many", 64, "invalid int value: 'many'"),
         ("predict a.png --weights b --nonsense", 64, "unrecognized arguments: --nonsense"),
         (f"predict {LONG} --weights b", 66, "no such image"),
-        (f"evaluate {LONG}", 66, "longer than the system allows"),
+        (f"evaluate {LONG}", 66, "no such weight file"),
     ],
 )
 def test_a_wrong_command_line_costs_three_lines(arguments, code, words, monkeypatch, capsys):

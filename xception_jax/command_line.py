@@ -28,7 +28,7 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)(=.*)?", re.DOTALL)
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that raises `UsageError` instead of printing its usage and exiting with code 2.
 
-    Help texts name the commands as `xception-jax COMMAND`, which is shown as the program that is running.
+    Help texts and errors call the commands `xception-jax COMMAND`, which is shown as the program that is running.
     """
 
     def error(self, message: str) -> NoReturn:
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Returns the help text."""
-        return super().format_help().replace(f"{SCRIPT} ", f"{program()} ")
+        return _with_program(super().format_help())
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -61,8 +61,12 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def _end(error: UserError) -> NoReturn:
-    print(error, file=sys.stderr)
+    print(_with_program(str(error)), file=sys.stderr)
     sys.exit(error.exit_code)
+
+
+def _with_program(text: str) -> str:
+    return text.replace(f"{SCRIPT} ", f"{program()} ")
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

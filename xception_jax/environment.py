@@ -23,7 +23,7 @@ _RESTARTED = "XCEPTION_JAX_RESTARTED"
 
 
 def program() -> str:
-    """Returns what to type before a command, such as `train`, in messages: the program that is running."""
+    """Returns what to type before a command such as `train`: the program that is running."""
     return SCRIPT if Path(sys.argv[0]).name == SCRIPT else _MODULE
 
 

@@ -8,7 +8,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from xception_jax.errors import ConfigError, InputMissingError
+from xception_jax.errors import ConfigError
 
 
 def sync_directory(directory: str | os.PathLike) -> None:
@@ -56,20 +56,6 @@ def sha256(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_source(source: str) -> None:
-    """Raises InputMissingError if a weight file or work directory is missing. Answers before JAX is imported.
-
-    Names of published weights (keras/..., timm/..., hf://...) are not files and pass.
-    """
-    if "://" in source or source.partition("/")[0] in ("keras", "timm"):
-        return
-    try:
-        os.stat(source)
-    except (FileNotFoundError, NotADirectoryError):
-        fix = "give the path of a .safetensors, .keras or .h5 file, or the work directory of a run"
-        raise InputMissingError("there is no such weight file or work directory", source, fix) from None
 
 
 def local_directory(path: str, where: str) -> Path:

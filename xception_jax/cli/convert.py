@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.files import require_source, sha256
+from xception_jax.files import sha256
+from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network  # imports JAX
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     layout = _layout(args)
     if args.size is not None and args.size < 1:
         raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
+    require_known(args.source)
     network = _read(args)
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
@@ -105,7 +107,6 @@ def _writer(layout: str) -> Callable[[str, Network], None]:
 
 def _read(args: argparse.Namespace) -> Network:
     """Reads the network from a weight file or the work directory of a run."""
-    require_source(args.source)
     from xception_jax import runs  # JAX takes seconds to import
     from xception_jax.weights import load_network
 

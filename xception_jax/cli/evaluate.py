@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
-from xception_jax.files import require_source
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.data.pipeline import Batch, DamagedImages
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.source:
         raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "pass a work directory or a weight file")
-    require_source(args.source)
+    require_known(args.source)
     for path in filter(None, (args.predictions, args.per_class)):
         _require_directory(path)
     from xception_jax.evaluation import tables

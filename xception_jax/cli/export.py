@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import InputMissingError, StorageError, UsageError
-from xception_jax.files import free_space, require_source, sha256, write_atomically
+from xception_jax.files import free_space, sha256, write_atomically
+from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.export.check import Difference
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
       StorageError: the export cannot be written.
     """
     _check_arguments(args)
-    require_source(args.source)
+    require_known(args.source)
     from xception_jax.export.card import as_markdown, make_card  # JAX takes seconds to import
     from xception_jax.export.check import check_sha256
     from xception_jax.export.formats import write_network

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict, printable
-from xception_jax.files import require_source, write_atomically
+from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.weights.sources import require_known
 
 MAX_ON_SHEET = 400
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.contact_sheet:
         _check_sheet(Path(args.contact_sheet))
     paths = find_images(args.images)
-    require_source(args.weights)
+    require_known(args.weights)
     from xception_jax.runs import open_network, require_classifier  # JAX takes seconds to import
 
     network = open_network(args.weights, args.step)

@@ -13,7 +13,6 @@ from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.prepare.tfrecord import copy_tfrecord
 from xception_jax.data.prepare.writer import Summary, write_dataset
 from xception_jax.data.sources import resolve_data_dir
-from xception_jax.environment import program
 from xception_jax.errors import InputMissingError, UsageError
 
 EXAMPLES = """\
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> Path:
     if not args.source:
-        fix = f"see the example in {program()} prepare --help"
+        fix = "see the example in xception-jax prepare --help"
         raise UsageError(f"prepare {args.dataset} needs --source", "--source", fix)
     source = Path(args.source).expanduser()
     if not source.is_dir():

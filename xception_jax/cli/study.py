@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from xception_jax.config.shipped import shipped_names
-from xception_jax.environment import program
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.files import local_directory, require_source
+from xception_jax.files import local_directory
 from xception_jax.study.design import load_study
+from xception_jax.weights.sources import require_known
 
 EXAMPLES = """\
 examples:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         results = write_study_report(local_directory(args.workdir, "workdir"))
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
-    require_source(args.source)
+    require_known(args.source)
     from xception_jax.study.separability import analyse, format_separability
 
     layers = analyse(Path(args.source))
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def _require_directory(workdir: str) -> None:
     """Raises InputMissingError if a study directory is missing. Answers before JAX is imported."""
     if not os.path.isdir(workdir):
-        fix = f"name the --workdir of `{program()} study run`"
+        fix = "name the --workdir of `xception-jax study run`"
         raise InputMissingError("there is no such directory", workdir, fix)
 
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """
     for name in ("config", "workdir"):
         if getattr(args, name) is None:
-            fix = f"{program()} train --config=fashion_mnist --workdir=runs/fashion_mnist"
+            fix = "xception-jax train --config=fashion_mnist --workdir=runs/fashion_mnist"
             raise UsageError(f"--{name} is missing", "the command line", fix)
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO

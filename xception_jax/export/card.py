@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xception_jax.config import to_dict
-from xception_jax.environment import installed_versions, program
+from xception_jax.environment import installed_versions
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, loading_code
@@ -108,7 +108,7 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
         metrics = json.loads(path.read_text())
         evaluation = _accuracy(metrics, "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else "")
     except FileNotFoundError:
-        fix = f"write it by `{program()} evaluate SOURCE --json > FILE.json`"
+        fix = "write it by `xception-jax evaluate SOURCE --json > FILE.json`"
         raise InputMissingError("there is no evaluation", str(path), fix) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"the evaluation cannot be read: {type(error).__name__}: {error}"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from xception_jax.environment import program
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, study_cells
@@ -70,7 +69,7 @@ def read_study(root: Path) -> StoredStudy:
         return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputMissingError(
-            "there is no study", str(root), f"name the --workdir of `{program()} study run`"
+            "there is no study", str(root), "name the --workdir of `xception-jax study run`"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadDataError(f"{STUDY} cannot be read: {error}", str(root / STUDY), "restore it from a copy") from None

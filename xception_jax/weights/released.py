@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
+# The names of timm's files in a repository on the hub.
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
 
 @dataclasses.dataclass(frozen=True)
 class Release:

@@ -18,8 +18,7 @@ from urllib.parse import quote, unquote
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.files import write_atomically
-from xception_jax.weights.hub import CONFIG, WEIGHTS
-from xception_jax.weights.released import PICKLES, RELEASES, Release
+from xception_jax.weights.released import CONFIG, PICKLES, RELEASES, WEIGHTS, Release
 
 if TYPE_CHECKING:
     from xception_jax.weights.download import Remote
@@ -82,9 +81,7 @@ def find(source: str | os.PathLike) -> Source:
     require_known(text)
     if text.startswith(HUB):
         return _find_on_hub(parse(text))
-    release = RELEASES.get(text)
-    if release is None:
-        return Source(Path(text), text)  # a path that does not exist; the reader of the file reports it
+    release = RELEASES[text]
     path = cached_path(text)
     if not path.exists():
         _require_online(text, path)
@@ -96,7 +93,13 @@ def find(source: str | os.PathLike) -> Source:
 
 
 def require_known(source: str) -> None:
-    """Raises a UserError if a source cannot be a path, a name or an address. Needs neither the network nor JAX."""
+    """Raises a UserError if a source is no path that exists, name or address. Needs neither the network nor JAX.
+
+    Raises:
+      UsageError: the address of a file on the hub is malformed.
+      InputMissingError: there is no such path or name.
+      BadDataError: the weights are public only as a pickle.
+    """
     if os.path.exists(source) or source in RELEASES:
         return
     if source.startswith(HUB):
@@ -113,6 +116,8 @@ def require_known(source: str) -> None:
         hints = [*(f"did you mean {name}?" for name in similar), _LIST]
         hints += [f"any repository of timm: hf://{source}"] if source.startswith("timm/") else []
         raise InputMissingError("there is no such weight file or name", source, "; ".join(hints))
+    fix = f"give the path of a .safetensors, .keras or .h5 file, or the work directory of a run; names: {_LIST}"
+    raise InputMissingError("there is no such weight file or work directory", source, fix)
 
 
 def parse(address: str) -> HubFile:

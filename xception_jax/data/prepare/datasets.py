@@ -26,7 +26,6 @@ from xception_jax.data.sources import (
     label_feature,
     resolve_data_dir,
 )
-from xception_jax.environment import program
 from xception_jax.errors import InputMissingError
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
@@ -79,7 +78,7 @@ def _prepare_command(name: str, data_dir: Path) -> str:
         arguments = f"{name} --source DIR"
     else:
         arguments = f"image_folder --name {name} --source DIR"
-    return f"{program()} prepare {arguments} --data_dir {data_dir}"
+    return f"xception-jax prepare {arguments} --data_dir {data_dir}"
 
 
 def find_class_names(data: DataConfig) -> tuple[str, ...] | None:
