@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv$(patsubst python3%,%,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/fashion_mnist
-# Interpreters with the packages of benchmarks/requirements.txt and requirements-plan.txt. By default the first target that
+# Interpreters with the packages of benchmarks/requirements.txt and of the extra [tpu]. By default the first target that
 # needs them sets up .venv-peers and .venv-plan.
 PEERS ?=
 PLAN ?=
@@ -23,17 +23,13 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-# Enables huge pages, and keeps up to 1 GiB of freed memory for the next step. Page faults would otherwise take a third of
-# a training step on a CPU.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x40000000:glibc.malloc.trim_threshold=0x40000000
-
 .PHONY: help train smoke test test-kernels test-peers test-plan check format lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS='--config.seed=1' overrides fields
-	$(BIN)/python train.py --config=configs/fashion_mnist.py --workdir=$(WORKDIR) $(ARGS)
+	$(BIN)/xception-jax train --config=fashion_mnist --workdir=$(WORKDIR) $(ARGS)
 
 # Only the files with marked tests are collected, because importing all others would take several seconds in each worker.
 smoke: $(VENV)/.installed-dev ## Run the tests marked `smoke`, in less than a minute
@@ -71,9 +67,11 @@ bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure 
 clean: ## Remove the virtual environments and caches, but not the runs
 	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .pytest_cache .ruff_cache .mypy_cache
 
-$(VENV)/.installed: requirements.txt $(REQUIREMENTS)
+# The package itself is installed editable: notebooks find it, and changes take effect at once.
+$(VENV)/.installed: requirements.txt $(REQUIREMENTS) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) -r $(REQUIREMENTS)
+	$(BIN)/$(PIP_INSTALL) --no-deps --editable .
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(REQUIREMENTS_DEV) $(VENV)/.installed
@@ -85,8 +83,13 @@ $(VENV)/.installed-dev: requirements-dev.txt $(REQUIREMENTS_DEV) $(VENV)/.instal
 	.venv-lock/bin/$(PIP_INSTALL) uv
 
 .venv-peers/.installed: benchmarks/requirements.txt
-.venv-plan/.installed: requirements-plan.txt requirements.txt
-.venv-peers/.installed .venv-plan/.installed:
+.venv-peers/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/$(PIP_INSTALL) -r $<
+	touch $@
+
+# In an environment of its own: wherever libtpu is installed, JAX looks for a TPU first.
+.venv-plan/.installed: pyproject.toml setup.py requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/$(PIP_INSTALL) --editable '.[tpu]'
 	touch $@

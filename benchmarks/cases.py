@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from xception_jax import environment
+
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
@@ -28,9 +30,8 @@ class Contestant:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# The same settings as in the Makefile.
-_KEPT = "glibc.malloc.mmap_threshold=0x40000000:glibc.malloc.trim_threshold=0x40000000"
-ALLOCATOR = {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:{_KEPT}"}
+# Those of `xception-jax train`.
+ALLOCATOR = {environment.TUNABLES: environment.ALLOCATOR}
 
 CONTESTANTS = {
     "ours": Contestant("xception_jax", "ours", is_peer=False, environment=ALLOCATOR),

@@ -1,7 +1,7 @@
 """First run: trains a small Xception on the 12,000 images included in this package.
 
     make train
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    xception-jax train --config=fashion_mnist --workdir=runs/fashion_mnist
 
 Expected: test accuracy 0.905 (mean of three seeds, standard deviation 0.006). Cost: 4 minutes on two cores.
 The network is figure 5 with a quarter of the width and two middle modules. The recipe is short and modern, and was

@@ -1,9 +1,9 @@
 """Fine-tuning: trains a network with pretrained weights on your own images (docs/finetuning.md).
 
-    python -m xception_jax prepare image_folder --source ~/flowers --name flowers
-    python train.py --config=configs/finetune.py:head --workdir=runs/head --config.init.weights=xception.safetensors \\
+    xception-jax prepare image_folder --source ~/flowers --name flowers
+    xception-jax train --config=finetune:head --workdir=runs/head --config.init.weights=keras/xception \\
         --config.data.name=flowers
-    python train.py --config=configs/finetune.py --workdir=runs/flowers --config.init.weights=runs/head \\
+    xception-jax train --config=finetune --workdir=runs/flowers --config.init.weights=runs/head \\
         --config.data.name=flowers
 
 The network is that of the weights, and the classes are those of the dataset. The splits are train, validation (watched

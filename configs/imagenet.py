@@ -1,11 +1,11 @@
 """ImageNet: trains the paper's Xception, or Inception V3 with the same recipe (sections 4.1 and 4.2, table 1).
 
-    python train.py --config=configs/imagenet.py --workdir=/data/xception
-    python train.py --config=configs/imagenet.py:inception_v3 --workdir=/data/inception_v3
+    xception-jax train --config=imagenet --workdir=/data/xception
+    xception-jax train --config=imagenet:inception_v3 --workdir=/data/inception_v3
 
 Expected (the paper, single crop): top-1 0.790 and top-5 0.945; Inception V3 0.782 and 0.941. We have not completed this
 run. Cost: 169 epochs of 1,255,544 images at 50 GFLOP per image, which took 3 days on 60 K80 GPUs in the paper. Requires
-`python -m xception_jax prepare imagenet2012`. Variants: xception, inception_v3, inception_v3_2016 (graph of table 3).
+`xception-jax prepare imagenet2012`. Variants: xception, inception_v3, inception_v3_2016 (graph of table 3).
 """
 
 from xception_jax.config import default_config

@@ -1,6 +1,6 @@
 """Multi-label classification, as for JFT in section 4.1, on data included in this package and on a CPU.
 
-    python train.py --config=configs/multilabel.py --workdir=runs/multilabel
+    xception-jax train --config=multilabel --workdir=runs/multilabel
 
 Images of 64 x 64 pixels show one to four garments of Fashion-MNIST, and are labeled with the set of their classes. Uses
 RMSprop, a sigmoid loss and MAP. Expected: MAP 0.9. Cost: a few minutes on two cores.

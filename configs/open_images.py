@@ -1,11 +1,11 @@
 """Open Images, a public substitute for JFT: multi-label, RMSprop, MAP@100 (sections 4.1 to 4.3, table 2).
 
-    python train.py --config=configs/open_images.py --workdir=/data/open_images
-    python train.py --config=configs/open_images.py:fc --workdir=/data/open_images_fc
+    xception-jax train --config=open_images --workdir=/data/open_images
+    xception-jax train --config=open_images:fc --workdir=/data/open_images_fc
 
 Expected: there is no published result. On JFT, which is private, the paper reports MAP@100 6.70 for Xception (6.78 with
 the fully connected layers of the variant `fc`) and 6.36 (6.50) for Inception V3. Cost: 50 GFLOP per training image.
-Requires open_images_v4 of TFDS in any size: `python -m xception_jax prepare tfrecord --source DIR` copies it.
+Requires open_images_v4 of TFDS in any size: `xception-jax prepare tfrecord --source DIR` copies it.
 """
 
 from xception_jax.config import default_config

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from xception_jax.environment import ALLOCATOR, TUNABLES
+
 ROOT = Path(__file__).parent.parent
 
 # With JAX and Keras in memory, garbage collection at its default frequency takes a tenth of the time.
@@ -43,6 +45,7 @@ LONG_FILES = (
     "test_train_bad_input.py",
     "test_plan.py",
     "test_smoke.py",
+    "test_install.py",
     "test_step.py",
     "test_networks.py",
     "test_parity_catches.py",
@@ -73,6 +76,7 @@ def shared_environment(tmp_path_factory) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "TFDS_DATA_DIR": str(worker / "tensorflow_datasets"),
         "PYTHONPATH": str(ROOT),
+        TUNABLES: ALLOCATOR,  # otherwise each training would restart itself to get them
     }
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import xception_jax
 from tests.data.small_imagenet import photographs
 from xception_jax.config import default_config, resolve_model
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation.predict import class_names, predict
 from xception_jax.weights import Network, Preprocessing, load_network, save_network, tree
 
@@ -137,3 +137,14 @@ def test_a_run_trains_and_is_loaded(tmp_path, shared_environment):
     network = xception_jax.load(tmp_path / "run")
     assert "Sneaker" in network.classes
     assert len(network.predict(np.zeros((28, 28, 3), np.uint8), top=3)) == 3
+
+
+def test_a_config_can_be_a_name_or_a_file(tmp_path):
+    with pytest.raises(InputMissingError, match="no config nothing"):
+        xception_jax.train("nothing", tmp_path / "run")
+    (tmp_path / "mine.py").write_text(
+        "from configs.fashion_mnist import get_config as shipped\n\n\n"
+        "def get_config():\n    config = shipped()\n    config.model.num_classes = 3\n    return config\n"
+    )
+    with pytest.raises(ConfigError, match="num_classes is 3"):
+        xception_jax.train(str(tmp_path / "mine.py"), tmp_path / "run")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import cases, convolutions, report, rounds
-from benchmarks.cases import ALLOCATOR, CASES, CONTESTANTS, Case, Goal
+from benchmarks.cases import CASES, CONTESTANTS, Case, Goal
 from configs import fashion_mnist
 from xception_jax.config import override, resolve
 from xception_jax.models import create_model
@@ -125,11 +125,6 @@ def test_the_cases_are_complete_and_listed(run_python):
     done = run_python("-m", "benchmarks", "--cases", "nonsense")
     assert done.returncode == 64
     assert "there is no case 'nonsense'" in done.stderr
-
-
-@pytest.mark.parametrize("file", ["Makefile", "README.md"])
-def test_users_are_given_the_allocator_that_is_measured(file):
-    assert ALLOCATOR["GLIBC_TUNABLES"] in (rounds.ROOT / file).read_text()
 
 
 def test_convolutions_of_a_network_are_found_and_timed():

@@ -245,7 +245,7 @@ def test_an_unknown_field_is_answered_with_the_one_meant(name, meant):
 
 def test_an_unknown_field_like_no_other():
     error = refused(changed(zzzzzz=1))
-    assert error.fix == "train.py --help lists the fields"
+    assert error.fix == "xception-jax train --help lists the fields"
 
 
 def test_an_unknown_section():

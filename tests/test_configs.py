@@ -71,6 +71,6 @@ def test_config(name, variant):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_a_config_opens_with_command_result_and_cost(path):
     text = load(path.stem).__doc__
-    assert f"python train.py --config=configs/{path.name}" in text
+    assert f"xception-jax train --config={path.stem}" in text
     for word in ("Expected", "Cost"):
         assert word in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 from packaging.requirements import Requirement
@@ -42,6 +43,16 @@ def test_a_lock_file_pins_every_requirement(name):
         version, _ = pins[package]
         assert requirement.specifier.contains(version, prereleases=True), f"{name}.lock is out of date: run make lock"
     assert all(hashes for _, hashes in pins.values())
+
+
+def test_the_packages_that_tests_of_extras_use_are_those_of_the_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {extra: set(packages) for extra, packages in project["optional-dependencies"].items()}
+    assert set(extras) == {"cuda12", "tpu", "onnx", "tensorboard", "wandb"}
+    assert extras["onnx"] <= set((ROOT / "requirements-dev.txt").read_text().splitlines())
+    jax = next(requirement for requirement in requirements("requirements.txt") if requirement.name == "jax")
+    for extra in ("cuda12", "tpu"):
+        assert extras[extra] == {f"jax[{extra}]{jax.specifier}"}
 
 
 def test_the_lock_files_agree():

@@ -21,9 +21,12 @@ from tests.tiny_run import TINY, three_lines
         (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
         (["--config.data.name=imagenet2012"], 66, "python -m xception_jax prepare imagenet2012"),
         (["--config.data.eval_split=nothing"], 66, "no split 'nothing'"),
-        (["--config=configs/nothing.py"], 66, "configs/imagenet.py"),
+        (["--config=configs/nothing.py"], 66, "choose one of fashion_mnist"),
+        (["--config=nothing"], 66, "choose one of fashion_mnist"),
+        (["--config=studies/spectrum"], 66, "there is no config studies/spectrum"),
         (["--nothing=1"], 64, "--help"),
-        (["nothing"], 64, "unexpected argument 'nothing'"),
+        (["--config.seed=1", "--config.data.cache", "2"], 78, "True or False"),
+        (["nothing"], 64, "unrecognized arguments: nothing"),
         (["--workdir=gs://bucket/run"], 78, "gs://bucket/run"),
         (["--workdir=s3://bucket/run"], 78, "use a local directory"),
         (["--workdir="], 78, "is empty"),
@@ -58,7 +61,7 @@ def test_a_config_that_does_not_run_is_named_with_its_line(run_python, tmp_path,
 def test_without_a_config_or_with_a_file_as_work_directory(run_python, tmp_path):
     process = run_python("train.py")
     assert process.returncode == 64
-    assert "--config=configs/fashion_mnist.py" in three_lines(process)[2]
+    assert "train --config=fashion_mnist --workdir=" in three_lines(process)[2]
     file = tmp_path / "file"
     file.touch()
     process = run_python("train.py", *TINY, f"--workdir={file}")
@@ -68,5 +71,10 @@ def test_without_a_config_or_with_a_file_as_work_directory(run_python, tmp_path)
 
 def test_help_names_the_fields_and_where_defaults_come_from(run_python):
     process = run_python("train.py", "--help")
-    assert "config.schedule.learning_rate=0.045" in process.stdout
-    assert "paper: section 4.2" in process.stdout
+    assert process.returncode == 0
+    lines = process.stdout.splitlines()
+    schedule = lines[lines.index("schedule:") : lines.index("ema:")]
+    rate = schedule.index("  config.schedule.learning_rate=0.045")
+    assert schedule[rate + 1].startswith("      a number above 0")
+    assert "paper: section 4.2" in schedule[rate + 1]
+    assert max(map(len, lines)) <= 120

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xception_jax.api import LoadedNetwork, load, train
 
+__version__ = "0.1.0"
+
 __all__ = ["LoadedNetwork", "load", "train"]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
+from xception_jax.command_line import read_config
 from xception_jax.config import ExperimentConfig
 from xception_jax.data import images as files
 from xception_jax.data.images import Preprocessing
@@ -158,21 +159,24 @@ def load(source: str | os.PathLike[str], *, step: int | None = None) -> LoadedNe
     """Loads a network with its weights.
 
     Args:
-      source: a weight file of Keras, timm or this package, or the work directory of a run.
+      source: a weight file of Keras, timm or this package; the work directory of a run; or the name of public weights,
+        such as 'keras/xception' or 'hf://OWNER/REPO', which are downloaded on first use (`xception-jax weights list`).
       step: the checkpoint of a run, by default the newest intact one.
 
     Raises:
-      InputMissingError: there is no such file or run.
+      InputMissingError: there is no such file, run or name.
       BadDataError: the file is damaged, refused, or of an unknown kind.
+      StorageError: it cannot be downloaded.
     """
     return LoadedNetwork(open_network(os.fspath(source), step))
 
 
-def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str | os.PathLike[str]) -> Summary:
+def train(config: str | ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str | os.PathLike[str]) -> Summary:
     """Trains a network, or resumes the run in `workdir`. Ctrl-C and SIGTERM end it after a checkpoint.
 
     Args:
-      config: what `get_config()` in a file of configs/ returns, or `xception_jax.config.default_config()` with changes.
+      config: the name of a shipped config, such as 'fashion_mnist'; the path of a config file; or what its
+        `get_config()` returns, such as `xception_jax.config.default_config()` with changes.
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and report.html. `load(workdir)` opens the result.
 
     Returns:
@@ -181,7 +185,7 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     Raises:
       UserError: one of its subclasses, with what is wrong, where, and what to do.
     """
-    return loop.train(config, os.fspath(workdir))
+    return loop.train(read_config(config, ()) if isinstance(config, str) else config, os.fspath(workdir))
 
 
 def _as_list(images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]) -> tuple[list[Image], bool]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import re
 import sys
+import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -15,20 +18,32 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import FIELDS, unknown_field
+from xception_jax.config.shipped import find_config
+from xception_jax.environment import SCRIPT, program
 from xception_jax.errors import INTERRUPTED_EXIT_CODE, ConfigError, InputMissingError, UsageError, UserError
 
-_OVERRIDE = re.compile(r"--?config\.([\w.]+)(=.*)?")
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)(=.*)?", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that raises `UsageError` instead of printing its usage and exiting with code 2."""
+    """An `ArgumentParser` that raises `UsageError` instead of printing its usage and exiting with code 2.
+
+    Help texts and errors call the commands `xception-jax COMMAND`, which is shown as the program that is running.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, self.prog, f"see {self.prog} --help")
 
+    def format_help(self) -> str:
+        """Returns the help text."""
+        return _with_program(super().format_help())
+
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Exits with the code that `main` returns, or with that of the `UserError` that it raises."""
+    # JAX and its libraries create millions of objects that stay. With Python's threshold of 700, searching them for
+    # cycles again and again takes a tenth of the processor time of a short run.
+    gc.set_threshold(50_000)
     try:
         sys.exit(main())
     except UserError as error:
@@ -46,58 +61,65 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def _end(error: UserError) -> NoReturn:
-    print(error, file=sys.stderr)
+    print(_with_program(str(error)), file=sys.stderr)
     sys.exit(error.exit_code)
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses absl flags including --config, for `app.run(flags_parser=...)`.
+def _with_program(text: str) -> str:
+    return text.replace(f"{SCRIPT} ", f"{program()} ")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates overrides from other arguments. `--config.field value` becomes `--config.field=value`."""
+    others, overrides = list[str](), list[str]()
+    lacks_value = False
+    for argument in arguments:
+        override = _OVERRIDE.fullmatch(argument)
+        if lacks_value and not argument.startswith("--"):
+            overrides[-1] += f"={argument}"
+        else:
+            (overrides if override else others).append(argument)
+        lacks_value = override is not None and override[2] is None
+    return others, overrides
+
+
+def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
+    """Reads a config and applies overrides.
+
+    Args:
+      spec: see `find_config`.
+      overrides: such as --config.field=value.
 
     Raises:
-      UsageError: a flag is unknown or malformed.
-      InputMissingError: the config file is missing.
-      ConfigError: the config file does not run, or an override is not valid for its field.
+      UsageError: an override is malformed.
+      InputMissingError: there is no such config.
+      ConfigError: the config does not run, or an override is not valid for its field.
     """
     sections = {name.rsplit(".", 1)[0] for name in FIELDS if "." in name}
-    for argument in argv:
+    for argument in overrides:
         override = _OVERRIDE.fullmatch(argument)
         if override and override[1] not in FIELDS and override[1] not in sections:
             raise unknown_field(override[1])
-    path = Path(_config_path(argv))
-    if path.name and not path.is_file():  # ml_collections would report this only when the config is read
-        raise InputMissingError(f"there is no config {path}", str(path), f"choose one of {_configs()}")
+    path, variant = find_config(spec)
+    argv = ["", f"--config={path}{':' * bool(variant)}{variant}", *overrides]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        return flags.FLAGS(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections runs a file
+            unused = values(argv)[1:]
     except flags.IllegalFlagValueError as error:
         raise _illegal_value(str(error), path) from None
     except flags.Error as error:
-        raise UsageError(str(error).splitlines()[0], " ".join(argv), "see --help") from None
+        raise UsageError(str(error).splitlines()[0], " ".join(overrides), "see --help") from None
     except UserError:
         raise
     except Exception as error:  # a config is Python code and may raise any exception
         raise _broken_config(path, error) from None
-
-
-def read_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-    """Reads a config file and applies overrides such as --config.field=value. Call it only once per process.
-
-    Raises:
-      UserError: see `parse_flags`.
-    """
-    config = config_flags.DEFINE_config_file("config")
-    parse_flags(["", f"--config={path}", *overrides])
+    if unused:
+        fix = "write overrides as --config.field=value; see --help"
+        raise UsageError(f"unexpected argument {unused[0]!r}", " ".join(overrides), fix)
     return config.value
-
-
-def _config_path(argv: Sequence[str]) -> str:
-    """Returns the file named by --config, or ''. If there are several, the last one, like the flag itself."""
-    given = [re.fullmatch(r"--?config(?:=(.*))?", argument) for argument in argv]
-    paths = [match[1] or following for match, following in zip(given, [*argv[1:], ""], strict=True) if match]
-    return paths[-1].partition(":")[0] if paths else ""
-
-
-def _configs() -> str:
-    return ", ".join(sorted(str(path) for path in Path("configs").glob("*.py"))) or "the files of configs/"
 
 
 def _illegal_value(message: str, path: Path) -> ConfigError:
@@ -122,7 +144,7 @@ def _broken_config(path: Path, error: Exception) -> ConfigError:
     return ConfigError(
         f"the config does not run: {type(error).__name__}: {message}",
         f"{path}:{line}",
-        "correct the file; it must define get_config(), as the files of configs/ do",
+        "correct the file; it must define get_config(), which returns a config",
     )
 
 
@@ -133,9 +155,16 @@ def failing_line(path: Path, error: Exception) -> int | None:
 
 
 def field_help() -> str:
-    """Returns one line for each field of a config: default, what it accepts, source of the default, and its owners."""
-    return "\n".join(
-        f"config.{name}={field.default!r}: {field.expects}. {field.source}"
-        + (f". Only for {', '.join(field.owners)}" if field.owners else "")
-        for name, field in FIELDS.items()
-    )
+    """Returns the fields of a config by section: default, what a field accepts, source of the default, its owners."""
+    sections: dict[str, list[str]] = {"run": []}
+    for name, field in FIELDS.items():
+        owners = f". Only for {', '.join(field.owners)}" if field.owners else ""
+        text = textwrap.wrap(f"{field.expects}. {field.source}{owners}", 100)
+        section = name.partition(".")[0] if "." in name else "run"
+        sections.setdefault(section, []).extend(
+            [f"  config.{name}={field.default!r}", *(f"      {line}" for line in text)]
+        )
+    lines = ["fields of a config, with their defaults; override them by --config.FIELD=VALUE"]
+    for section, fields in sections.items():
+        lines += ["", f"{section}:", *fields]
+    return "\n".join(lines)

@@ -76,9 +76,12 @@ class StorageError(UserError):
 
 
 class PreemptedError(UserError):
-    """The run was asked to stop. It has saved its state, and the same command resumes it."""
+    """The run was asked to stop. It has saved its state, and the same command resumes it. This is not an error."""
 
     exit_code = 75
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  next:  {self.fix}"
 
 
 class ConfigError(UserError):

@@ -28,13 +28,14 @@ def open_network(source: str, step: int | None = None) -> Network:
     class names are those of the dataset, or None if it is not on this machine.
 
     Args:
-      source: a weight file, or the work directory of a run.
+      source: a weight file, the name or address of public weights (`weights.sources`), or the work directory of a run.
       step: the checkpoint of a run to open, by default the newest intact one.
 
     Raises:
       InputMissingError: there is no such file, run or checkpoint.
       BadDataError: the file or checkpoint is damaged, or does not fit the network.
       UsageError: `step` is set for a weight file.
+      StorageError: the weights cannot be downloaded.
     """
     if is_run(source):
         return run_network(source, open_run(source, step))

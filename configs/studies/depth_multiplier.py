@@ -1,6 +1,6 @@
 """Compares one, two and four spatial filters per channel at equal cost.
 
-    python -m xception_jax study run configs/studies/depth_multiplier.py --workdir runs/depth_multiplier
+    xception-jax study run studies/depth_multiplier --workdir runs/depth_multiplier
 
 The paper uses one. With more, the space between the two convolutions is larger than the input, and at equal cost the
 network is narrower.

@@ -1,6 +1,6 @@
 """Figure 10 (section 4.7): compares none, ReLU and ELU between the depthwise and the pointwise convolution.
 
-    python -m xception_jax study run configs/studies/figure10_activation.py --workdir runs/figure10
+    xception-jax study run studies/figure10_activation --workdir runs/figure10
 
 Results of the paper, read off the plot, one seed each: none 0.790, ELU 0.780, ReLU 0.770.
 

@@ -1,6 +1,6 @@
 """Figure 9 (section 4.6): compares Xception with and without residuals, each at its own learning rate.
 
-    python -m xception_jax study run configs/studies/figure9_residual.py --workdir runs/figure9
+    xception-jax study run studies/figure9_residual --workdir runs/figure9
 
 The paper trains both with settings tuned for the first, and notes that they may not be optimal for the second. Here
 each arm is first tuned on the development split with the same trials of learning rate and weight decay, then trained

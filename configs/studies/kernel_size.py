@@ -1,6 +1,6 @@
 """Compares spatial kernels of 3, 5 and 7 pixels at equal cost.
 
-    python -m xception_jax study run configs/studies/kernel_size.py --workdir runs/kernel_size
+    xception-jax study run studies/kernel_size --workdir runs/kernel_size
 
 A larger depthwise kernel costs little, because only 1.6 % of the multiply-adds of Xception are spatial. ConvNeXt (Liu
 et al. 2022) finds 7 better than 3 at 224 pixels.

@@ -1,7 +1,7 @@
 """Trains regular convolutions, whose kernels are then tested for separability.
 
-    python -m xception_jax study run configs/studies/kernels.py --workdir runs/kernels
-    python -m xception_jax study kernels runs/kernels
+    xception-jax study run studies/kernels --workdir runs/kernels
+    xception-jax study kernels runs/kernels
 
 If correlations across channels and in space can be mapped separately, a network without this constraint should learn
 nearly separable kernels. `study kernels` measures, for each layer, the share of a filter's squared norm in one

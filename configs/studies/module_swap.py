@@ -1,6 +1,6 @@
 """Compares the modules of figures 1, 3, 4 and the separable convolution in one macro layout (sections 1 and 2).
 
-    python -m xception_jax study run configs/studies/module_swap.py --workdir runs/module_swap
+    xception-jax study run studies/module_swap --workdir runs/module_swap
 
 The paper's Xception also differs from its Inception V3 in residuals, stem and depth. Here only the module changes
 and, to match the cost, the width; the rest is that of figure 5. The modules are the canonical Inception module

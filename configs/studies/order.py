@@ -1,6 +1,6 @@
 """Compares depthwise first with pointwise first. Section 2 of the paper calls the order "unimportant" without a test.
 
-    python -m xception_jax study run configs/studies/order.py --workdir runs/order
+    xception-jax study run studies/order --workdir runs/order
 
 BSConv (Haase and Amthor 2020) argues for pointwise first. The orders are compared with and without a ReLU between the
 two convolutions, for depthwise convolutions and for four segments.

@@ -1,6 +1,6 @@
 """Measures the spectrum between the Inception and the Xception hypothesis (sections 1.2 and 4.7).
 
-    python -m xception_jax study run configs/studies/spectrum.py --workdir runs/spectrum
+    xception-jax study run studies/spectrum --workdir runs/spectrum
 
 The paper notes that the networks between a regular convolution (one segment of channels) and a depthwise one (a
 segment for each channel) are unexplored. It finds that a ReLU between the two convolutions hurts at the depthwise
@@ -8,7 +8,7 @@ end. Its explanation is the depth of the intermediate feature spaces: non-linear
 Inception, and hurt for those with one channel. If so, the sign of the effect changes along the spectrum.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width:
-configs/studies/spectrum.py:cifar,multiply_adds. Cost: docs/study.md.
+studies/spectrum:cifar,multiply_adds. Cost: docs/study.md.
 """
 
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study

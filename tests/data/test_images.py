@@ -198,3 +198,16 @@ def test_to_float_spans_minus_one_to_one():
     out = np.empty((1, 256, 3), np.float32)
     images.to_float(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2), out)
     np.testing.assert_allclose(out[0, :, 0], np.linspace(-1, 1, 256), atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "antialiased_bilinear", "antialiased_bicubic"])
+@pytest.mark.parametrize("shape", [(400, 240), (240, 400), (240, 240), (40, 1000)])
+def test_the_visible_part_of_an_image_is_where_its_pixels_come_from(interpolation, shape):
+    view = images.Preprocessing(64, 0.8, interpolation)
+    top, left, height, width = view.visible_box(*shape)
+    for axis, (start, length) in enumerate(((top, height), (left, width))):
+        ramp = np.linspace(0, 255, shape[axis]).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        seen = view.pixels(np.broadcast_to(ramp, (*shape, 3)).round().astype(np.uint8))[..., 0]
+        values = seen.mean(axis=1 - axis) * (shape[axis] - 1) / 255
+        centres = start + (np.arange(64) + 0.5) * length / 64 - 0.5
+        np.testing.assert_allclose(values, centres, atol=0.012 * shape[axis])

@@ -302,7 +302,7 @@ def test_help_has_an_example_for_each_dataset(capsys):
         prepare("--help")
     out = capsys.readouterr().out
     for name in command.NAMES:
-        assert f"python -m xception_jax prepare {name}" in out
+        assert f"xception-jax prepare {name}" in out
 
 
 def test_a_second_run_says_that_the_dataset_is_there(tmp_path, capsys):

@@ -115,8 +115,8 @@ def test_class_names_are_found_without_images_and_without_writing_a_shipped_data
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("imagenet2012", "python -m xception_jax prepare imagenet2012 --source DIR --data_dir "),
-        ("flowers", "python -m xception_jax prepare image_folder --name flowers --source DIR --data_dir "),
+        ("imagenet2012", "xception-jax prepare imagenet2012 --source DIR --data_dir "),
+        ("flowers", "xception-jax prepare image_folder --name flowers --source DIR --data_dir "),
     ],
 )
 def test_a_missing_dataset_names_the_command_that_makes_it(data, tmp_path, name, command):

@@ -9,14 +9,17 @@ import select
 import struct
 import sys
 import termios
+import time
 
 import pytest
 from absl import logging as absl_logging
 
+from xception_jax.logs import console
 from xception_jax.logs.console import (
     Progress,
     ProgressLine,
     Throughput,
+    announce,
     format_count,
     format_duration,
     format_header,
@@ -252,3 +255,15 @@ def test_a_step_marked_twice_is_no_interval(clock):
     throughput.mark(0)
     throughput.mark(0)
     assert throughput.images_per_second is None
+
+
+def test_only_what_takes_long_is_announced(monkeypatch):
+    monkeypatch.setattr(console, "_SILENT_SECONDS", 0.05)
+    lines = []
+    with announce("short", lines.append):
+        pass
+    with announce("long", lines.append):
+        deadline = time.monotonic() + 10
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert lines == ["long ..."]

@@ -80,6 +80,7 @@ def test_a_directory_that_cannot_be_used_is_one_warning(tmp_path, caplog):
 
 
 def test_wandb_continues_the_run_of_its_work_directory(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")  # not among the packages for tests: it needs thirty others
     monkeypatch.setenv("WANDB_MODE", "offline")
     for _ in range(2):
         tracker = trackers.wandb(CONFIG, tmp_path)
@@ -94,6 +95,7 @@ def test_wandb_continues_the_run_of_its_work_directory(tmp_path, monkeypatch):
 
 
 def test_wandb_that_cannot_start_is_one_warning(tmp_path, caplog):
+    pytest.importorskip("wandb")
     (tmp_path / "wandb_id").mkdir()
     tracker = trackers.wandb(CONFIG, tmp_path)
     send_everything(tracker)

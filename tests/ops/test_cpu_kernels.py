@@ -18,6 +18,7 @@ from tests.ops.test_conv import covering_cases, draw, reference_conv, value_and_
 from tests.ops.test_pooling import CASES as POOLS
 from tests.ops.test_pooling import reference_max_pool
 from xception_jax import ops
+from xception_jax.environment import ALLOCATOR, TUNABLES, lacks_allocator
 from xception_jax.ops import cpu_kernels
 from xception_jax.ops.cpu_kernels import build
 
@@ -334,3 +335,15 @@ def test_several_devices_are_left_to_xla(run_python):
     process = run_python("-c", PROGRAM, devices=2)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["0", "576.0"]
+
+
+def test_training_says_once_that_it_lacks_the_settings_of_the_allocator(caplog):
+    cpu_kernels._mention_allocator.cache_clear()
+    x, kernel = jnp.ones((1, 5, 7, 3)), jnp.ones((3, 3, 3, 2))
+    ops.conv(x, kernel)
+    assert not caplog.records  # inference gains less
+    for stride in (1, 2):
+        jax.grad(lambda kernel, stride=stride: ops.conv(x, kernel, stride=stride).sum())(kernel)
+    mentioned = [record.getMessage() for record in caplog.records]
+    assert len(mentioned) == lacks_allocator()
+    assert all(f"export {TUNABLES}={ALLOCATOR}" in line for line in mentioned)

@@ -1,7 +1,7 @@
 """Run by the interpreter of the peers: what timm's networks compute in float64 from the weights of timm_weights.py.
 
-python tests/peers/timm_reference.py OUT.npz PHOTOGRAPH.npy NAME:SIZE ... [--weights DIR]; with DIR it also writes the
-weights as timm saves them.
+python tests/peers/timm_reference.py OUT.npz PHOTOGRAPH.npy NAME:SIZE ... [--weights DIR]; it also writes the names and
+shapes of timm's tensors, and with DIR the weights as timm saves them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def main() -> None:
     for network in args.networks:
         name, size = network.split(":")
         model = build(name)
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        golden[f"{name}/names"] = np.array([f"{key} {shape}" for key, shape in shapes.items()])
         if args.weights is not None:
             save_file(model.state_dict(), args.weights / f"{name}.safetensors", metadata={"format": "pt"})
         outputs: dict[str, torch.Tensor] = {}

@@ -24,7 +24,7 @@ def test_a_study_file_states_everything_and_survives_storage(path, size):
     stored = study_from_json(json.loads(json.dumps(study_to_json(study))))
     assert changes(stored, study) == changes(study, stored) == ([], [])
     assert study.config.data.test_split.partition("[")[0] != study.config.data.eval_split.partition("[")[0]
-    assert f"python -m xception_jax study run configs/studies/{path.name}" in path.read_text()
+    assert f"xception-jax study run studies/{path.stem} " in path.read_text()
 
 
 def test_spectrum_has_every_point_with_every_activation_and_seed():

@@ -292,3 +292,11 @@ def test_a_job_that_was_stopped_is_requeued(searched, tmp_path, code, requeued):
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7_3\n"
+
+
+def test_a_missing_dataset_is_reported_before_widths_are_solved(run_python, tmp_path):
+    (tmp_path / "study.py").write_text(TINY.replace('"batch_size": 32', '"data.name": "nowhere", "batch_size": 32'))
+    process = run_python("-m", "xception_jax", "study", "run", tmp_path / "study.py", "--workdir", tmp_path / "study")
+    assert process.returncode == 66, process.stderr
+    assert "the dataset nowhere is not in" in process.stderr
+    assert not (tmp_path / "study").exists()

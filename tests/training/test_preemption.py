@@ -73,7 +73,7 @@ def test_first_signal_finishes_the_step_and_exits_75(signum):
     output, errors = process.communicate(timeout=20)
     assert process.returncode == 75, errors
     assert f"{signum.name}: stopping after this step" in output
-    assert errors.startswith(f"error: stopped by {signum.name} after step ")
+    assert errors.startswith(f"stopped by {signum.name} after step ")
     assert "Traceback" not in errors
 
 
@@ -118,7 +118,7 @@ def test_handlers_and_wakeup_are_restored(signum):
             assert preemption.should_stop(7)
             error = preemption.error(7, "runs/a")
         assert isinstance(error, PreemptedError)
-        assert str(error).splitlines()[1:] == ["  where: runs/a", "  fix:   run the same command to resume"]
+        assert str(error).splitlines()[1:] == ["  where: runs/a", "  next:  run the same command to resume"]
         assert received == []
         assert len(lines) == 1
         os.kill(os.getpid(), signum)  # would otherwise be the second, and end this process a second later
@@ -158,7 +158,7 @@ def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [75, 75], outcomes
-    messages = [next(line for line in errors.splitlines() if "error: stopped" in line) for _, errors in outcomes]
+    messages = [next(line for line in errors.splitlines() if line.startswith("stopped by")) for _, errors in outcomes]
     assert "stopped by a signal to another process" in messages[0]
     assert f"stopped by {signum.name}" in messages[1]
     assert messages[0].split("after step")[1] == messages[1].split("after step")[1]

@@ -226,7 +226,7 @@ def test_safetensors_that_are_damaged(tmp_path):
     path = tmp_path / "x.safetensors"
     content = safetensors.numpy.save({"conv1.weight": np.ones((32, 3, 3, 3), np.float32)})
     path.write_bytes(content)
-    assert "neither timm's" in refusal(path)
+    assert "neither those of Xception" in refusal(path)
     for damaged in (content[:-1], content[:4], content[:40], b"\xff" * 7 + content[7:], content[:8] + b"{" * 50):
         path.write_bytes(damaged)
         refusal(path)

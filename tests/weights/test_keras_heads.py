@@ -12,7 +12,7 @@ from released import narrow, narrow_xception, no_initialisers
 
 from tests.models.keras_weights import keras_floatx
 from xception_jax.errors import BadDataError
-from xception_jax.weights import Network, Preprocessing, load_keras, load_network, save_keras, tree
+from xception_jax.weights import load_keras, load_network, tree
 from xception_jax.weights.keras_architecture import LayerConfig, compare_head, epsilon
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -56,6 +56,8 @@ def dense(units: int, activation: str | None = None) -> keras.layers.Layer:
 @pytest.mark.parametrize(
     ("above", "count", "sigmoid"),
     [
+        (lambda: pooled(dense(1, "sigmoid")), 1, True),
+        (lambda: pooled(dense(1)), 1, False),
         (lambda: pooled(dense(5, "softmax")), 1, False),
         (lambda: pooled(dense(5)), 1, False),
         (lambda: pooled(layers.GaussianDropout(0.1), layers.Flatten(), layers.Reshape((-1,)), dense(5)), 1, False),
@@ -140,6 +142,21 @@ def test_a_head_of_another_kind_is_left_out_with_the_reason(base, tmp_path, caps
     with pytest.raises(BadDataError, match="Dense, tanh") as caught:
         load_keras(tmp_path / "x.keras", model, head=True)
     assert "--no-head" in caught.value.fix
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", None])
+@pytest.mark.parametrize("form", ["h5", "keras", "weights.h5"])
+def test_one_unit_is_a_classifier(base, activation, form, tmp_path):
+    """With or without a sigmoid, and whether the file tells or not: softmax of one unit would always be 1."""
+    keras_model, path = on(base, *pooled(dense(1, activation))), tmp_path / f"x.{form}"
+    keras_model.layers[-1].set_weights([np.full((205, 1), 0.25), np.full(1, -2.0)])
+    keras_model.save_weights(path) if form == "weights.h5" else keras_model.save(path)
+    network = load_network(path, narrow(num_classes=1), head=True)
+    head = network.variables["params"]["head"]["predictions"]
+    assert (head["kernel"] == 0.25).all()
+    assert head["bias"] == [-2]
+    assert network.probabilities == "sigmoid"
+    assert network.multi_label == (activation == "sigmoid" and form != "weights.h5")
 
 
 @pytest.mark.parametrize("form", ["keras", "weights.h5"])
@@ -268,18 +285,3 @@ def test_images_that_ours_are_not(base, front, shape, size, interpolation, told,
     if size == 299:
         assert load_network(tmp_path / "x.keras", narrow(), size=96).preprocessing.size == 96
         assert "size" not in capsys.readouterr().err
-
-
-def test_a_network_with_hidden_layers_goes_back_to_the_model_that_has_them(base, tmp_path, capsys):
-    model = narrow(num_classes=5, fc_layers=1, fc_width=8)
-    leaves = {name: np.full(shape, 1.5, np.float32) for name, shape in tree.shapes(model).items()}
-    path = tmp_path / "x.weights.h5"
-    save_keras(path, Network(model, tree.unflatten(leaves), Preprocessing(), None, "", ""))
-    assert "keras.applications has no hidden layers" in capsys.readouterr().err
-    x = dense(5)(dense(8, "relu")(layers.GlobalAveragePooling2D()(base.output)))
-    keras_model, before = keras.Model(base.input, x), base.get_weights()
-    try:
-        keras_model.load_weights(path)
-        assert all((weight == 1.5).all() for weight in keras_model.get_weights())
-    finally:
-        base.set_weights(before)

@@ -13,8 +13,9 @@ from released import assert_same, config
 
 from xception_jax.cli import convert as command
 from xception_jax.config import to_dict
-from xception_jax.errors import BadDataError, ConfigError, StorageError, UsageError, UserError
-from xception_jax.weights import Network, Preprocessing, load_network, save_keras, save_network, tree
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError, UserError
+from xception_jax.runs import open_network
+from xception_jax.weights import Network, Preprocessing, load_network, save_network, tree
 
 # A tenth of the width, two middle blocks: 300,000 parameters.
 MODEL = config("xception", width_multiplier=0.1, middle_blocks=2, num_classes=3)
@@ -113,44 +114,82 @@ def test_another_model_is_not_silently_ignored(path):
         load_network(path, config("xception"))
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"padding": "symmetric"}, "padding"),
-        ({"batch_norm": {"epsilon": 1e-5}}, "batch_norm.epsilon"),
-        ({"intermediate_activation": "relu"}, "intermediate_activation"),
-        ({"segments": 4}, "segments"),
-        ({"group_width": 1}, "group_width"),
-    ],
-)
-def test_what_keras_would_compute_otherwise_is_not_written_for_it(tmp_path, fields, named):
-    model = config("xception", width_multiplier=0.1, middle_blocks=2, num_classes=3, **fields)
-    with pytest.raises(ConfigError) as caught:
-        save_keras(tmp_path / "x.weights.h5", network(model=model))
-    assert caught.value.where == f"config.model.{named}"
-
-
 def convert(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     return command.run(parser.parse_args(list(map(str, arguments))))
 
 
-def test_to_keras_and_back_by_command(path, tmp_path, capsys):
-    names, run = tmp_path / "names.txt", tmp_path / "config.json"
+@pytest.mark.parametrize(
+    ("out", "options", "fields"),
+    [
+        ("x.weights.h5", [], {}),
+        ("y.safetensors", ["--layout", "timm"], {"padding": "symmetric", "batch_norm": {"epsilon": 1e-5}}),
+    ],
+)
+def test_to_another_layout_and_back_by_command(tmp_path, capsys, out, options, fields):
+    model = config("xception", num_classes=3, **fields)
+    rng = np.random.default_rng(0)
+    leaves = {name: rng.random(shape, np.float32) for name, shape in tree.shapes(model).items()}
+    names, run, path = tmp_path / "names.txt", tmp_path / "config.json", tmp_path / "x.safetensors"
     names.write_text("cat\ndog\nbird\n")
-    run.write_text(json.dumps({"model": to_dict(MODEL)}))
-    keras_path, back = tmp_path / "x.weights.h5", tmp_path / "back.safetensors"
-    assert convert(path, keras_path, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    run.write_text(json.dumps({"model": to_dict(model)}))
+    save_network(path, network(model=model, variables=tree.unflatten(leaves)))
+    there, back = tmp_path / out, tmp_path / "back.safetensors"
+    assert convert(path, there, *options, "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
     assert report["num_classes"] == 3
-    assert report["sha256"] == hashlib.sha256(keras_path.read_bytes()).hexdigest()
-    assert convert(keras_path, back, "--model", run, "--classes", names, "--size", 71) == 0
+    assert report["sha256"] == hashlib.sha256(there.read_bytes()).hexdigest()
+    assert "has no place for preprocessing and class names" in printed.err
+    assert convert(there, back, "--model", run, "--classes", names, "--size", 71) == 0
     assert "preprocessing" in capsys.readouterr().out
     loaded = load_network(back)
-    assert_same(loaded.variables, tree.flatten(network().variables))
+    assert_same(loaded.variables, leaves)
     assert loaded.classes == ("cat", "dog", "bird")
     assert loaded.preprocessing.size == 71
+
+
+def test_a_run_is_converted(multilabel_run, tmp_path):
+    """The Polyak average of a checkpoint, with its preprocessing and whether an image has several labels."""
+    path = tmp_path / "x.safetensors"
+    assert convert(multilabel_run, path, "--size", 96) == 0
+    expected, loaded = open_network(str(multilabel_run)), load_network(path)
+    assert_same(loaded.variables, tree.flatten(expected.variables))
+    assert not loaded.variables["params"]["head"]["predictions"]["kernel"].any()  # as the average, and nothing else
+    assert loaded.model == expected.model
+    assert loaded.multi_label
+    assert loaded.preprocessing.size == 96
+    assert convert(multilabel_run, path, "--step", 7, "--no-head") == 0
+    assert "head" not in load_network(path).variables["params"]
+    with pytest.raises(InputMissingError):
+        convert(multilabel_run, path, "--step", 8)
+    with pytest.raises(UsageError, match="describes its network itself"):
+        convert(multilabel_run, path, "--model", "xception")
+    for arguments in (["y.safetensors", "--layout", "timm"], ["y.weights.h5"]):
+        with pytest.raises(ConfigError, match="width_multiplier"):
+            convert(multilabel_run, tmp_path / arguments[0], *arguments[1:])
+        assert not (tmp_path / arguments[0]).exists()
+
+
+def test_two_names_of_one_output(tmp_path, capsys):
+    model = config("xception", width_multiplier=0.1, middle_blocks=2, num_classes=1)
+    variables = tree.unflatten({name: np.ones(shape, np.float32) for name, shape in tree.shapes(model).items()})
+    save_network(tmp_path / "x.safetensors", network(model=model, variables=variables, classes=None))
+    (tmp_path / "names.json").write_text('{"fake": 0, "real": 1}')
+    convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--classes", tmp_path / "names.json")
+    assert "the one output is the probability of 'real'" in capsys.readouterr().err
+    assert load_network(tmp_path / "y.safetensors").classes == ("real",)
+
+
+def test_our_own_head_is_left_out_or_required(path, tmp_path):
+    bare = tmp_path / "bare.safetensors"
+    assert convert(path, bare, "--no-head") == 0
+    loaded = load_network(bare)
+    assert "head" not in loaded.variables["params"]
+    assert loaded.classes is None
+    with pytest.raises(BadDataError, match="no classifier"):
+        convert(bare, tmp_path / "y.safetensors", "--head")
 
 
 def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
@@ -164,6 +203,10 @@ def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
     ("arguments", "code"),
     [
         (["x.safetensors", "x.onnx"], 64),
+        (["x.safetensors", "y.weights.h5", "--layout", "timm"], 64),
+        (["x.safetensors", "y.safetensors", "--layout", "timm"], 78),
+        (["x.safetensors", "y.weights.h5"], 78),
+        (["x.safetensors", "y.safetensors", "--step", "3"], 64),
         (["none.h5", "x.safetensors"], 66),
         (["x.safetensors", "y.safetensors", "--model", "resnet"], 66),
         (["x.safetensors", "y.safetensors", "--classes", "none.txt"], 66),

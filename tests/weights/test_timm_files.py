@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -24,7 +25,8 @@ GOLDEN = np.load(Path(__file__).with_name("timm_golden.npz"))
 SIZES = {"legacy_xception": 96, "inception_v3": 96}
 
 SMALL = narrow(num_classes=3, middle_blocks=2, padding="symmetric", batch_norm={"epsilon": 1e-5})
-LEAVES = {name: np.full(shape, 1.5, np.float32) for name, shape in tree.shapes(SMALL).items()}
+RNG = np.random.default_rng(0)
+LEAVES = {name: RNG.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in tree.shapes(SMALL).items()}
 BACKBONE_LEAVES = {name: leaf for name, leaf in LEAVES.items() if not name.startswith(tree.HEAD)}
 TENSORS = {
     timm_names(SMALL)[name]: leaf.transpose((3, 2, 0, 1) if leaf.ndim == 4 else None) for name, leaf in LEAVES.items()
@@ -134,11 +136,64 @@ def test_two_networks_are_not_chosen_between(small):
         load_timm(small, SMALL)
 
 
+def renamed(prefix: str, head: str) -> dict[str, np.ndarray]:
+    """Returns the tensors with other names of the classifier."""
+    return {prefix + re.sub(r"^fc\b", head, name): value for name, value in TENSORS.items()}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("", "last_linear"),  # Cadene's pretrained-models
+        ("model.", "last_linear"),  # FaceForensics++
+        ("model.", "last_linear.1"),  # the same with dropout
+        ("module.model.", "fc.1"),
+        ("backbone.", "last_linear"),  # DeepfakeBench
+        ("net.", "fc"),
+    ],
+)
+def test_related_projects_call_the_classifier_something_else(small, capsys, prefix, head):
+    write_tensors(small, renamed(prefix, head))
+    assert_same(load_timm(small, SMALL, head=True), LEAVES)
+    assert capsys.readouterr().err == ""
+    network = load_network(small, SMALL)
+    assert_same(network.variables, LEAVES)
+    if head.startswith("last_linear") or head == "fc.1":
+        assert network.preprocessing == Preprocessing(299, 1.0, "antialiased_bilinear")
+        assert "does not specify an image size; assuming 299" in capsys.readouterr().err
+        assert load_network(small, SMALL, size=256).preprocessing.size == 256
+
+
+def test_pointwise_kernels_without_their_sides_of_1(small):
+    """xception-b5690688 has them."""
+    flat = {name: value.squeeze((2, 3)) if "pointwise" in name else value for name, value in TENSORS.items()}
+    assert sum(value.ndim == 2 for value in flat.values()) == 16 + 1  # and the classifier
+    write_tensors(small, flat)
+    assert_same(load_timm(small, SMALL), LEAVES)
+
+
+def test_a_file_of_deepfakebench_needs_no_model(file, tmp_path, capsys):
+    tensors = {f"backbone.{name}": value for name, value in safetensors.numpy.load_file(file).items()}
+    tensors |= {f"backbone.last_linear.{leaf}": tensors.pop(f"backbone.fc.{leaf}")[:2] for leaf in ("weight", "bias")}
+    tensors["backbone.adjust_channel.0.weight"] = np.ones((512, 2048, 1, 1), np.float32)
+    tensors |= {f"backbone.adjust_channel.1.{leaf}": np.ones(512, np.float32) for leaf in ("weight", "running_var")}
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    network = load_network(tmp_path / "x.safetensors", size=256)
+    assert network.model == config("xception", padding="symmetric", batch_norm={"epsilon": 1e-5}, num_classes=2)
+    kernel = network.variables["params"]["head"]["predictions"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors["backbone.last_linear.weight"].T)
+    assert network.preprocessing == Preprocessing(256, 1.0, "antialiased_bilinear")
+    told = capsys.readouterr().err
+    assert told.startswith("note: left out: backbone.adjust_channel.*, a layer of DeepfakeBench")
+    assert len(told.splitlines()) == 1
+
+
 HEADS = {
     "none": {},
     "of other classes": {"fc.weight": (5, 205), "fc.bias": (5,)},
     "in a row": {"fc.0.weight": (8, 205), "fc.0.bias": (8,), "fc.2.weight": (3, 8), "fc.2.bias": (3,)},
     "outside": {"classifier.weight": (3, 205), "classifier.bias": (3,)},
+    "two": dict.fromkeys(("fc.weight", "last_linear.weight"), (3, 205)) | {"fc.bias": (3,), "last_linear.bias": (3,)},
 }
 
 

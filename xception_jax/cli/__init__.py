@@ -1,19 +1,26 @@
-"""Runs the commands of `python -m xception_jax`, one thin module each."""
+"""Runs the commands of `xception-jax`, one thin module each."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
-from xception_jax.command_line import Parser
+from xception_jax import __version__
+from xception_jax.command_line import Parser, split_overrides
+from xception_jax.environment import program
 
 # Each command is a module of this package with `add_arguments(parser)`, and `run(args)`, which returns the exit code.
 # It is imported only if its command is called.
 COMMANDS = {
+    "train": "train a network, or resume its training",
     "prepare": "write a dataset in the format that training reads",
     "predict": "predict the classes of images",
     "evaluate": "evaluate a network on every image of a split",
+    "explain": "draw which parts of an image speak for a class",
+    "embed": "save the features of images",
+    "probe": "judge saved features by nearest neighbours and ridge regression",
     "export": "write a network as StableHLO, ONNX or safetensors, check it, and add a model card",
+    "weights": "list, download and verify public weights by name",
     "convert": "convert weights from Keras or timm, and back to Keras",
     "study": "compare networks over several seeds: run and report a study",
     "plan": "estimate memory, time and cost of a run on accelerators you do not have",
@@ -22,15 +29,16 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command given by the arguments."""
-    parser = Parser(prog="python -m xception_jax", description="Xception and Inception V3 in JAX.")
+    parser = Parser(prog=program(), description="Xception and Inception V3 in JAX.")
+    parser.add_argument("--version", action="version", version=f"xception_jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    arguments, overrides = split_overrides(sys.argv[1:])
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)
-        if name in sys.argv[1:2]:
+        if name in arguments[:1]:
             import_module(f"xception_jax.cli.{name}").add_arguments(subparser)
-    args, overrides = parser.parse_known_args()
-    unknown = [argument for argument in overrides if "config" not in args or not argument.startswith("--config.")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = parser.parse_args(arguments)
+    if overrides and "config" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
     return import_module(f"xception_jax.cli.{args.command}").run(args)

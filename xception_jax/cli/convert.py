@@ -1,33 +1,41 @@
-"""`python -m xception_jax convert`: converts weights of Keras or timm to our safetensors, and back to Keras."""
+"""`xception-jax convert`: converts weights of Keras, timm and our own, and of runs, into each other."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xception_jax.config import ModelConfig, from_json, resolve_model
-from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
-from xception_jax.weights import tree
-from xception_jax.weights.keras import save_keras
-from xception_jax.weights.load import load_network
-from xception_jax.weights.network import Network
-from xception_jax.weights.own import save_network
+from xception_jax.weights.sources import require_known
 
+if TYPE_CHECKING:
+    from xception_jax.weights import Network  # imports JAX
+
+LAYOUTS = ("xception_jax", "timm", "keras")
 NAMES = ("xception", "inception_v3", "inception_v3_2016")
 EXAMPLES = """\
 examples:
   the released weights of Keras, or any other Keras file (.h5, .weights.h5, .keras)
-    python -m xception_jax convert xception_weights_tf_dim_ordering_tf_kernels.h5 xception.safetensors
+    xception-jax convert xception_weights_tf_dim_ordering_tf_kernels.h5 xception.safetensors
   a model that was fine-tuned in Keras: its Xception and its classifier
-    python -m xception_jax convert flowers.keras flowers.safetensors --classes flowers.txt
+    xception-jax convert flowers.keras flowers.safetensors --classes flowers.txt
   timm's legacy_xception or inception_v3
-    python -m xception_jax convert model.safetensors xception.safetensors --classes imagenet
+    xception-jax convert model.safetensors xception.safetensors --classes imagenet
+  PyTorch weights of Cadene's pretrained-models, FaceForensics++ or DeepfakeBench, saved as safetensors
+    xception-jax convert xception_best.safetensors deepfakes.safetensors --size 256
+  a run: the Polyak average of its newest checkpoint
+    xception-jax convert runs/flowers flowers.safetensors
   back to Keras, for keras.applications.Xception(weights=None).load_weights
-    python -m xception_jax convert xception.safetensors xception.weights.h5
+    xception-jax convert xception.safetensors xception.weights.h5
+  back to timm, for timm.create_model("legacy_xception", checkpoint_path="timm.safetensors")
+    xception-jax convert xception.safetensors timm.safetensors --layout timm
 """
 
 
@@ -36,8 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Converts weights of Xception and Inception V3, with their preprocessing and class names."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", help="a Keras file (.h5, .weights.h5, .keras), or safetensors of timm or our own")
+    parser.add_argument(
+        "source", help="a Keras file (.h5, .weights.h5, .keras), safetensors of PyTorch or our own, or a work directory"
+    )
     parser.add_argument("out", help="OUT.safetensors, or OUT.weights.h5 for Keras")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="whose names the tensors get (default: keras for OUT.weights.h5, else ours)"
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument(
         "--model",
         metavar="NAME|FILE",
@@ -46,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head",
         action=argparse.BooleanOptionalAction,
-        help="require the classifier of a Keras or timm file, or leave it out; by default it is read if it fits",
+        help="require the classifier, or leave it out; by default it is read if it fits",
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line or as JSON; or 'imagenet'")
     parser.add_argument("--size", type=int, help="side of the images in pixels, if the file does not specify it")
@@ -62,18 +76,58 @@ def run(args: argparse.Namespace) -> int:
       BadDataError: the weights are damaged, refused, or do not fit.
       StorageError: the new file cannot be written.
     """
-    to_keras = args.out.endswith(".weights.h5")
-    if not to_keras and not args.out.endswith(".safetensors"):
-        raise UsageError(f"{args.out} has an unknown ending", "out", "write to OUT.safetensors or OUT.weights.h5")
+    layout = _layout(args)
     if args.size is not None and args.size < 1:
         raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
-    model = None if args.model is None else _model(args.model)
-    network = load_network(args.source, model, head=args.head, size=args.size)
+    require_known(args.source)
+    network = _read(args)
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
-    (save_keras if to_keras else save_network)(args.out, network)
+    _writer(layout)(args.out, network)
+    if layout != "xception_jax" and network.classes is not None:
+        print(f"note: the layout of {layout} has no place for preprocessing and class names", file=sys.stderr)
     _report(args, network)
     return 0
+
+
+def _layout(args: argparse.Namespace) -> str:
+    """Returns the layout, which the ending of the new file must have."""
+    layout = args.layout or ("keras" if args.out.endswith(".weights.h5") else "xception_jax")
+    ending = ".weights.h5" if layout == "keras" else ".safetensors"
+    if not args.out.endswith(ending):
+        raise UsageError(f"{args.out} does not end in {ending}", "out", "write to OUT.safetensors or OUT.weights.h5")
+    return layout
+
+
+def _writer(layout: str) -> Callable[[str, Network], None]:
+    from xception_jax.weights import save_keras, save_network, save_timm
+
+    return {"keras": save_keras, "timm": save_timm, "xception_jax": save_network}[layout]
+
+
+def _read(args: argparse.Namespace) -> Network:
+    """Reads the network from a weight file or the work directory of a run."""
+    from xception_jax import runs  # JAX takes seconds to import
+    from xception_jax.weights import load_network
+
+    if not runs.is_run(args.source):
+        if args.step is not None:
+            raise UsageError(f"{args.source} is a weight file, which has no steps", "--step", "remove --step")
+        model = None if args.model is None else _model(args.model)
+        network = load_network(args.source, model, head=args.head, size=args.size)
+    elif args.model is not None:
+        raise UsageError("a run describes its network itself", "--model", "remove --model")
+    else:
+        network = runs.open_network(args.source, args.step)
+        size = args.size or network.preprocessing.size
+        network = dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))
+    if args.head is None:
+        return network
+    if args.head:
+        runs.require_classifier(network)
+        return network
+    params = {name: layer for name, layer in network.variables["params"].items() if name != "head"}
+    return dataclasses.replace(network, variables=network.variables | {"params": params}, classes=None)
 
 
 def _model(name: str) -> ModelConfig:
@@ -89,9 +143,15 @@ def _model(name: str) -> ModelConfig:
 
 
 def _classes(source: str, network: Network) -> tuple[str, ...]:
+    from xception_jax.data.imagenet_classes import class_names
+
     if "head" not in network.variables["params"]:
         raise UsageError("the weights have no classifier to name the classes of", "--classes", "leave --classes out")
     names = class_names() if source == "imagenet" else _read_names(Path(source))
+    if network.model.num_classes == 1 and len(names) == 2:
+        # Keras labels two classes 0 and 1, and one unit gives the probability of the second.
+        print(f"note: the one output is the probability of {names[1]!r}", file=sys.stderr)
+        names = names[1:]
     if len(names) != network.model.num_classes:
         what = f"{source} names {len(names)} classes, but the classifier has {network.model.num_classes}"
         raise BadDataError(what, "--classes", "give one name for each class, in the order of the labels")
@@ -121,6 +181,8 @@ def _read_names(path: Path) -> list[str]:
 
 
 def _report(args: argparse.Namespace, network: Network) -> None:
+    from xception_jax.weights import tree
+
     sizes = [(name, leaf.size) for name, leaf in tree.flatten(network.variables).items()]
     report = {
         "path": args.out,

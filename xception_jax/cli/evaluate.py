@@ -1,4 +1,4 @@
-"""`python -m xception_jax evaluate` evaluates a network on every image of a split, or compares two predictions."""
+"""`xception-jax evaluate` evaluates a network on every image of a split, or compares two predictions."""
 
 from __future__ import annotations
 
@@ -9,37 +9,29 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
-from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
-from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
-from xception_jax.evaluation import compare, tables
-from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
-from xception_jax.evaluation.temperature import calibrate
 from xception_jax.logs.metrics_log import json_ready
-from xception_jax.metrics import Metric, metrics_of
-from xception_jax.metrics.intervals import wilson_interval
-from xception_jax.metrics.predictions import Predictions, save_predictions
-from xception_jax.models import create_model
-from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
-from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
-from xception_jax.weights import Network
+from xception_jax.weights.sources import require_known
+
+if TYPE_CHECKING:
+    from xception_jax.data.pipeline import Batch, DamagedImages
+    from xception_jax.data.sources import Source, SourceInfo
+    from xception_jax.metrics import Metric
+    from xception_jax.metrics.predictions import Predictions
+    from xception_jax.weights import Network
+
+# Functions import what needs JAX, which takes seconds: help texts and messages about missing files do not wait for it.
 
 EXAMPLES = """\
 examples:
-  python -m xception_jax evaluate runs/fashion_mnist
-  python -m xception_jax evaluate xception.safetensors --dataset imagenet2012 --split validation --real real.json
-  python -m xception_jax evaluate xception.safetensors --dataset imagenet_v2/matched-frequency --split test
-  python -m xception_jax evaluate runs/a --predictions a.npz     (the same for b)
-  python -m xception_jax evaluate --compare a.npz b.npz
+  xception-jax evaluate runs/fashion_mnist
+  xception-jax evaluate xception.safetensors --dataset imagenet2012 --split validation --real real.json
+  xception-jax evaluate xception.safetensors --dataset imagenet_v2/matched-frequency --split test
+  xception-jax evaluate runs/a --predictions a.npz     (the same for b)
+  xception-jax evaluate --compare a.npz b.npz
 """
 # For weight files; a run has `evaluation.batch_size`. Fits into small machines, and keeps a large accelerator busy.
 BATCH_SIZE_PER_DEVICE = 64
@@ -52,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
+    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file or its name")
     parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
     parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
@@ -79,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
       BadDataError: one of them is damaged.
     """
     if args.compare:
+        from xception_jax.evaluation import compare
+
         if args.source:
             raise UsageError("--compare takes two files and no network", args.source, "remove the network")
         comparison = compare.compare_files(*args.compare)
@@ -87,8 +81,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.source:
         raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "pass a work directory or a weight file")
+    require_known(args.source)
     for path in filter(None, (args.predictions, args.per_class)):
         _require_directory(path)
+    from xception_jax.evaluation import tables
+    from xception_jax.metrics.predictions import save_predictions
+
     subject = _open_subject(args)
     values, measured, predictions, info = _evaluate(args, subject)
     rows = tables.class_rows(predictions, info.class_names)
@@ -128,6 +126,8 @@ class _Subject:
 
 
 def _open_subject(args: argparse.Namespace) -> _Subject:
+    from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
+
     if is_run(args.source):
         run = open_run(args.source, args.step)
         return _Subject(run_network(args.source, run), run.variables, run.config, run.step)
@@ -140,6 +140,9 @@ def _open_subject(args: argparse.Namespace) -> _Subject:
 
 def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[DataConfig, Source]:
     """Returns `config.data` with the changes given by the arguments, and opens the split."""
+    from xception_jax.data.prepare.datasets import open_dataset
+    from xception_jax.runs import is_run
+
     data = config.data
     own = is_run(args.source) and args.dataset in (None, data.name)
     if not own and not (args.dataset and args.split):
@@ -174,6 +177,21 @@ def _check_classes(network: Network, info: SourceInfo) -> None:
 def _evaluate(
     args: argparse.Namespace, subject: _Subject
 ) -> tuple[dict[str, Any], Sequence[Metric], Predictions, SourceInfo]:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+    from tqdm import tqdm
+
+    from xception_jax.data.pipeline import DamagedImages, EvaluationBatches
+    from xception_jax.data.sources import check_labels
+    from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
+    from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
+    from xception_jax.evaluation.temperature import calibrate
+    from xception_jax.metrics import metrics_of
+    from xception_jax.metrics.intervals import wilson_interval
+    from xception_jax.models import create_model
+    from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
+    from xception_jax.runs import is_run
+
     network, config = subject.network, subject.config
     data, source = _open_data(args, config)
     info = source.info
@@ -223,5 +241,5 @@ def _evaluate(
 
 
 def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:
-    for index in damaged.add(batch)[: DamagedImages.NAMED]:
+    for index in damaged.add(batch)[: damaged.NAMED]:
         print(f"image {index} is damaged; the next image replaces it", file=sys.stderr)

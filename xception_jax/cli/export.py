@@ -1,4 +1,4 @@
-"""`python -m xception_jax export`: writes a network as a file for other programs, checks it, and writes its card."""
+"""`xception-jax export`: writes a network as a file for other programs, checks it, and writes its card."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import importlib.util
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import InputMissingError, StorageError, UsageError
-from xception_jax.export.card import as_markdown, make_card, read_evaluation, run_evaluation
-from xception_jax.export.check import Difference, check_export, check_sha256
-from xception_jax.export.formats import FORMATS, write_network
-from xception_jax.export.inference import in_float32, make_reference
 from xception_jax.files import free_space, sha256, write_atomically
-from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
-from xception_jax.weights.network import Network
+from xception_jax.weights.sources import require_known
+
+if TYPE_CHECKING:
+    from xception_jax.export.check import Difference
+    from xception_jax.weights.network import Network
 
 EXAMPLES = """\
 examples:
-  python -m xception_jax export runs/fashion_mnist exports --format stablehlo
-  python -m xception_jax export xception.safetensors exports/xception.onnx --format onnx --uint8
-  python -m xception_jax export runs/fashion_mnist small.safetensors --format safetensors
-  python -m xception_jax export runs/fashion_mnist exports --format stablehlo --check_only
+  xception-jax export runs/fashion_mnist exports --format stablehlo
+  xception-jax export xception.safetensors exports/xception.onnx --format onnx --uint8
+  xception-jax export runs/fashion_mnist small.safetensors --format safetensors
+  xception-jax export runs/fashion_mnist exports --format stablehlo --check_only
 
 Also writes FILE.sha256 (for sha256sum --check), FILE.json and FILE.md (the card).
 """
@@ -35,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes a network as one file, runs the file in a separate process and compares the logits."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", help="work directory of a run, or a weight file")
+    parser.add_argument("source", help="work directory of a run, or a weight file or its name")
     parser.add_argument("out", help="a directory, or a file whose name ends with the format")
-    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--format", choices=("stablehlo", "onnx", "safetensors"), required=True)
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
     parser.add_argument("--uint8", action="store_true", help="take pixels from 0 to 255, which the file scales itself")
     parser.add_argument("--evaluation", metavar="FILE.json", help="output of `evaluate --json`, for the card")
@@ -56,6 +55,12 @@ def run(args: argparse.Namespace) -> int:
       StorageError: the export cannot be written.
     """
     _check_arguments(args)
+    require_known(args.source)
+    from xception_jax.export.card import as_markdown, make_card  # JAX takes seconds to import
+    from xception_jax.export.check import check_sha256
+    from xception_jax.export.formats import write_network
+    from xception_jax.runs import require_classifier
+
     network, evaluation = _open(args)
     require_classifier(network)
     path = _path(args.out, network, args.format)
@@ -101,12 +106,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("--no_check and --check_only contradict each other", "the command line", "remove one of them")
     for package in _EXTRAS.get(args.format, ()):
         if importlib.util.find_spec(package) is None:
-            fix = "pip install -r requirements-export.txt"
+            fix = f"pip install {' '.join(_EXTRAS[args.format])}"
             raise InputMissingError(f"the package {package} is not installed", f"--format={args.format}", fix)
 
 
 def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
     """Returns the network and its accuracy, if that is known."""
+    from xception_jax.export.card import read_evaluation, run_evaluation
+    from xception_jax.runs import is_run, open_network, open_run, run_network
+
     evaluation = None
     if is_run(args.source):
         run = open_run(args.source, args.step)
@@ -125,6 +133,9 @@ def _path(out: str, network: Network, format: str) -> Path:
 
 
 def _check(args: argparse.Namespace, path: Path, network: Network, name: str) -> Difference:
+    from xception_jax.export.check import check_export
+    from xception_jax.export.inference import in_float32, make_reference
+
     reference = make_reference(network if args.format == "safetensors" else in_float32(network))
     return check_export(path, args.format, network, reference, uint8=args.uint8, name=name)
 

@@ -1,4 +1,4 @@
-"""`python -m xception_jax plan`: estimates memory, communication, time and cost of a run on chips you do not have."""
+"""`xception-jax plan`: estimates memory, communication, time and cost of a run on chips you do not have."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = (
         "Compiles the training step of a config for TPUs you do not have. This takes minutes and needs libtpu. For "
-        "GPUs, costs are counted from the layers. Override config fields as in train.py: --config.batch_size=16384"
+        "GPUs, costs are counted from the layers. Override config fields as in `train`: --config.batch_size=16384"
     )
-    parser.add_argument("--config", required=True, help="a file of configs/, with ':variant' if it has variants")
+    parser.add_argument("--config", required=True, metavar="NAME", help="a config, named as in `train`")
     parser.add_argument(
         "--topology", required=True, help="chips, such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, h100:8"
     )

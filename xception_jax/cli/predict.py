@@ -1,4 +1,4 @@
-"""`python -m xception_jax predict` prints the most probable classes of images."""
+"""`xception-jax predict` prints the most probable classes of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xception_jax.errors import BadDataError, InputMissingError, StorageError, U
 from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict, printable
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
-from xception_jax.runs import open_network, require_classifier
+from xception_jax.weights.sources import require_known
 
 MAX_ON_SHEET = 400
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit code is 65."
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file, or work directory of a run")
+    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
     parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
@@ -55,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
     if args.contact_sheet:
         _check_sheet(Path(args.contact_sheet))
     paths = find_images(args.images)
+    require_known(args.weights)
+    from xception_jax.runs import open_network, require_classifier  # JAX takes seconds to import
+
     network = open_network(args.weights, args.step)
     require_classifier(network)
     if args.sigmoid:

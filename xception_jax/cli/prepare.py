@@ -1,4 +1,4 @@
-"""`python -m xception_jax prepare`: writes a dataset in the format that training reads."""
+"""`xception-jax prepare`: writes a dataset in the format that training reads."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from xception_jax.errors import InputMissingError, UsageError
 EXAMPLES = """\
 examples:
   fashion_mnist_subset   10,000 + 2,000 images shipped with this package; training also writes it on first use
-    python -m xception_jax prepare fashion_mnist_subset
+    xception-jax prepare fashion_mnist_subset
   fashion_mnist_scenes   multi-label scenes made from the same images; training also writes it on first use
-    python -m xception_jax prepare fashion_mnist_scenes
+    xception-jax prepare fashion_mnist_scenes
   fashion_mnist          all 70,000 images, from the four idx files (Debian: apt install dataset-fashion-mnist)
-    python -m xception_jax prepare fashion_mnist --source /usr/share/datasets/fashion-mnist
+    xception-jax prepare fashion_mnist --source /usr/share/datasets/fashion-mnist
   imagenet2012           ImageNet, from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in one directory, not
                          unpacked; needs 150 GB of free disk space, and reads and writes that much twice
-    python -m xception_jax prepare imagenet2012 --source ~/Downloads --data_dir /data/tfds
+    xception-jax prepare imagenet2012 --source ~/Downloads --data_dir /data/tfds
   imagenet_v2            new test images for ImageNet, from imagenetv2-matched-frequency.tar.gz or its folder;
                          imagenet_v2 is the same as imagenet_v2/matched-frequency
-    python -m xception_jax prepare imagenet_v2/matched-frequency --source ~/Downloads
-    python -m xception_jax prepare imagenet_v2/threshold-0.7 --source ~/Downloads
-    python -m xception_jax prepare imagenet_v2/topimages --source ~/Downloads
+    xception-jax prepare imagenet_v2/matched-frequency --source ~/Downloads
+    xception-jax prepare imagenet_v2/threshold-0.7 --source ~/Downloads
+    xception-jax prepare imagenet_v2/topimages --source ~/Downloads
   image_folder           your own images: DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg,
                          which is divided by class into train, validation and test; links are followed, hidden names
                          and __MACOSX are ignored
-    python -m xception_jax prepare image_folder --source ~/flowers --name flowers
-    python -m xception_jax prepare image_folder --source ~/flowers --name flowers --splits train=0.7,test=0.3
+    xception-jax prepare image_folder --source ~/flowers --name flowers
+    xception-jax prepare image_folder --source ~/flowers --name flowers --splits train=0.7,test=0.3
                          all files of a patient on one side, named by a regular expression over the path with one
                          capture, or by a CSV file with the columns file and group
-    python -m xception_jax prepare image_folder --source ~/scans --name scans --groups '(patient\\d+)_'
-    python -m xception_jax prepare image_folder --source ~/scans --name scans --groups patients.csv
+    xception-jax prepare image_folder --source ~/scans --name scans --groups '(patient\\d+)_'
+    xception-jax prepare image_folder --source ~/scans --name scans --groups patients.csv
                          cross-validation: the splits fold0 to fold4, to be combined as in
                          --config.data.train_split=fold1+fold2+fold3+fold4 --config.data.eval_split=fold0
-    python -m xception_jax prepare image_folder --source ~/flowers --name flowers --folds 5
+    xception-jax prepare image_folder --source ~/flowers --name flowers --folds 5
   tfrecord               copies an existing TFDS dataset from TFRECORD to ArrayRecord files
-    python -m xception_jax prepare tfrecord --source ~/tensorflow_datasets/cifar10/3.0.2 --data_dir /data/array_record
+    xception-jax prepare tfrecord --source ~/tensorflow_datasets/cifar10/3.0.2 --data_dir /data/array_record
 """
 NAMES = (*SHIPPED, *DATASETS, "image_folder", "tfrecord")
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> Path:
     if not args.source:
-        fix = "see the example in python -m xception_jax prepare --help"
+        fix = "see the example in xception-jax prepare --help"
         raise UsageError(f"prepare {args.dataset} needs --source", "--source", fix)
     source = Path(args.source).expanduser()
     if not source.is_dir():

@@ -1,4 +1,4 @@
-"""`python -m xception_jax study`: runs and reports studies, and analyses the kernels of trained networks."""
+"""`xception-jax study`: runs and reports studies, and analyses the kernels of trained networks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import shlex
 import sys
 from pathlib import Path
 
-from xception_jax.errors import UsageError
+from xception_jax.config.shipped import shipped_names
+from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import local_directory
+from xception_jax.study.design import load_study
+from xception_jax.weights.sources import require_known
 
 EXAMPLES = """\
 examples:
-  python -m xception_jax study run configs/studies/spectrum.py --print
-  python -m xception_jax study run configs/studies/spectrum.py --workdir runs/spectrum --jobs 2
-  python -m xception_jax study run configs/studies/spectrum.py:cifar,multiply_adds --workdir W --slurm spectrum.sh
-  python -m xception_jax study report runs/spectrum
-  python -m xception_jax study kernels runs/kernels
+  xception-jax study run studies/spectrum --print
+  xception-jax study run studies/spectrum --workdir runs/spectrum --jobs 2
+  xception-jax study run studies/spectrum:cifar,multiply_adds --workdir W --slurm spectrum.sh
+  xception-jax study report runs/spectrum
+  xception-jax study kernels runs/kernels
 """
 
 
@@ -30,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | kernels")
 
     run = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
-    run.add_argument("study", help="a file in configs/studies/, optionally with ':size' or ':size,control'")
+    run.add_argument(
+        "study",
+        help=f"{', '.join(shipped_names('study'))}, or your own .py file; optionally with ':size' or ':size,control'",
+    )
     run.add_argument("--workdir", help="the study directory")
     run.add_argument(
         "--jobs", type=int, default=1, help="number of cells that run at a time; they share cores and GPUs evenly"
@@ -72,11 +78,13 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "run":
         return _run(args, environment)
     if args.action == "report":
+        _require_directory(args.workdir)
         from xception_jax.study.report import format_results, write_study_report
 
         results = write_study_report(local_directory(args.workdir, "workdir"))
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
+    require_known(args.source)
     from xception_jax.study.separability import analyse, format_separability
 
     layers = analyse(Path(args.source))
@@ -84,11 +92,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
-    from xception_jax.study.design import load_study
-    from xception_jax.study.execute import list_cells, run_cell, run_study, slurm_script
-    from xception_jax.study.store import open_study, read_study
+def _require_directory(workdir: str) -> None:
+    """Raises InputMissingError if a study directory is missing. Answers before JAX is imported."""
+    if not os.path.isdir(workdir):
+        fix = "name the --workdir of `xception-jax study run`"
+        raise InputMissingError("there is no such directory", workdir, fix)
 
+
+def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     if args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to 1 or more")
     if args.data_dir is not None:
@@ -98,15 +109,22 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     if args.reuse and (args.cell is not None or args.slurm is not None):
         fix = "remove --reuse, or first copy the cells by `study run --reuse` without these options"
         raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
-    if args.cell is not None:
+    study = load_study(args.study) if args.cell is None else None
+    for directory in args.reuse:
+        _require_directory(directory)
+    from xception_jax.study.execute import check_datasets, list_cells, run_cell, run_study, slurm_script
+    from xception_jax.study.store import STUDY, open_study, read_study
+
+    if study is None:
         return run_cell(local_directory(args.workdir, "--workdir"), args.cell, environment)
-    study, reuse = load_study(args.study), [read_study(Path(directory)) for directory in args.reuse]
+    reuse = [read_study(Path(directory)) for directory in args.reuse]
     if args.print:
         print(list_cells(study))
         return 0
-    with open_study(
-        local_directory(args.workdir, "--workdir"), study, lambda line: print(line, file=sys.stderr)
-    ) as stored:
+    root = local_directory(args.workdir, "--workdir")
+    if args.slurm is None and not (root / STUDY).exists():  # the jobs of a cluster may see other directories
+        check_datasets(study)  # before a minute of solving for the widths
+    with open_study(root, study, lambda line: print(line, file=sys.stderr)) as stored:
         if args.slurm is not None:
             command = f"{shlex.quote(sys.executable)} -m xception_jax study run {shlex.quote(args.study)}"
             Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))

@@ -103,7 +103,7 @@ def unknown_field(name: str) -> ConfigError:
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in by_section}
     close = difflib.get_close_matches(name, FIELDS, 1, 0.75)
     close = close or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
-    fix = f"did you mean config.{close[0]}?" if close else "train.py --help lists the fields"
+    fix = f"did you mean config.{close[0]}?" if close else "xception-jax train --help lists the fields"
     return ConfigError(f"there is no field config.{name}", f"config.{name}", fix)
 
 

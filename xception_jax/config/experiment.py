@@ -56,7 +56,7 @@ class InitConfig(Section):
 
     path: ClassVar[str] = "init."
 
-    weights: str = text("", "local: a weight file to start from, for fine-tuning; read at step 0 only")
+    weights: str = text("", "local: a weight file to start from, or its name, for fine-tuning; read at step 0 only")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,9 +118,13 @@ def central_view(
 ) -> UInt8[np.ndarray, "s s 3"]:
     """Resizes the central `share` of each side to size x size."""
     height, width = image.shape[:2]
+    top, left, height, width = _central_box(height, width, share)
+    return resize(image[top : top + height, left : left + width], size, interpolation)
+
+
+def _central_box(height: int, width: int, share: float) -> tuple[int, int, int, int]:
     crop_height, crop_width = max(1, round(height * share)), max(1, round(width * share))
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return resize(image[top : top + crop_height, left : left + crop_width], size, interpolation)
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def antialiased_view(
@@ -142,6 +146,15 @@ def antialiased_view(
     # Cropping inside the resize would move the samples by a fraction of a pixel.
     resized = Image.fromarray(image).resize((width, height), resampling)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def _antialiased_box(height: int, width: int, size: int, share: float) -> tuple[float, float, float, float]:
+    longest, side = MAX_ASPECT * min(height, width), math.floor(size / share)
+    strip = np.minimum((height, width), longest)
+    resized = np.floor(side * strip / strip.min())
+    scale = strip / resized
+    top, left = (np.array((height, width)) - strip) // 2 + np.round((resized - size) / 2) * scale
+    return float(top), float(left), float(size * scale[0]), float(size * scale[1])
 
 
 _VIEWS: dict[Interpolation, Callable[[np.ndarray, int, float], np.ndarray]] = {
@@ -203,6 +216,12 @@ class Preprocessing:
     def pixels(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
         """Returns the view as bytes, before it is scaled."""
         return _VIEWS[self.interpolation](image, self.size, self.crop)
+
+    def visible_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """Returns (top, left, height, width) of the part of an image that the network sees, in pixels."""
+        if self.interpolation.startswith("antialiased"):
+            return _antialiased_box(height, width, self.size, self.crop)
+        return _central_box(height, width, self.crop)
 
 
 def thumbnail(image: UInt8[np.ndarray, "h w 3"], longest: int) -> UInt8[np.ndarray, "h2 w2 3"]:

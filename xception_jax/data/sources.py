@@ -209,14 +209,14 @@ class TfdsSource:
             raise InputMissingError(
                 f"the dataset is stored as {builder.info.file_format.value}, which does not allow random access",
                 str(self.directory),
-                f"run python -m xception_jax prepare tfrecord --source {self.directory}",
+                f"run xception-jax prepare tfrecord --source {self.directory}",
             )
 
     def _check_split(self, builder: tfds.core.DatasetBuilder) -> None:
         name = builder.info.name
         splits = {split: info.num_examples for split, info in builder.info.splits.items()}
         available = ", ".join(f"{split} ({count:,})" for split, count in splits.items()) or "none"
-        fix = f"the splits are {available}; python -m xception_jax prepare --help shows how to write the dataset again"
+        fix = f"the splits are {available}; xception-jax prepare --help shows how to write the dataset again"
         if self.split.partition("[")[0] not in splits and "+" not in self.split:
             raise InputMissingError(f"the dataset {name} has no split {self.split!r}", str(self.directory), fix)
         try:

@@ -19,9 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 _DPI = 160
-_CELL = 2.0  # width of an image, and its maximum height, in inches
+_CELL = 2.0  # width of an image, in inches
 _CAPTION = 0.62  # height of a caption, in inches
 _GAP = 0.22  # in inches
+_LEGEND, _LEGEND_BAR = 0.1, 1.4  # height of the legend beside the gap, and width of its bar, in inches
+_LEGEND_TEXT = 1.0  # width of the text at its right, in inches
 _SMALL = 160  # images with a longer side below this are drawn without smoothing, in pixels
 _MAX_COLUMNS = 8
 _NAME_LENGTH, _FILE_LENGTH = 24, 34  # characters that fit below an image
@@ -32,7 +34,7 @@ _FONTS = (
     *("Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Arial Unicode MS"),
     *("Yu Gothic", "Microsoft YaHei", "Malgun Gothic"),
 )
-_INK, _GREY, _TRACK, _BLUE = "#1a1a1a", "#767676", "#e8e8e8", "#0072b2"
+INK, GREY, TRACK, BLUE = "#1a1a1a", "#767676", "#e8e8e8", "#0072b2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +54,45 @@ class Tile:
     probability: float
 
 
-def draw(tiles: Sequence[Tile]) -> bytes:
-    """Draws the tiles in rows of at most eight, and returns a PNG."""
-    columns = min(_MAX_COLUMNS, math.ceil(math.sqrt(1.5 * len(tiles))))
+@dataclasses.dataclass(frozen=True)
+class Legend:
+    """A bar of colours below a sheet, with the meaning of its ends."""
+
+    strip: UInt8[np.ndarray, "1 n 3"]
+    low: str
+    high: str
+
+
+def draw(
+    tiles: Sequence[Tile], legend: Legend | None = None, *, cell: float = _CELL, max_columns: int = _MAX_COLUMNS
+) -> bytes:
+    """Draws the tiles in rows, and returns a PNG.
+
+    Args:
+      tiles: the tiles.
+      legend: the meaning of the colours in the images.
+      cell: width of a tile, and maximum height of its image, in inches.
+      max_columns: number of tiles in a row.
+    """
+    columns = min(max_columns, math.ceil(math.sqrt(1.5 * _CELL / cell * len(tiles))))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     # Most photographs are wider than tall, so a row is only as tall as its tallest image.
-    heights = [_CELL * max(min(tile.image.shape[0] / tile.image.shape[1], 1.0) for tile in row) for row in rows]
-    width, height = columns * (_CELL + _GAP) + _GAP, sum(heights) + len(rows) * (_CAPTION + _GAP) + _GAP
+    heights = [cell * max(min(tile.image.shape[0] / tile.image.shape[1], 1.0) for tile in row) for row in rows]
+    footer = _LEGEND if legend else 0.0
+    width, height = columns * (cell + _GAP) + _GAP, sum(heights) + len(rows) * (_CAPTION + _GAP) + _GAP + footer
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     top = height - _GAP
     for row, row_height in zip(rows, heights, strict=True):
         for column, tile in enumerate(row):
-            left, bottom = (_GAP + column * (_CELL + _GAP)) / width, top - row_height
-            picture = figure.add_axes((left, bottom / height, _CELL / width, row_height / height))
-            _draw_image(picture, tile.image, row_height / _CELL)
-            caption = (left, (bottom - _CAPTION) / height, _CELL / width, _CAPTION / height)
+            left, bottom = (_GAP + column * (cell + _GAP)) / width, top - row_height
+            picture = figure.add_axes((left, bottom / height, cell / width, row_height / height))
+            _draw_image(picture, tile.image, row_height / cell)
+            caption = (left, (bottom - _CAPTION) / height, cell / width, _CAPTION / height)
             _draw_caption(figure.add_axes(caption), tile)
         top -= row_height + _CAPTION + _GAP
+    if legend:
+        _draw_legend(figure.add_axes((0, 0, 1, (_LEGEND + _GAP) / height)), legend, width)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters missing in all installed fonts are drawn as boxes
@@ -93,22 +116,33 @@ def _draw_caption(axes: Axes, tile: Tile) -> None:
     axes.set_ylim(0, 1)
     axes.axis("off")
     # A dollar sign in a name does not start a formula.
-    style: dict[str, Any] = {"parse_math": False, "va": "baseline", "family": _installed_fonts()}
-    axes.text(0, 0.62, _shorten(tile.label, _NAME_LENGTH), size=8.5, weight="bold", color=_INK, **style)
-    axes.text(1, 0.62, f"{tile.probability:.0%}", size=8.5, color=_INK, ha="right", **style)
-    axes.add_patch(Rectangle((0, 0.44), 1, 0.06, color=_TRACK, linewidth=0))
+    style: dict[str, Any] = {"parse_math": False, "va": "baseline", "family": installed_fonts()}
+    axes.text(0, 0.62, shorten(tile.label, _NAME_LENGTH), size=8.5, weight="bold", color=INK, **style)
+    axes.text(1, 0.62, f"{tile.probability:.0%}", size=8.5, color=INK, ha="right", **style)
+    axes.add_patch(Rectangle((0, 0.44), 1, 0.06, color=TRACK, linewidth=0))
     if math.isfinite(tile.probability):
-        axes.add_patch(Rectangle((0, 0.44), tile.probability, 0.06, color=_BLUE, linewidth=0))
-    axes.text(0, 0.16, _shorten(tile.file, _FILE_LENGTH), size=6, color=_GREY, **style)
+        axes.add_patch(Rectangle((0, 0.44), tile.probability, 0.06, color=BLUE, linewidth=0))
+    axes.text(0, 0.16, shorten(tile.file, _FILE_LENGTH), size=6, color=GREY, **style)
 
 
-def _installed_fonts() -> list[str]:
+def _draw_legend(axes: Axes, legend: Legend, width: float) -> None:
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, 1)
+    axes.axis("off")
+    style: dict[str, Any] = {"parse_math": False, "va": "center", "size": 8.5, "color": INK}
+    left, right = width - _GAP - _LEGEND_TEXT - _LEGEND_BAR, width - _GAP - _LEGEND_TEXT
+    axes.imshow(legend.strip, extent=(left, right, 0.4, 0.8), aspect="auto")
+    axes.text(left - 0.1, 0.6, legend.low, ha="right", **style)
+    axes.text(right + 0.1, 0.6, legend.high, ha="left", **style)
+
+
+def installed_fonts() -> list[str]:
     """Returns the installed fonts of `_FONTS`. Matplotlib would print a warning for each of the others."""
     installed = font_manager.get_font_names()
     return [name for name in _FONTS if name in installed]
 
 
-def _shorten(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """Shortens a text in the middle, because file names often end in a number. Wide characters count as two."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     length = length * len(text) // (len(text) + wide) if wide else length

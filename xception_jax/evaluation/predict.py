@@ -6,21 +6,20 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
 
 from xception_jax.data import folders, imagenet_classes, images
 from xception_jax.errors import InputMissingError
-from xception_jax.metrics.single_label import two_class_logits
-from xception_jax.models import create_model
-from xception_jax.weights import Network
+from xception_jax.evaluation.loading import load_batches
 
-THUMBNAIL = 320  # longer side of a thumbnail, in pixels
-THREADS = 8
+if TYPE_CHECKING:
+    import jax
+    from jaxtyping import Array, Float
+
+    from xception_jax.weights import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +85,10 @@ def class_names(network: Network) -> list[str]:
 
 def probabilities(network: Network, logits: Float[Array, "b n"]) -> Float[Array, "b c"]:
     """Returns the probability of each class; for a single logit, those of both classes that it separates."""
+    import jax
+
+    from xception_jax.metrics.single_label import two_class_logits
+
     return jax.nn.sigmoid(logits) if network.multi_label else jax.nn.softmax(two_class_logits(logits))
 
 
@@ -111,50 +114,27 @@ def predict(
     Yields:
       A prediction for each path, in the same order.
     """
+    import jax  # only here, so that a wrong path is reported at once
+
+    from xception_jax.models import create_model
+
     model = create_model(network.model)
     top = min(top, network.num_classes)
-    size = min(batch_size, len(paths))
-    view = network.preprocessing
 
     @jax.jit
     def forward(variables: dict, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = model.apply(variables, pixels, train=False)
         return jax.lax.top_k(probabilities(network, logits), top)
 
-    def load(number: int) -> tuple[np.ndarray, str, np.ndarray | None]:
-        return _load(paths[number], view, number < thumbnails)
-
     variables = jax.device_put(network.variables)
-    starts = range(0, len(paths), size)
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="decode") as pool:
-        following = pool.map(load, range(size))
-        for start in starts:
-            loaded = list(following)
-            following = pool.map(load, range(start + size, min(start + 2 * size, len(paths))))
-            pixels = np.zeros((size, view.size, view.size, 3), np.float32)
-            for row, (image, _, _) in enumerate(loaded):
-                pixels[row] = image
-            shares, classes = jax.device_get(forward(variables, pixels))
-            for row, (_, error, thumbnail) in enumerate(loaded):
-                path = paths[start + row]
-                if error:
-                    yield Prediction(path, error=error)
-                else:
-                    best = tuple(map(int, classes[row])), tuple(map(float, shares[row]))
-                    yield Prediction(path, *best, thumbnail=thumbnail)
-
-
-def _load(path: Path, view: images.Preprocessing, thumbnail: bool) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Returns the preprocessed image, an error and an optional thumbnail. An unreadable image is all zeros."""
-    pixels = np.zeros((view.size, view.size, 3), np.float32)
-    try:
-        image = images.decode(path.read_bytes())
-    except images.DamagedImageError as error:
-        return pixels, f"it cannot be decoded: {' '.join(str(error).split())}", None
-    except OSError as error:
-        return pixels, f"it cannot be read: {error.strerror}", None
-    view(image, pixels)
-    return pixels, "", images.thumbnail(image, THUMBNAIL) if thumbnail else None
+    for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails):
+        shares, classes = jax.device_get(forward(variables, batch.pixels))
+        for row, path in enumerate(batch.paths):
+            if batch.errors[row]:
+                yield Prediction(path, error=batch.errors[row])
+            else:
+                best = tuple(map(int, classes[row])), tuple(map(float, shares[row]))
+                yield Prediction(path, *best, thumbnail=batch.thumbnails[row])
 
 
 def printable(path: str | Path) -> str:

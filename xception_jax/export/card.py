@@ -108,7 +108,7 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
         metrics = json.loads(path.read_text())
         evaluation = _accuracy(metrics, "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else "")
     except FileNotFoundError:
-        fix = "write it by `python -m xception_jax evaluate SOURCE --json > FILE.json`"
+        fix = "write it by `xception-jax evaluate SOURCE --json > FILE.json`"
         raise InputMissingError("there is no evaluation", str(path), fix) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"the evaluation cannot be read: {type(error).__name__}: {error}"

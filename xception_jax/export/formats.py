@@ -16,7 +16,6 @@ from xception_jax.export.inference import make_inference
 from xception_jax.files import write_atomically
 from xception_jax.weights.network import Network
 
-FORMATS = ("stablehlo", "onnx", "safetensors")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 # The code that loads a file and runs it. The card shows it, and the check runs it on its own images.
@@ -55,7 +54,7 @@ def write_network(network: Network, path: Path, format: str, *, uint8: bool = Fa
     Args:
       network: the network.
       path: the file.
-      format: one of `FORMATS`. 'stablehlo' and 'onnx' contain a function from images to logits, 'safetensors' weights.
+      format: 'stablehlo' or 'onnx', which contain a function from images to logits, or 'safetensors', weights.
       uint8: whether the function takes pixels from 0 to 255; not for 'safetensors'.
 
     Raises:

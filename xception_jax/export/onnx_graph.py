@@ -26,7 +26,7 @@ try:
     from onnx import TensorProto, helper, numpy_helper
 except ImportError:
     raise InputMissingError(
-        "the package onnx is not installed", "requirements-export.txt", "pip install -r requirements-export.txt"
+        "the package onnx is not installed", "--format=onnx", "pip install onnx onnxruntime"
     ) from None
 
 OPSET = 18

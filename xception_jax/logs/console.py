@@ -9,12 +9,15 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging as absl_logging
 from tqdm import tqdm
+
+_SILENT_SECONDS = 2.0
 
 
 def format_count(count: float) -> str:
@@ -89,6 +92,18 @@ def say(line: str) -> None:
     """Prints a line to standard error, above the progress bar if there is one. Errors of the stream are ignored."""
     with contextlib.suppress(OSError, ValueError):  # ValueError if the stream is closed
         tqdm.write(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def announce(phase: str, report: Callable[[str], None] = say) -> Iterator[None]:
+    """Reports what the program is doing if that takes longer than two seconds, so that it is never silent for long."""
+    timer = threading.Timer(_SILENT_SECONDS, report, [f"{phase} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class ProgressLine:

@@ -12,12 +12,12 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from xception_jax.command_line import failing_line
 from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, resolve, to_json
-from xception_jax.errors import ConfigError, InputMissingError, UserError
+from xception_jax.config.shipped import find_config
+from xception_jax.errors import ConfigError, UserError
 
 CONTROLS = ("parameters", "multiply_adds", "width")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
@@ -139,16 +139,13 @@ def load_study(spec: str) -> Study:
     """Loads a study from its file.
 
     Args:
-      spec: 'FILE.py', 'FILE.py:size' or 'FILE.py:size,control'.
+      spec: a shipped study or a file, see `find_config`; ':size' or ':size,control' may follow.
 
     Raises:
       InputMissingError: there is no such file.
       ConfigError: the file does not run, or the study is not valid.
     """
-    path, _, arguments = spec.partition(":")
-    if not Path(path).is_file():
-        choices = ", ".join(sorted(map(str, Path("configs/studies").glob("*.py")))) or "a file of configs/studies/"
-        raise InputMissingError(f"there is no study {path}", path, f"choose {choices}")
+    path, arguments = find_config(spec, "study")
     try:
         module_spec = importlib.util.spec_from_file_location("study_file", path)
         assert module_spec is not None
@@ -162,14 +159,14 @@ def load_study(spec: str) -> Study:
     except UserError:
         raise
     except Exception as error:  # a study is Python and may raise anything
-        line = failing_line(Path(path), error)
-        where = f"{path}:{line}" if line else path
+        line = failing_line(path, error)
+        where = f"{path}:{line}" if line else str(path)
         raise ConfigError(
             f"the study does not run: {type(error).__name__}: {error}",
             where,
             "correct the file, or the size and control after the colon (see its docstring)",
         ) from None
-    return check_study(dataclasses.replace(study, config=resolve(study.config)), path)
+    return check_study(dataclasses.replace(study, config=resolve(study.config)), str(path))
 
 
 def check_study(study: Study, where: str) -> Study:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.environment import with_allocator
 from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
 from xception_jax.logs.console import format_count
 from xception_jax.study.cells import Cell, find_equal
@@ -18,6 +19,17 @@ from xception_jax.study.design import Study
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
+
+
+def check_datasets(study: Study) -> None:
+    """Opens all data of a study, so that missing data are reported before hours of work.
+
+    Raises:
+      InputMissingError: a dataset or one of its splits is missing.
+    """
+    for data in {study.arm_config(arm).data for arm in study.arms}:
+        for split in filter(None, (data.train_split, data.eval_split, data.test_split)):
+            open_dataset(data, split)
 
 
 def run_study(
@@ -93,7 +105,7 @@ def _cell_environment(root: Path, environment: Mapping[str, str]) -> dict[str, s
     """
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH", ""))))
-    return {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), **environment, "PYTHONPATH": path}
+    return {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), **with_allocator(environment), "PYTHONPATH": path}
 
 
 def _total_steps(cells: Sequence[Cell]) -> dict[Path, int]:

@@ -197,5 +197,5 @@ def last_error(log: Path) -> str:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         return ""
-    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    starts = [number for number, line in enumerate(lines) if line.startswith(("error: ", "stopped by "))]
     return " ".join(lines[starts[-1] : starts[-1] + 3]) if starts else (lines[-1] if lines else "")

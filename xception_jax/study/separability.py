@@ -150,7 +150,7 @@ def analyse(source: Path) -> list[LayerSeparability]:
         raise InputMissingError(
             "there is no trained network with regular convolutions of several channels",
             str(source),
-            "train one with --config.model.segments=1, as configs/studies/kernels.py does",
+            "train one with --config.model.segments=1, as studies/kernels does",
         )
     return layers
 

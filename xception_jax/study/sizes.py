@@ -112,4 +112,4 @@ def _imagenet() -> Size:
     config.schedule.learning_rate = 0.6
     config.schedule.warmup = "5 epochs"
     config.ema.decay = 0.999
-    return Size(config, (0, 1, 2), 0.005, "1.1 to 2.4 H100-hours per cell, estimated by a roofline (docs/study.md)")
+    return Size(config, (0, 1, 2), 0.005, "1.1 to 2.4 H100-hours per cell, estimated by a roofline")

@@ -69,7 +69,7 @@ def read_study(root: Path) -> StoredStudy:
         return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
     except (FileNotFoundError, NotADirectoryError):
         raise InputMissingError(
-            "there is no study", str(root), "name the --workdir of `python -m xception_jax study run`"
+            "there is no study", str(root), "name the --workdir of `xception-jax study run`"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise BadDataError(f"{STUDY} cannot be read: {error}", str(root / STUDY), "restore it from a copy") from None

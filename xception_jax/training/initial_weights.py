@@ -101,13 +101,13 @@ def first_state(experiment: Experiment, report: Callable[[str], None], network: 
     layers and an auxiliary head keep theirs if they are not in the file.
 
     Args:
-      experiment: its `config.init.weights` is a file that `load_network` can read, the work directory of a run, or
-        empty.
+      experiment: its `config.init.weights` is what `load_network` can read, the work directory of a run, or empty.
       report: called with one line that describes what was read.
       network: what `complete_config` has read; by default, the weights are read here.
 
     Raises:
       InputMissingError: there is no such file.
+      StorageError: the weights cannot be downloaded.
       BadDataError: the file is damaged, or its network has different parameters.
       ConfigError: the network in the file is not that of `config.model`, or expects images that training cannot
         provide.

@@ -19,6 +19,7 @@ from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, 
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.files import local_directory
+from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
@@ -60,11 +61,14 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         stack.enter_context(open_workdir(path, config))
         preemption = stack.enter_context(Preemption(print_once))
         check_processes()
-        experiment = make_experiment(config)
+        with announce("reading the data and tracing the network", print_once):
+            experiment = make_experiment(config)
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, path))
-        restored = checkpoints.restore_latest(experiment.abstract)
-        step, state = restored if restored else (0, first_state(experiment, print_once, initial))
+        with announce("restoring the newest checkpoint", print_once):
+            restored = checkpoints.restore_latest(experiment.abstract)
+        with announce("initializing the network", print_once):
+            step, state = restored if restored else (0, first_state(experiment, print_once, initial))
         journal = stack.enter_context(Journal(experiment, path, step, started))
         journal.header(path, step)
         if config.data.cache_features:
@@ -152,7 +156,8 @@ class Loop:
         trains = step < total
         if trains:
             self._open_feed()  # batches load while the step compiles
-            train_step = self.experiment.compile_step()
+            with announce("compiling the training step, which can take a minute", print_once):
+                train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
             trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
         while True:
@@ -180,14 +185,15 @@ class Loop:
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
         from xception_jax.training.summary import summarize_run  # imports matplotlib, which would delay the first step
 
-        return summarize_run(
-            self.experiment,
-            self.workdir,
-            self.journal,
-            predictions,
-            fingerprint=state_fingerprint(self.state),
-            seconds_to_first_step=self.seconds_to_first_step,
-        )
+        with announce("writing the report", print_once):
+            return summarize_run(
+                self.experiment,
+                self.workdir,
+                self.journal,
+                predictions,
+                fingerprint=state_fingerprint(self.state),
+                seconds_to_first_step=self.seconds_to_first_step,
+            )
 
     def close(self) -> None:
         """Stops the threads that load batches."""
@@ -301,7 +307,8 @@ class Loop:
 
         variables = self.state.all_variables()
         start = time.monotonic()
-        with self.journal.pause(), contextlib.closing(iter(self.evaluation_batches[split])) as iterator:
+        announced = announce(f"evaluating on {split}: {len(source):,} images", print_once)
+        with announced, self.journal.pause(), contextlib.closing(iter(self.evaluation_batches[split])) as iterator:
             metrics, predictions = evaluate(
                 self.evaluation_step,
                 self.metrics,

@@ -22,6 +22,7 @@ from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG
 from xception_jax.weights import Network, Preprocessing, hub
+from xception_jax.weights.released import WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     """
     path = Path(workdir)
     if hub.read(path / CONFIG) is not None:
-        fix = f"use the weight file in it: {path / hub.WEIGHTS}"
+        fix = f"use the weight file in it: {path / WEIGHTS}"
         raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
     try:
         config = from_json((path / CONFIG).read_text())

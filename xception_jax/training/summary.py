@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import jax
 
 from xception_jax.data import images
 from xception_jax.data.sources import Source
-from xception_jax.environment import installed_versions, peak_memory
+from xception_jax.environment import command, installed_versions, peak_memory
 from xception_jax.metrics import Metric, main_metric
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions
@@ -82,7 +80,7 @@ def summarize_run(
             "total_steps": experiment.total_steps,
             "wall_seconds": journal.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "command": command(),
             "commit": _commit(),
             "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         }

@@ -10,7 +10,6 @@ from typing import Any
 from xception_jax.data.images import Preprocessing
 from xception_jax.weights import guard
 
-WEIGHTS = "model.safetensors"  # beside the config
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
 _FIELDS = {"input_size": "size", "crop_pct": "crop", "interpolation": "interpolation", "mean": "mean", "std": "std"}
 

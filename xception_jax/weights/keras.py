@@ -11,10 +11,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-from flax.traverse_util import flatten_dict
 
-from xception_jax.config import ModelConfig, resolve_model, to_dict
-from xception_jax.errors import BadDataError, ConfigError
+from xception_jax.config import ModelConfig, resolve_model
+from xception_jax.errors import BadDataError
 from xception_jax.weights import keras_architecture, tree
 from xception_jax.weights.keras_file import KerasFile, Submodel, open_keras, read
 from xception_jax.weights.keras_layers import of_kind, targets
@@ -27,15 +26,8 @@ _XCEPTION_ENTRY_AND_EXIT, _INCEPTION_V3 = 10, 94
 _IMAGENET_CLASSES = 1000
 # Keras 3 names the layers in a file by class and position.
 _GROUPS = {"conv": "conv2d", "separable": "separable_conv2d", "norm": "batch_normalization", "dense": "dense"}
-# Fixed in Keras' networks. With other values these compute another function.
-_REQUIRED = {
-    "padding": "same",
-    "order": "depthwise_first",
-    "intermediate_activation": "none",
-    "segments": "depthwise",
-    "group_width": None,
-    "batch_norm.epsilon": 1e-3,
-}
+# What keras.applications has, by our name.
+_NETWORKS = {name: resolve_model({"name": name}) for name in ("xception", "inception_v3")}
 
 
 def import_keras(path: Path, model: ModelConfig | None, demanded: bool | None) -> Imported:
@@ -130,29 +122,26 @@ def save_keras(path: str | os.PathLike, network: Network) -> None:
     model loads the file.
 
     Raises:
-      ConfigError: Keras' network computes another function, whatever its weights.
+      ConfigError: Keras' network has other shapes or computes another function.
       BadDataError: the variables do not fit `network.model`.
       StorageError: the file cannot be written.
     """
-    fields = flatten_dict(to_dict(network.model), sep=".")
-    for name, value in _REQUIRED.items():
-        if fields.get(name, value) != value:
-            what = f"Keras' network has {name} {value!r}, this one {fields[name]!r}"
-            raise ConfigError(what, f"config.model.{name}", "save it as .safetensors")
+    tree.require_network(network.model, _NETWORKS, "keras.applications", tree.HIDDEN)
     leaves = {name: np.asarray(leaf) for name, leaf in tree.flatten(network.variables).items()}
     tree.check(leaves, network.model, os.fspath(path))
-    present = [target for target in targets(network.model) if leaves.keys() >= set(target.leaves)]
-    if left_over := sorted(leaves.keys() - {leaf for target in present for leaf in target.leaves}):
-        what = f"Keras' network has no place for {tree.listed(left_over)}"
-        raise ConfigError(what, "config.model", "save it as .safetensors")
     content, counts = io.BytesIO(), collections.Counter[str]()
     with h5py.File(content, "w") as file:
-        for target in present:  # the head may be missing
+        for target in targets(network.model):
+            if target.leaves[0] not in leaves:  # the head may be missing
+                continue
             number = f"_{counts[target.kind]}" if counts[target.kind] else ""
             counts[target.kind] += 1
             for i, (leaf, shape) in enumerate(zip(target.leaves, target.shapes, strict=True)):
-                file[f"layers/{_GROUPS[target.kind]}{number}/vars/{i}"] = leaves[leaf].reshape(shape)
+                name = f"layers/{_GROUPS[target.kind]}{number}/vars/{i}"
+                dataset = file.create_dataset(name, data=leaves[leaf].reshape(shape))
+                if leaves[leaf].dtype == "bfloat16":  # HDF5 only knows that it has two bytes
+                    dataset.attrs["dtype"] = "bfloat16"
     write(path, content.getvalue())
     if counts["dense"] > 1:
         text = "keras.applications has no hidden layers: put average pooling and these Dense layers on a base without"
-        print(f"note: {text} top; it then loads the file (docs/weights.md)", file=sys.stderr)
+        print(f"note: {text} top; it then loads the file", file=sys.stderr)

@@ -6,24 +6,16 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, UsageError
-from xception_jax.weights import guard, own, tree
+from xception_jax.weights import guard, own, sources, tree
 from xception_jax.weights.keras import import_keras
 from xception_jax.weights.network import Imported, Network, Preprocessing
+from xception_jax.weights.released import KERAS_FILES
 from xception_jax.weights.timm import import_timm
-
-# Public files by their MD5, which Keras publishes (`file_hash` in keras/src/applications). It publishes no SHA-256.
-_RELEASED = {
-    "0a58e3b7378bc2990ea3b43d5981f1f6": "xception_weights_tf_dim_ordering_tf_kernels.h5",
-    "b0042744bf5b25fce3cb969f33bebb97": "xception_weights_tf_dim_ordering_tf_kernels_notop.h5",
-    "9a0d58056eeedaa3f26cb7ebd46da564": "inception_v3_weights_tf_dim_ordering_tf_kernels.h5",
-    "bcbd6486424b2319ff4ef7d526e38f63": "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
-}
 
 
 def load_network(
@@ -35,7 +27,8 @@ def load_network(
     any name. `variables['params']` has no 'head' if the file has none, or none that fits.
 
     Args:
-      path: our own safetensors, timm's safetensors, or a Keras file: legacy `.h5`, `.weights.h5` or `.keras`.
+      path: our own safetensors, timm's safetensors, or a Keras file: legacy `.h5`, `.weights.h5` or `.keras`; or the
+        name or address of a public file, which is downloaded (see `sources.find`).
       model: `config.model` of the network; by default it is inferred from the tensors.
       head: of a Keras or timm file: True requires the classifier, which must then fit `num_classes` and `fc_layers`;
         False leaves it out; None reads it if it is there and fits, and reports if it does not.
@@ -46,8 +39,10 @@ def load_network(
       BadDataError: the file is damaged, refused, of an unknown kind, or does not fit `model`; the message names what is
         missing or left over.
       UsageError: `model` contradicts the description in one of our own files.
+      StorageError: the file cannot be downloaded or read.
     """
-    path, model = Path(path), None if model is None else resolve_model(model)
+    source, model = sources.find(path), None if model is None else resolve_model(model)
+    path = source.path
     sha256, md5 = guard.hashes(path)
     is_keras = guard.container_format(path) != "safetensors"
     tensors, metadata = ({}, {}) if is_keras else guard.read_safetensors(path)
@@ -56,13 +51,16 @@ def load_network(
         if model is not None and tree.describe(model) != tree.describe(network.model):
             what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
             raise UsageError(what, str(path), "leave the model out: the file describes itself")
-        return _with_size(network, size or network.preprocessing.size)
+        return _finished(network, source.name, size or network.preprocessing.size)
     imported = import_keras(path, model, head) if is_keras else import_timm(tensors, path, model, head)
     network, notes = dataclasses.replace(imported.network, sha256=sha256), imported.notes
-    if md5 in _RELEASED:
-        classes = tuple(class_names()) if "head" in network.variables["params"] else None
-        network, size = dataclasses.replace(network, classes=classes), size or Preprocessing.size
-    if path.name in _RELEASED.values() and _RELEASED.get(md5) != path.name:
+    if source.release is not None or md5 in KERAS_FILES:
+        imagenet = tuple(class_names())
+        has_them = "head" in network.variables["params"] and network.model.num_classes == len(imagenet)
+        network = dataclasses.replace(network, classes=imagenet if has_them else None)
+    if md5 in KERAS_FILES:
+        size = size or Preprocessing.size
+    if path.name in KERAS_FILES.values() and KERAS_FILES.get(md5) != path.name:
         doubt = f"{path.name} is the name of a public file, but this is another one (MD5 {md5})"
         print(f"warning: {doubt}", file=sys.stderr)
     height, width = imported.image_shape or (Preprocessing.size, Preprocessing.size)
@@ -72,11 +70,12 @@ def load_network(
         what = f"the network in the file takes images of {height} x {width} pixels"
         notes.append(f"{what}; ours are square, using {max(height, width)} (convert --size)")
     _print(notes)
-    return _with_size(network, size or max(height, width))
+    return _finished(network, source.name, size or max(height, width))
 
 
-def _with_size(network: Network, size: int) -> Network:
-    return dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))
+def _finished(network: Network, source: str, size: int) -> Network:
+    preprocessing = dataclasses.replace(network.preprocessing, size=size)
+    return dataclasses.replace(network, source=source, preprocessing=preprocessing)
 
 
 def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None
     Returns:
       {'params', 'batch_stats'}, NumPy arrays with the dtypes of the file; `params` has no 'head' if none is read.
     """
-    path = Path(path)
+    path = sources.find(path).path
     guard.require_file(path)
     return _variables(import_keras(path, resolve_model(model), head))
 
@@ -96,8 +95,10 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
     timm pads max pools and counts the padding in average pools (`model.padding='symmetric'`). BatchNorm's epsilon is
     1e-5 in `legacy_xception` and 1e-3 in `inception_v3`, whose BatchNorm has a scale. A note reports a `model` with
     another padding or epsilon. The auxiliary classifier is read if `model` has one.
+
+    timm publishes `legacy_xception` only as a pickle, which is not read here. Convert it first (docs/weights.md).
     """
-    path = Path(path)
+    path = sources.find(path).path
     guard.require_file(path)
     if guard.container_format(path) != "safetensors":
         raise BadDataError("the file is not a safetensors file", str(path), "read Keras files with load_keras")

@@ -1,28 +1,47 @@
-"""Reads the weights of timm's `legacy_xception` and `inception_v3`, and of torchvision's `inception_v3`."""
+"""Reads and writes Xception and Inception V3 with the names of timm, and reads those of related PyTorch projects.
+
+timm's `legacy_xception` descends from Cadene's pretrained-models, whose Xception FaceForensics++ and DeepfakeBench use
+too: all name the layers below the classifier alike. timm's and torchvision's `inception_v3` share their names as well.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from xception_jax.config import ModelConfig, XceptionConfig, resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.weights import hub, tree
 from xception_jax.weights.network import Imported, Network, Preprocessing
+from xception_jax.weights.own import write
 
-_EPSILONS = {"xception": 1e-5, "inception_v3": 1e-3}
+# What timm's networks compute, by our name.
+_NETWORKS = {
+    "xception": resolve_model({"name": "xception", "padding": "symmetric", "batch_norm": {"epsilon": 1e-5}}),
+    "inception_v3": resolve_model({"name": "inception_v3", "padding": "symmetric", "batch_norm": {"scale": True}}),
+}
 # Pillow's bicubic interpolation, which PyTorch uses, is antialiased.
 _PREPROCESSING = {
     "xception": Preprocessing(crop=0.8975, interpolation="antialiased_bicubic"),
     "inception_v3": Preprocessing(crop=0.875, interpolation="antialiased_bicubic"),
 }
+# FaceForensics++ and DeepfakeBench resize the whole image.
+_WHOLE_IMAGE = Preprocessing(crop=1.0, interpolation="antialiased_bilinear")
+_IMAGENET_CLASSES = 1000
 _LANDMARKS = {"xception": "conv3.conv1.weight", "inception_v3": "Mixed_5b.branch1x1.conv.weight"}  # one tensor of each
+# The linear layer on top: timm and torchvision; Cadene, FaceForensics++ and DeepfakeBench; both behind a dropout.
+_HEADS = ("fc", "last_linear", "fc.1", "last_linear.1")
 _ABOVE = ("fc", "classifier.", "head.", "last_linear.")  # names of layers above the network
-_AUXILIARY = "AuxLogits."
+# Parts below the classifier that do not lead to it.
+_UNUSED = {
+    "AuxLogits.": "the auxiliary classifier (config.model.aux_head=True reads it)",
+    "adjust_channel.": "a layer of DeepfakeBench that its Xception does not use",
+}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _MODULES = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
@@ -36,41 +55,80 @@ def import_timm(
 ) -> Imported:
     """Reads a network from tensors with timm's names; `demanded` is the `head` of `load_network`."""
     where, prefix = str(path), _prefix(tensors, str(path))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
-    below = {name for name in tensors if name.startswith(prefix) and not name.removeprefix(prefix).startswith(_ABOVE)}
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name in below}
-    above = {name: tensor for name, tensor in tensors.items() if name not in below}
-    model = _infer(own, above.get(f"{prefix}fc.weight")) if model is None else model
-    names, shapes, notes = timm_names(model), tree.shapes(model), []
-    for field, value, theirs in (
-        ("padding", model.padding, "symmetric"),
-        ("batch_norm.epsilon", model.batch_norm.epsilon, _EPSILONS.get(model.name, model.batch_norm.epsilon)),
+    own: dict[str, np.ndarray] = {}  # by the name without the prefix
+    above: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(prefix)
+        if not name.startswith(prefix) or inner.startswith(_ABOVE):
+            above[name] = tensor
+        elif not name.endswith(".num_batches_tracked"):
+            own[inner] = tensor
+    head = next((layer for layer in _HEADS if f"{prefix}{layer}.weight" in above), "fc")
+    model = _infer(own, above.get(f"{prefix}{head}.weight")) if model is None else model
+    names, shapes, notes = timm_names(model, head), tree.shapes(model), []
+    theirs = _NETWORKS.get(model.name, model)
+    for field, value, other in (
+        ("padding", model.padding, theirs.padding),
+        ("batch_norm.epsilon", model.batch_norm.epsilon, theirs.batch_norm.epsilon),
     ):
-        if value != theirs:
-            notes.append(f"timm computes with config.model.{field}={theirs!r}, the model has {value!r}")
-    has_auxiliary = any(name.startswith(_AUXILIARY) for name in names.values())
-    if not has_auxiliary and any(name.startswith(_AUXILIARY) for name in own):
-        notes.append("left out: AuxLogits.*, the auxiliary classifier (config.model.aux_head=True reads it)")
+        if value != other:
+            notes.append(f"timm computes with config.model.{field}={other!r}, the model has {value!r}")
+    for part, meaning in _UNUSED.items():
+        unused = {name for name in own if name.startswith(part)}
+        if unused and not unused & set(names.values()):
+            own = {name: tensor for name, tensor in own.items() if name not in unused}
+            notes.append(f"left out: {prefix}{part}*, {meaning}")
 
-    head = [leaf for leaf in names if leaf.startswith(tree.HEAD)]
-    ours = sorted(f"{prefix}{names[leaf]} {shapes[leaf][::-1]}" for leaf in head)
+    ours = sorted(f"{prefix}{names[leaf]} {shapes[leaf][::-1]}" for leaf in names if leaf.startswith(tree.HEAD))
     problem = tree.compare_heads(ours, sorted(f"{name} {tensor.shape}" for name, tensor in above.items()))
     is_read, head_notes = tree.select_head(demanded, problem, sorted(above), sorted(above), where)
     if is_read:
         own |= {name.removeprefix(prefix): tensor for name, tensor in above.items()}
     our_names = {name: leaf for leaf, name in names.items()}
-    leaves = {
-        # PyTorch's kernels are [out, in, h, w] and [out, in], ours [h, w, in, out] and [in, out].
-        our_names.get(name, name): tensor.transpose((2, 3, 1, 0) if tensor.ndim == 4 else None)
-        for name, tensor in own.items()
-        if has_auxiliary or not name.startswith(_AUXILIARY)
-    }
+    leaves = {our_names.get(name, name): _our_layout(name, tensor) for name, tensor in own.items()}
     tree.check(leaves, model, where, names)
-    default = _PREPROCESSING.get(model.name, Preprocessing())
+    is_imagenet = head == "fc" or model.num_classes == _IMAGENET_CLASSES or not is_read
+    default = _PREPROCESSING.get(model.name, Preprocessing()) if is_imagenet else _WHOLE_IMAGE
     num_classes = model.num_classes if is_read else 0
     preprocessing, classes, hub_notes = hub.describe(path.with_name("config.json"), default, num_classes)
     network = Network(model, tree.unflatten(leaves), preprocessing, classes, where, "")
-    return Imported(network, (preprocessing.size, preprocessing.size), notes + head_notes + hub_notes)
+    image_shape = None if preprocessing is _WHOLE_IMAGE else (preprocessing.size, preprocessing.size)
+    return Imported(network, image_shape, notes + head_notes + hub_notes)
+
+
+def _our_layout(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Converts a kernel from [out, in, h, w] or [out, in] to [h, w, in, out] or [in, out]."""
+    if name.endswith(".pointwise.weight") and tensor.ndim == 2:  # without its sides of 1, as in xception-b5690688
+        tensor = tensor[:, :, None, None]
+    return tensor.transpose((2, 3, 1, 0) if tensor.ndim == 4 else None)
+
+
+def save_timm(path: str | os.PathLike, network: Network) -> None:
+    """Writes the weights as timm does, bit by bit.
+
+    `timm.create_model("legacy_xception", num_classes=...)`, or "inception_v3", loads the file with `strict=True`, with
+    `num_classes=0` if the network has no head and `aux_logits=True` if it has an auxiliary one. A BatchNorm without
+    scale gets a scale of ones.
+
+    Raises:
+      ConfigError: timm's network has other shapes or computes another function.
+      BadDataError: the variables do not fit `network.model`.
+      StorageError: the file cannot be written.
+    """
+    leaves = {name: np.asarray(leaf) for name, leaf in tree.flatten(network.variables).items()}
+    has_head = any(name.startswith(tree.HEAD) for name in leaves)
+    head_fields = ("aux_head",) if has_head else tree.HIDDEN  # in timm, both heads have as many classes
+    tree.require_network(network.model, _NETWORKS, "timm", ("batch_norm.scale", *head_fields))
+    tree.check(leaves, network.model, os.fspath(path))
+    names, tensors = timm_names(network.model), {}
+    for leaf, value in leaves.items():
+        name = names[leaf]
+        tensors[name] = np.ascontiguousarray(value.transpose((3, 2, 0, 1) if value.ndim == 4 else None))
+        if norm := re.fullmatch(r"(.+)\.running_mean", name):
+            tensors[f"{norm[1]}.num_batches_tracked"] = np.zeros((), np.int64)
+            if not network.model.batch_norm.scale:
+                tensors[f"{norm[1]}.weight"] = np.ones_like(value)
+    write(path, safetensors.numpy.save(tensors, {"format": "pt"}))
 
 
 def _prefix(tensors: Mapping[str, np.ndarray], where: str) -> str:
@@ -78,7 +136,7 @@ def _prefix(tensors: Mapping[str, np.ndarray], where: str) -> str:
     landmark = re.compile(r"(|.*\.)(" + "|".join(map(re.escape, _LANDMARKS.values())) + ")")
     prefixes = {match[1] for name in tensors if (match := landmark.fullmatch(name))}
     if not prefixes:
-        what = "the names of the tensors are neither timm's legacy_xception nor inception_v3"
+        what = "the names of the tensors are neither those of Xception nor of Inception V3 in PyTorch"
         raise BadDataError(what, where, "other networks of the Xception family (xception41, 65, 71) are not supported")
     if len(prefixes) > 1:
         what = f"the file holds the network more than once: {tree.listed(sorted(f'{each}*' for each in prefixes))}"
@@ -87,24 +145,23 @@ def _prefix(tensors: Mapping[str, np.ndarray], where: str) -> str:
 
 
 def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> ModelConfig:
-    model: dict[str, Any] = {"name": "xception" if _LANDMARKS["xception"] in tensors else "inception_v3"}
-    if model["name"] == "xception":
+    model = _NETWORKS["xception" if _LANDMARKS["xception"] in tensors else "inception_v3"]
+    if isinstance(model, XceptionConfig):
         blocks = {name.split(".")[0] for name in tensors if re.match(r"block\d+\.", name)}
-        model["middle_blocks"] = max(0, len(blocks) - 4)
-    if classifier is not None and classifier.ndim == 2:
-        model["num_classes"] = classifier.shape[0]
-    batch_norm = {"epsilon": _EPSILONS[model["name"]], "scale": True}
-    return resolve_model(model | {"padding": "symmetric", "batch_norm": batch_norm})
+        model = model.replace(middle_blocks=max(0, len(blocks) - 4))
+    if classifier is None or classifier.ndim != 2:
+        return model
+    return model.replace(num_classes=classifier.shape[0])
 
 
-def timm_names(model: ModelConfig) -> dict[str, str]:
-    """Returns timm's name of each of our variables."""
+def timm_names(model: ModelConfig, head: str = "fc") -> dict[str, str]:
+    """Returns timm's name of each of our variables; other projects call the classifier (`head`) something else."""
     names = {}
     for leaf in tree.shapes(model):
         _, layer, *parts, last = leaf.split("/")
         kind, layer = ("bn", layer.removesuffix("_bn")) if layer.endswith("_bn") else ("conv", layer)
         if layer == "head":
-            module = "fc" if parts == ["predictions"] else parts[0]
+            module = head if parts == ["predictions"] else parts[0]
         elif isinstance(model, XceptionConfig):
             inner = {"spatial": ".conv1", "pointwise": ".pointwise"}.get(parts[0], f".{parts[0]}") if parts else ""
             module = _xception_module(layer, kind, 6 + model.middle_blocks) + inner

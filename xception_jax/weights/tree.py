@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_jax.config import ModelConfig, resolve_model, to_dict
-from xception_jax.errors import BadDataError
+from xception_jax.config import flatten as flatten_fields
+from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.models import create_model
 from xception_jax.weights.guard import COPY_AGAIN
 
 HEAD = "params/head/"
+HIDDEN = ("fc_layers", "fc_width")  # fields of the hidden layers of a head
+# Fields that change neither shapes below the classifier nor what a network computes in evaluation.
+_FREE = ("num_classes", "dropout_rate", "dtype", "batch_norm.momentum", "batch_norm.statistics")
 _MAX_LISTED = 5  # names in one message
 
 
@@ -75,6 +79,28 @@ def check(
             raise BadDataError(f"{name} holds {leaf.dtype}, not floating-point numbers", where, COPY_AGAIN)
         if not np.isfinite(leaf).all() or (name.endswith("/var") and leaf.min() < 0):
             raise BadDataError(f"{name} holds non-finite values or a negative variance", where, COPY_AGAIN)
+
+
+def require_network(model: ModelConfig, theirs: Mapping[str, ModelConfig], library: str, free: Collection[str]) -> None:
+    """Checks that a library has the network: with the same shapes, and computing the same function.
+
+    Args:
+      model: `config.model` of the network.
+      theirs: the library's networks by our name.
+      library: its name, for messages.
+      free: fields that may differ, besides those without effect on shapes and evaluation.
+
+    Raises:
+      ConfigError: it does not; `where` is the field that differs.
+    """
+    fix = "save it in our own layout, OUT.safetensors, which holds every network"
+    if model.name not in theirs:
+        raise ConfigError(f"{library} has no {model.name}", "config.model.name", fix)
+    expected = flatten_fields(to_dict(theirs[model.name]))
+    for field, value in flatten_fields(to_dict(model)).items():
+        if value != expected[field] and field not in (*_FREE, *free):
+            what = f"the network of {library} has {field}={expected[field]!r}, this one {value!r}"
+            raise ConfigError(what, f"config.model.{field}", f"{fix}, or train with {field}={expected[field]!r}")
 
 
 def select_head(

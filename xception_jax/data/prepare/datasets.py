@@ -78,7 +78,7 @@ def _prepare_command(name: str, data_dir: Path) -> str:
         arguments = f"{name} --source DIR"
     else:
         arguments = f"image_folder --name {name} --source DIR"
-    return f"python -m xception_jax prepare {arguments} --data_dir {data_dir}"
+    return f"xception-jax prepare {arguments} --data_dir {data_dir}"
 
 
 def find_class_names(data: DataConfig) -> tuple[str, ...] | None:

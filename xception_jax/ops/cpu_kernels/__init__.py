@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import platform
 from typing import NamedTuple
@@ -20,8 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from xception_jax.environment import ALLOCATOR, TUNABLES, lacks_allocator
 from xception_jax.ops.cpu_kernels import build
 from xception_jax.ops.padding import Pads, output_size
+
+log = logging.getLogger(__name__)
 
 # Rows and columns of the kernels that `depthwise` takes: constants of its loops.
 DEPTHWISE_SIDES = (3, 5, 7)
@@ -86,6 +90,7 @@ def conv_filter_gradient(
     pads: Pads,
 ) -> Float[Array, "kh kw c_per_segment f"]:
     """Returns the gradient of `conv` for its kernel."""
+    _mention_allocator()
     return _call(
         "conv_filter_gradient",
         kernel_shape,
@@ -123,6 +128,7 @@ def depthwise_filter_gradient(
     x: Float[Array, "b h w c"], dy: Float[Array, "b oh ow f"], kernel_shape: tuple[int, ...], pads: Pads
 ) -> Float[Array, "k k c_per_segment f"]:
     """Returns the gradient of `depthwise` for its kernel."""
+    _mention_allocator()
     return _call("depthwise_filter_gradient", kernel_shape, x, dy, pads=pads)
 
 
@@ -246,6 +252,18 @@ def _call(
     attributes |= {"top": pads[0][0], "left": pads[1][0]}
     typed = {key: np.bool_(value) if isinstance(value, bool) else np.int64(value) for key, value in attributes.items()}
     return call(*arrays, **typed)
+
+
+@functools.cache
+def _mention_allocator() -> None:
+    """Says once that a network is trained without the allocator's settings, as in a loop of one's own."""
+    if lacks_allocator():
+        log.warning(
+            "Training on a CPU is faster with other settings of the memory allocator. `xception-jax train` sets them "
+            "itself. For your own program, set them before Python starts: export %s=%s",
+            TUNABLES,
+            ALLOCATOR,
+        )
 
 
 def _use_amx() -> bool:

@@ -15,11 +15,13 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import jaxlib
+from tqdm import tqdm
 
 # The FFI handlers of each source file. Two libraries, so that training does not wait for the inference kernels to
 # compile.
@@ -67,6 +69,7 @@ def library(source: str) -> ctypes.CDLL | None:
     path = cache / f"cpu_{source}_{_version(source)}.so"
     try:
         if not path.exists():
+            tqdm.write(f"building the CPU kernels ({source}), once: 10 to 20 s ...", file=sys.stderr)
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 built = Path(scratch) / path.name

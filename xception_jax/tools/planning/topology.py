@@ -65,7 +65,7 @@ class Topology:
             raise InputMissingError(
                 "libtpu is not installed; it compiles for TPUs on any x86 machine with Linux",
                 "the Python environment",
-                f"pip install 'jax[tpu]=={jax.__version__}', or -r requirements-plan.txt in a separate environment",
+                f"pip install 'jax[tpu]=={jax.__version__}', best in a separate environment",
             )
         from jax.experimental import topologies
 

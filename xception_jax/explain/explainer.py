@@ -1,0 +1,136 @@
+"""Explains images with a trained network, in batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from xception_jax.data.images import Preprocessing
+from xception_jax.evaluation.loading import THUMBNAIL, load_batches
+from xception_jax.explain.methods import FUNCTIONS, Explanation
+from xception_jax.explain.options import BASELINES
+from xception_jax.models import create_model
+from xception_jax.weights import Network
+
+Explainer = Callable[..., Explanation]
+"""A jitted function of (variables, preprocessed images, classes=...), where the classes have a default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """The explanation of one image file.
+
+    Attributes:
+      path: path of the image.
+      error: why the image cannot be read, or ''. All other fields have their defaults then.
+      label: the explained class.
+      is_absence: whether the map explains the absence of the class, which a network with a single logit can decide.
+      probability: probability of what is explained: of the class, or of its absence.
+      heat: evidence for it at each position of the part of the image that the network sees.
+      residual: for integrated gradients, the share of the change of the logit that the map misses.
+      thumbnail: the image, uint8 RGB, if requested.
+    """
+
+    path: Path
+    error: str = ""
+    label: int = 0
+    is_absence: bool = False
+    probability: float = 0.0
+    heat: Float32[np.ndarray, "h w"] = dataclasses.field(default_factory=lambda: np.zeros((1, 1), np.float32))
+    residual: float = 0.0
+    thumbnail: np.ndarray | None = None
+
+
+def make_explainer(
+    network: Network,
+    method: str,
+    label: int | None = None,
+    *,
+    block: str | None = None,
+    steps: int | None = None,
+    baseline: str | None = None,
+    batch_size: int = 1,
+) -> Explainer:
+    """Returns a method with all of its arguments but the variables and the preprocessed images.
+
+    Args:
+      network: a network with a classifier; only its description is used.
+      method: name of a method, which determines the options that are used.
+      label: the class to explain; None is the most probable class of each image.
+      block: name of an endpoint, for Grad-CAM and HiResCAM.
+      steps: points on the path of integrated gradients.
+      baseline: name of the image where that path starts.
+      batch_size: number of images that the network sees at once.
+    """
+    options: dict[str, Any] = {"endpoint": block}
+    if method == "integrated_gradients":
+        options = {"steps": steps, "batch_size": batch_size, "baseline": uniform_image(network.preprocessing, baseline)}
+    given = {name: value for name, value in options.items() if value is not None}
+    return jax.jit(functools.partial(FUNCTIONS[method], create_model(network.model), classes=label, **given))
+
+
+def uniform_image(view: Preprocessing, name: str | None) -> Float32[np.ndarray, "1 1 1 3"]:
+    """Returns an image of `BASELINES` (by default the first) as one preprocessed pixel."""
+    level = BASELINES[name or next(iter(BASELINES))]
+    return ((level - np.asarray(view.mean)) / np.asarray(view.std)).astype(np.float32).reshape(1, 1, 1, 3)
+
+
+def explain_files(
+    network: Network,
+    explainer: Explainer,
+    paths: Sequence[Path],
+    *,
+    batch_size: int,
+    thumbnails: int = 0,
+    longest: int = THUMBNAIL,
+) -> Iterator[Explained]:
+    """Explains image files. The next batch is decoded while the devices compute.
+
+    Args:
+      network: a network with a classifier.
+      explainer: from `make_explainer`.
+      paths: paths of the images.
+      batch_size: images per batch.
+      thumbnails: number of images, from the first, whose explanation includes a thumbnail.
+      longest: longer side of a thumbnail, in pixels.
+
+    Yields:
+      An explanation for each path, in the same order.
+    """
+    variables = jax.device_put(network.variables)
+    for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails, longest=longest):
+        explanation = jax.device_get(explainer(variables, batch.pixels))
+        chances = explained_probabilities(network, explanation)
+        for row, path in enumerate(batch.paths):
+            if batch.errors[row]:
+                yield Explained(path, batch.errors[row])
+                continue
+            heat = explanation.maps[row].astype(np.float32)
+            residual = 0.0
+            if explanation.residuals is not None:
+                change = heat.sum() - explanation.residuals[row]
+                residual = float(abs(explanation.residuals[row]) / max(abs(change), 1e-6))
+            yield Explained(
+                path,
+                label=int(explanation.classes[row]),
+                is_absence=bool(explanation.signs[row] < 0),
+                probability=float(chances[row]),
+                heat=heat,
+                residual=residual,
+                thumbnail=batch.thumbnails[row],
+            )
+
+
+def explained_probabilities(network: Network, explanation: Explanation) -> Float32[np.ndarray, " b"]:
+    """Returns the probability of what each map explains."""
+    activation = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[network.probabilities]
+    rows = np.arange(len(explanation.logits))
+    chosen = np.asarray(activation(explanation.logits))[rows, explanation.classes]
+    return np.where(explanation.signs < 0, 1 - chosen, chosen)

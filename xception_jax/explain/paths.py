@@ -1,0 +1,26 @@
+"""Tells files from folders among output paths. Does not import JAX, so that a wrong path is reported at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from xception_jax.errors import InputMissingError, UsageError
+
+
+def is_file(path: str) -> bool:
+    """Returns whether an output path means a PNG. Everything without a suffix is a folder."""
+    return not path.endswith(os.sep) and Path(path).suffix != "" and not Path(path).is_dir()
+
+
+def check_output(path: str, suffix: str) -> None:
+    """Checks that an output file can be written, to fail before the computation.
+
+    Raises:
+      UsageError: the file has another suffix.
+      InputMissingError: its folder is missing.
+    """
+    if is_file(path) and Path(path).suffix.lower() != suffix:
+        raise UsageError(f"the file is written as {suffix}", path, f"use a name that ends in {suffix}")
+    if not Path(path).absolute().parent.is_dir():
+        raise InputMissingError("there is no such directory", path, "create it, or choose another path")
