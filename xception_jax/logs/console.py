@@ -88,6 +88,11 @@ class Progress:
         return "  ".join(parts)
 
 
+# Creates the lock that all lines share. A timer thread must not be the first to do so: tqdm would import from
+# multiprocessing there, while TensorFlow Datasets makes imports lazy during its own, and the program would hang.
+tqdm.get_lock()
+
+
 def say(line: str) -> None:
     """Prints a line to standard error, above the progress bar if there is one. Errors of the stream are ignored."""
     with contextlib.suppress(OSError, ValueError):  # ValueError if the stream is closed
