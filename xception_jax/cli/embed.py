@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.files import require_source
+from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.evaluation.features import Embedder, Features
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from xception_jax.evaluation.predict import find_images, printable
 
     paths = find_images(args.images) if args.images else []
-    require_source(args.weights)
+    require_known(args.weights)
     from xception_jax.runs import open_network, without_classifier  # JAX takes seconds to import
 
     network = open_network(args.weights, args.step)

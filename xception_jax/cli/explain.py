@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
 from xception_jax.explain.paths import check_output
-from xception_jax.files import require_source
+from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from xception_jax.evaluation.predict import class_names, find_images, printable
 
     paths = find_images(args.images)
-    require_source(args.weights)
+    require_known(args.weights)
     from xception_jax.explain import files  # JAX takes seconds to import
     from xception_jax.explain.explainer import explain_files, make_explainer
     from xception_jax.runs import open_network, require_classifier
