@@ -52,6 +52,20 @@ def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
     assert (validation[0]["image"], validation[0]["label"]) == (files["val/rose/a.webp"], 1)
 
 
+def test_folders_below_a_class_can_be_its_groups(tmp_path, data):
+    image = jpeg(photograph(0))
+    names = [f"{label}/patient{n}/{k}.jpg" for label in ("ill", "well") for n in range(10) for k in range(2)]
+    folder = write_folder(tmp_path / "scans", dict.fromkeys(names, image))
+    arguments = ["image_folder", "--source", folder, "--name", "scans", "--data_dir", tmp_path]
+    prepare(*arguments, "--groups", "(.+/patient[0-9]+)/")
+    splits = [opened(data, tmp_path, "scans", split) for split in ("train", "validation", "test")]
+    assert sorted(name for source in splits for name in source.column("file_name")) == sorted(names)
+    assert splits[0].info.class_names == ("ill", "well")
+    for source in splits:
+        for name, label, group in zip(*(source.column(each) for each in ("file_name", "label", "group")), strict=True):
+            assert (group, label) == (name.rpartition("/")[0], name.startswith("well"))
+
+
 def test_two_folders_of_one_split_are_not_chosen_between(tmp_path):
     image = jpeg(photograph(0))
     folder = write_folder(tmp_path / "two", {f"{split}/a/1.jpg": image for split in ("train", "val", "validation")})

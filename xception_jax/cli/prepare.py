@@ -33,7 +33,8 @@ examples:
     xception-jax prepare imagenet_v2/threshold-0.7 --source ~/Downloads
     xception-jax prepare imagenet_v2/topimages --source ~/Downloads
   image_folder           your own images: DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg,
-                         which is divided by class into train, validation and test; links are followed, hidden names
+                         which is divided by class into train, validation and test; images may be in folders below
+                         that of their class; links are followed, hidden names
                          and __MACOSX are ignored
     xception-jax prepare image_folder --source ~/flowers --name flowers
     xception-jax prepare image_folder --source ~/flowers --name flowers --splits train=0.7,test=0.3

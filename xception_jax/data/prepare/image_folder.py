@@ -1,7 +1,8 @@
 """Builds a dataset from a folder of images: DIR/train/CLASS/*.jpg with DIR/validation or DIR/test beside it.
 
 Without split folders, DIR/CLASS/*.jpg is divided into splits by class, and by group if the files have groups (splits.py
-says how, and which files keep their split when others are added). Classes are the folder names in alphabetical order,
+says how, and which files keep their split when others are added). Images may be in folders below that of their class,
+such as CLASS/PATIENT/*.jpg. Classes are the folder names in alphabetical order,
 or in numerical order if all are numbers. Links are followed. Hidden files and folders and __MACOSX are ignored.
 """
 
@@ -88,17 +89,13 @@ class Contents:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """An image of the folder. `key` is its path relative to the folder, with slashes."""
+    """An image of the folder. `key` is its path relative to the folder, with slashes, and `label` its class."""
 
     path: Path
     key: str
+    label: str
     split: str
     group: str | None
-
-    @property
-    def label(self) -> str:
-        """The class."""
-        return self.path.parent.name
 
 
 def image_folder(
@@ -176,19 +173,20 @@ def _divided_files(
             "--splits or --folds",
             "remove the option, or point --source at a folder with one folder for each class",
         )
-    folder_of = {path: split for split, folder in split_folders.items() for path in _files(folder, skipped)}
-    paths = list(folder_of) or _files(source, skipped)
+    found = {split: _files(folder, skipped) for split, folder in split_folders.items()} or {"": _files(source, skipped)}
+    paths = [path for files in found.values() for path in files]
     if not paths:
         raise InputMissingError(
             f"there are no images in {source}",
             str(source),
             f"put them into train/CLASS/ or CLASS/ in this folder, with names that end in {', '.join(images.SUFFIXES)}",
         )
-    keys, labels = [path.relative_to(source).as_posix() for path in paths], [path.parent.name for path in paths]
+    keys = [path.relative_to(source).as_posix() for path in paths]
+    labels = [label for files in found.values() for label in files.values()]
     group_of = read_groups(groups, keys) if groups else None
     shares = shares or DEFAULT_SHARES
     if split_folders:
-        splits = [folder_of[path] for path in paths]
+        splits = [split for split, files in found.items() for _ in files]
     elif group_of is not None:
         splits = divide_groups(group_of, labels, shares)
     else:
@@ -198,8 +196,8 @@ def _divided_files(
     else:
         check_groups(group_of, splits, str(source))
     files = [
-        _File(path, key, split, group_of[row] if group_of else None)
-        for row, (path, key, split) in enumerate(zip(paths, keys, splits, strict=True))
+        _File(path, key, label, split, group_of[row] if group_of else None)
+        for row, (path, key, label, split) in enumerate(zip(paths, keys, labels, splits, strict=True))
     ]
     order = list(split_folders or shares)
     return sorted(files, key=lambda file: order.index(file.split))  # stable: paths stay in order
@@ -238,21 +236,22 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
     return found
 
 
-def _files(folder: Path, skipped: Skipped) -> list[Path]:
-    """Returns the images CLASS/file of a folder in alphabetical order; everything else in it is skipped."""
-    found = []
+def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
+    """Returns the class of each image CLASS/.../file of a folder, in alphabetical order; all else in it is skipped."""
+    found = {}
     for path in folders.files(folder):
+        label, *below = path.relative_to(folder).parts
         if not path.is_file():
             skipped.add("a broken link or not a regular file", path)
         elif path.suffix.lower() not in images.SUFFIXES:
             skipped.add("not the name of an image", path)
-        elif path.parent.parent != folder:
+        elif not below:
             skipped.add("not in the folder of a class", path)
         else:
-            found.append(path)
-    classes = {path.parent for path in found}
+            found[path] = label
+    classes = set(found.values())
     for path, is_folder in folders.entries(folder):
-        if is_folder and path not in classes:
+        if is_folder and path.name not in classes:
             skipped.add("a class without images", path)
     return found
 
