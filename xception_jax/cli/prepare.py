@@ -34,8 +34,7 @@ examples:
     xception-jax prepare imagenet_v2/topimages --source ~/Downloads
   image_folder           your own images: DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg,
                          which is divided by class into train, validation and test; images may be in folders below
-                         that of their class; links are followed, hidden names
-                         and __MACOSX are ignored
+                         that of their class; links are followed, hidden names and __MACOSX are ignored
     xception-jax prepare image_folder --source ~/flowers --name flowers
     xception-jax prepare image_folder --source ~/flowers --name flowers --splits train=0.7,test=0.3
                          all files of a patient on one side, named by a regular expression over the path with one
