@@ -38,13 +38,13 @@ smoke: $(VENV)/.installed-dev ## Run the tests marked `smoke`, in less than a mi
 test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' selects some
 	$(BIN)/python -m pytest $(ARGS)
 
-test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/weights.md
+test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/howto/weights.md
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
 
 test-kernels: $(VENV)/.installed-dev ## Test the CPU kernels from clang++, for AVX2, and with an address sanitizer
 	$(BIN)/python -m pytest -m kernels --dist=load tests/ops $(ARGS)
 
-test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/pods.md
+test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/howto/plan.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
 
 check: $(VENV)/.installed-dev ## Format, lint, types, and imports that point down

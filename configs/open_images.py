@@ -29,5 +29,6 @@ def get_config(variant=""):
     config.optimizer.name = "rmsprop"
     config.schedule.learning_rate = 0.001
     config.schedule.decay_rate = 0.9
-    config.schedule.decay_every = "3e6 examples"  # paper: "samples"; taken literally, it decays fast, see docs/paper.md
+    # Paper: "samples". Taken literally, the rate decays fast; see docs/explanation/paper.md.
+    config.schedule.decay_every = "3e6 examples"
     return config

@@ -8,7 +8,7 @@ end. Its explanation is the depth of the intermediate feature spaces: non-linear
 Inception, and hurt for those with one channel. If so, the sign of the effect changes along the spectrum.
 
 Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width:
-studies/spectrum:cifar,multiply_adds. Cost: docs/study.md.
+studies/spectrum:cifar,multiply_adds. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study

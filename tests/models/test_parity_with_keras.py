@@ -1,6 +1,6 @@
 """Our Xception and Inception V3 are Keras': the same outputs, gradients and running averages from the same weights.
 
-In float64, where a difference that is more than rounding has a reason. `docs/parity.md` has the differences.
+In float64, where a difference that is more than rounding has a reason. docs/explanation/parity.md lists the differences.
 """
 
 from __future__ import annotations

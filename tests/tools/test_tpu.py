@@ -1,4 +1,4 @@
-"""The plan of a TPU: the training step as libtpu compiles it; see docs/pods.md."""
+"""The plan of a TPU: the training step as libtpu compiles it; see docs/howto/plan.md."""
 
 from __future__ import annotations
 

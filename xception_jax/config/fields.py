@@ -2,8 +2,8 @@
 
 A function such as `integer` returns the default of a dataclass field; the check, its description and the source of the
 default travel in the metadata. Sources of defaults are labelled **paper** (stated in Chollet 2017), **reference** (read
-from the public Keras implementation or its released weights), **inferred** (argued in docs/paper.md), **modern** (a
-later practice) or **local** (a choice of this code base).
+from the public Keras implementation or its released weights), **inferred** (argued in docs/explanation/paper.md),
+**modern** (a later practice) or **local** (a choice of this code base).
 """
 
 from __future__ import annotations

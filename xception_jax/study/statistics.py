@@ -30,7 +30,8 @@ class Estimate:
       mean, sd: of the values; `sd` has n - 1 in the denominator.
       n: number of values.
       low, high: Student's t interval of the mean, 95 %.
-      bootstrap_low, bootstrap_high: percentile bootstrap interval, 95 %; too narrow for few seeds (docs/study.md).
+      bootstrap_low, bootstrap_high: percentile bootstrap interval, 95 %; too narrow for few seeds
+        (docs/explanation/studies.md).
       p: p-value of the two-sided t test against zero.
     """
 

@@ -2,7 +2,7 @@
 
     python -m xception_jax.tools.simulate_statistics [--studies 100000]
 
-It prints the table in docs/study.md.
+It prints the table in docs/explanation/studies.md.
 """
 
 from __future__ import annotations

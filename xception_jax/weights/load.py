@@ -96,7 +96,7 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
     1e-5 in `legacy_xception` and 1e-3 in `inception_v3`, whose BatchNorm has a scale. A note reports a `model` with
     another padding or epsilon. The auxiliary classifier is read if `model` has one.
 
-    timm publishes `legacy_xception` only as a pickle, which is not read here. Convert it first (docs/weights.md).
+    timm publishes `legacy_xception` only as a pickle, which is not read here. Convert it first (docs/howto/weights.md).
     """
     path = sources.find(path).path
     guard.require_file(path)
