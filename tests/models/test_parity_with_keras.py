@@ -1,6 +1,7 @@
 """Our Xception and Inception V3 are Keras': the same outputs, gradients and running averages from the same weights.
 
-In float64, where a difference that is more than rounding has a reason. docs/explanation/parity.md lists the differences.
+In float64, where a difference that is more than rounding has a reason. The differences are in
+docs/explanation/parity.md.
 """
 
 from __future__ import annotations

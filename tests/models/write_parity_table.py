@@ -1,4 +1,6 @@
-"""Writes docs/data/parity.csv and prints the tables of docs/explanation/parity.md: how far our networks are from Keras'.
+"""Writes docs/data/parity.csv, and prints the tables of docs/explanation/parity.md.
+
+They say how far our networks are from those of Keras.
 
 PYTHONPATH=. python tests/models/write_parity_table.py
 """
