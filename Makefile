@@ -23,7 +23,7 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-peers test-plan check format lock bench clean
+.PHONY: help train smoke test test-kernels test-peers test-plan check format docs lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,15 +47,19 @@ test-kernels: $(VENV)/.installed-dev ## Test the CPU kernels from clang++, for A
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/howto/plan.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
 
-check: $(VENV)/.installed-dev ## Format, lint, types, and imports that point down
+check: $(VENV)/.installed-dev ## Format, lint, types, imports that point down, and documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(MAKE) docs
 
 format: $(VENV)/.installed-dev ## Rewrite the files as `make check` wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev ## Build the documentation into docs/_build/html; warnings are errors
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -E -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 
 lock: .venv-lock/bin/uv ## Write the lock files from requirements*.txt; ARGS=--upgrade takes the newest versions
 	$(UV_COMPILE) $(ARGS) --output-file requirements.lock requirements.txt
