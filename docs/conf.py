@@ -48,5 +48,10 @@ html_theme = "sphinx_book_theme"  # the theme of the JAX, Flax, Optax and Orbax 
 html_title = f"xception_jax {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_download_button": False}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the sidebar has the search
+}
 html_copy_source = False
