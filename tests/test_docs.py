@@ -7,7 +7,7 @@ are also run. A block after `<!-- file: NAME -->` is written to that file, for l
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import re
 import shlex
@@ -19,13 +19,12 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
+from xception_jax.config.shipped import find_config, shipped_names
 
-import xception_jax
 from tests.conftest import ROOT
 from xception_jax.cli import COMMANDS, main
 from xception_jax.command_line import read_config, split_overrides
-from xception_jax.config import FIELDS, default_config, resolve
-from xception_jax.config.shipped import find_config, shipped_names
+from xception_jax.config import FIELDS, resolve
 
 DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_extensions"))
@@ -38,6 +37,7 @@ PAGES = [
     *sorted(p for p in DOCS.rglob("*.md") if not str(p.relative_to(DOCS)).startswith(GENERATED)),
 ]
 SHELL = ("bash", "sh", "console")
+TRAINS = DOCS / "howto" / "train.md"
 NOTEBOOK = DOCS / "tutorials" / "quickstart.ipynb"
 
 
@@ -45,13 +45,13 @@ def tokens(page: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(page.read_text())
 
 
-def blocks(page: Path, languages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yields (comment before the block, its content)."""
+def blocks(page: Path, languages: tuple[str, ...]) -> Iterator[tuple[Token, str]]:
+    """Yields (block, comment before it)."""
     previous = None
     for token in tokens(page):
         if token.type == "fence" and token.info.strip() in languages:
             comment = re.fullmatch(r"<!--\s*(.*?)\s*-->", previous.content.strip()) if previous else None
-            yield (comment[1] if comment else ""), token.content
+            yield token, comment[1] if comment else ""
         previous = token
 
 
@@ -95,8 +95,8 @@ def check_arguments(arguments: list[str], *, with_values: bool) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_accepted(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    for _, shell in blocks(page, SHELL):
-        for words in commands(shell):
+    for block, _ in blocks(page, SHELL):
+        for words in commands(block.content):
             if (arguments := program_arguments(words)) is not None:
                 check_arguments(arguments, with_values=True)
             elif words[:1] == ["make"]:
@@ -104,14 +104,31 @@ def test_commands_are_accepted(page):
     in_text = (child for token in tokens(page) for child in token.children or () if child.type == "code_inline")
     for code in in_text:
         arguments = program_arguments(code.content.split())
-        # COMMAND and PATH stand for any; a name in the middle of a sentence has no arguments.
-        if arguments and arguments[0] in COMMANDS and len(arguments) > 1 and arguments[1] != "--help":
+        # Without options it is a name in a sentence; brackets and dots are those of a synopsis.
+        if arguments and re.search(r" --(?!help)", code.content) and not re.search(r"\[|\.\.\.|COMMAND", code.content):
             check_arguments(program_arguments(shlex.split(code.content)), with_values=False)
+
+
+def run_page(page: Path) -> None:
+    """Runs the blocks of a page in order, as the docstring of this file says."""
+    namespace: dict = {}
+    for token, comment in blocks(page, ("python", *SHELL)):
+        if token.info.strip() != "python":
+            for words in commands(token.content) if comment == "run" else ():
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(sys, "argv", ["xception-jax", *program_arguments(words)])
+                    assert main() == 0
+            continue
+        code = compile(token.content, f"{page}:{token.map[0] + 1}", "exec")
+        if comment.startswith("file: "):
+            Path(comment.removeprefix("file: ")).write_text(token.content)
+        elif not comment.startswith("not run: "):
+            exec(code, namespace)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, shared_environment) -> Iterator[Path]:
-    """Enters a directory with what the snippets take for granted: a trained network and two pictures."""
+    """Enters a directory with what the snippets take for granted: the network of the page TRAINS and two pictures."""
     place, home = tmp_path_factory.mktemp("docs"), Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", shared_environment["TFDS_DATA_DIR"])
@@ -120,36 +137,18 @@ def place(tmp_path_factory, shared_environment) -> Iterator[Path]:
         picture = Image.open(DOCS / "images" / "contact_sheet.png").convert("RGB")
         picture.crop((0, 0, 90, 80)).save("photo.jpg")
         picture.crop((0, 0, 60, 90)).save("shirt.png")
-        config = default_config()
-        config.model.update({"num_classes": 10, "width_multiplier": 0.05, "middle_blocks": 0})
-        config.data.update({"name": "fashion_mnist_subset", "image_size": 32, "augmentation": "shift"})
-        config.data.update({"train_split": "train[:64]", "eval_split": "", "test_split": "test[:20]"})
-        config.update({"batch_size": 32, "duration": "2 steps", "log_every": "1 step"})
-        config.evaluation.batch_size = 20
-        xception_jax.train(config, "runs/first")
+        run_page(TRAINS)
+        Path("runs/first").symlink_to("from_python")
         yield place
         os.chdir(home)
 
 
-WITH_CODE = [page for page in PAGES if any(True for _ in blocks(page, ("python", *SHELL)))]
+WITH_CODE = [page for page in PAGES if page != TRAINS and any(True for _ in blocks(page, ("python", *SHELL)))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_snippets_run(page, place, monkeypatch, capsys):
-    namespace: dict = {}
-    found = [("python", *block) for block in blocks(page, ("python",))]
-    found += [("shell", *block) for block in blocks(page, SHELL)]
-    for language, comment, content in sorted(found, key=lambda block: page.read_text().index(block[2])):
-        if language == "python":
-            code = compile(content, f"{page}: {content.splitlines()[0]}", "exec")
-            if comment.startswith("file: "):
-                Path(comment.removeprefix("file: ")).write_text(content)
-            elif not comment.startswith("not run: "):
-                exec(code, namespace)
-        elif comment == "run":
-            for words in commands(content):
-                monkeypatch.setattr(sys, "argv", ["xception-jax", *program_arguments(words)])
-                assert main() == 0
+def test_snippets_run(page, place):
+    run_page(page)
 
 
 def slug(heading: str) -> str:
@@ -159,9 +158,7 @@ def slug(heading: str) -> str:
 
 def anchors(page: Path) -> set[str]:
     found = tokens(page)
-    return {
-        slug(text.content) for opening, text in zip(found, found[1:], strict=False) if opening.type == "heading_open"
-    }
+    return {slug(text.content) for opening, text in itertools.pairwise(found) if opening.type == "heading_open"}
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
@@ -202,7 +199,7 @@ def test_the_notebook_runs(tmp_path, shared_environment):
     import nbclient
     import nbformat
 
-    notebook = nbformat.from_dict(json.loads(NOTEBOOK.read_text()))
+    notebook = nbformat.reads(NOTEBOOK.read_text(), as_version=4)
     tags = [set(cell.metadata.get("tags", ())) for cell in notebook.cells]
     assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs of the notebook"
     (parameters,) = [cell for cell, names in zip(notebook.cells, tags, strict=True) if "parameters" in names]
