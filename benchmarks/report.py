@@ -176,7 +176,7 @@ with oneDNN (frozen for inference, so that BatchNorm is folded), Keras on JAX an
 channels_last (with BatchNorm folded for eager inference, and frozen by Inductor if compiled), and ours uses the
 allocator settings of `make train`. Start times are without a compilation cache. On processors with AMX, our kernels
 compute float32 products from six bfloat16 products of three parts of each value, as exactly as in float32
-(docs/results.md). The libraries of the peers do not use AMX for float32 by default.
+(docs/notebook/2026-11-27-cpu-kernels.md). The libraries of the peers do not use AMX for float32 by default.
 
 {goals_table(results)}
 {_not_measured(results)}

@@ -23,8 +23,11 @@ extensions = [
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
-# Pages are Markdown. Notebooks are executed by tests/test_docs.py, and shown here as they are stored.
+# Pages are Markdown. tests/test_docs.py executes the notebook; so does the workflow that publishes these pages, by
+# `-D nb_execution_mode=force`, so that they have its outputs.
 nb_execution_mode = "off"
+nb_execution_in_temp = True
+nb_execution_timeout = 600
 nb_output_stderr = "remove"
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -42,7 +42,7 @@ class TrainState(struct.PyTreeNode):
         return self.step - self.skipped_steps
 
     def all_variables(self) -> dict[str, dict]:
-        """Returns the variables for `model.apply` by metric prefix: '' for this step, 'ema_' for the Polyak average."""
+        """Returns the variables for `model.apply` by metric prefix: `''`, and `'ema_'` for the Polyak average."""
         averaged = {} if self.ema is None else {"ema_": self.ema}
         return {"": {"params": self.params, "batch_stats": self.batch_stats}} | averaged
 

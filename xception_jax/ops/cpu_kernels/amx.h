@@ -136,7 +136,7 @@ struct AmxGemm {
 
     // The micro-kernel: stores, or with `accumulate` adds, the product of `steps` steps of 16 rows and 16 columns. It uses three
     // of the eight registers (0 for the sums, 1 for a, 2 for b): where another hyper-thread of the core uses AMX too, more
-    // leave fewer physical registers for loading ahead (docs/results.md).
+    // leave fewer physical registers for loading ahead (docs/notebook/2026-11-27-cpu-kernels.md).
     static void MultiplyTile(const float* a, const float* b, Size steps, bool accumulate, Vector* sums) {
       constexpr Size kSumsRowBytes = kPanelRegisters * sizeof(Vector);
       asm volatile("" : : : "memory");  // compilers do not know that loads of registers read what was stored above
