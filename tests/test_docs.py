@@ -19,12 +19,12 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from PIL import Image
-from xception_jax.config.shipped import find_config, shipped_names
 
 from tests.conftest import ROOT
 from xception_jax.cli import COMMANDS, main
 from xception_jax.command_line import read_config, split_overrides
 from xception_jax.config import FIELDS, resolve
+from xception_jax.config.shipped import find_config, shipped_names
 
 DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_extensions"))
