@@ -34,6 +34,7 @@ LONG_FILES = (
     "test_train.py",
     "test_train_kinds.py",
     "test_configs.py",
+    "test_docs.py",
     "test_parity_with_keras.py",
     "test_finetuning.py",
     "test_export.py",
