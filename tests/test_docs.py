@@ -77,7 +77,7 @@ def check_arguments(arguments: list[str], *, with_values: bool) -> None:
       arguments: of xception-jax.
       with_values: whether to check the values of fields; a placeholder such as N is no valid one.
     """
-    if arguments[0] in ("--help", "--version"):
+    if {"--help", "--version"} & set(arguments):
         return
     arguments, overrides = split_overrides(arguments)
     assert arguments[0] in COMMANDS, arguments[0]
