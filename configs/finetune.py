@@ -1,4 +1,4 @@
-"""Fine-tuning: trains a network with pretrained weights on your own images (docs/finetuning.md).
+"""Fine-tuning: trains a network with pretrained weights on your own images (docs/howto/finetune.md).
 
     xception-jax prepare image_folder --source ~/flowers --name flowers
     xception-jax train --config=finetune:head --workdir=runs/head --config.init.weights=keras/xception \\
@@ -17,7 +17,7 @@ The recipe for photographs was not tuned. The learning rate of `fashion_mnist` i
 split.
 
 Expected: unknown for photographs. `fashion_mnist` reaches 0.874 with 100 images and 100 steps, and 0.869 from scratch
-(docs/finetuning.md). Cost: `head` needs one forward pass for each image, and then seconds; the others less than
+(docs/howto/finetune.md). Cost: `head` needs one forward pass for each image, and then seconds; the others less than
 training all layers, because the backward pass ends at block 5.
 """
 

@@ -66,7 +66,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(data_dir, weights):
-    """Returns the config of docs/finetuning.md for a machine without a GPU; no field describes the network."""
+    """Returns the config of docs/howto/finetune.md for a machine without a GPU; no field describes the network."""
     fields = {
         "init.weights": str(weights),
         "data.name": "scans",
