@@ -180,7 +180,7 @@ def train(config: str | ConfigDict | Mapping[str, Any] | ExperimentConfig, workd
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and report.html. `load(workdir)` opens the result.
 
     Returns:
-      A summary of the finished run: `step`, `metrics` of the test split, and `report`, the path of the report.
+      The summary of the finished run, with `step`, `metrics` of the test split, and `report`, the path of the report.
 
     Raises:
       UserError: one of its subclasses, with what is wrong, where, and what to do.
