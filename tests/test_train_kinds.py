@@ -103,7 +103,7 @@ def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
         "-m", "xception_jax", "prepare", "imagenet2012", "--source", tmp_path / "archives", "--data_dir", data_dir
     )
     assert prepared.returncode == 0, prepared.stderr
-    trained = run_python(*arguments, "--config.duration=2 steps")
+    trained = run_python(*arguments, "--config.duration=2 steps", "--config.log_every=1 step")
     assert trained.returncode == 0, trained.stderr
     assert "22,855,952 parameters" in trained.stderr
     assert "8.36 G multiply-adds per image at 299" in trained.stderr
