@@ -21,7 +21,7 @@ from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG
-from xception_jax.weights import Network, Preprocessing, hub, load_network
+from xception_jax.weights import Network, Preprocessing, hub, load_network, tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,16 @@ def require_classifier(network: Network) -> None:
     if "head" not in network.variables["params"]:
         fix = "use a file with a classifier, or train a classifier on your own dataset"
         raise BadDataError("the weights have no classifier", network.source, fix)
+
+
+def without_classifier(network: Network) -> Network:
+    """Returns a network without a classifier as one that computes its features, and logits of zero."""
+    model = network.model.replace(fc_layers=0, fc_width=type(network.model)().fc_width)
+    zeros = {
+        name: np.zeros(shape, np.float32) for name, shape in tree.shapes(model).items() if name.startswith(tree.HEAD)
+    }
+    variables = tree.unflatten(tree.flatten(network.variables) | zeros)
+    return dataclasses.replace(network, model=model, variables=variables)
 
 
 def run_network(source: str, run: Run) -> Network:

@@ -106,6 +106,9 @@ class _Files:
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         return [self[index] for index in indices]
 
+    def column(self, name: str) -> None:
+        return None
+
 
 def _input(work: dict):
     from xception_jax.data.pipeline import train_batches

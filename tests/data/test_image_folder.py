@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
 from tests.data.small_imagenet import encoded, jpeg, photograph
 from tests.data.test_prepare import opened, prepare
-from xception_jax.data.prepare import image_folder
-from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.data.prepare import groups, splits
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
 
 
 def write_folder(directory: Path, files: dict[str, bytes]) -> Path:
@@ -63,20 +67,194 @@ def test_a_class_is_not_held_out_as_a_whole(tmp_path, data):
     assert sorted({source[i]["label"] for i in range(len(source))}) == list(range(50))
 
 
-def test_a_folder_without_splits_is_divided_by_a_hash(tmp_path, data):
+def test_a_folder_without_splits_is_divided_by_class_with_exact_shares(tmp_path, data, capsys):
     image = jpeg(photograph(0))
-    folder = write_folder(tmp_path / "many", {f"{'ab'[n % 2]}/{n}.jpg": image for n in range(100)})
-    prepare("image_folder", "--source", folder, "--name", "many", "--data_dir", tmp_path / "1")
-    sizes = [len(opened(data, tmp_path / "1", "many", split)) for split in ("train", "validation")]
-    assert sum(sizes) == 100
-    assert 3 <= sizes[1] <= 20
-    held_out = {path for path in folder.rglob("*.jpg") if path in set(_validation(folder))}
-    write_folder(folder, {f"a/new{n}.jpg": image for n in range(50)})
-    assert held_out <= set(_validation(folder))
+    folder = write_folder(tmp_path / "many", {f"{'ab'[n % 4 == 0]}/{n}.jpg": image for n in range(80)})
+    arguments = ["image_folder", "--source", folder, "--name", "many", "--data_dir", tmp_path]
+    prepare(*arguments)
+    assert (
+        "class        train  validation  test\n"
+        "a               48           6     6\n"
+        "b               16           2     2\n"
+        "all classes     64           8     8\n"
+    ) in capsys.readouterr().out
+    source = opened(data, tmp_path, "many", "validation")
+    assert sorted(source.column("label")) == [0] * 6 + [1] * 2
+    assert source.column("group") is None
+    assert {name.partition("/")[0] for name in source.column("file_name")} == {"a", "b"}
+
+    prepare(*arguments, "--overwrite", "--splits", "train=0.5,held_out=0.5", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == {"train": {"a": 30, "b": 10}, "held_out": {"a": 30, "b": 10}}
 
 
-def _validation(folder: Path) -> list[Path]:
-    return image_folder._divide(folder, sorted(folder.rglob("*.jpg")))["validation"]
+def test_files_keep_their_split_when_others_are_added():
+    keys = [f"{label}/{n}.jpg" for label in "ab" for n in range(100)]
+    before = dict(zip(keys, divided(keys), strict=True))
+    new = [f"a/new{n}.jpg" for n in range(20)]
+    for order in (keys + new, new + keys[::-1]):
+        after = dict(zip(order, divided(order), strict=True))
+        assert sum(after[key] != before[key] for key in keys) <= 8
+        assert Counter(after.values()) == {"train": 176, "validation": 22, "test": 22}
+        assert all(after[key] == before[key] for key in keys if key.startswith("b/"))
+
+
+def divided(keys: list[str]) -> list[str]:
+    return splits.divide(keys, [key.partition("/")[0] for key in keys], splits.DEFAULT_SHARES)
+
+
+@pytest.mark.parametrize(
+    "shares", [splits.DEFAULT_SHARES, {"train": 0.6, "a": 0.15, "b": 0.25}, {f"fold{n}": 0.1 for n in range(10)}]
+)
+def test_shares_are_exact_in_every_class_and_in_all(shares):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sizes = rng.integers(10, 99, rng.integers(1, 20))
+        labels = [f"class{label}" for label, size in enumerate(sizes) for _ in range(size)]
+        result = splits.divide([str(number) for number in range(len(labels))], labels, shares)
+        for split, share in shares.items():
+            chosen = Counter(label for label, found in zip(labels, result, strict=True) if found == split)
+            assert abs(chosen.total() - share * len(labels)) < 1
+            assert all(abs(chosen[f"class{label}"] - share * size) < 1 for label, size in enumerate(sizes))
+
+
+def random_groups(rng: np.random.Generator) -> tuple[list[str], list[str]]:
+    """Returns groups and labels of files; groups have different sizes and classes."""
+    groups, labels, num_classes = [], [], rng.integers(2, 6)
+    for group in range(rng.integers(20, 80)):
+        size = rng.integers(1, 20)
+        groups += [f"group{group}"] * size
+        labels += [f"class{n}" for n in rng.choice(num_classes, size, p=rng.dirichlet([0.3] * num_classes))]
+    return groups, labels
+
+
+def unevenness(labels: list[str], of_fold: list) -> float:
+    """Returns the standard deviation over folds of the share of each class, averaged over the classes."""
+    counts = np.array([[Counter(zip(of_fold, labels, strict=True))[f, c] for c in set(labels)] for f in set(of_fold)])
+    return float((counts / counts.sum(0)).std(0).mean())
+
+
+def test_groups_stay_together_and_balance_the_classes_as_well_as_scikit_learn_does():
+    rng = np.random.default_rng(1)
+    ours, theirs = [], []
+    for _ in range(10):
+        groups, labels = random_groups(rng)
+        found = splits.divide_groups(groups, labels, {f"fold{n}": 0.2 for n in range(5)})
+        assert len(set(zip(groups, found, strict=True))) == len(set(groups))
+        backwards = splits.divide_groups(groups[::-1], labels[::-1], {f"fold{n}": 0.2 for n in range(5)})
+        assert backwards[::-1] == found
+        ours.append(unevenness(labels, found))
+        folds = np.zeros(len(labels), int)
+        for number, (_, test) in enumerate(StratifiedGroupKFold(5).split(labels, labels, groups)):
+            folds[test] = number
+        theirs.append(unevenness(labels, folds.tolist()))
+
+        found = splits.divide_groups(groups, labels, splits.DEFAULT_SHARES)
+        assert {label for label, split in zip(labels, found, strict=True) if split == "train"} == set(labels)
+        assert 0.07 < found.count("test") / len(found) < 0.13
+    assert np.mean(ours) <= 1.05 * np.mean(theirs)
+
+
+def test_no_split_is_empty_and_train_has_every_class():
+    groups, labels = ["p1"] * 9 + ["p2"] * 9 + ["p3"], ["a"] * 18 + ["b"]
+    found = dict(zip(groups, splits.divide_groups(groups, labels, splits.DEFAULT_SHARES), strict=True))
+    assert found["p3"] == "train"
+    with pytest.raises(BadDataError, match="2 groups cannot fill 3 splits"):
+        splits.divide_groups(["p", "q"], ["a", "a"], splits.DEFAULT_SHARES)
+    assert set(splits.divide_groups(["p", "q", "r"], ["a"] * 3, splits.DEFAULT_SHARES)) == {*splits.DEFAULT_SHARES}
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    """Returns a folder with 10 patients in each of two classes, each with 4 images."""
+    names = [f"{label}/patient{label}{p}_{n}.jpg" for label in "ab" for p in range(10) for n in range(4)]
+    return write_folder(
+        tmp_path_factory.mktemp("scans"), {name: jpeg(photograph(n, 32)) for n, name in enumerate(names)}
+    )
+
+
+def test_names_on_two_sides_are_a_warning_and_its_expression_groups_them(scans, tmp_path, data, capsys):
+    arguments = ["image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path]
+    prepare(*arguments)
+    warning = capsys.readouterr().out
+    assert "names are in several splits, numbered: patient" in warning
+    expression = re.search("--groups '(.*)'", warning)[1]
+    prepare(*arguments, "--overwrite", "--groups", expression)
+    out = capsys.readouterr().out
+    assert "warning" not in out
+    assert "groups          16           2     2\n" in out
+    sides = {}
+    for split in ("train", "validation", "test"):
+        source = opened(data, tmp_path, "scans", split)
+        for group, name, index in zip(source.column("group"), source.column("file_name"), range(99), strict=False):
+            assert re.search(expression, name)[1] == group
+            assert (scans / name).read_bytes() == source[index]["image"]
+            assert sides.setdefault(group, split) == split
+    assert len(sides) == 20
+
+    table = tmp_path / "groups.csv"
+    rows = [f"{path.relative_to(scans)},{path.name[:9]}" for path in scans.rglob("*.jpg")]
+    table.write_text("\n".join(["file,group", *rows]) + "\n")
+    prepare(*arguments, "--overwrite", "--groups", table, "--json")
+    assert json.loads(capsys.readouterr().out)["groups"] == {"train": 16, "validation": 2, "test": 2}
+
+
+def test_names_that_tell_class_or_camera_are_no_warning():
+    for name in ("a/rose_{}.jpg", "a/IMG_{:04}.jpg", "a/{:05}.jpg", "a/n01440764_{}.JPEG", "a/{0}frog{0}x.png"):
+        keys = [name.format(number).replace("a/", f"{'ab'[number % 2]}/") for number in range(100)]
+        assert groups.near_duplicates(keys, [key[0] for key in keys], divided(keys)) == []
+
+
+def test_folds_are_read_together(scans, tmp_path, data, capsys):
+    arguments = ["image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path]
+    prepare(*arguments, "--folds", "4", "--groups", "(patient..)_", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_examples"] == {f"fold{n}": 20 for n in range(4)}
+    whole = [opened(data, tmp_path, "scans", split) for split in ("fold0", "fold1+fold2+fold3")]
+    names = [set(source.column("group")) for source in whole]
+    assert [len(source) for source in whole] == [20, 60]
+    assert not names[0] & names[1]
+    assert whole[1].info.num_classes == 2
+
+
+def test_a_group_in_two_split_folders_is_refused_by_name(tmp_path):
+    files = ["train/a/p1_1.jpg", "train/a/p2_1.jpg", "val/a/p1_2.jpg", "test/a/p3_1.jpg"]
+    folder = write_folder(tmp_path / "f", {name: jpeg(photograph(0)) for name in files})
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path]
+    with pytest.raises(BadDataError, match=r"1 of 3 groups .*: p1 \(train and validation\)"):
+        prepare(*arguments, "--groups", r"(p\d)_")
+    (folder / files[2]).rename(folder / "val/a/p4_2.jpg")
+    prepare(*arguments, "--groups", r"(p\d)_")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (["--groups", "patient"], UsageError, "has 0 captures"),
+        (["--groups", "("], UsageError, "not a regular expression"),
+        (["--groups", r"(patienta\d)"], BadDataError, "40 of 80 files have no group"),
+        (["--groups", "missing.csv"], InputMissingError, "there is no file"),
+        (["--splits", "train=0.8,test=0.3"], UsageError, "--splits is"),
+        (["--splits", "train=0.8,test"], UsageError, "--splits is"),
+        (["--splits", "train=0.8,test=0.1,test=0.1"], UsageError, "--splits is"),
+        (["--splits", "train=1,test=0"], UsageError, "--splits is"),
+        (["--folds", "1"], UsageError, "--folds is 1"),
+        (["--folds", "2", "--splits", "train=1"], UsageError, "exclude each other"),
+    ],
+)
+def test_wrong_options(scans, tmp_path, arguments, error, words):
+    with pytest.raises(error, match=words):
+        prepare("image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path, *arguments)
+
+
+def test_split_folders_are_not_divided_again(tmp_path):
+    folder = write_folder(tmp_path / "f", {"train/a/1.jpg": jpeg(photograph(0))})
+    with pytest.raises(UsageError, match="already divided into train"):
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--folds", "2")
+    table = tmp_path / "table.csv"
+    table.write_text("name,patient\n")
+    with pytest.raises(BadDataError, match="columns are name, patient"):
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--groups", table)
 
 
 def test_a_damaged_image_is_refused_or_skipped_by_name(tmp_path, data, capsys):

@@ -56,7 +56,7 @@ def test_archive_folder_and_inner_folder_give_the_same_dataset(tmp_path):
         examples = opened(tmp_path / str(number))
         assert len(examples) == 2 * len(LABELS)
         read = [examples[index] for index in range(len(examples))]
-        names = examples.file_names()
+        names = examples.column("file_name")
         found.append({name: (example["label"], example["image"]) for name, example in zip(names, read, strict=True)})
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 2 * len(LABELS)

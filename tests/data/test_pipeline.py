@@ -183,6 +183,42 @@ def test_a_batch_may_have_more_examples_than_the_dataset(photographs_data):
     assert_batches_equal(train(photographs_data, 2, batch_size=50), concatenate([expected[::2], expected[1::2]]))
 
 
+@pytest.fixture(scope="module")
+def unequal_data(tfds_dir) -> DataConfig:
+    """Returns a `config.data` for classes of 17, 4 and 2 images, of which every class is drawn equally often."""
+    labels = [0] * 17 + [2] * 4 + [3] * 2
+    write_images(tfds_dir, "unequal", [jpeg(photograph(number, 32)) for number in range(23)], labels)
+    return DataConfig(
+        name="unequal", data_dir=str(tfds_dir), image_size=16, sampling="balanced", augmentation="shift", threads=2
+    )
+
+
+def test_balanced_sampling_draws_every_class_equally_often(unequal_data):
+    batches = train(unequal_data, 17, batch_size=6, seed=5)
+    blocks = np.concatenate([batch["label"] for batch in batches]).reshape(-1, 3)
+    np.testing.assert_array_equal(np.sort(blocks), [[0, 2, 3]] * 34)
+    assert len({tuple(block) for block in blocks}) == 6  # in all orders
+    index = np.concatenate([batch["index"] for batch in batches])
+    counts = np.bincount(index, minlength=23)
+    assert (set(counts[:17]), set(counts[17:21]), set(counts[21:])) == ({2}, {8, 9}, {17})
+    first_pass = [int(i) for i in index if i < 17][:17]
+    assert sorted(first_pass) == list(range(17)) != first_pass
+    # Draws of one example in a row have views of their own.
+    images = np.concatenate([batch["image"] for batch in batches])[index == 22]
+    assert len({image.tobytes() for image in images}) > 8
+
+
+def test_balanced_batches_resume_and_are_the_same_for_two_processes(unequal_data):
+    expected = train(unequal_data, 12)
+    assert_batches_equal(train(unequal_data, 5, start_step=7), expected[7:])
+    halves = [
+        train(unequal_data, 5, start_step=7, batch_size=4, process_index=index, process_count=2) for index in range(2)
+    ]
+    assert_batches_equal(concatenate(halves), expected[7:])
+    assert_batches_equal(train(unequal_data.replace(workers=1), 2), expected[:2])
+    assert any((a["index"] != b["index"]).any() for a, b in zip(train(unequal_data, 2, seed=4), expected, strict=False))
+
+
 def test_seeds_that_follow_each_other_share_no_order(photographs_data):
     epochs = {
         tuple(epoch)

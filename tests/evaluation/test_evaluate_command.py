@@ -51,7 +51,7 @@ def real_json(imagenet_dir, tmp_path_factory):
     """Labels for each image by the number in its name: every third has none, others two or one, not the usual ones."""
     source, _ = examples(imagenet_dir)
     labels = [[999]] * 50_000
-    for number in map(validation_number, source.file_names()):
+    for number in map(validation_number, source.column("file_name")):
         labels[number - 1] = [[], [0, 1, 2], [3]][number % 3]
     path = tmp_path_factory.mktemp("real") / "real.json"
     path.write_text(json.dumps(labels))
@@ -103,7 +103,7 @@ def test_accuracy_loss_and_intervals_are_scikit_learns_and_scipys(evaluated, by_
 def test_real_labels_go_by_the_number_in_the_file_name(evaluated, by_hand, imagenet_dir, real_json):
     metrics, _ = evaluated
     source, _ = examples(imagenet_dir)
-    accepted = [real_json[1][validation_number(name) - 1] for name in source.file_names()]
+    accepted = [real_json[1][validation_number(name) - 1] for name in source.column("file_name")]
     best = by_hand[1].argmax(axis=1)
     right = [label in labels for label, labels in zip(best, accepted, strict=True) if labels]
     assert metrics["real_count"] == len(right) == sum(bool(labels) for labels in accepted) < 30

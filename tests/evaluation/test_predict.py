@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -180,3 +181,18 @@ def test_the_words_of_imagenet_are_of_its_classes_and_differ():
     assert list(words) == imagenet_classes.class_names()
     assert len(set(words.values())) == 1000
     assert (words["n01440764"], words["n15075141"]) == ("tench", "toilet tissue")
+
+
+def test_a_single_logit_gives_both_classes(network, folder, tmp_path, capsys):
+    model = network.model.replace(num_classes=1)
+    head = network.variables["params"]["head"]["predictions"]
+    one = {"predictions": {"kernel": head["kernel"][:, :1], "bias": head["bias"][:1]}}
+    variables = network.variables | {"params": network.variables["params"] | {"head": one}}
+    path = tmp_path / "one.safetensors"
+    save_network(path, dataclasses.replace(network, model=model, variables=variables, classes=("cat", "dog")))
+    assert run("--weights", path, folder, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for of_image in [line["predictions"] for line in lines]:
+        assert {guess["name"] for guess in of_image} == {"cat", "dog"}
+        assert sum(guess["probability"] for guess in of_image) == pytest.approx(1)
+        assert of_image[0]["probability"] >= 0.5

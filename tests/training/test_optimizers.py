@@ -241,10 +241,19 @@ def test_losses_against_their_formulas():
     targets = np.eye(5)[labels] * 0.9 + 0.1 / 5
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -(targets * log_probabilities).sum(-1).mean()
-    assert float(softmax_loss(jnp.asarray(logits), jnp.asarray(labels), 0.1)) == pytest.approx(expected, rel=1e-5)
+    assert float(softmax_loss(jnp.asarray(logits), jnp.asarray(labels), 0.1).mean()) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+    one, labels = jnp.asarray(logits[:, :1]), np.array([0, 1, 1, 0])  # the sigmoid loss of class 1
+    np.testing.assert_allclose(
+        softmax_loss(one, jnp.asarray(labels), 0.1), sigmoid_loss(one, labels[:, None], 0.1), rtol=1e-6
+    )
 
     several = (rng.random((4, 5)) < 0.4).astype(np.float32)
     targets = several * 0.8 + 0.1
     probabilities = 1 / (1 + np.exp(-logits))
     expected = -(targets * np.log(probabilities) + (1 - targets) * np.log(1 - probabilities)).sum(-1).mean()
-    assert float(sigmoid_loss(jnp.asarray(logits), jnp.asarray(several), 0.2)) == pytest.approx(expected, rel=1e-5)
+    assert float(sigmoid_loss(jnp.asarray(logits), jnp.asarray(several), 0.2).mean()) == pytest.approx(
+        expected, rel=1e-5
+    )

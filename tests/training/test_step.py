@@ -10,9 +10,12 @@ import pytest
 from tests.conftest import ROOT
 from xception_jax import ops
 from xception_jax.config import ModelConfig, default_config, from_json, override, resolve, to_json
+from xception_jax.data.sources import SourceInfo
+from xception_jax.errors import ConfigError
 from xception_jax.models.layers import Conv, Head, norm_of
 from xception_jax.models.modules import SeparableConv
 from xception_jax.training.fingerprint import state_fingerprint
+from xception_jax.training.losses import class_weights
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import DROPOUT, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
@@ -233,3 +236,45 @@ def test_the_mesh_changes_neither_losses_nor_what_is_learned(run_python):
     assert sharded["whole"] == []
     assert sharded["divided"] > 20
     assert sharded["bytes"] < one["bytes"]
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_class_weights_weigh_the_gradient_and_not_the_logged_loss(accumulation_steps):
+    """A weight of 2 for a class is the gradient of its images twice; equal weights are none."""
+    config = tiny_config(accumulation_steps=accumulation_steps)
+    state, plain = make(config)
+    batch = make_batch(config)
+    weights = np.ones(config.model.num_classes, np.float32)
+    weights[int(batch["label"][0])] = 2.0
+
+    def stepped(class_weights):
+        schedule = make_schedule(config, num_examples=100)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        step = make_train_step(Short(config.model), optimizer, schedule, config, class_weights)
+        return jax.jit(step)(state, batch, seed_bits(config.seed, DROPOUT))
+
+    (_, without), (_, ones), (_, weighted) = plain(state, batch), stepped(weights**0), stepped(weights)
+    assert float(weighted["loss"]) == float(ones["loss"]) == pytest.approx(float(without["loss"]), rel=1e-6)
+    assert "weighted_loss" not in without
+    assert float(ones["weighted_loss"]) == pytest.approx(float(without["loss"]), rel=1e-6)
+    assert float(ones["grad_norm"]) == pytest.approx(float(without["grad_norm"]), rel=1e-5)
+    assert float(weighted["weighted_loss"]) > float(weighted["loss"])
+    assert float(weighted["grad_norm"]) != pytest.approx(float(without["grad_norm"]), rel=1e-3)
+
+
+def test_balanced_class_weights_make_classes_count_equally():
+    class Labels:
+        info = SourceInfo("labels", "train", 4, tuple("abcd"), False, "", 8)
+
+        def column(self, name):
+            return {"label": [0, 0, 0, 0, 0, 1, 1, 3]}[name]
+
+        def __len__(self):
+            return 8
+
+    config = tiny_config(**{"loss.class_weights": "balanced"})
+    weights = class_weights(config, Labels())
+    np.testing.assert_allclose([5 * weights[0], 2 * weights[1], weights[3]], 8 / 3)
+    assert class_weights(tiny_config(), Labels()) is None
+    with pytest.raises(ConfigError, match="twice"):
+        override(config, {"data.sampling": "balanced"})

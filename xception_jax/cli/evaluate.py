@@ -156,8 +156,8 @@ def _check_classes(network: Network, info: SourceInfo) -> None:
     Raises:
       ConfigError: the number or the order of the classes differs.
     """
-    if network.model.num_classes != info.num_classes:
-        what = f"the network has {network.model.num_classes} classes, but {info.name} has {info.num_classes}"
+    if network.num_classes != info.num_classes:
+        what = f"the network has {network.num_classes} classes, but {info.name} has {info.num_classes}"
         raise ConfigError(what, network.source, "use a dataset with the classes that the network was trained on")
     if network.classes is None or network.classes == info.class_names:
         return

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
-from xception_jax.data.prepare.image_folder import Skipped, image_folder
+from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
+from xception_jax.data.prepare.splits import DEFAULT_SHARES
 from xception_jax.data.prepare.tfrecord import copy_tfrecord
 from xception_jax.data.prepare.writer import Summary, write_dataset
 from xception_jax.data.sources import resolve_data_dir
@@ -31,16 +32,26 @@ examples:
     python -m xception_jax prepare imagenet_v2/matched-frequency --source ~/Downloads
     python -m xception_jax prepare imagenet_v2/threshold-0.7 --source ~/Downloads
     python -m xception_jax prepare imagenet_v2/topimages --source ~/Downloads
-  image_folder           your own images: DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg
-                         (divided 90:10); links are followed, hidden names and __MACOSX are ignored
+  image_folder           your own images: DIR/train/CLASS/*.jpg and DIR/validation/CLASS/*.jpg, or DIR/CLASS/*.jpg,
+                         which is divided by class into train, validation and test; links are followed, hidden names
+                         and __MACOSX are ignored
     python -m xception_jax prepare image_folder --source ~/flowers --name flowers
+    python -m xception_jax prepare image_folder --source ~/flowers --name flowers --splits train=0.7,test=0.3
+                         all files of a patient on one side, named by a regular expression over the path with one
+                         capture, or by a CSV file with the columns file and group
+    python -m xception_jax prepare image_folder --source ~/scans --name scans --groups '(patient\\d+)_'
+    python -m xception_jax prepare image_folder --source ~/scans --name scans --groups patients.csv
+                         cross-validation: the splits fold0 to fold4, to be combined as in
+                         --config.data.train_split=fold1+fold2+fold3+fold4 --config.data.eval_split=fold0
+    python -m xception_jax prepare image_folder --source ~/flowers --name flowers --folds 5
   tfrecord               copies an existing TFDS dataset from TFRECORD to ArrayRecord files
     python -m xception_jax prepare tfrecord --source ~/tensorflow_datasets/cifar10/3.0.2 --data_dir /data/array_record
 """
 NAMES = (*SHIPPED, *DATASETS, "image_folder", "tfrecord")
 
 _CLASSES_SHOWN = 10
-_DATASET_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_DEFAULT_SPLITS = ",".join(f"{split}={share}" for split, share in DEFAULT_SHARES.items())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="image_folder: name of the dataset, for config.data.name")
     parser.add_argument("--skip-damaged", action="store_true", help="image_folder: skip damaged images")
+    parser.add_argument(
+        "--splits",
+        metavar="NAME=SHARE,...",
+        help=f"image_folder: shares of the splits, if there are no split folders (default: {_DEFAULT_SPLITS})",
+    )
+    parser.add_argument("--folds", type=int, metavar="K", help="image_folder: splits fold0 to fold(K-1) of equal size")
+    parser.add_argument(
+        "--groups",
+        default="",
+        metavar="REGEX|FILE.csv",
+        help="image_folder: files that must be in one split, such as those of a patient",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset if it exists")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON and no progress")
 
@@ -76,12 +99,20 @@ def run(args: argparse.Namespace) -> int:
     if args.dataset == "tfrecord":
         _report(args, copy_tfrecord(_source(args), data_dir, **options))
     elif args.dataset == "image_folder":
-        skipped = Skipped()
-        dataset = image_folder(_source(args), _name(args), skipped, skip_damaged=args.skip_damaged)
+        skipped, contents = Skipped(), Contents()
+        dataset = image_folder(
+            _source(args),
+            _name(args),
+            skipped,
+            contents,
+            skip_damaged=args.skip_damaged,
+            shares=_shares(args),
+            groups=args.groups,
+        )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.
         classes = () if summary.already_there else dataset.features["label"].names
-        _report(args, summary, skipped=skipped, classes=classes)
+        _report(args, summary, skipped=skipped, classes=classes, contents=contents)
     else:
         dataset = SHIPPED[args.dataset]() if args.dataset in SHIPPED else DATASETS[args.dataset](_source(args))
         _report(args, write_dataset(dataset, data_dir, **options), expected=dataset.expected)
@@ -99,10 +130,35 @@ def _source(args: argparse.Namespace) -> Path:
 
 
 def _name(args: argparse.Namespace) -> str:
-    if args.name is None or not _DATASET_NAME.fullmatch(args.name):
+    if args.name is None or not _NAME.fullmatch(args.name):
         fix = "set it to a name of lower-case letters, digits and underscores"
         raise UsageError(f"--name is {args.name!r}", "--name", fix)
     return args.name
+
+
+def _shares(args: argparse.Namespace) -> dict[str, float] | None:
+    """Returns the share of each split that --splits or --folds ask for, or None.
+
+    Raises:
+      UsageError: both are given, or one is not valid.
+    """
+    if args.folds is not None:
+        if args.splits is not None or args.folds < 2:
+            what = "--splits and --folds exclude each other" if args.splits else f"--folds is {args.folds}"
+            raise UsageError(what, "--folds", "set --folds to a whole number of at least 2, without --splits")
+        return {f"fold{number}": 1 / args.folds for number in range(args.folds)}
+    if args.splits is None:
+        return None
+    try:
+        pairs = [part.split("=") for part in args.splits.split(",")]
+        shares = {name.strip(): float(share) for name, share in pairs}
+        names_are_valid = len(shares) == len(pairs) and all(map(_NAME.fullmatch, shares))
+    except ValueError:
+        shares, names_are_valid = {}, False
+    if not names_are_valid or not min(shares.values()) > 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        fix = f"write names and shares above 0 that sum to 1, such as {_DEFAULT_SPLITS}"
+        raise UsageError(f"--splits is {args.splits!r}", "--splits", fix)
+    return shares
 
 
 def _report(
@@ -112,8 +168,9 @@ def _report(
     expected: Mapping[str, int] | None = None,
     skipped: Skipped | None = None,
     classes: Sequence[str] = (),
+    contents: Contents | None = None,
 ) -> None:
-    expected, skipped = expected or {}, skipped or Skipped()
+    expected, skipped, contents = expected or {}, skipped or Skipped(), contents or Contents()
     if args.json:
         report = {
             "path": str(summary.path),
@@ -122,7 +179,10 @@ def _report(
             "skipped": skipped.files,
             "expected": dict(expected),
         }
-        report |= {"classes": list(classes)} if classes else {}
+        if classes:
+            counts = {split: dict(images) for split, images in contents.images.items()}
+            groups = {split: len(of_split) for split, of_split in contents.groups.items()}
+            report |= {"classes": list(classes), "images": counts, "groups": groups, "warnings": contents.warnings}
         print(json.dumps(report))
         return
     for line in skipped.lines():
@@ -130,6 +190,7 @@ def _report(
     if classes:
         more = ", ..." if len(classes) > _CLASSES_SHOWN else ""
         print(f"classes ({len(classes):,}): {', '.join(classes[:_CLASSES_SHOWN])}{more}")
+        print("\n".join([*contents.lines(list(classes)), *contents.warnings]))
     for split, count in expected.items():
         found = summary.num_examples.get(split, 0)
         if found != count:

@@ -25,6 +25,7 @@ class DataConfig(Section):
     test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
     image_size: int = integer(299, 1, "paper: section 4")
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
+    sampling: str = choice("uniform", ("uniform", "balanced"), "modern: 'balanced' draws every class equally often")
     color_distortion: bool = flag(True, "inferred: brightness 32/255, saturation 0.5 to 1.5")
     crop_area: tuple[float, float] = numbers((0.05, 1.0), 2, "inferred: smallest and largest share of the image")
     shift_pixels: int = integer(2, 0, "modern: for augmentation 'shift', after padding the image by as much")
@@ -125,6 +126,8 @@ class LogsConfig(Section):
 
     tensorboard: bool = flag(False, "local: needs tensorboardX")
     wandb_project: str = text("", "local: needs wandb; empty is off")
+    images: int = integer(16, 0, "local: augmented training images sent to trackers at each evaluation; 0 is off")
+    histograms: bool = flag(False, "local: distributions of all parameters sent to trackers at each evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +157,19 @@ class ExperimentConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logs: LogsConfig = LogsConfig()
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the network tells apart: a single logit separates two."""
+        return 2 if self.model.num_classes == 1 and not self.loss.multi_label else self.model.num_classes
+
     def check(self) -> None:
-        """Refuses batches that cannot be cut into microbatches or into groups of BatchNorm statistics."""
+        """Refuses two corrections of one imbalance, and batches that cannot be cut as other fields say."""
+        if self.loss.class_weights == "balanced" and self.data.sampling == "balanced":
+            raise ConfigError(
+                "class_weights='balanced' and sampling='balanced' would correct the sizes of the classes twice",
+                "config.loss.class_weights",
+                "set one of them; sampling shows images of small classes more often, weights count them more",
+            )
         if self.batch_size % self.accumulation_steps:
             nearest = max(1, round(self.batch_size / self.accumulation_steps)) * self.accumulation_steps
             raise ConfigError(

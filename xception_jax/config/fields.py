@@ -194,6 +194,20 @@ def numbers(default: tuple[float, ...], length: int, source: str) -> Any:
     return _field(default, check, f"{length} numbers", source, tuple)
 
 
+def class_weights(source: str) -> Any:
+    """Declares weights of classes: '' (none), 'balanced', or one number for each class; '1, 2.5' is (1.0, 2.5)."""
+
+    def check(value: Any) -> str | tuple[float, ...]:
+        if value in ("", "balanced"):
+            return value
+        # The command line passes a string.
+        weights = tuple(_number(weight) for weight in (value.split(",") if isinstance(value, str) else value))
+        _require(min(weights) >= 0 and max(weights) > 0)
+        return weights
+
+    return _field("", check, "'', 'balanced', or one number for each class, such as '1, 2.5'", source, str)
+
+
 def factors(source: str) -> Any:
     """Declares pairs of a regular expression over names of parameters and a factor; none by default."""
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from xception_jax.config.fields import choice, factors, flag, number, pattern, span
+from xception_jax.config.fields import choice, class_weights, factors, flag, number, pattern, span
 from xception_jax.config.section import Section
 
 
@@ -21,6 +21,9 @@ class LossConfig(Section):
 
     name: str = choice("softmax", ("softmax", "sigmoid"), "paper: section 4.1 (ImageNet); inferred for JFT")
     label_smoothing: float = number(0.1, 0.0, 0.99, "inferred: as in Inception V3")
+    class_weights: str | tuple[float, ...] = class_weights(
+        "modern: of the loss in training; 'balanced' is the inverse of the frequency of a class, 1 on average"
+    )
     aux_weight: float = number(0.4, 0.0, 10.0, "modern: weight of the auxiliary head's loss, if there is one")
 
     @property

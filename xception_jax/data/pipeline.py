@@ -61,8 +61,9 @@ def train_batches(
 ) -> BatchIterator:
     """Returns the endless batches of a run, starting at `start_step`.
 
-    Every epoch has its own order and uses each example once; a batch may reach into the next epoch. Batch k of all
-    processes, concatenated in the order of `process_index`, is the same for any number of processes.
+    Every epoch has its own order and uses each example once; a batch may reach into the next epoch. With
+    `data.sampling='balanced'`, every class is drawn equally often instead, see `_balanced`. Batch k of all processes,
+    concatenated in the order of `process_index`, is the same for any number of processes.
 
     Args:
       data: `config.data`.
@@ -78,16 +79,45 @@ def train_batches(
       zeros and ones for a multi-label dataset; index int64 [b]; damaged bool [b], true where the image `index` cannot
       be decoded and image and label are those of a neighbour. Close it after use.
     """
-    # Grain adds the epoch to the seed. With our seed itself, seed 1 would start with the second epoch of seed 0.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    examples = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat()
-    examples = examples.map_with_index(functools.partial(_with_epoch, num_examples=len(source)))
+    examples = _balanced(source, seed) if data.sampling == "balanced" else _uniform(len(source), seed)
     batches = examples.batch(batch_size, drop_remainder=True)[process_index::process_count][start_step:]
     return BatchIterator(batches, BatchLoader(data, source, seed), data.workers)
 
 
+def _uniform(num_examples: int, seed: int) -> grain.MapDataset:
+    """Returns (epoch, index) by position: every epoch has each example once."""
+    # Grain adds the epoch to the seed. With our seed itself, seed 1 would start with the second epoch of seed 0.
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    examples = grain.MapDataset.range(num_examples).shuffle(seed=shuffle_seed).repeat()
+    return examples.map_with_index(functools.partial(_with_epoch, num_examples=num_examples))
+
+
 def _with_epoch(position: int, index: int, num_examples: int) -> Int64[np.ndarray, " 2"]:
     return np.array((position // num_examples, index), np.int64)
+
+
+def _balanced(source: Source, seed: int) -> grain.MapDataset:
+    """Returns (epoch, index) by position: consecutive blocks have one example of each class, in random order.
+
+    Within its class, every example is drawn once before any is drawn again. `epoch` counts these passes through the
+    class, so that each draw of an example has an augmentation of its own.
+    """
+    labels = np.asarray(source.column("label"))
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    seeds = np.random.SeedSequence(seed).generate_state(1 + len(members)).tolist()
+    orders = [
+        grain.MapDataset.range(len(of_class)).shuffle(seed=class_seed).repeat()
+        for of_class, class_seed in zip(members, seeds[1:], strict=True)
+    ]
+    classes = grain.MapDataset.range(len(members)).shuffle(seed=seeds[0]).repeat()
+    return classes.map_with_index(functools.partial(_draw, members=members, orders=orders))
+
+
+def _draw(
+    position: int, number: int, members: list[Int64[np.ndarray, " n"]], orders: list[grain.MapDataset]
+) -> Int64[np.ndarray, " 2"]:
+    block = position // len(members)  # also the number of earlier draws from each class
+    return np.array((block // len(members[number]), members[number][orders[number][block]]), np.int64)
 
 
 class EvaluationBatches:

@@ -27,6 +27,7 @@ SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
 OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
 
+_CHUNK = 1024  # records that are read in one call, to read all of them
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 64
 _SYNTHETIC_SHAPE = (375, 500)  # height and width of a typical ImageNet photograph
@@ -70,6 +71,10 @@ class Source(Protocol):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Reads several examples, which can be much cheaper than one by one."""
+        ...
+
+    def column(self, name: str) -> list[Any] | None:
+        """Reads one feature of all examples without decoding their images; None if the source does not have it."""
         ...
 
 
@@ -122,7 +127,8 @@ class TfdsSource:
         self._check_format(builder)
         self._check_split(builder)
         self._label_name, label = label_feature(builder.info.features, directory)
-        self._names_files = "file_name" in builder.info.features
+        self._features = frozenset(builder.info.features)
+        self._columns: dict[str, list[Any]] = {}
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
         self.info = SourceInfo(
             name=builder.info.name,
@@ -152,11 +158,7 @@ class TfdsSource:
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Reads several examples in one call; raises like `__getitem__`."""
-        try:
-            records = self._records.__getitems__(indices)
-        except Exception:
-            records = [self._read(index) for index in indices]  # the error names the damaged one
-        return [self._example(index, record) for index, record in zip(indices, records, strict=True)]
+        return [self._example(index, record) for index, record in zip(indices, self._read_all(indices), strict=True)]
 
     def _example(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         label = record[self._label_name]
@@ -178,11 +180,28 @@ class TfdsSource:
                 "copy or prepare the dataset again",
             ) from error
 
-    def file_names(self) -> list[str] | None:
-        """Reads all records and returns the original file names of the images; None if the dataset has none."""
-        if not self._names_files:
+    def column(self, name: str) -> list[Any] | None:
+        """Reads one feature of all examples without decoding their images; None if the dataset does not have it.
+
+        Args:
+          name: such as 'label', 'file_name' or 'group'. Bytes are decoded to text.
+
+        Raises:
+          BadDataError: a record is damaged.
+        """
+        if name not in self._features:
             return None
-        return [self._read(index)["file_name"].decode() for index in range(len(self))]
+        if name not in self._columns:
+            chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
+            values = [record[name] for chunk in chunks for record in self._read_all(chunk)]
+            self._columns[name] = [value.decode() if isinstance(value, bytes) else value for value in values]
+        return self._columns[name]
+
+    def _read_all(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            return self._records.__getitems__(indices)
+        except Exception:
+            return [self._read(index) for index in indices]  # the error names the damaged one
 
     def _check_format(self, builder: tfds.core.DatasetBuilder) -> None:
         # Without this check as_data_source() fails and suggests download_and_prepare(), which does not help here.
@@ -310,6 +329,10 @@ class SyntheticSource:
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Returns several examples."""
         return [self[index] for index in indices]
+
+    def column(self, name: str) -> list[Any] | None:
+        """Returns the labels, or None for any other feature."""
+        return [self[index]["label"] for index in range(len(self))] if name == "label" else None
 
 
 @functools.cache

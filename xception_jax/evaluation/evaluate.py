@@ -16,6 +16,7 @@ from xception_jax.data.pipeline import Batch
 from xception_jax.metrics import Metric, metrics_of
 from xception_jax.metrics.metric import State, masked_count
 from xception_jax.metrics.predictions import Predictions
+from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.parallel import DeviceBatch, gathered
 
 # Number of classes saved per image, enough for top-5.
@@ -40,6 +41,8 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
     def step(variables: dict, batch: DeviceBatch) -> tuple[dict[str, State], DeviceBatch]:
         logits, _ = model.apply(gathered(variables), batch["image"], train=False)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if not multi_label:
+            logits = two_class_logits(logits)
         mask = batch["mask"].astype(bool)
         states = {metric.name: metric.measure(logits, batch["label"], mask) for metric in metrics}
         probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)

@@ -14,6 +14,7 @@ import numpy as np
 
 from xception_jax.data import folders, imagenet_classes, images
 from xception_jax.errors import InputMissingError
+from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.models import create_model
 from xception_jax.weights import Network
 
@@ -78,7 +79,7 @@ def class_names(network: Network) -> list[str]:
         print("the weights do not name their 1,000 classes; assuming those of ImageNet", file=sys.stderr)
         names = tuple(imagenet_classes.class_names())
     if names is None:
-        return [f"class {number}" for number in range(network.model.num_classes)]
+        return [f"class {number}" for number in range(network.num_classes)]
     return [words.get(name, name) for name in names]
 
 
@@ -105,15 +106,15 @@ def predict(
       A prediction for each path, in the same order.
     """
     model = create_model(network.model)
-    top = min(top, network.model.num_classes)
+    top = min(top, network.num_classes)
     size = min(batch_size, len(paths))
     view = network.preprocessing
-    activation = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[network.probabilities]
 
     @jax.jit
     def forward(variables: dict, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = model.apply(variables, pixels, train=False)
-        return jax.lax.top_k(activation(logits), top)
+        probabilities = jax.nn.sigmoid(logits) if network.multi_label else jax.nn.softmax(two_class_logits(logits))
+        return jax.lax.top_k(probabilities, top)
 
     def load(number: int) -> tuple[np.ndarray, str, np.ndarray | None]:
         return _load(paths[number], view, number < thumbnails)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xception_jax.data.sources import Source, TfdsSource
+from xception_jax.data.sources import Source
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions
@@ -53,7 +53,7 @@ def image_numbers(source: Source, labels: list[frozenset[int]]) -> list[int]:
       UsageError: the images are not from ImageNet's validation set.
       BadDataError: the labels have no entry for an image.
     """
-    names = source.file_names() if isinstance(source, TfdsSource) else None
+    names = source.column("file_name")
     found = [_FILE_NAME.fullmatch(Path(name).name) for name in names or ()]
     if not found or not all(found):
         example = f" with a file {names[found.index(None)]!r}" if names else ", which does not record file names"

@@ -1,4 +1,4 @@
-"""Copies the entries of metrics.jsonl to TensorBoard or Weights & Biases.
+"""Copies the entries of metrics.jsonl, images and histograms to TensorBoard or Weights & Biases.
 
 Both packages are optional, and are imported only if they are used. A missing package is a ConfigError before training
 starts. Any later failure (an unwritable directory, the network, the service) disables the tracker with one warning, and
@@ -10,21 +10,33 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
 
 from xception_jax.config import ExperimentConfig, to_dict
 from xception_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# A function that sends (step, {"split/name": value}), and a function that closes the connection.
-Connection = tuple[Callable[[int, dict[str, Any]], None], Callable[[], None]]
+Histogram = tuple[np.ndarray, np.ndarray]  # counts [n] and edges [n + 1]
+
+
+class Connection(NamedTuple):
+    """What a service does with each kind of value. Names are 'split/name' or those of parameters."""
+
+    numbers: Callable[[int, dict[str, float]], None]
+    images: Callable[[int, str, UInt8[np.ndarray, "n h w 3"]], None]
+    histograms: Callable[[int, dict[str, Histogram]], None]
+    close: Callable[[], None]
 
 
 class Tracker:
-    """Sends entries to a service until the first failure.
+    """Sends values to a service until the first failure.
 
     Args:
       name: name of the service, for the warning.
@@ -49,12 +61,22 @@ class Tracker:
         """Sends the numbers of one entry, named 'split/name'. Strings are skipped."""
         if self._connection is not None:
             numbers = {f"{split}/{name}": float(v) for name, v in values.items() if not isinstance(v, str)}
-            self._attempt(self._connection[0], step, numbers)
+            self._attempt(self._connection.numbers, step, numbers)
+
+    def images(self, step: int, name: str, pixels: UInt8[np.ndarray, "n h w 3"]) -> None:
+        """Sends RGB images under one name."""
+        if self._connection is not None:
+            self._attempt(self._connection.images, step, name, pixels)
+
+    def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
+        """Sends the distributions of arrays by name."""
+        if self._connection is not None:
+            self._attempt(self._connection.histograms, step, histograms)
 
     def close(self) -> None:
         """Flushes and closes the connection."""
         if self._connection is not None:
-            self._attempt(self._connection[1])
+            self._attempt(self._connection.close)
             self._connection = None
 
 
@@ -71,18 +93,40 @@ def tensorboard(config: ExperimentConfig, workdir: Path) -> Tracker:
       ConfigError: tensorboardX is not installed.
     """
     try:
-        import tensorboardX
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
     except ImportError:
         raise _missing("tensorboardX", "config.logs.tensorboard") from None
 
     def connect() -> Connection:
-        writer = tensorboardX.SummaryWriter(os.fspath(workdir / "tensorboard"))
+        # tensorboardX.SummaryWriter writes in a thread, which a full disk ends; it would then wait for it for ever.
+        directory = workdir / "tensorboard"
+        directory.mkdir(exist_ok=True)
+        writer = EventsWriter(os.fspath(directory / "events"), f".{secrets.token_hex(4)}")
 
-        def send(step: int, numbers: dict[str, Any]) -> None:
-            for name, number in numbers.items():
-                writer.add_scalar(name, number, step)
+        def send(step: int, parts: list[Any]) -> None:
+            for part in parts:
+                writer.write_event(Event(step=step, wall_time=time.time(), summary=part))
+            writer.flush()
 
-        return send, writer.close
+        def numbers(step: int, values: dict[str, float]) -> None:
+            send(step, [summary.scalar(name, value) for name, value in values.items()])
+
+        def images(step: int, name: str, pixels: np.ndarray) -> None:
+            send(step, [summary.image(name, pixels, dataformats="NHWC")])
+
+        def histograms(step: int, values: dict[str, Histogram]) -> None:
+            parts = []
+            for name, (counts, edges) in values.items():
+                centers = (edges[1:] + edges[:-1]) / 2
+                moments = counts.sum(), counts @ centers, counts @ centers**2
+                parts.append(
+                    summary.histogram_raw(name, edges[0], edges[-1], *moments, edges[1:].tolist(), counts.tolist())
+                )
+            send(step, parts)
+
+        return Connection(numbers, images, histograms, writer.close)
 
     return Tracker("TensorBoard", connect)
 
@@ -112,7 +156,14 @@ def wandb(config: ExperimentConfig, workdir: Path) -> Tracker:
             id=id_file.read_text(),
             resume="allow",
         )
-        return lambda step, numbers: run.log(numbers, step=step), run.finish
+
+        def images(step: int, name: str, pixels: np.ndarray) -> None:
+            run.log({name: [service.Image(image) for image in pixels]}, step=step)
+
+        def histograms(step: int, values: dict[str, Histogram]) -> None:
+            run.log({name: service.Histogram(np_histogram=each) for name, each in values.items()}, step=step)
+
+        return Connection(lambda step, numbers: run.log(numbers, step=step), images, histograms, run.finish)
 
     return Tracker("Weights & Biases", connect)
 

@@ -30,7 +30,7 @@ METRICS: dict[str, Callable[[ExperimentConfig], tuple[Metric, ...]]] = {
 
 def metrics_of(config: ExperimentConfig) -> tuple[Metric, ...]:
     """Returns the metrics of an experiment, the main one first."""
-    return tuple(metric for metric in METRICS[config.loss.name](config) if metric.suits(config.model.num_classes))
+    return tuple(metric for metric in METRICS[config.loss.name](config) if metric.suits(config.num_classes))
 
 
 def main_metric(config: ExperimentConfig) -> Metric:

@@ -11,6 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from xception_jax.metrics.metric import Metric, State, masked_count, masked_sum
 
 
+def two_class_logits(logits: Float[Array, "b c"]) -> Float[Array, "b c"]:
+    """Returns (0, z) for the only logit z of a network: its softmax is (1 - sigmoid(z), sigmoid(z)).
+
+    Several logits are returned unchanged.
+    """
+    return jnp.pad(logits, ((0, 0), (1, 0))) if logits.shape[-1] == 1 else logits
+
+
 def _true_logit(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[Array, "b 1"]:
     return jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")
 

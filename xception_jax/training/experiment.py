@@ -22,6 +22,7 @@ from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.parallel import batch_sharding, check_batch, make_mesh
 from xception_jax.training.finetuning import check_patterns
+from xception_jax.training.losses import class_weights
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import DROPOUT, TrainState, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
@@ -81,7 +82,13 @@ class Experiment:
         Raises:
           DeviceMemoryError: the step does not fit into the memory of a device.
         """
-        step = make_train_step(self.model, self.optimizer, self.schedule, self.config)
+        step = make_train_step(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.config,
+            class_weights(self.config, self.sources["train"]),
+        )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
@@ -184,19 +191,35 @@ def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
       BadDataError: a label is out of range.
     """
     info = sources["train"].info
-    if info.num_classes != config.model.num_classes:
-        raise ConfigError(
-            f"config.model.num_classes is {config.model.num_classes}, but {info.name} has {info.num_classes} classes",
-            "config.model.num_classes",
-            f"set it to {info.num_classes}",
-        )
     loss = "sigmoid" if info.multi_label else "softmax"
     if config.loss.name != loss:
         labels = "any number of labels" if info.multi_label else "one label"
         raise ConfigError(
             f"config.loss.name is {config.loss.name!r}, but images of {info.name} have {labels} each",
             "config.loss.name",
-            f"set it to {loss!r}",
+            f"set it to {loss!r}" + ("" if info.multi_label else "; with one logit, it is the sigmoid loss"),
         )
+    if info.num_classes != config.num_classes:
+        one = ", or to 1 for a single logit" if info.num_classes == 2 and not info.multi_label else ""
+        raise ConfigError(
+            f"config.model.num_classes is {config.model.num_classes}, but {info.name} has {info.num_classes} classes",
+            "config.model.num_classes",
+            f"set it to {info.num_classes}{one}",
+        )
+    _check_balance(config, info)
     for source in sources.values():
         check_labels(source)
+
+
+def _check_balance(config: ExperimentConfig, info: SourceInfo) -> None:
+    """Raises ConfigError if the classes of the data cannot be weighted or balanced as the config says."""
+    weights = config.loss.class_weights
+    if info.multi_label and (weights or config.data.sampling == "balanced"):
+        where = "config.loss.class_weights" if weights else "config.data.sampling"
+        what = f"images of {info.name} have any number of labels, so that classes cannot be balanced"
+        raise ConfigError(what, where, "leave it at its default")
+    if isinstance(weights, tuple) and len(weights) != info.num_classes:
+        what = f"there are {len(weights)} weights, but {info.name} has {info.num_classes} classes"
+        raise ConfigError(
+            what, "config.loss.class_weights", f"set one weight for each of {', '.join(info.class_names[:10])}"
+        )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float32
 
 from xception_jax.logs.console import Progress, ProgressLine, Throughput, format_count, format_header, say
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
-from xception_jax.logs.trackers import open_trackers
+from xception_jax.logs.trackers import Tracker, open_trackers
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.training.experiment import Experiment
 
@@ -21,7 +27,8 @@ from xception_jax.training.experiment import Experiment
 INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
 RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
-_AVERAGED = ("loss", "top1", "grad_norm")
+_BINS = 64  # of the histogram of a parameter
+_AVERAGED = ("loss", "weighted_loss", "top1", "grad_norm")
 
 
 def print_once(line: str) -> None:
@@ -47,6 +54,9 @@ class Journal:
         self.throughput = Throughput(config.batch_size)
         self._interval: list[dict[str, float]] = []
         self._last_step = step
+        self._trackers: list[Tracker] = []
+        everywhere = NamedSharding(experiment.mesh, PartitionSpec())
+        self._histogram = jax.jit(functools.partial(jnp.histogram, bins=_BINS), out_shardings=everywhere)
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -155,6 +165,18 @@ class Journal:
         """Writes and prints the metrics of an evaluation."""
         self._write(step, split, metrics)
         self.message(f"step {step:,}  {split}: {describe(metrics, metrics_of(self._experiment.config), ('', 'ema_'))}")
+
+    def images(self, step: int, images: Float32[np.ndarray, "b h w 3"]) -> None:
+        """Sends the first images of a batch, in [-1, 1], to the trackers of process 0."""
+        for tracker in self._trackers:
+            pixels = np.round((images[: self._experiment.config.logs.images] + 1) * 127.5).astype(np.uint8)
+            tracker.images(step, "train/images", pixels)
+
+    def histograms(self, step: int, params: dict[str, Any]) -> None:
+        """Sends the distribution of every parameter to the trackers of process 0. All processes must call it."""
+        found = jax.device_get(jax.tree.map(self._histogram, params))
+        for tracker in self._trackers:
+            tracker.histograms(step, flatten_dict(found, sep="/"))
 
     def recovery(self, step: int, restored_step: int) -> None:
         """Records that training continues at `step` with the state of an earlier checkpoint."""

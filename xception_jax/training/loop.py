@@ -209,6 +209,8 @@ class Loop:
         with self.journal.throughput.waiting():
             batch, on_devices = self.feed.next(self._stop_if_requested)
         self._note_damaged("train", batch)
+        if self.step % self.experiment.every(self.config.evaluation.every) == 0:
+            self.journal.images(self.step, batch["image"])
         return on_devices
 
     def _note_damaged(self, split: str, batch: Batch) -> None:
@@ -310,6 +312,8 @@ class Loop:
         if "dev" in self.experiment.sources and not self.journal.has(self.step, "dev"):
             self.dev_metrics, _ = self._evaluate("dev")
             self.journal.evaluation(self.step, "dev", self.dev_metrics)
+        if self.config.logs.histograms:
+            self.journal.histograms(self.step, self.state.params)
 
     def _evaluate_test(self) -> Predictions:
         """Evaluates on the test split and saves the predictions. The journal keeps the first result."""

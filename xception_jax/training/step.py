@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from xception_jax.config import ExperimentConfig
+from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.parallel import gathered
 from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
@@ -22,13 +23,21 @@ TrainStep = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainS
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, schedule: optax.Schedule, config: ExperimentConfig
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ExperimentConfig,
+    class_weights: Sequence[float] | None = None,
 ) -> TrainStep:
     """Returns `step(state, batch, key_bits) -> (state, metrics)`.
 
     `batch` has 'image' [b, h, w, 3] and 'label' ([b], or [b, c] for multi-label data). `key_bits` is
     `seed_bits(seed, DROPOUT)`, an argument so that all seeds share one compiled program. The metrics are scalars: loss,
-    grad_norm, learning_rate, top1 (only for single-label data), and the counters bad_steps and skipped_steps.
+    grad_norm, learning_rate, top1 (only for single-label data), weighted_loss (only with `class_weights`), and the
+    counters bad_steps and skipped_steps.
+
+    With `class_weights`, from `losses.class_weights`, the step minimizes the weighted loss, the mean of the losses of
+    all images times the weights of their classes. `loss` is always the unweighted mean.
     """
     loss_function = LOSSES[config.loss.name]
     frozen = config.optimizer.frozen
@@ -45,13 +54,16 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
-        loss = loss_function(logits, labels, config.loss.label_smoothing)
+        losses = loss_function(logits, labels, config.loss.label_smoothing)
         if "aux_logits" in endpoints:
-            aux_loss = loss_function(endpoints["aux_logits"], labels, config.loss.label_smoothing)
-            loss += config.loss.aux_weight * aux_loss
+            aux_losses = loss_function(endpoints["aux_logits"], labels, config.loss.label_smoothing)
+            losses += config.loss.aux_weight * aux_losses
+        loss = losses.mean()
         metrics = {"loss": loss}
         if not config.loss.multi_label:
-            metrics["top1"] = (logits.argmax(-1) == labels).mean()
+            metrics["top1"] = (two_class_logits(logits).argmax(-1) == labels).mean()
+        if class_weights is not None:
+            loss = metrics["weighted_loss"] = (jnp.asarray(class_weights, losses.dtype)[labels] * losses).mean()
         return loss, (updates["batch_stats"], metrics)
 
     def accumulated(state: TrainState, batch: dict, key: jax.Array) -> tuple[dict, dict, dict]:
@@ -76,7 +88,8 @@ def make_train_step(
         # A microbatch takes every n-th image, so that each device splits its own shard.
         images, labels = (x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        names = ("loss",) if config.loss.multi_label else ("loss", "top1")
+        names = ["loss"] if config.loss.multi_label else ["loss", "top1"]
+        names += [] if class_weights is None else ["weighted_loss"]
         start = (zeros, state.batch_stats, {name: jnp.zeros(()) for name in names})
         return jax.lax.scan(one, start, (images, labels, jnp.arange(n)))[0]
 

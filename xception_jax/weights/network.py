@@ -32,6 +32,11 @@ class Network:
     multi_label: bool = False
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes that the network tells apart: a single logit separates two, of which it is the second."""
+        return 2 if self.model.num_classes == 1 and not self.multi_label else self.model.num_classes
+
+    @property
     def probabilities(self) -> Literal["sigmoid", "softmax"]:
         """The function that turns logits into probabilities; softmax over a single class would always return 1."""
         return "sigmoid" if self.multi_label or self.model.num_classes == 1 else "softmax"

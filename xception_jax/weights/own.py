@@ -80,13 +80,14 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
-    if classes is not None and len(classes) != model.num_classes:
-        what = f"the file names {len(classes)} classes, but its model has {model.num_classes}"
+    network = Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
+    if classes is not None and len(classes) != network.num_classes:
+        what = f"the file names {len(classes)} classes, but its model has {network.num_classes}"
         raise BadDataError(what, path, COPY_AGAIN)
     tree.check(tensors, model, path)
     if _digest(tensors) != digest:
         raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
-    return Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
+    return network
 
 
 def _digest(leaves: Mapping[str, np.ndarray]) -> str:

@@ -1,24 +1,26 @@
 """Builds a dataset from a folder of images: DIR/train/CLASS/*.jpg with DIR/validation or DIR/test beside it.
 
-Without split folders, DIR/CLASS/*.jpg is divided 90:10 into train and validation by a hash of the file's path, so that
-a file stays in its split when others are added. Classes are the folder names in alphabetical order, or in numerical
-order if all are numbers. Links are followed. Hidden files and folders and __MACOSX are ignored.
+Without split folders, DIR/CLASS/*.jpg is divided into splits by class, and by group if the files have groups (splits.py
+says how, and which files keep their split when others are added). Classes are the folder names in alphabetical order,
+or in numerical order if all are numbers. Links are followed. Hidden files and folders and __MACOSX are ignored.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from xception_jax.data import folders, images
+from xception_jax.data.prepare.groups import check_groups, near_duplicates, read_groups
+from xception_jax.data.prepare.splits import DEFAULT_SHARES, TRAIN, divide, divide_groups
 from xception_jax.data.prepare.writer import Dataset
-from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
 
-VALIDATION_PERCENT = 10
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -48,62 +50,172 @@ class Skipped:
         ]
 
 
-def image_folder(source: Path, name: str, skipped: Skipped, *, skip_damaged: bool = False) -> Dataset:
+class Contents:
+    """Counts what a dataset holds. It is complete when the examples have been read.
+
+    Attributes:
+      images: number of images by split and class.
+      groups: the groups in each split; empty if the files have no groups.
+      warnings: lines for the user.
+    """
+
+    CLASSES_SHOWN = 20
+
+    def __init__(self) -> None:
+        self.images: dict[str, collections.Counter[str]] = {}
+        self.groups: dict[str, set[str]] = {}
+        self.warnings: list[str] = []
+
+    def add(self, split: str, label: str, group: str | None) -> None:
+        """Counts one image."""
+        self.images.setdefault(split, collections.Counter())[label] += 1
+        if group is not None:
+            self.groups.setdefault(split, set()).add(group)
+
+    def lines(self, classes: list[str]) -> list[str]:
+        """Returns a table with one row for each class and one column for each split."""
+        rows: list[tuple[str, ...]] = [("class", *self.images)]
+        for name in classes[: self.CLASSES_SHOWN]:
+            rows.append((name, *(f"{counts[name]:,}" for counts in self.images.values())))
+        if len(classes) > self.CLASSES_SHOWN:
+            rows.append((f"({len(classes) - self.CLASSES_SHOWN:,} more)", *("" for _ in self.images)))
+        rows.append(("all classes", *(f"{counts.total():,}" for counts in self.images.values())))
+        if self.groups:
+            rows.append(("groups", *(f"{len(self.groups.get(split, ())):,}" for split in self.images)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """An image of the folder. `key` is its path relative to the folder, with slashes."""
+
+    path: Path
+    key: str
+    split: str
+    group: str | None
+
+    @property
+    def label(self) -> str:
+        """The class."""
+        return self.path.parent.name
+
+
+def image_folder(
+    source: Path,
+    name: str,
+    skipped: Skipped,
+    contents: Contents | None = None,
+    *,
+    skip_damaged: bool = False,
+    shares: Mapping[str, float] | None = None,
+    groups: str = "",
+) -> Dataset:
     """Builds the dataset of a folder.
 
     Args:
       source: the folder.
       name: name of the dataset.
       skipped: collects the files that are skipped.
+      contents: counts the images, and collects warnings.
       skip_damaged: skips damaged images instead of raising an error.
+      shares: the share of each split, for a folder without split folders; by default `DEFAULT_SHARES`.
+      groups: a regular expression or a CSV file that says which files belong together, see `read_groups`.
 
     Raises:
       InputMissingError: the folder is missing or has no images.
-      BadDataError: two folders stand for the same split, or a class of another split is missing in 'train'. While the
-        examples are read: an image is damaged, or all images of a class in 'train' are.
+      UsageError: `shares` are given, but the folder has split folders; or `groups` is not valid.
+      BadDataError: two folders stand for the same split, a class of another split is missing in 'train', a file has no
+        group, or a group is in two split folders. While the examples are read: an image is damaged, or all images of a
+        class in 'train' are.
     """
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
-    files = {split: _files(folder, skipped) for split, folder in _split_folders(source, skipped).items()}
-    if not files:
-        files = _divide(source, _files(source, skipped))
-    counts = {split: len(paths) for split, paths in files.items()}
-    if not any(counts.values()):
+    contents = contents or Contents()
+    files = _divided_files(source, skipped, contents, shares, groups)
+    classes = sorted({file.label for file in files})
+    if all(class_name.isdecimal() for class_name in classes):
+        classes.sort(key=int)  # the names are labels: 2 comes before 10
+    by_split: dict[str, list[_File]] = collections.defaultdict(list)
+    for file in files:
+        by_split[file.split].append(file)
+    _check_train(by_split)
+    features: dict[str, Any] = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(names=classes),
+        "file_name": tfds.features.Text(),
+    }
+    if groups:
+        features["group"] = tfds.features.Text()
+    return Dataset(
+        name=name,
+        features=tfds.features.FeaturesDict(features),
+        splits={
+            split: _examples(
+                of_split,
+                classes,
+                contents,
+                skipped if skip_damaged else None,
+                needed=classes if split == TRAIN else (),
+            )
+            for split, of_split in by_split.items()
+        },
+        description="Images of a folder, unchanged.",
+        expected={split: len(of_split) for split, of_split in by_split.items()},
+    )
+
+
+def _divided_files(
+    source: Path, skipped: Skipped, contents: Contents, shares: Mapping[str, float] | None, groups: str
+) -> list[_File]:
+    """Returns all images with their splits and groups, in the order of splits and paths."""
+    split_folders = _split_folders(source, skipped)
+    if split_folders and shares is not None:
+        raise UsageError(
+            f"the folder is already divided into {', '.join(split_folders)}",
+            "--splits or --folds",
+            "remove the option, or point --source at a folder with one folder for each class",
+        )
+    folder_of = {path: split for split, folder in split_folders.items() for path in _files(folder, skipped)}
+    paths = list(folder_of) or _files(source, skipped)
+    if not paths:
         raise InputMissingError(
             f"there are no images in {source}",
             str(source),
             f"put them into train/CLASS/ or CLASS/ in this folder, with names that end in {', '.join(images.SUFFIXES)}",
         )
-    classes = sorted({path.parent.name for path in files.get("train", [])})
-    if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)  # the names are labels: 2 comes before 10
-    for split, paths in files.items():
-        for path in paths:
-            if path.parent.name not in classes:
+    keys, labels = [path.relative_to(source).as_posix() for path in paths], [path.parent.name for path in paths]
+    group_of = read_groups(groups, keys) if groups else None
+    shares = shares or DEFAULT_SHARES
+    if split_folders:
+        splits = [folder_of[path] for path in paths]
+    elif group_of is not None:
+        splits = divide_groups(group_of, labels, shares)
+    else:
+        splits = divide(keys, labels, shares)
+    if group_of is None:
+        contents.warnings += near_duplicates(keys, labels, splits)
+    else:
+        check_groups(group_of, splits, str(source))
+    files = [
+        _File(path, key, split, group_of[row] if group_of else None)
+        for row, (path, key, split) in enumerate(zip(paths, keys, splits, strict=True))
+    ]
+    order = list(split_folders or shares)
+    return sorted(files, key=lambda file: order.index(file.split))  # stable: paths stay in order
+
+
+def _check_train(by_split: Mapping[str, list[_File]]) -> None:
+    """Raises BadDataError if there is a split 'train' that lacks a class of another split."""
+    classes = {file.label for file in by_split.get(TRAIN, ())}
+    for split, files in by_split.items():
+        for file in files:
+            if TRAIN in by_split and file.label not in classes:
                 raise BadDataError(
-                    f"the class {path.parent.name!r} of {split} has no images in train",
-                    str(path.parent),
-                    f"rename or remove the folder; the classes of train are {', '.join(classes[:10])}",
+                    f"the class {file.label!r} of {split} has no images in train",
+                    str(file.path.parent),
+                    f"rename or remove the folder; the classes of train are {', '.join(sorted(classes)[:10])}",
                 )
-    return Dataset(
-        name=name,
-        features=tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(),
-                "label": tfds.features.ClassLabel(names=classes),
-                "file_name": tfds.features.Text(),
-            }
-        ),
-        splits={
-            split: _examples(
-                paths, source, classes, skipped if skip_damaged else None, needed=classes if split == "train" else ()
-            )
-            for split, paths in files.items()
-            if paths
-        },
-        description="Images of a folder, unchanged.",
-        expected=counts,
-    )
 
 
 def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
@@ -145,37 +257,29 @@ def _files(folder: Path, skipped: Skipped) -> list[Path]:
     return found
 
 
-def _divide(source: Path, paths: list[Path]) -> dict[str, list[Path]]:
-    files: dict[str, list[Path]] = {"train": [], "validation": []}
-    for path in paths:
-        digest = hashlib.md5(str(path.relative_to(source)).encode()).digest()
-        held_out = int.from_bytes(digest[:4]) % 100 < VALIDATION_PERCENT
-        files["validation" if held_out else "train"].append(path)
-    # All images of a small class may be held out; they go to train then.
-    known = {path.parent for path in files["train"]}
-    files["train"] = sorted(files["train"] + [path for path in files["validation"] if path.parent not in known])
-    files["validation"] = [path for path in files["validation"] if path.parent in known]
-    return files
-
-
 def _examples(
-    paths: list[Path], source: Path, classes: list[str], skipped: Skipped | None, needed: Iterable[str]
+    files: list[_File],
+    classes: list[str],
+    contents: Contents,
+    skipped: Skipped | None,
+    needed: Iterable[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    missing = set(needed)
-    for path in paths:
-        data = path.read_bytes()
+    missing, number = set(needed), {name: label for label, name in enumerate(classes)}
+    for file in files:
+        data = file.path.read_bytes()
         try:
             images.decode(data)
         except images.DamagedImageError as error:
             if skipped is None:
                 raise BadDataError(
-                    f"an image cannot be decoded: {error}", str(path), "remove it or pass --skip-damaged"
+                    f"an image cannot be decoded: {error}", str(file.path), "remove it or pass --skip-damaged"
                 ) from error
-            skipped.add("damaged", path)
+            skipped.add("damaged", file.path)
             continue
-        missing.discard(path.parent.name)
-        relative = str(path.relative_to(source))
-        yield relative, {"image": data, "label": classes.index(path.parent.name), "file_name": relative}
+        missing.discard(file.label)
+        contents.add(file.split, file.label, file.group)
+        example = {"image": data, "label": number[file.label], "file_name": file.key}
+        yield file.key, example if file.group is None else example | {"group": file.group}
     if missing:
         names = [name for name in classes if name in missing]
         raise BadDataError(

@@ -1,0 +1,139 @@
+"""`import xception_jax`: the API gives what the commands and the module itself give."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import xception_jax
+from tests.data.small_imagenet import photographs
+from xception_jax.config import default_config, resolve_model
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.evaluation.predict import class_names, predict
+from xception_jax.weights import Network, Preprocessing, load_network, save_network, tree
+
+SMALL = {"name": "xception", "num_classes": 7, "width_multiplier": 0.05, "middle_blocks": 1, "stem": "small"}
+PREPROCESSING = Preprocessing(size=40, crop=0.9)
+
+
+def write_network(path, *, head: bool = True, **fields) -> None:
+    model = resolve_model(SMALL | fields)
+    rng = np.random.default_rng(0)
+    leaves = {name: rng.uniform(0.5, 1, shape).astype(np.float32) for name, shape in tree.shapes(model).items()}
+    for name in leaves:
+        if name.endswith("kernel"):
+            leaves[name] -= 0.75
+    kept = {name: leaf for name, leaf in leaves.items() if head or not name.startswith(tree.HEAD)}
+    save_network(path, Network(model, tree.unflatten(kept), PREPROCESSING, None, "", ""))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("api")
+    write_network(directory / "weights.safetensors")
+    write_network(directory / "features.safetensors", head=False)
+    for number in range(3):
+        Image.fromarray(photographs()[number]).save(directory / f"{number}.png")
+    (directory / "damaged.jpg").write_bytes(b"\xff\xd8\xff no image")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def network(files):
+    return xception_jax.load(files / "weights.safetensors")
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, xception_jax; assert 'jax' not in sys.modules; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        xception_jax.nothing  # noqa: B018
+
+
+def test_predictions_are_those_of_the_command(network, files):
+    paths = [files / f"{number}.png" for number in range(3)]
+    expected = list(predict(load_network(files / "weights.safetensors"), paths, top=4))
+    names = class_names(network.network)
+    found = network.predict(paths, top=4)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [name for name, _ in ours] == [names[k] for k in theirs.classes]
+        np.testing.assert_allclose([p for _, p in ours], theirs.probabilities, rtol=1e-5)
+    assert [name for name, _ in network.predict(str(paths[1]), top=4)] == [name for name, _ in found[1]]
+
+
+def test_paths_arrays_and_pillow_images_are_one(network, files):
+    from_file = network.preprocess(files / "0.png")
+    assert from_file.shape == (1, 40, 40, 3)
+    pixels = photographs()[0]
+    for image in (pixels, pixels[None], [pixels], Image.fromarray(pixels), (str(files / "0.png"),)):
+        np.testing.assert_array_equal(network.preprocess(image), from_file)
+    assert len(network.predict(pixels, top=100)) == 7
+    assert np.shape(network.predict(pixels[None], top=2)) == (1, 2, 2)
+
+
+def test_logits_and_features_are_those_of_the_module(network, files):
+    images = network.preprocess([files / "0.png", files / "1.png"])
+    logits, endpoints = network.module.apply(network.variables, images, train=False)
+    np.testing.assert_allclose(network(images), logits, rtol=1e-4, atol=1e-5)
+    for name in ("pre_logits", "block3"):
+        np.testing.assert_allclose(network.features(images, name), endpoints[name], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="no endpoint 'block99'") as error:
+        network.features(images, "block99")
+    assert "block6" in error.value.fix
+
+
+def test_without_a_classifier_there_are_features(network, files):
+    headless = xception_jax.load(files / "features.safetensors")
+    images = network.preprocess(files / "2.png")
+    np.testing.assert_array_equal(headless.features(images), network.features(images))
+    for call in (headless, lambda images: headless.predict(files / "2.png")):
+        with pytest.raises(BadDataError, match="no classifier"):
+            call(images)
+
+
+def test_features_without_a_classifier_come_before_its_hidden_layers(tmp_path, network, files):
+    write_network(tmp_path / "hidden.safetensors", head=False, fc_layers=1, fc_width=5)
+    hidden = xception_jax.load(tmp_path / "hidden.safetensors")
+    images = network.preprocess(files / "2.png")
+    assert hidden.features(images).shape == network.features(images).shape
+
+
+def test_a_network_describes_itself_in_three_lines(network, files):
+    lines = repr(network).splitlines()
+    assert len(lines) == 3
+    count = sum(leaf.size for leaf in jax.tree.leaves(network.variables["params"]))
+    assert lines[0] == f"xception, {count:,} parameters, 7 classes"
+    assert lines[1].startswith("images: 40 x 40 pixels")
+    assert str(files / "weights.safetensors") in lines[2]
+    assert "no classifier" in repr(xception_jax.load(files / "features.safetensors"))
+
+
+def test_what_cannot_be_read_is_named(network, files):
+    with pytest.raises(BadDataError, match="cannot be decoded") as error:
+        network.predict([files / "0.png", files / "damaged.jpg"])
+    assert "damaged.jpg" in error.value.where
+    with pytest.raises(InputMissingError):
+        network.predict(files / "missing.jpg")
+    with pytest.raises(UsageError, match=r"float64 of shape \(40, 40, 3\)"):
+        network.predict(np.zeros((40, 40, 3)))
+    with pytest.raises(InputMissingError):
+        xception_jax.load(files / "missing.safetensors")
+
+
+def test_a_run_trains_and_is_loaded(tmp_path, shared_environment):
+    config = default_config()
+    config.model.update(SMALL)
+    config.data.name, config.data.data_dir = "fashion_mnist_subset", shared_environment["TFDS_DATA_DIR"]
+    config.model.num_classes, config.data.image_size, config.data.augmentation = 10, 28, "none"
+    config.data.train_split, config.data.eval_split, config.data.test_split = "train[:32]", "", "test[:16]"
+    config.batch_size, config.evaluation.batch_size, config.duration = 8, 8, "1 step"
+    summary = xception_jax.train(config, tmp_path / "run")
+    assert (summary.step, summary.metrics["count"]) == (1, 16)
+    network = xception_jax.load(tmp_path / "run")
+    assert "Sneaker" in network.classes
+    assert len(network.predict(np.zeros((28, 28, 3), np.uint8), top=3)) == 3

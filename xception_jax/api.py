@@ -1,0 +1,212 @@
+"""The Python API: what `import xception_jax` offers.
+
+network = xception_jax.load("xception.safetensors")   # or the work directory of a run
+network.predict("photo.jpg")                          # [('tabby', 0.62), ('tiger cat', 0.21), ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Float32, UInt8
+from ml_collections import ConfigDict
+
+from xception_jax.config import ExperimentConfig
+from xception_jax.data import images as files
+from xception_jax.data.images import Preprocessing
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.evaluation.predict import class_names, printable
+from xception_jax.models import create_model
+from xception_jax.runs import open_network, require_classifier, without_classifier
+from xception_jax.training import loop
+from xception_jax.weights import Network
+
+if TYPE_CHECKING:
+    from xception_jax.training.summary import Summary
+
+__all__ = ["LoadedNetwork", "load", "train"]
+
+Image: TypeAlias = str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]
+
+_BATCH = 32  # images of a long list that are predicted at once
+
+
+class LoadedNetwork:
+    """A network with its weights, ready to use. `load` returns it.
+
+    Attributes:
+      network: the weights and what travels with them: `model`, `preprocessing`, `source`, `sha256`.
+      has_classifier: whether the weights include a classifier; without one there are features, but no logits.
+      module: the `flax.linen` module: `module.apply(variables, images, train=False)` gives `(logits, endpoints)`.
+      variables: {'params', 'batch_stats'}, on the default device.
+    """
+
+    def __init__(self, network: Network):
+        self.network = network
+        self.has_classifier = "head" in network.variables["params"]
+        whole = network if self.has_classifier else without_classifier(network)
+        self.module: nn.Module = create_model(whole.model)
+        self.variables: dict[str, Any] = jax.device_put(whole.variables)
+
+    def __repr__(self) -> str:
+        """Describes the network in three lines."""
+        model, view = self.network.model, self.preprocessing
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.network.variables["params"]))
+        outputs = f"{model.num_classes:,} classes" if self.has_classifier else "no classifier"
+        lines = [
+            f"{model.name}, {count:,} parameters, {outputs}",
+            f"images: {view.size} x {view.size} pixels, central {view.crop:.1%} of each side, {view.interpolation}",
+            f"weights: {self.network.source}",
+        ]
+        return "\n".join(lines)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How `preprocess` crops, resizes and scales an image."""
+        return self.network.preprocessing
+
+    @functools.cached_property
+    def classes(self) -> list[str]:
+        """A name for each class, in the order of the logits."""
+        return class_names(self.network)
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., tuple[Array, dict[str, Array]]]:
+        return jax.jit(functools.partial(self.module.apply, train=False))
+
+    def __call__(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b num_classes"]:
+        """Returns the logits of preprocessed images, compiled once for each shape.
+
+        Args:
+          images: what `preprocess` returns: float32, by default in [-1, 1].
+
+        Raises:
+          BadDataError: the weights have no classifier.
+        """
+        require_classifier(self.network)
+        return self._apply(self.variables, images)[0]
+
+    def features(self, images: Float[Array | np.ndarray, "b h w 3"], endpoint: str = "pre_logits") -> Array:
+        """Returns activations of preprocessed images.
+
+        Args:
+          images: what `preprocess` returns.
+          endpoint: 'pre_logits', the pooled features in front of the classifier ([b, 2048] in Xception), or a block:
+            'block1' to 'block14' of Xception, 'mixed0' to 'mixed10' of Inception V3.
+
+        Raises:
+          UsageError: the network has no such endpoint.
+        """
+        endpoints = self._apply(self.variables, images)[1]
+        if endpoint not in endpoints:
+            raise UsageError(f"there is no endpoint {endpoint!r}", "features", f"use one of {', '.join(endpoints)}")
+        return endpoints[endpoint]
+
+    def preprocess(
+        self, images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]
+    ) -> Float32[np.ndarray, "b s s 3"]:
+        """Decodes, crops, resizes and scales images for the network.
+
+        Args:
+          images: a path or a uint8 RGB array [h, w, 3]; or several, of any sizes.
+
+        Raises:
+          InputMissingError: there is no such file.
+          BadDataError: a file cannot be decoded.
+          UsageError: an array is not a uint8 RGB image.
+        """
+        several, _ = _as_list(images)
+        view = self.preprocessing
+        batch = np.empty((len(several), view.size, view.size, 3), np.float32)
+        for image, row in zip(several, batch, strict=True):
+            view(_pixels(image), row)
+        return batch
+
+    def predict(
+        self, images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"], top: int = 5
+    ) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
+        """Predicts the most probable classes.
+
+        Args:
+          images: as in `preprocess`.
+          top: number of classes, at most.
+
+        Returns:
+          (class, probability) pairs, best first; for several images, one list of pairs for each.
+
+        Raises:
+          UserError: as `preprocess`, or BadDataError if the weights have no classifier.
+        """
+        several, are_several = _as_list(images)
+        rows = [row for start in range(0, len(several), _BATCH) for row in self._rows(several[start : start + _BATCH])]
+        names = self.classes
+        found = [[(names[k], float(row[k])) for k in np.argsort(-row, kind="stable")[:top]] for row in rows]
+        return found if are_several else found[0]
+
+    def _rows(self, images: Sequence[Image]) -> Float[np.ndarray, "b num_classes"]:
+        activation = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}[self.network.probabilities]
+        return np.asarray(activation(self(self.preprocess(images)).astype("float32")))
+
+
+def load(source: str | os.PathLike[str], *, step: int | None = None) -> LoadedNetwork:
+    """Loads a network with its weights.
+
+    Args:
+      source: a weight file of Keras, timm or this package, or the work directory of a run.
+      step: the checkpoint of a run, by default the newest intact one.
+
+    Raises:
+      InputMissingError: there is no such file or run.
+      BadDataError: the file is damaged, refused, or of an unknown kind.
+    """
+    return LoadedNetwork(open_network(os.fspath(source), step))
+
+
+def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str | os.PathLike[str]) -> Summary:
+    """Trains a network, or resumes the run in `workdir`. Ctrl-C and SIGTERM end it after a checkpoint.
+
+    Args:
+      config: what `get_config()` in a file of configs/ returns, or `xception_jax.config.default_config()` with changes.
+      workdir: directory for config.json, metrics.jsonl, checkpoints/ and report.html. `load(workdir)` opens the result.
+
+    Returns:
+      A summary of the finished run: `step`, `metrics` of the test split, and `report`, the path of the report.
+
+    Raises:
+      UserError: one of its subclasses, with what is wrong, where, and what to do.
+    """
+    return loop.train(config, os.fspath(workdir))
+
+
+def _as_list(images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]) -> tuple[list[Image], bool]:
+    """Returns the images as a list, and whether there were several."""
+    if isinstance(images, str | os.PathLike):
+        return [images], False
+    if isinstance(images, list | tuple):
+        return list(images), True
+    pixels = np.asarray(images)  # also of Pillow and JAX
+    return (list(pixels), True) if pixels.ndim == 4 else ([pixels], False)
+
+
+def _pixels(image: Image) -> UInt8[np.ndarray, "h w 3"]:
+    if not isinstance(image, str | os.PathLike):
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            what = f"an image is {pixels.dtype} of shape {pixels.shape}, not uint8 of shape (height, width, 3)"
+            raise UsageError(what, "images", "pass RGB pixels from 0 to 255; call the network on preprocessed images")
+        return pixels
+    shown = printable(os.fspath(image))
+    try:
+        return files.decode(Path(image).read_bytes())
+    except files.DamagedImageError as error:
+        fix = "replace it by an intact JPEG, PNG or WebP image"
+        raise BadDataError(f"the image cannot be decoded: {error}", shown, fix) from None
+    except OSError as error:
+        raise InputMissingError(f"the image cannot be read: {error.strerror}", shown, "correct the path") from None

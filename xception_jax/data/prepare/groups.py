@@ -1,0 +1,119 @@
+"""Groups of files that belong together: frames of a video, photographs of a patient, crops of a scan.
+
+If files of one group are on two sides of a split, the network recognizes the group instead of the class, and the
+accuracy on the held-out side is too high. Publications that compared both ways of splitting report 4 to 26 points.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from xception_jax.errors import BadDataError, InputMissingError, UsageError
+
+NUMBERED = r"([^/]+?)[-_. ]?\d+\.\w+$"
+"""Captures the name of a file without its last number: 'patient12' of 'train/cat/patient12_003.jpg'."""
+
+_NAMED = 5
+_COLUMNS = ["file", "group"]
+
+
+def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
+    """Returns the group of each file.
+
+    Args:
+      groups: a regular expression with one capture, which is searched in the key; or the name of a CSV file with the
+        columns 'file' and 'group'.
+      keys: the path of each file relative to the folder, with slashes.
+
+    Raises:
+      UsageError: the regular expression is not valid, or does not have exactly one capture.
+      InputMissingError: there is no such CSV file.
+      BadDataError: a file has no group, or the CSV file has other columns.
+    """
+    found = _from_csv(Path(groups).expanduser()) if groups.endswith(".csv") else _from_pattern(groups, keys)
+    missing = [key for key in keys if not found.get(key)]
+    if missing:
+        raise BadDataError(
+            f"{len(missing):,} of {len(keys):,} files have no group",
+            f"--groups {groups}: {_some(missing)}",
+            "add them to the CSV file"
+            if groups.endswith(".csv")
+            else "use a regular expression that matches every path",
+        )
+    return [found[key] for key in keys]
+
+
+def _from_csv(path: Path) -> dict[str, str]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if not set(_COLUMNS) <= set(reader.fieldnames or ()):
+                raise ValueError(f"its columns are {', '.join(reader.fieldnames or ())}")
+            return {Path(row["file"]).as_posix(): row["group"] for row in reader}
+    except FileNotFoundError:
+        raise InputMissingError(f"there is no file {path}", "--groups", "correct the path") from None
+    except (ValueError, TypeError, csv.Error, OSError) as error:
+        fix = "write a first line 'file,group', then one line for each file, with its path relative to --source"
+        raise BadDataError(f"the groups cannot be read: {error}", str(path), fix) from None
+
+
+def _from_pattern(groups: str, keys: Sequence[str]) -> dict[str, str]:
+    fix = r"use one pair of parentheses around what identifies a group, such as '(patient\d+)_'"
+    try:
+        pattern = re.compile(groups)
+    except re.error as error:
+        raise UsageError(f"{groups!r} is not a regular expression: {error}", "--groups", fix) from None
+    if pattern.groups != 1:
+        raise UsageError(f"the regular expression {groups!r} has {pattern.groups} captures", "--groups", fix)
+    return {key: match[1] for key in keys if (match := pattern.search(key)) and match[1]}
+
+
+def check_groups(groups: Sequence[str], splits: Sequence[str], where: str) -> None:
+    """Checks that no group is in two splits.
+
+    Raises:
+      BadDataError: some are; the message names the first of them.
+    """
+    found = _splits_of(groups, splits)
+    shared = [f"{group} ({' and '.join(sorted(found[group]))})" for group in sorted(found) if len(found[group]) > 1]
+    if shared:
+        what = f"{len(shared):,} of {len(found):,} groups are in more than one split"
+        raise BadDataError(f"{what}: {_some(shared)}", where, "move the files of each group into one split folder")
+
+
+def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence[str]) -> list[str]:
+    """Returns a warning in three lines if files with one name and different numbers are in different splits, else [].
+
+    Names that only tell the class or the camera ('rose_017.jpg', 'IMG_0042.jpg') are not considered: files must fall
+    into at least two names for each class, and a name must have at least two files on average.
+    """
+    pattern = re.compile(NUMBERED)
+    names = {key: match[1] for key in keys if (match := pattern.search(key))}
+    named = [(names[key], label, split) for key, label, split in zip(keys, labels, splits, strict=True) if key in names]
+    by_class = len({(name, label) for name, label, _ in named})
+    if by_class < 2 * len(set(labels)) or len(named) < 2 * by_class:
+        return []
+    found = _splits_of([name for name, _, _ in named], [split for _, _, split in named])
+    shared = [name for name in sorted(found) if len(found[name]) > 1]
+    if not shared:
+        return []
+    return [
+        f"warning: {len(shared):,} of {len(found):,} names are in several splits, numbered: {_some(shared)}",
+        "  If these are frames of a video or images of a person, held-out accuracy will be 4 to 26 points too high.",
+        f"  To keep them together, prepare again with --overwrite --groups '{NUMBERED}'",
+    ]
+
+
+def _splits_of(groups: Sequence[str], splits: Sequence[str]) -> Mapping[str, set[str]]:
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for group, split in zip(groups, splits, strict=True):
+        found[group].add(split)
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
