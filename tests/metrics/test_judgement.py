@@ -108,7 +108,7 @@ def test_thresholds_reach_their_aim_where_they_are_chosen_and_nothing_better_doe
         predictions = make_predictions(c=2, rounded=rounded)
         scores, positive = predictions.all_probabilities[:, 1], predictions.label == 1
         ranking = rank(scores, positive)
-        false, true, thresholds = roc_curve(positive, scores, drop_intermediate=False)
+        false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
         for at in (0.5, 0.9, 0.95, 1.0):
             chosen = choose_threshold(ranking, "specificity", at)
             assert np.mean(scores[~positive] < chosen) >= at

@@ -1,4 +1,4 @@
-"""`python -m xception_jax evaluate` evaluates a network on every image of a split, or compares two predictions."""
+"""`python -m xception_jax evaluate` judges a network on every image of a split, or compares two predictions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +21,15 @@ from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
-from xception_jax.evaluation import compare, tables
-from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
+from xception_jax.evaluation import compare, judgement_text, tables
+from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step, name_examples
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
 from xception_jax.evaluation.temperature import calibrate
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.metrics import Metric, metrics_of
 from xception_jax.metrics.intervals import wilson_interval
-from xception_jax.metrics.predictions import Predictions, save_predictions
+from xception_jax.metrics.judgement import AT, Judgement, Threshold, as_dict, choose_thresholds, judge
+from xception_jax.metrics.predictions import MAX_CLASSES, Predictions, mistakes, save_predictions
 from xception_jax.models import create_model
 from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
 from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
@@ -36,6 +38,7 @@ from xception_jax.weights import Network
 EXAMPLES = """\
 examples:
   python -m xception_jax evaluate runs/fashion_mnist
+  python -m xception_jax evaluate runs/lesions --at 0.9 --mistakes mistakes.csv
   python -m xception_jax evaluate xception.safetensors --dataset imagenet2012 --split validation --real real.json
   python -m xception_jax evaluate xception.safetensors --dataset imagenet_v2/matched-frequency --split test
   python -m xception_jax evaluate runs/a --predictions a.npz     (the same for b)
@@ -43,12 +46,14 @@ examples:
 """
 # For weight files; a run has `evaluation.batch_size`. Fits into small machines, and keeps a large accelerator busy.
 BATCH_SIZE_PER_DEVICE = 64
+MISTAKES_IN_JSON = 100  # --mistakes writes all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = (
-        "Evaluates a network on every image of a split. For a run, evaluates the weights and their Polyak average."
+        "Evaluates a network on every image of a split. For a run, evaluates the weights and their Polyak average. "
+        "Thresholds are chosen on the development split of the run, never on the split that is evaluated."
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -62,6 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, help="images per batch, over all devices")
     parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
     parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
+    parser.add_argument(
+        "--mistakes", metavar="FILE.csv", help="write a table of all mistakes, the most confident first"
+    )
+    parser.add_argument(
+        "--thresholds",
+        metavar="SPLIT",
+        help="split to choose thresholds on (default: the development split of the run)",
+    )
+    parser.add_argument(
+        "--at",
+        type=float,
+        default=AT,
+        metavar="RATE",
+        help="specificity, and sensitivity, to choose thresholds for (%(default)s)",
+    )
     parser.add_argument("--predictions", metavar="FILE.npz", help="save the most probable classes of each image")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A.npz", "B.npz"), help="test whether two saved predictions differ in accuracy"
@@ -87,19 +107,26 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.source:
         raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "pass a work directory or a weight file")
-    for path in filter(None, (args.predictions, args.per_class)):
+    if not 0 < args.at <= 1:
+        raise UsageError(f"--at is {args.at:g}", "--at", "set it to a rate above 0 and at most 1, such as 0.95")
+    for path in filter(None, (args.predictions, args.per_class, args.mistakes)):
         _require_directory(path)
     subject = _open_subject(args)
-    values, measured, predictions, info = _evaluate(args, subject)
-    rows = tables.class_rows(predictions, info.class_names)
+    result = _evaluate(args, subject)
+    rows = tables.class_rows(result.predictions, result.judgement, result.info.class_names)
+    wrong = mistakes(result.predictions, result.info.class_names)
     if args.predictions:
-        save_predictions(args.predictions, predictions)
+        save_predictions(args.predictions, result.predictions)
     if args.per_class:
         tables.write_csv(args.per_class, rows)
+    if args.mistakes:
+        tables.write_csv(args.mistakes, wrong, tables.MISTAKES_FIELDS)
     if args.json:
-        print(json.dumps(json_ready(values | {"per_class": rows})))
+        judged = {"judgement": as_dict(result.judgement, result.info.class_names), "mistakes": wrong[:MISTAKES_IN_JSON]}
+        print(json.dumps(json_ready(result.values | {"per_class": rows} | judged)))
     else:
-        print(tables.as_text(values, list(subject.variables), measured))
+        print(tables.as_text(result.values, list(subject.variables), result.metrics))
+        print(f"\n{judgement_text.as_text(result.judgement, result.info.class_names, wrong)}")
     return 0
 
 
@@ -171,55 +198,113 @@ def _check_classes(network: Network, info: SourceInfo) -> None:
     print(f"network and dataset name their classes differently ({names}); matching them by number", file=sys.stderr)
 
 
-def _evaluate(
-    args: argparse.Namespace, subject: _Subject
-) -> tuple[dict[str, Any], Sequence[Metric], Predictions, SourceInfo]:
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """The results of an evaluation. Predictions and judgement are of the last set of variables."""
+
+    values: dict[str, Any]
+    metrics: Sequence[Metric]
+    predictions: Predictions
+    judgement: Judgement
+    info: SourceInfo
+
+
+def _evaluate(args: argparse.Namespace, subject: _Subject) -> _Result:
     network, config = subject.network, subject.config
     data, source = _open_data(args, config)
     info = source.info
     _check_classes(network, info)
     check_labels(source)
+    development = _open_development(args, data, config, info)
     real_labels = load_real_labels(args.real, info.num_classes) if args.real else []
     numbers = image_numbers(source, real_labels) if args.real else []
     loss = "sigmoid" if info.multi_label else "softmax"
-    config = override(config, {"loss.name": loss, "model.num_classes": info.num_classes})
-
-    metrics, mesh = metrics_of(config), make_mesh(MeshConfig())
-    usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * mesh.size
-    batch_size = -(-usual // mesh.size) * mesh.size if args.batch_size is None else args.batch_size
-    if batch_size < 1:
-        raise UsageError(f"--batch_size is {batch_size}", "--batch_size", "set it to a whole number, at least 1")
-    check_batch("evaluation.batch_size", batch_size, mesh.size)
-    view = network.preprocessing
-    batches = EvaluationBatches(data, source, batch_size=batch_size, view=view)
-    damaged = DamagedImages(info, data.max_bad_fraction)
-    with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
-        values, predictions = evaluate(
-            make_evaluation_step(create_model(network.model), config, keep_logits=not info.multi_label),
-            metrics,
-            jax.device_put(subject.variables, NamedSharding(mesh, PartitionSpec())),
-            tqdm(iterator, "evaluating", len(batches), unit="batch", disable=None),
-            len(source),
-            to_devices=lambda batch: to_devices(batch, batch_sharding(mesh)),
-            poll=lambda batch: _note_damaged(damaged, batch),
-        )
-
+    config = override(config, {"loss.name": loss, "model.num_classes": network.model.num_classes})
+    metrics = metrics_of(config)
+    pass_over = _Pass(args, network, config, data, metrics)
+    thresholds: list[Threshold] = []
     last = list(subject.variables)[-1]
+    if development is not None:
+        _, predictions, _ = pass_over(development, {last: subject.variables[last]})
+        thresholds = choose_thresholds(predictions, args.at)
+    values, predictions, damaged = pass_over(source, subject.variables)
+    if info.num_classes <= MAX_CLASSES or args.mistakes:
+        predictions = name_examples(predictions, source)
+
     named: dict[str, Any] = {"source": args.source, "sha256": network.sha256}
     named |= {"step": subject.step} if subject.step is not None else {}
     named |= {"dataset": info.name, "split": info.split} | values
-    if damaged.indices:
-        named["damaged"] = len(damaged.indices)
+    named |= {"thresholds_split": development.info.split} if development is not None else {}
+    named |= {"damaged": damaged} if damaged else {}
     for prefix in subject.variables:
         for name in (f"{prefix}top1", f"{prefix}top5"):
-            if name in values:
+            # Images of a group are not independent: their interval is that of the judgement.
+            if name in values and predictions.group is None:
                 named[f"{name}_interval"] = wilson_interval(values[name], values["count"])
     if not info.multi_label:
         calibration = calibrate(predictions)
         named |= {f"{last}{name}": value for name, value in dataclasses.asdict(calibration).items()}
     if numbers:
         named |= {f"{last}{key}": value for key, value in real_accuracy(predictions, numbers, real_labels).items()}
-    return named, metrics, predictions, info
+    return _Result(named, metrics, predictions, judge(predictions, info.num_classes, thresholds), info)
+
+
+def _open_development(
+    args: argparse.Namespace, data: DataConfig, config: ExperimentConfig, info: SourceInfo
+) -> Source | None:
+    """Opens the split to choose thresholds on; None if there is none.
+
+    Raises:
+      UsageError: it is the split that is evaluated.
+    """
+    own = is_run(args.source) and data.name == config.data.name
+    split = args.thresholds or (config.data.eval_split if own else "")
+    if args.thresholds and split == info.split:
+        fix = "choose thresholds on a split that is not evaluated: they fit their own images too well"
+        raise UsageError(f"--thresholds is the split that is evaluated, {split}", "--thresholds", fix)
+    if not split or split == info.split or info.num_classes > MAX_CLASSES:
+        return None
+    return open_dataset(data, split)
+
+
+class _Pass:
+    """Runs a network over every image of a split."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        network: Network,
+        config: ExperimentConfig,
+        data: DataConfig,
+        metrics: Sequence[Metric],
+    ):
+        self.network, self.data, self.metrics, self.mesh = network, data, metrics, make_mesh(MeshConfig())
+        size = self.mesh.size
+        usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * size
+        self.batch_size = math.ceil(usual / size) * size if args.batch_size is None else args.batch_size
+        if self.batch_size < 1:
+            raise UsageError(
+                f"--batch_size is {self.batch_size}", "--batch_size", "set it to a whole number, at least 1"
+            )
+        check_batch("evaluation.batch_size", self.batch_size, size)
+        keep_logits = not config.loss.multi_label
+        self.step = make_evaluation_step(create_model(network.model), config, keep_logits=keep_logits)
+
+    def __call__(self, source: Source, variables: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Predictions, int]:
+        """Returns the metrics, the predictions of the last set of variables, and the number of damaged images."""
+        batches = EvaluationBatches(self.data, source, batch_size=self.batch_size, view=self.network.preprocessing)
+        damaged = DamagedImages(source.info, self.data.max_bad_fraction)
+        with jax.set_mesh(self.mesh), contextlib.closing(iter(batches)) as iterator:
+            values, predictions = evaluate(
+                self.step,
+                self.metrics,
+                jax.device_put(variables, NamedSharding(self.mesh, PartitionSpec())),
+                tqdm(iterator, f"evaluating {source.info.split}", len(batches), unit="batch", disable=None),
+                len(source),
+                to_devices=lambda batch: to_devices(batch, batch_sharding(self.mesh)),
+                poll=lambda batch: _note_damaged(damaged, batch),
+            )
+        return values, predictions, len(damaged.indices)
 
 
 def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:

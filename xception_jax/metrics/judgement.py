@@ -1,7 +1,7 @@
 """Judges a classifier from its saved predictions: by class, by threshold and by group, with intervals.
 
-`evaluate` and the report show the result of `judge`. Thresholds come from `choose_thresholds` on the development split; no
-threshold is ever chosen on the examples that it is judged by.
+`evaluate` and the report show the result of `judge`. Thresholds come from `choose_thresholds` on the development split;
+no threshold is ever chosen on the examples that it is judged by.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Judgement:
       count: number of examples with a label.
       groups: number of groups, or None if the dataset has none.
       draws: number of bootstrap draws behind the intervals, 0 if there are none.
-      overall: accuracy (single label only) and, over all classes with examples, macro_precision, macro_recall, macro_f1,
-        the same weighted by support, and the means of the areas and of the equal error rate.
+      overall: accuracy (single label only) and, over all classes with examples, macro_precision, macro_recall and
+        macro_f1, the same weighted by support, and the means of the areas and of the equal error rate.
       classes: the results of each class.
       points: what the thresholds of the development split give.
       by_group: the results of whole groups, or None.

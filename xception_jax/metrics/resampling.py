@@ -28,8 +28,8 @@ class Estimate:
 def bootstrap_weights(groups: Int[np.ndarray, " n"], draws: int = DRAWS) -> Iterator[Float[np.ndarray, "n b"]]:
     """Yields how often each example occurs in each draw, in chunks of draws.
 
-    A draw takes as many groups as there are, with replacement, and all examples of each. Images of one patient or video are
-    not independent, and resampling them one by one would give intervals that are too narrow.
+    A draw takes as many groups as there are, with replacement, and all examples of each. Images of one patient or
+    video are not independent, and resampling them one by one would give intervals that are too narrow.
 
     Args:
       groups: number of the group of each example, from 0.

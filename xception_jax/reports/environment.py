@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from xception_jax.logs.console import format_count, format_duration
 
-_SHARED = Path(__file__).parent  # base.html and style.css
+_SHARED = Path(__file__).parent  # base.html, style.css and report.js
 
 
 def make_environment(templates: Path) -> jinja2.Environment:
@@ -39,6 +42,10 @@ def make_environment(templates: Path) -> jinja2.Environment:
         "count": format_count,
         "duration": format_duration,
     }
+    script = (_SHARED / "report.js").read_text(encoding="utf-8")
+    # The page runs this script only: its security policy names the hash, so that no text of a dataset can run.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return environment
 
 
