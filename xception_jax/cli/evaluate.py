@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(json_ready(result.values | {"per_class": rows} | judged)))
     else:
         print(tables.as_text(result.values, list(subject.variables), result.metrics))
-        print(f"\n{judgement_text.as_text(result.judgement, result.info.class_names, wrong)}")
+        split = result.values.get("thresholds_split", "")
+        print(f"\n{judgement_text.as_text(result.judgement, result.info.class_names, wrong, split)}")
     return 0
 
 

@@ -36,15 +36,19 @@ CLASS_FIELDS = {
 }
 
 
-def as_text(judgement: Judgement, names: Sequence[str], mistakes: Sequence[dict[str, Any]]) -> str:
+def as_text(
+    judgement: Judgement, names: Sequence[str], mistakes: Sequence[dict[str, Any]], thresholds_split: str = ""
+) -> str:
     """Formats a judgement.
 
     Args:
       judgement: the judgement.
       names: names of the classes.
       mistakes: rows of all mistakes, the most confident first.
+      thresholds_split: the split that the thresholds were chosen on.
     """
-    blocks = [_overall(judgement), _classes(judgement, names), _points(judgement, names), _groups(judgement)]
+    points = _points(judgement, names, thresholds_split)
+    blocks = [_overall(judgement), _classes(judgement, names), points, _groups(judgement)]
     return "\n\n".join(block for block in [*blocks, _mistakes(judgement, mistakes)] if block)
 
 
@@ -95,11 +99,13 @@ def _classes(judgement: Judgement, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _points(judgement: Judgement, names: Sequence[str]) -> str:
-    if not judgement.points or len({point.threshold.label for point in judgement.points}) > _MOST_POINTS:
+def _points(judgement: Judgement, names: Sequence[str], split: str) -> str:
+    if not judgement.points:
         return ""
+    if len({point.threshold.label for point in judgement.points}) > _MOST_POINTS:
+        return f"thresholds chosen on {split}: in --json and --per_class"
     lines = [
-        "at thresholds chosen on the development split",
+        f"at thresholds chosen on {split}",
         f"{'class':<{_NAME}}  {'chosen for':<18}  threshold  {'sensitivity':<24}  specificity",
     ]
     lines += [

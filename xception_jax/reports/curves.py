@@ -91,7 +91,7 @@ def line_figure(
         _style(axes, percent=percent)
         if steps_per_epoch:
             above = axes.secondary_xaxis(
-                "top", functions=(lambda x: x / steps_per_epoch, lambda x: x * steps_per_epoch)
+                "top", functions=(lambda x: np.asarray(x) / steps_per_epoch, lambda x: np.asarray(x) * steps_per_epoch)
             )
             above.set_xlabel("epoch", color=QUIET)
             above.xaxis.set_major_locator(
@@ -124,7 +124,13 @@ class Curve:
 
 
 def share_figure(
-    curves: Sequence[Curve], x_label: str, y_label: str, *, diagonal: bool = False, marked: bool = False
+    curves: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    legend: str = "lower right",
+    diagonal: bool = False,
+    marked: bool = False,
 ) -> str:
     """Draws curves in the unit square.
 
@@ -132,6 +138,7 @@ def share_figure(
       curves: at most as many as there are colours.
       x_label: name of the x axis.
       y_label: name of the y axis.
+      legend: where the legend is.
       diagonal: draws the line y = x.
       marked: marks the points.
     """
@@ -150,7 +157,7 @@ def share_figure(
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _style(axes, percent=True)
         if len(curves) > 1:
-            axes.legend(loc="best")
+            axes.legend(loc=legend)
         shown = [_readout(c.label, color, c.x, c.y) for c, color in zip(curves, COLORS, strict=False)]
         return Readout(shown, x_label, y_label, percent=True, x_percent=True, nearest=True)
 

@@ -37,6 +37,7 @@ def make_environment(templates: Path) -> jinja2.Environment:
         "interval": format_interval,
         "p": format_p,
         "number": format_number,
+        "rate": format_rate,
         "integer": format_integer,
         "heading": format_heading,
         "count": format_count,
@@ -52,6 +53,11 @@ def make_environment(templates: Path) -> jinja2.Environment:
 def format_percent(share: float | None, digits: int = 2) -> str:
     """Returns a share in percent: 0.8 is '80.00 %', with a no-break space; '-' if it is None or not finite."""
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def format_rate(value: float) -> str:
+    """Returns a rate with four decimals, as `evaluate` prints it; '-' if it is not finite."""
+    return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
 def format_heading(title: str) -> str:

@@ -62,7 +62,9 @@ def _figures(judgement: Judgement, predictions: Predictions, names: Sequence[str
             Curve(_label(names, scores, scores.average_precision.value, alone=len(chosen) == 1), *_thin(true, p))
             for scores, (true, _, p) in zip(chosen, rates, strict=True)
         ]
-        figures.append(("Precision and recall", note, share_figure(precision, "recall", "precision")))
+        figures.append(
+            ("Precision and recall", note, share_figure(precision, "recall", "precision", legend="lower left"))
+        )
     if not predictions.multi_label and (bins := confidence_bins(predictions)):
         x, y = np.array([[entry.confidence, entry.accuracy] for entry in bins]).T
         title = "Calibration"

@@ -45,7 +45,7 @@ def choose_cells(predictions: Predictions) -> dict[Cell, list[int]]:
     """
     if predictions.multi_label:
         return {}
-    ranked = []
+    ranked: list[tuple[bool, int, int, Cell, int]] = []
     seen: dict[Cell, int] = {}
     for i in np.argsort(-predictions.probabilities[:, 0], kind="stable").tolist():
         cell = int(predictions.label[i]), int(predictions.classes[i, 0])
@@ -137,7 +137,7 @@ class Cards:
             "heat_map": None if heat_map is None else _data_uri(heat_map),
             "pixelated": max(self._images[index].shape[:2]) <= 64,
             "right": bool(predictions.right[i]),
-            "label": ", ".join(names[c] for c in true) or "no label",
+            "label": ", ".join(names[int(c)] for c in true) or "no label",
             "guesses": [(names[c], float(p), c in true) for c, p in shown],
         }
 

@@ -19,7 +19,7 @@ GREY, BLUE, VERMILION, GREEN = "#8a8a8a", "#0072b2", "#d55e00", "#009e73"
 COLORS = (BLUE, VERMILION, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 QUIET = "#555555"  # labels
 ZERO, MARGIN = "#999999", "#eeeeee"  # the line at no difference, and the band of differences that do not matter
-_GRID = "#e6e6e6"
+_GRID, _PAPER = "#e6e6e6", "#fefefe"
 FONT_SIZE = 12  # of all text, in pixels where a figure has its natural size; style.css never shrinks it
 
 # In a page the colours are variables of style.css, which differ in a light and a dark theme. Files keep the colours.
@@ -33,7 +33,7 @@ _VARIABLES = {
         ZERO: "line",
         MARGIN: "band",
     },
-    **{"#cc79a7": "pink", "#e69f00": "orange", "#56b4e9": "sky", "#000000": "black", _GRID: "grid"},
+    **{"#cc79a7": "pink", "#e69f00": "orange", "#56b4e9": "sky", "#000000": "black", _GRID: "grid", _PAPER: "paper"},
 }
 
 _STYLE: dict[Any, Any] = {
@@ -56,7 +56,9 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _GRID,
     "xtick.color": QUIET,
     "ytick.color": QUIET,
-    "legend.frameon": False,
+    "legend.facecolor": _PAPER,  # lines below a legend shine through
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.75,
     "legend.handlelength": 2.4,
 }
 
