@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,7 +17,10 @@ Statistics = dict[str, np.ndarray]  # [b] or [classes, b] by name
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A statistic with its 95 % interval; the ends are None if there is no bootstrap."""
+    """A statistic with its 95 % interval. The ends are None if there is no bootstrap, or if all draws give one value.
+
+    All draws of a perfect result are perfect, which says nothing about other examples.
+    """
 
     value: float
     low: float | None = None
@@ -65,7 +67,9 @@ def estimate(
         drawn = [np.atleast_2d(part[name]) for part in found]
         ends = _interval(np.concatenate(drawn, axis=1)) if drawn else None
         result[name] = [
-            Estimate(float(v)) if ends is None or math.isnan(v) else Estimate(float(v), *map(float, ends[:, i]))
+            Estimate(float(v))
+            if ends is None or not ends[0, i] < ends[1, i]
+            else Estimate(float(v), *map(float, ends[:, i]))
             for i, v in enumerate(value)
         ]
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from xception_jax.logs.console import format_count, format_duration
 _SHARED = Path(__file__).parent  # base.html, style.css and report.js
 
 
+@functools.cache  # a live report is written often, and compiling the templates would take a third of its time
 def make_environment(templates: Path) -> jinja2.Environment:
     """Builds the environment that renders the templates of one report.
 

@@ -33,7 +33,7 @@ from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 
-_LIVE_IMAGES_SECONDS = 0.2
+_LIVE_IMAGES_SECONDS = 0.1
 _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
