@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import threading
 import time
 
@@ -19,6 +20,7 @@ from xception_jax.config import override, resolve
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.prepare.writer import write_dataset
 from xception_jax.errors import StorageError, UsageError
+from xception_jax.metrics.judgement import choose_thresholds
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.training.loop import train
 
@@ -125,8 +127,14 @@ def test_the_judgement_of_a_single_logit_is_scikit_learns(evaluated):
     assert len(judged["accuracy_interval"]) == 2
 
 
-def test_thresholds_are_chosen_on_the_development_split(evaluated, finished):
+def test_thresholds_are_chosen_on_the_development_split(evaluated, finished, tmp_path):
     found, _ = evaluated
+    alone = json.loads(run(finished[0], "--json", "--split", "validation", "--predictions", tmp_path / "v.npz"))
+    assert alone["judgement"]["thresholds"] == []
+    chosen = [entry.value for entry in choose_thresholds(load_predictions(tmp_path / "v.npz"), 0.9)]
+    assert [row["threshold"] for row in found["judgement"]["thresholds"]] == pytest.approx(chosen, abs=1e-6)
+    on_test = [entry.value for entry in choose_thresholds(load_predictions(evaluated[1] / "p.npz"), 0.9)]
+    assert chosen != pytest.approx(on_test, abs=1e-5)
     assert found["thresholds_split"] == "validation"
     rows = found["judgement"]["thresholds"]
     assert [(row["name"], row["aim"], row["at"]) for row in rows[3:]] == [
@@ -134,11 +142,8 @@ def test_thresholds_are_chosen_on_the_development_split(evaluated, finished):
         ("malignant", "specificity", 0.9),
         ("malignant", "sensitivity", 0.9),
     ]
-    # On the development split itself they reach what they were chosen for, and are not chosen there.
     judged = json.loads(run(finished[0], "--json", "--at", 0.9, "--split", "validation", "--thresholds", "test"))
     assert judged["thresholds_split"] == "test"
-    alone = json.loads(run(finished[0], "--json", "--split", "validation"))
-    assert alone["judgement"]["thresholds"] == []
     with pytest.raises(UsageError, match="is the split that is evaluated"):
         run(finished[0], "--thresholds", "test")
     with pytest.raises(UsageError, match=r"--at is 1\.5"):
@@ -175,7 +180,9 @@ def test_the_report_and_the_text_show_the_same(evaluated, finished):
     assert "at thresholds chosen on validation" in text
     point = judged["thresholds"][4]
     assert f"specificity 0.95    {point['threshold']:>9.4f}" in text
-    assert f'<td class="n">{point["threshold"]:.4f}</td>' in page
+    table = page[page.index("Thresholds, chosen on the development split") :]
+    printed = re.findall(r'</td><td class="n">(0\.\d{4})</td>', table[: table.index("</table>")])
+    assert printed == [f"{entry['threshold']:.4f}" for entry in judged["thresholds"]]
     assert text.count("test/") >= 1
     assert max(map(len, text.splitlines())) <= 120
 

@@ -147,7 +147,11 @@ def test_thresholds_come_from_the_development_split():
         assert point.sensitivity.low < point.sensitivity.value < point.sensitivity.high
     # The other split decides: on the test split itself the aim is not met exactly.
     assert result.points[1].specificity.value != pytest.approx(0.9, abs=1e-3)
-    assert judge(test, 2, choose_thresholds(test, at=0.9)).points[1].threshold != result.points[1].threshold
+    own = judge(test, 2, choose_thresholds(test, at=0.9))
+    assert own.points[1].threshold != result.points[1].threshold
+    for first in (0, 3):
+        assert own.points[first + 1].specificity.value >= 0.9
+        assert own.points[first + 2].sensitivity.value >= 0.9
 
 
 def test_a_bootstrap_over_groups_is_wider_and_repeats():

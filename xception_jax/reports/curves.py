@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -128,7 +128,7 @@ def share_figure(
     x_label: str,
     y_label: str,
     *,
-    legend: str = "lower right",
+    legend: Literal["lower left", "lower right"] = "lower right",
     diagonal: bool = False,
     marked: bool = False,
 ) -> str:
