@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.metrics import (
 )
 
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.metrics import judgement
 from xception_jax.metrics.judgement import as_dict, choose_thresholds, judge
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.metrics.ranking import choose_threshold, rank
@@ -207,6 +209,23 @@ def test_without_all_probabilities_there_are_no_areas():
     assert result.classes[0].f1.low is not None
     assert result.points == result.rankings == ()
     assert result.by_group is None
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_many_classes_give_the_same_without_a_table(multi_label, monkeypatch):
+    predictions = dataclasses.replace(make_predictions(c=7, multi_label=multi_label, groups=9), all_probabilities=None)
+    small = judge(predictions, 7, draws=0)
+    monkeypatch.setattr(judgement, "_MAX_RESAMPLED", 0)
+    assert judge(predictions, 7) == small
+    # 20,000 classes and 50,000 examples would take a gigabyte in every table.
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 20_000, 50_000)
+    large = Predictions(np.arange(50_000), label, label[:, None].astype(np.int32), np.ones((50_000, 1), np.float32))
+    tracemalloc.start()
+    result = judge(large, 20_000)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert result.overall["macro_f1"].value == 1
 
 
 def test_what_is_not_finite_counts_as_wrong():

@@ -72,12 +72,14 @@ def class_rows(predictions: Predictions, judgement: Judgement, names: Sequence[s
     frequent wrong prediction) and confused (its count). Without all probabilities, the average_precision of multi-label
     rows is a lower bound, and other areas are None, as are values of classes without images.
     """
-    rows = [
+    hits = predictions.classes[predictions.right & predictions.labelled, 0]
+    right = np.bincount(hits, minlength=len(names))
+    rows: list[dict[str, Any]] = [
         {
             "class": scores.label,
             "name": names[scores.label],
             "images": scores.support,
-            **(_decisions(predictions, scores.support, scores.label) if not predictions.multi_label else {}),
+            **(_decisions(scores.support, int(right[scores.label])) if not predictions.multi_label else {}),
             **{field: _known(getattr(scores, field).value) for field in _FIELDS},
         }
         for scores in judgement.classes
@@ -105,8 +107,7 @@ def class_rows(predictions: Predictions, judgement: Judgement, names: Sequence[s
 _FIELDS = ("precision", "recall", "f1", "roc_auc", "average_precision", "equal_error_rate")
 
 
-def _decisions(predictions: Predictions, images: int, label: int) -> dict[str, Any]:
-    right = int(predictions.right[predictions.label == label].sum())
+def _decisions(images: int, right: int) -> dict[str, Any]:
     accuracy = right / images if images else None
     low, high = wilson_interval(accuracy, images) if accuracy is not None else (None, None)
     return {"right": right, "accuracy": accuracy, "low": low, "high": high}

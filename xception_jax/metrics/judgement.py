@@ -167,6 +167,8 @@ def judge(
       draws: number of bootstrap draws, over groups if there are any, else over images. There are none if there are more
         than `_MAX_RESAMPLED` examples x classes.
     """
+    if predictions.all_probabilities is None and len(predictions.label) * num_classes > _MAX_RESAMPLED:
+        return _judge_decisions(predictions, num_classes)
     examples = _examples(predictions, num_classes)
     draws = draws if examples.resampled else 0
     rankings = examples.rankings()
@@ -174,22 +176,13 @@ def judge(
     found: dict[str, list[Estimate]] = {}
     if len(examples.group):
         found = estimate(lambda w: _statistics(examples, rankings, thresholds, w), examples.group, draws)
-    nothing = [Estimate(math.nan)] * max(num_classes, len(thresholds))
-    per_class = {field: found.get(field, nothing) for field in ("precision", "recall", "f1", *_OF_RANKING)}
     by_group = _judge_groups(examples, draws) if predictions.group is not None else None
     return Judgement(
         count=len(examples.group),
         groups=None if predictions.group is None else int(examples.group.max(initial=-1)) + 1,
         draws=draws,
-        overall={name.removeprefix("mean_"): values[0] for name, values in found.items() if name in _OVERALL},
-        classes=tuple(
-            ClassScores(
-                label=label,
-                support=int(examples.positive[:, label].sum()),
-                **{field: values[label] for field, values in per_class.items()},
-            )
-            for label in range(num_classes)
-        ),
+        overall=_overall(found),
+        classes=_classes(found, examples.positive.sum(axis=0)),
         points=tuple(
             OperatingPoint(entry, found["sensitivity"][i], found["specificity"][i])
             for i, entry in enumerate(thresholds)
@@ -200,8 +193,46 @@ def judge(
     )
 
 
+def _judge_decisions(predictions: Predictions, num_classes: int) -> Judgement:
+    """Judges decisions only, without a table of examples x classes: it has a billion cells for 20,000 classes."""
+    labelled = predictions.labelled
+    label, classes = predictions.label[labelled], predictions.classes[labelled].astype(np.int64)
+    probabilities = predictions.probabilities[labelled]
+    if predictions.multi_label:
+        decided = probabilities >= 0.5
+        counts = (
+            label.sum(axis=0),
+            np.bincount(classes[decided], minlength=num_classes),
+            np.bincount(classes[decided & np.take_along_axis(label, classes, axis=1)], minlength=num_classes),
+        )
+    else:
+        counts = tuple(
+            np.bincount(found, minlength=num_classes)
+            for found in (label, classes[np.isfinite(probabilities[:, 0]), 0], label[predictions.right[labelled]])
+        )
+    found = _decisions(*(column[:, None].astype(float) for column in counts))
+    if not predictions.multi_label:
+        found["accuracy"] = predictions.right[labelled].mean(keepdims=True)
+    estimates = {name: [Estimate(float(v)) for v in np.atleast_2d(values)[:, 0]] for name, values in found.items()}
+    groups = None if predictions.group is None else len(np.unique(predictions.group[labelled]))
+    return Judgement(len(label), groups, 0, _overall(estimates), _classes(estimates, counts[0]), (), None, ())
+
+
 _MEANS = [f"{kind}_{field}" for kind in ("macro", "weighted") for field in ("precision", "recall", "f1")]
 _OVERALL = ("accuracy", *_MEANS, *(f"mean_{name}" for name in _OF_RANKING))
+
+
+def _overall(found: dict[str, list[Estimate]]) -> dict[str, Estimate]:
+    return {name.removeprefix("mean_"): values[0] for name, values in found.items() if name in _OVERALL}
+
+
+def _classes(found: dict[str, list[Estimate]], support: Int[np.ndarray, " c"]) -> tuple[ClassScores, ...]:
+    nothing = [Estimate(math.nan)] * len(support)
+    columns = {field: found.get(field, nothing) for field in ("precision", "recall", "f1", *_OF_RANKING)}
+    return tuple(
+        ClassScores(label, int(count), **{field: values[label] for field, values in columns.items()})
+        for label, count in enumerate(support)
+    )
 
 
 def _examples(predictions: Predictions, num_classes: int) -> _Examples:
@@ -238,19 +269,11 @@ def _statistics(
     """Computes all statistics for columns of weights [n, b]: [b] or [classes, b] for each name."""
     decision, positive = (a.astype(weights.dtype).T for a in (examples.decision, examples.positive))
     support, decided, hit = positive @ weights, decision @ weights, (positive * decision) @ weights
-    found = {
-        # A class with examples that is never decided for has a precision of 0.
-        "precision": np.where(support > 0, hit / np.maximum(decided, 1), np.nan),
-        "recall": np.where(support > 0, hit / np.maximum(support, 1), np.nan),
-        "f1": np.where(support > 0, 2 * hit / np.maximum(support + decided, 1), np.nan),
-    }
+    found = _decisions(support, decided, hit)
     if rankings:
         counts = [ranking.count(entry, weights) for entry in rankings]
         found |= {name: np.stack([area(c) for c in counts]) for name, area in _OF_RANKING.items()}
         found |= {f"mean_{name}": _mean(found[name], np.ones_like(support)) for name in _OF_RANKING}
-    for field in ("precision", "recall", "f1"):
-        found[f"macro_{field}"] = _mean(found[field], np.ones_like(support))
-        found[f"weighted_{field}"] = _mean(found[field], support)
     if not examples.multi_label:
         found["accuracy"] = hit.sum(axis=0) / weights.sum(axis=0)
     if thresholds and examples.scores is not None:
@@ -261,6 +284,22 @@ def _statistics(
             total = kept.astype(weights.dtype) @ weights
             share = ((kept & right).astype(weights.dtype) @ weights) / np.maximum(total, 1)
             found[name] = np.where(total > 0, share, np.nan)
+    return found
+
+
+def _decisions(
+    support: Float[np.ndarray, "c b"], decided: Float[np.ndarray, "c b"], hit: Float[np.ndarray, "c b"]
+) -> Statistics:
+    """Computes precision, recall and F1 from the positives, the decisions and the right decisions for each class."""
+    found = {
+        # A class with examples that is never decided for has a precision of 0.
+        "precision": np.where(support > 0, hit / np.maximum(decided, 1), np.nan),
+        "recall": np.where(support > 0, hit / np.maximum(support, 1), np.nan),
+        "f1": np.where(support > 0, 2 * hit / np.maximum(support + decided, 1), np.nan),
+    }
+    for field in ("precision", "recall", "f1"):
+        found[f"macro_{field}"] = _mean(found[field], np.ones_like(support))
+        found[f"weighted_{field}"] = _mean(found[field], support)
     return found
 
 
