@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from xception_jax.errors import StorageError
 from xception_jax.files import write_atomically
 from xception_jax.metrics import Metric

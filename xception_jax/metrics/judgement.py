@@ -200,22 +200,18 @@ def _judge_decisions(predictions: Predictions, num_classes: int) -> Judgement:
     probabilities = predictions.probabilities[labelled]
     if predictions.multi_label:
         decided = probabilities >= 0.5
-        counts = (
-            label.sum(axis=0),
-            np.bincount(classes[decided], minlength=num_classes),
-            np.bincount(classes[decided & np.take_along_axis(label, classes, axis=1)], minlength=num_classes),
-        )
+        support = label.sum(axis=0)
+        columns = classes[decided], classes[decided & np.take_along_axis(label, classes, axis=1)]
     else:
-        counts = tuple(
-            np.bincount(found, minlength=num_classes)
-            for found in (label, classes[np.isfinite(probabilities[:, 0]), 0], label[predictions.right[labelled]])
-        )
+        support = np.bincount(label, minlength=num_classes)
+        columns = classes[np.isfinite(probabilities[:, 0]), 0], label[predictions.right[labelled]]
+    counts = [support, *(np.bincount(found, minlength=num_classes) for found in columns)]
     found = _decisions(*(column[:, None].astype(float) for column in counts))
     if not predictions.multi_label:
         found["accuracy"] = predictions.right[labelled].mean(keepdims=True)
     estimates = {name: [Estimate(float(v)) for v in np.atleast_2d(values)[:, 0]] for name, values in found.items()}
     groups = None if predictions.group is None else len(np.unique(predictions.group[labelled]))
-    return Judgement(len(label), groups, 0, _overall(estimates), _classes(estimates, counts[0]), (), None, ())
+    return Judgement(len(label), groups, 0, _overall(estimates), _classes(estimates, support), (), None, ())
 
 
 _MEANS = [f"{kind}_{field}" for kind in ("macro", "weighted") for field in ("precision", "recall", "f1")]
