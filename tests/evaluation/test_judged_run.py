@@ -106,7 +106,8 @@ def test_the_report_is_there_while_the_run_goes_on(finished):
     assert live.endswith("</html>\n") or live.endswith("</html>")
     assert 'id="live"' in live
     assert "step 3 of 6 (epoch 1)" in live
-    assert "Split <code>validation</code>, 40 images" in live
+    assert "Split <code>validation</code>, 40 images of 14 groups." in live
+    assert "validation/malignant/validation-patient" in live or "validation/benign/validation-patient" in live
     last = (workdir / "report.html").read_text()
     assert 'id="live"' not in last
     assert "Split <code>test</code>, 60 images of 20 groups" in last

@@ -15,7 +15,6 @@ _MOST_POINTS = 4  # classes whose thresholds are printed
 _MOST_MISTAKES = 10
 _NAME = 24  # columns of a name
 
-# Titles by name, also those of the report.
 OVERALL = {
     "accuracy": "accuracy",
     "macro_precision": "precision, mean of classes",
@@ -72,14 +71,22 @@ def aim_text(point: OperatingPoint) -> str:
     return aim if point.threshold.at is None else f"{aim} {point.threshold.at:g}"
 
 
-def _overall(judgement: Judgement) -> str:
-    # Without groups, the accuracy stands above the judgement, with Wilson's interval.
+def overall_rows(judgement: Judgement) -> list[tuple[str, Estimate]]:
+    """Returns the title and the value of each result over all classes.
+
+    Without groups the accuracy is left out: it stands above the judgement, with Wilson's interval.
+    """
     hidden = () if judgement.groups is not None else ("accuracy",)
+    return [
+        (title, judgement.overall[name])
+        for name, title in OVERALL.items()
+        if name in judgement.overall and name not in hidden
+    ]
+
+
+def _overall(judgement: Judgement) -> str:
     lines = [interval_note(judgement)] if judgement.draws else []
-    for name, title in OVERALL.items():
-        if name in judgement.overall and name not in hidden:
-            lines.append(f"{title:<28}{_cell(judgement.overall[name])}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{title:<28}{_cell(value)}" for title, value in overall_rows(judgement))])
 
 
 def _classes(judgement: Judgement, names: Sequence[str]) -> str:

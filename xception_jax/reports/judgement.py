@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from xception_jax.evaluation.judgement_text import CLASS_FIELDS, OVERALL, aim_text, interval_note, shown_classes
+from xception_jax.evaluation.judgement_text import CLASS_FIELDS, aim_text, interval_note, overall_rows, shown_classes
 from xception_jax.metrics import ranking
 from xception_jax.metrics.judgement import ClassScores, Judgement
 from xception_jax.metrics.predictions import Predictions, confidence_bins
@@ -32,7 +32,7 @@ def judgement_context(judgement: Judgement, predictions: Predictions, names: Seq
     return {
         "judgement": judgement,
         "note": interval_note(judgement),
-        "overall": [(title, judgement.overall[name]) for name, title in OVERALL.items() if name in judgement.overall],
+        "overall": overall_rows(judgement),
         "fields": fields,
         "rows": [
             (names[scores.label], scores.support, [getattr(scores, field) for field in fields]) for scores in shown

@@ -34,6 +34,7 @@ from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 
 _LIVE_IMAGES_SECONDS = 0.1
+_LIVE_NAMED = 2_000  # images of a split whose file names and groups are read for a live report
 _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -43,6 +44,7 @@ class Summary:
 
     Attributes:
       step: the last step.
+      groups: number of groups of the images of these metrics, or None if they are independent.
       metrics: metrics of the test split if there is one, otherwise of the last evaluation on the development split.
       main_metric: the metric that `str` shows.
       state_sha256: fingerprint of the final state.
@@ -51,6 +53,7 @@ class Summary:
     """
 
     step: int
+    groups: int | None
     metrics: dict[str, Any]
     main_metric: Metric
     state_sha256: str
@@ -65,7 +68,9 @@ class Summary:
             if value is not None:
                 low, high = wilson_interval(value, self.metrics["count"])
                 interval = f", 95% interval {low:.4f} to {high:.4f}" if isinstance(main, TopK) else ""
-                count = f"{self.metrics['count']:,} images{interval}"
+                # The interval of images that are not independent takes a bootstrap: it is in the report.
+                details = interval if self.groups is None else f" of {self.groups:,} groups"
+                count = f"{self.metrics['count']:,} images{details}"
                 lines.append(f"{self.metrics['split']} {main.title}{label}: {main.format(value)} ({count})")
         lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {self.checkpoint}", f"report: {self.report}"]
         return "\n".join(lines)
@@ -99,6 +104,7 @@ def summarize_run(
     evaluations = [entry for split in ("dev", "test") for entry in entries if entry["split"] == split]
     final = evaluations[-1] if evaluations else {}
     report = workdir / "report.html"
+    groups = None
     if jax.process_index() == 0:
         info = _run_info(experiment, journal, seconds_to_first_step)
         if "images_per_second" in final:
@@ -109,6 +115,7 @@ def summarize_run(
             judged = _judge(experiment, "test", test, thresholds)
         elif development is not None:
             judged = _judge(experiment, "dev", development)
+        groups = judged.judgement.groups if judged is not None else None
         try:
             _write(experiment, workdir, entries, info, judged)
         except OSError as error:
@@ -116,7 +123,7 @@ def summarize_run(
             raise StorageError(f"the report cannot be written: {error.strerror}", str(report), fix) from None
     step = experiment.total_steps
     return Summary(
-        step, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
+        step, groups, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
     )
 
 
@@ -131,7 +138,8 @@ def write_live_report(
     """Writes report.html after an evaluation on the development split, on process 0.
 
     A failure is reported in one line and does not stop the run: everything in the report is also written elsewhere.
-    There are no bootstrap intervals, and only as many images as can be decoded in `_LIVE_IMAGES_SECONDS`.
+    There are no bootstrap intervals, file names and groups only of up to `_LIVE_NAMED` images, and as many images as
+    can be decoded in `_LIVE_IMAGES_SECONDS`.
     """
     if jax.process_index() != 0:
         return
@@ -184,7 +192,7 @@ def _judge(
     live: bool = False,
 ) -> Judged:
     source = experiment.sources[split]
-    if not live and experiment.config.num_classes <= MAX_CLASSES:
+    if experiment.config.num_classes <= MAX_CLASSES and (not live or len(source) <= _LIVE_NAMED):
         predictions = name_examples(predictions, source)
     chosen = {index: None for group in choose_examples(predictions)[::-1] for index in group}
     if not live:
