@@ -196,7 +196,8 @@ def test_a_report_that_cannot_be_written_stops_no_training(config, tmp_path, cap
     assert "the report was not written, training goes on: IsADirectoryError" in out.out + out.err
     assert (tmp_path / "predictions_test.npz").exists()
     (tmp_path / "report.html").rmdir()
-    train(config, str(tmp_path))  # a finished run: it only evaluates
+    summary = train(config, str(tmp_path))  # a finished run: it only evaluates
+    assert "(60 images of 20 groups)" in str(summary)
     text = (tmp_path / "report.html").read_text()
     assert "Thresholds, chosen on the development split" in text
 

@@ -114,13 +114,13 @@ class Curve:
     Attributes:
       label: its name in the legend.
       x, y: its points.
-      steps: whether y changes in steps instead of along a line.
+      weights: number of images of each point, which sets its size; None draws no points.
     """
 
     label: str
     x: _Values
     y: _Values
-    steps: bool = False
+    weights: _Values | None = None
 
 
 def share_figure(
@@ -130,7 +130,6 @@ def share_figure(
     *,
     legend: Literal["lower left", "lower right"] = "lower right",
     diagonal: bool = False,
-    marked: bool = False,
 ) -> str:
     """Draws curves in the unit square.
 
@@ -140,16 +139,15 @@ def share_figure(
       y_label: name of the y axis.
       legend: where the legend is.
       diagonal: draws the line y = x.
-      marked: marks the points.
     """
 
     def draw(axes: Axes) -> Readout:
         if diagonal:
             axes.plot([0, 1], [0, 1], color=ZERO, linewidth=1, linestyle=(0, (2, 2)))
-        style: dict[str, Any] = {"marker": "o", "markersize": 4} if marked else {}
         for curve, color in zip(curves, COLORS, strict=False):
-            drawn = "steps-post" if curve.steps else "default"
-            axes.plot(curve.x, curve.y, color=color, linewidth=1.6, label=curve.label, drawstyle=drawn, **style)
+            axes.plot(curve.x, curve.y, color=color, linewidth=1.6 if curve.weights is None else 0.8, label=curve.label)
+            if curve.weights is not None:
+                axes.scatter(curve.x, curve.y, 4 + 90 * curve.weights / curve.weights.max(), color=color, linewidths=0)
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel(x_label, color=QUIET)

@@ -66,16 +66,13 @@ def _figures(judgement: Judgement, predictions: Predictions, names: Sequence[str
             ("Precision and recall", note, share_figure(precision, "recall", "precision", legend="lower left"))
         )
     if not predictions.multi_label and (bins := confidence_bins(predictions)):
-        x, y = np.array([[entry.confidence, entry.accuracy] for entry in bins]).T
-        title = "Calibration"
-        figures.append(
-            (
-                title,
-                "The share of correct images in each fifteenth of the probability of the best class. Below the dashed "
-                "line the network is too sure.",
-                share_figure([Curve("images", x, y)], "probability", "correct", diagonal=True, marked=True),
-            )
+        x, y, counts = np.array([[entry.confidence, entry.accuracy, entry.count] for entry in bins]).T
+        note = (
+            "The share of correct images in each fifteenth of the probability of the best class; larger points have "
+            "more images. Below the dashed line the network is too sure."
         )
+        curve = Curve("images", x, y, counts)
+        figures.append(("Calibration", note, share_figure([curve], "probability", "correct", diagonal=True)))
     # Not escaped: matplotlib escapes the names of classes in the text of an SVG.
     return [{"title": title, "note": note, "svg": Markup(themed(svg))} for title, note, svg in figures]
 
