@@ -1,4 +1,7 @@
 import base64
+import dataclasses
+import hashlib
+import html
 import html.parser
 import io
 import math
@@ -11,9 +14,12 @@ from matplotlib import _pylab_helpers
 from PIL import Image
 
 from xception_jax import config as config_lib
+from xception_jax.evaluation import judgement_text
+from xception_jax.metrics.judgement import choose_thresholds, judge
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.reports.curves import Line, _series, _thin, line_figure
-from xception_jax.reports.run import choose_examples, write_report
+from xception_jax.reports.mistakes import MAX_CELL_IMAGES, MAX_IMAGES, choose_cells, choose_examples
+from xception_jax.reports.run import Judged, Live, write_report
 
 EVIL = "<script>alert('x')</script>"
 INFO = {
@@ -58,7 +64,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script") and "template" not in self.open:
             self.text += data
 
     @property
@@ -99,14 +105,27 @@ def make_predictions(n=60, c=10, multi_label=False):
     if multi_label:
         label = (rng.random((n, c)) < 0.1) | (np.arange(c) == label[:, None])
         label[-5:] = False
-    return Predictions(np.arange(n) + 1000, label, classes, np.take_along_axis(scores, classes, axis=1))
+    best = np.take_along_axis(scores, classes, axis=1)
+    return Predictions(
+        np.arange(n) + 1000,
+        label,
+        classes,
+        best,
+        all_probabilities=scores.astype(np.float32) if c <= 10 else None,
+        file_name=np.array([f"photos/{i}.jpg" for i in range(n)]),
+    )
+
+
+def judged(predictions, images=None, c=10, **parts):
+    thresholds = choose_thresholds(make_predictions(c=c)) if not predictions.multi_label else ()
+    return Judged("validation", predictions, judge(predictions, c, thresholds, draws=50), images or {}, **parts)
 
 
 def make_images(predictions, size=28):
     rng = np.random.default_rng(1)
     return {
         index: rng.integers(0, 256, (size, size, 3), np.uint8)
-        for chosen in choose_examples(predictions)
+        for chosen in (*choose_examples(predictions), *choose_cells(predictions).values())
         for index in chosen
     }
 
@@ -127,9 +146,8 @@ def render(tmp_path, config=None, metrics=None, info=INFO, **parts):
 def render_full(tmp_path):
     predictions = make_predictions()
     names = [EVIL, *(f"name & {i}" for i in range(1, 10))]
-    images = make_images(predictions)
-    config = make_config(data__name=EVIL)
-    return render(tmp_path, config, make_metrics(), predictions=predictions, class_names=names, images=images)
+    parts = judged(predictions, make_images(predictions))
+    return render(tmp_path, make_config(data__name=EVIL), make_metrics(), judged=parts, class_names=names)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +166,7 @@ def test_the_result_comes_with_its_interval(full):
 
 def test_everything_from_outside_is_escaped(full):
     page = Page(full)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert "8 x <b>" not in full
     assert "<i>" not in full
     assert "&lt;script&gt;" in full
@@ -159,14 +177,17 @@ def test_everything_from_outside_is_escaped(full):
 
 def test_the_page_needs_nothing_else(full):
     page = Page(full)
-    assert {"link", "script", "iframe", "object"}.isdisjoint(page.tags)
+    assert {"link", "iframe", "object"}.isdisjoint(page.tags)
     for name, value in page.attributes:
         if name in ("src", "href", "xlink:href"):
             assert value.startswith(("data:image/", "#")), value
         assert name == "style" or not name.startswith("on")
     assert "url(http" not in full
     assert "@import" not in full
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
+    script = full[full.rindex("<script>") + 8 : full.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html.unescape(full)  # this script and no other
 
 
 def test_ids_are_unique_and_each_reference_has_one(full):
@@ -181,7 +202,7 @@ def test_ids_are_unique_and_each_reference_has_one(full):
 
 def test_no_environment_variable_reaches_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("XCEPTION_TEST_TOKEN", "a-token-nobody-may-see")
-    text = render(tmp_path, predictions=make_predictions())
+    text = render(tmp_path, judged=judged(make_predictions()))
     assert "a-token-nobody-may-see" not in text
     assert "XCEPTION_TEST_TOKEN" not in text
 
@@ -192,25 +213,96 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, full):
 
 
 def test_images_say_in_words_and_marks_whether_they_are_right(full):
-    page = Page(full)
-    classes = [value for name, value in page.attributes if name == "class" and value.startswith("card ")]
+    shown = full[full.index("<h3>Most confident mistakes") : full.index("<h2>Training")]
+    classes = re.findall(r'class="(card [a-z]+)"', shown)
     predictions = make_predictions()
     sample, mistakes = choose_examples(predictions)
     right = {int(i): bool(r) for i, r in zip(predictions.index, predictions.right, strict=True)}
-    assert classes == ["card right" if right[i] else "card wrong" for i in sample + mistakes]
+    assert classes == ["card right" if right[i] else "card wrong" for i in mistakes + sample]
     wrong = classes.count("card wrong")
-    assert page.text.count("✗") == page.text.count("wrong, label:") == wrong
-    assert page.text.count("✓") == len(classes) - wrong > 0
-    sources = [value for name, value in page.attributes if name == "src"]
-    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(sources[0].partition(",")[2]))))
-    np.testing.assert_array_equal(first, make_images(predictions)[sample[0]])
+    assert shown.count("✗") == shown.count("label: ") == wrong
+    assert shown.count("✓") == len(classes) - wrong > 0
+    assert re.findall(r"photos/\d+\.jpg", shown) == [f"photos/{i - 1000}.jpg" for i in mistakes + sample]
+    first = re.search(r'src="data:image/png;base64,([^"]+)"', shown)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(first[1]))))
+    np.testing.assert_array_equal(pixels, make_images(predictions)[mistakes[0]])
+
+
+def test_a_cell_of_the_confusion_matrix_has_its_images(full):
+    predictions = make_predictions()
+    cells = choose_cells(predictions)
+    best = predictions.classes[:, 0]
+    assert set(cells) == set(zip(predictions.label.tolist(), best.tolist(), strict=True))
+    for (label, predicted), chosen in cells.items():
+        positions = np.array(chosen) - 1000
+        assert (predictions.label[positions] == label).all()
+        assert (best[positions] == predicted).all()
+        confidence = predictions.probabilities[positions, 0]
+        assert (np.diff(confidence) <= 0).all()
+        assert full.count(f'data-cell="{label}-{predicted}"') == 1
+        template = full[full.index(f'<template id="cell-{label}-{predicted}">') :]
+        assert template[: template.index("</template>")].count("<img") == len(chosen)
+    many = make_predictions(n=4000)
+    sizes = [len(chosen) for chosen in choose_cells(many).values()]
+    assert sum(sizes) == MAX_IMAGES
+    assert max(sizes) <= MAX_CELL_IMAGES
+    assert min(sizes) >= 1
+    wrong = [cell for cell in choose_cells(many) if cell[0] != cell[1]]
+    assert len(wrong) == 90  # mistakes come first
+
+
+def test_heat_maps_stand_beside_their_images(tmp_path):
+    predictions = make_predictions()
+    images = make_images(predictions)
+    sample, (mistake, *_) = choose_examples(predictions)
+    text = render(tmp_path, judged=judged(predictions, images, heat_maps={mistake: images[mistake]}))
+    assert text.count('class="heat-map"') == 2 + (mistake in sample)  # a mistake, and in its cell
+
+
+def test_the_judgement_has_the_numbers_of_evaluate(full):
+    words = Page(full).words
+    parts = judged(make_predictions())
+    text = judgement_text.as_text(parts.judgement, [f"c{i}" for i in range(10)], [])
+    for scores in parts.judgement.classes:
+        assert f"{scores.f1.value:.4f}" in text
+        assert f"{scores.f1.value:.4f} {scores.f1.low:.4f} to {scores.f1.high:.4f}" in words
+    assert "bootstrap over 60 images, 50 draws" in words
+    assert "Macro" not in words
+    assert f"Area under ROC {parts.judgement.overall['roc_auc'].value:.4f}" in words
+    assert "Thresholds, chosen on the development split" in words
+
+
+def test_groups_replace_the_interval_of_independent_images(tmp_path):
+    predictions = dataclasses.replace(make_predictions(), group=np.arange(60).astype(str))
+    words = Page(render(tmp_path, judged=judged(predictions))).words
+    assert "60 images of 60 groups; intervals of 95 %: bootstrap over 60 groups, 50 draws." in words
+    assert "Accuracy of 60 groups" in words
+    assert "Wilson" not in words
+
+
+def test_a_live_report_reloads_and_a_finished_one_does_not(tmp_path, full):
+    live = render(tmp_path, metrics=make_metrics(test=False), live=Live(written=1e9, seconds=60.0))
+    assert "This run goes on." in Page(live).words
+    assert 'http-equiv="refresh"' in live
+    assert 'data-written="1000000000.0" data-seconds="60.0"' in live
+    assert "has not finished" not in live
+    assert 'http-equiv="refresh"' not in full
+    assert 'id="live"' not in full
+
+
+def test_steps_come_with_their_epoch(tmp_path):
+    text = render(tmp_path, metrics=make_metrics(), info=INFO | {"steps_per_epoch": 40.0})
+    assert "step 300 of 300 (epoch 7.5), seed" in Page(text).words
+    assert "at step 300 (epoch 7.5)." in Page(text).words
+    assert text.count(">epoch</text>") == 3
+    assert "&quot;steps_per_epoch&quot;: 40.0" in text
 
 
 def test_large_images_become_small_ones_and_grey_ones_work(tmp_path):
     predictions = make_predictions()
     images = make_images(predictions, size=600)
     some_grey = {i: image[..., :1] if i % 2 else image for i, image in images.items()}
-    text = render(tmp_path, predictions=predictions, images=some_grey)
+    text = render(tmp_path, judged=judged(predictions, some_grey))
     sources = [value for name, value in Page(text).attributes if name == "src"]
     sizes = {Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))).size for s in sources}
     assert sizes == {(160, 160)}
@@ -230,7 +322,7 @@ def test_examples_are_an_even_sample_and_the_surest_mistakes():
 def test_the_confusion_matrix_has_every_count(full):
     predictions = make_predictions()
     table = full[full.index('<table class="matrix">') : full.index("</table>", full.index('<table class="matrix">'))]
-    cells = [int(text or 0) for text in re.findall(r"<td[^>]*>(\d*)</td>", table)]
+    cells = [int(re.sub("<[^>]*>", "", text) or 0) for text in re.findall(r"<td[^>]*>(.*?)</td>", table)]
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (predictions.label, predictions.classes[:, 0]), 1)
     assert cells == expected.ravel().tolist()
@@ -240,7 +332,8 @@ def test_many_classes_get_a_list_of_pairs(tmp_path):
     label = np.array([3] * 4 + [7] * 6)
     best = np.array([39, 39, 39, 3, 7, 7, 7, 7, 7, 1])
     predictions = Predictions(np.arange(10), label, best[:, None], np.ones((10, 1)))
-    words = Page(render(tmp_path, make_config(num_classes=40), predictions=predictions, class_names=["a"])).words
+    parts = judged(predictions, c=40)
+    words = Page(render(tmp_path, make_config(num_classes=40), judged=parts, class_names=["a"])).words
     assert "Most confused Label Predicted Images Share of the label class 3 class 39 3 75.0 %" in words
     assert "correct for 6 of 10 images (60.00 %)" in words
 
@@ -250,18 +343,17 @@ def test_several_labels(tmp_path):
     entry = {"step": 300, "split": "test", "loss": 3.0, "map_at_k": 0.0636, "map_at_k_all": 0.05, "count": 60}
     entry |= {"ema_loss": 2.0, "ema_map_at_k": 0.067, "ema_map_at_k_all": 0.06, "unlabelled": 5}
     predictions = make_predictions(multi_label=True)
-    text = render(
-        tmp_path, config, [*make_metrics(test=False), entry], predictions=predictions, images=make_images(predictions)
-    )
+    parts = judged(predictions, make_images(predictions))
+    text = render(tmp_path, config, [*make_metrics(test=False), entry], judged=parts)
     words = Page(text).words
     assert "6.70 % MAP@100, Polyak average of the weights" in words
     assert "last weights 6.36 % 5.00 % 3" in words
     assert "5 images without labels are excluded" in words
-    assert "interval" not in words
+    assert "Wilson" not in words
     right = int(predictions.right.sum())
     assert f"one of the labels for {right} of 55 images with labels" in words
     assert "Average precision of each class over the images." in words
-    assert "labels: no label" not in words.partition("Most confident mistakes")[2]
+    assert "labels: no label" not in words.partition("Most confident mistakes")[2].partition("Even sample")[0]
     assert words.count("labels: class") == len(make_images(predictions)) + sum(
         index in choose_examples(predictions)[0] for index in choose_examples(predictions)[1]
     ) - words.count("labels: no label")
@@ -269,7 +361,8 @@ def test_several_labels(tmp_path):
 
 def test_classes_are_cut_to_the_best_and_the_worst(tmp_path):
     config = make_config(num_classes=50, loss__name="sigmoid")
-    words = Page(render(tmp_path, config, predictions=make_predictions(n=300, c=50, multi_label=True))).words
+    parts = judged(make_predictions(n=300, c=50, multi_label=True), c=50)
+    words = Page(render(tmp_path, config, judged=parts)).words
     assert "The table shows the 10 best and the 10 worst of 50 classes." in words
     precisions = [float(p) for p in re.findall(r"class \d+ \d+ ([\d.]+) %", words)]
     assert len(precisions) == 20

@@ -1,50 +1,37 @@
-"""`xception-jax evaluate` evaluates a network on every image of a split, or compares two predictions."""
+"""`xception-jax evaluate` judges a network on every image of a split, or compares two predictions."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
-from xception_jax.errors import ConfigError, InputMissingError, UsageError
+from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.weights.sources import require_known
-
-if TYPE_CHECKING:
-    from xception_jax.data.pipeline import Batch, DamagedImages
-    from xception_jax.data.sources import Source, SourceInfo
-    from xception_jax.metrics import Metric
-    from xception_jax.metrics.predictions import Predictions
-    from xception_jax.weights import Network
-
-# Functions import what needs JAX, which takes seconds: help texts and messages about missing files do not wait for it.
 
 EXAMPLES = """\
 examples:
   xception-jax evaluate runs/fashion_mnist
+  xception-jax evaluate runs/lesions --at 0.9 --mistakes mistakes.csv
   xception-jax evaluate xception.safetensors --dataset imagenet2012 --split validation --real real.json
   xception-jax evaluate xception.safetensors --dataset imagenet_v2/matched-frequency --split test
   xception-jax evaluate runs/a --predictions a.npz     (the same for b)
   xception-jax evaluate --compare a.npz b.npz
 """
-# For weight files; a run has `evaluation.batch_size`. Fits into small machines, and keeps a large accelerator busy.
-BATCH_SIZE_PER_DEVICE = 64
+MISTAKES_IN_JSON = 100  # --mistakes writes all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = (
-        "Evaluates a network on every image of a split. For a run, evaluates the weights and their Polyak average."
+        "Evaluates a network on every image of a split. For a run, evaluates the weights and their Polyak average. "
+        "Thresholds are chosen on the development split of the run, never on the split that is evaluated."
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file or its name")
+    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
     parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
     parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
@@ -54,6 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, help="images per batch, over all devices")
     parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
     parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
+    parser.add_argument(
+        "--mistakes", metavar="FILE.csv", help="write a table of all mistakes, the most confident first"
+    )
+    parser.add_argument(
+        "--thresholds",
+        metavar="SPLIT",
+        help="split to choose thresholds on (default: the development split of the run)",
+    )
+    parser.add_argument(
+        "--at",
+        type=float,
+        default=0.95,
+        metavar="RATE",
+        help="specificity, and sensitivity, to choose thresholds for (%(default)s)",
+    )
     parser.add_argument("--predictions", metavar="FILE.npz", help="save the most probable classes of each image")
     parser.add_argument(
         "--compare", nargs=2, metavar=("A.npz", "B.npz"), help="test whether two saved predictions differ in accuracy"
@@ -82,22 +84,32 @@ def run(args: argparse.Namespace) -> int:
     if not args.source:
         raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "pass a work directory or a weight file")
     require_known(args.source)
-    for path in filter(None, (args.predictions, args.per_class)):
+    if not 0 < args.at <= 1:
+        raise UsageError(f"--at is {args.at:g}", "--at", "set it to a rate above 0 and at most 1, such as 0.95")
+    for path in filter(None, (args.predictions, args.per_class, args.mistakes)):
         _require_directory(path)
-    from xception_jax.evaluation import tables
-    from xception_jax.metrics.predictions import save_predictions
+    from xception_jax.cli.evaluate_split import evaluate_split, open_subject  # JAX takes seconds to import
+    from xception_jax.evaluation import judgement_text, tables
+    from xception_jax.metrics.judgement import as_dict
+    from xception_jax.metrics.predictions import mistakes, save_predictions
 
-    subject = _open_subject(args)
-    values, measured, predictions, info = _evaluate(args, subject)
-    rows = tables.class_rows(predictions, info.class_names)
+    subject = open_subject(args)
+    result = evaluate_split(args, subject)
+    rows = tables.class_rows(result.predictions, result.judgement, result.info.class_names)
+    wrong = mistakes(result.predictions, result.info.class_names)
     if args.predictions:
-        save_predictions(args.predictions, predictions)
+        save_predictions(args.predictions, result.predictions)
     if args.per_class:
         tables.write_csv(args.per_class, rows)
+    if args.mistakes:
+        tables.write_csv(args.mistakes, wrong, tables.MISTAKES_FIELDS)
     if args.json:
-        print(json.dumps(json_ready(values | {"per_class": rows})))
+        judged = {"judgement": as_dict(result.judgement, result.info.class_names), "mistakes": wrong[:MISTAKES_IN_JSON]}
+        print(json.dumps(json_ready(result.values | {"per_class": rows} | judged)))
     else:
-        print(tables.as_text(values, list(subject.variables), measured))
+        print(tables.as_text(result.values, list(subject.variables), result.metrics))
+        split = result.values.get("thresholds_split", "")
+        print(f"\n{judgement_text.as_text(result.judgement, result.info.class_names, wrong, split)}")
     return 0
 
 
@@ -106,140 +118,3 @@ def _require_directory(path: str) -> None:
     directory = Path(path).absolute().parent
     if not directory.is_dir():
         raise InputMissingError(f"there is no directory {directory}", path, "create it, or choose another path")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    """The network to evaluate.
-
-    Attributes:
-      network: the network. Its own variables are not used.
-      variables: sets of variables by metric prefix.
-      config: the config of the run. For a weight file, the defaults with the preprocessing of the network.
-      step: the step of the checkpoint, or None.
-    """
-
-    network: Network
-    variables: dict[str, dict[str, Any]]
-    config: ExperimentConfig
-    step: int | None
-
-
-def _open_subject(args: argparse.Namespace) -> _Subject:
-    from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
-
-    if is_run(args.source):
-        run = open_run(args.source, args.step)
-        return _Subject(run_network(args.source, run), run.variables, run.config, run.step)
-    network = open_network(args.source, args.step)
-    require_classifier(network)
-    view = network.preprocessing
-    config = override(ExperimentConfig(), {"data.image_size": view.size, "data.eval_crop": view.crop})
-    return _Subject(network, {"": network.variables}, config, None)
-
-
-def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[DataConfig, Source]:
-    """Returns `config.data` with the changes given by the arguments, and opens the split."""
-    from xception_jax.data.prepare.datasets import open_dataset
-    from xception_jax.runs import is_run
-
-    data = config.data
-    own = is_run(args.source) and args.dataset in (None, data.name)
-    if not own and not (args.dataset and args.split):
-        fix = "pass for example --dataset imagenet2012 --split validation"
-        raise UsageError("the dataset or the split is missing", "--dataset and --split", fix)
-    data_dir = args.data_dir if args.data_dir is not None else data.data_dir
-    data = data.replace(name=args.dataset or data.name, data_dir=data_dir)
-    return data, open_dataset(data, args.split or data.test_split or data.eval_split)
-
-
-def _check_classes(network: Network, info: SourceInfo) -> None:
-    """Checks that the outputs of the network are the classes of the dataset.
-
-    Raises:
-      ConfigError: the number or the order of the classes differs.
-    """
-    if network.num_classes != info.num_classes:
-        what = f"the network has {network.num_classes} classes, but {info.name} has {info.num_classes}"
-        raise ConfigError(what, network.source, "use a dataset with the classes that the network was trained on")
-    if network.classes is None or network.classes == info.class_names:
-        return
-    if set(network.classes) == set(info.class_names):
-        raise ConfigError(
-            f"the network has the classes of {info.name}, but in another order",
-            network.source,
-            f"prepare the dataset again so that its first class is {network.classes[0]}, not {info.class_names[0]}",
-        )
-    names = f"{network.classes[0]!r} and {info.class_names[0]!r}"
-    print(f"network and dataset name their classes differently ({names}); matching them by number", file=sys.stderr)
-
-
-def _evaluate(
-    args: argparse.Namespace, subject: _Subject
-) -> tuple[dict[str, Any], Sequence[Metric], Predictions, SourceInfo]:
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-    from tqdm import tqdm
-
-    from xception_jax.data.pipeline import DamagedImages, EvaluationBatches
-    from xception_jax.data.sources import check_labels
-    from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-    from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
-    from xception_jax.evaluation.temperature import calibrate
-    from xception_jax.metrics import metrics_of
-    from xception_jax.metrics.intervals import wilson_interval
-    from xception_jax.models import create_model
-    from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
-    from xception_jax.runs import is_run
-
-    network, config = subject.network, subject.config
-    data, source = _open_data(args, config)
-    info = source.info
-    _check_classes(network, info)
-    check_labels(source)
-    real_labels = load_real_labels(args.real, info.num_classes) if args.real else []
-    numbers = image_numbers(source, real_labels) if args.real else []
-    loss = "sigmoid" if info.multi_label else "softmax"
-    config = override(config, {"loss.name": loss, "model.num_classes": info.num_classes})
-
-    metrics, mesh = metrics_of(config), make_mesh(MeshConfig())
-    usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * mesh.size
-    batch_size = -(-usual // mesh.size) * mesh.size if args.batch_size is None else args.batch_size
-    if batch_size < 1:
-        raise UsageError(f"--batch_size is {batch_size}", "--batch_size", "set it to a whole number, at least 1")
-    check_batch("evaluation.batch_size", batch_size, mesh.size)
-    view = network.preprocessing
-    batches = EvaluationBatches(data, source, batch_size=batch_size, view=view)
-    damaged = DamagedImages(info, data.max_bad_fraction)
-    with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
-        values, predictions = evaluate(
-            make_evaluation_step(create_model(network.model), config, keep_logits=not info.multi_label),
-            metrics,
-            jax.device_put(subject.variables, NamedSharding(mesh, PartitionSpec())),
-            tqdm(iterator, "evaluating", len(batches), unit="batch", disable=None),
-            len(source),
-            to_devices=lambda batch: to_devices(batch, batch_sharding(mesh)),
-            poll=lambda batch: _note_damaged(damaged, batch),
-        )
-
-    last = list(subject.variables)[-1]
-    named: dict[str, Any] = {"source": args.source, "sha256": network.sha256}
-    named |= {"step": subject.step} if subject.step is not None else {}
-    named |= {"dataset": info.name, "split": info.split} | values
-    if damaged.indices:
-        named["damaged"] = len(damaged.indices)
-    for prefix in subject.variables:
-        for name in (f"{prefix}top1", f"{prefix}top5"):
-            if name in values:
-                named[f"{name}_interval"] = wilson_interval(values[name], values["count"])
-    if not info.multi_label:
-        calibration = calibrate(predictions)
-        named |= {f"{last}{name}": value for name, value in dataclasses.asdict(calibration).items()}
-    if numbers:
-        named |= {f"{last}{key}": value for key, value in real_accuracy(predictions, numbers, real_labels).items()}
-    return named, metrics, predictions, info
-
-
-def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:
-    for index in damaged.add(batch)[: damaged.NAMED]:
-        print(f"image {index} is damaged; the next image replaces it", file=sys.stderr)

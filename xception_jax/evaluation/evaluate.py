@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from jax.experimental import multihost_utils
 
 from xception_jax.config import ExperimentConfig
 from xception_jax.data.pipeline import Batch
+from xception_jax.data.sources import Source
 from xception_jax.metrics import Metric, metrics_of
 from xception_jax.metrics.metric import State, masked_count
-from xception_jax.metrics.predictions import Predictions
+from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
 from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.parallel import DeviceBatch, gathered
 
@@ -47,8 +49,10 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         states = {metric.name: metric.measure(logits, batch["label"], mask) for metric in metrics}
         probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
         saved = config.evaluation.map_at if multi_label else SAVED_CLASSES
-        probabilities, classes = jax.lax.top_k(probabilities, min(saved, logits.shape[-1]))
-        predictions = {"classes": classes, "probabilities": probabilities}
+        best, classes = jax.lax.top_k(probabilities, min(saved, logits.shape[-1]))
+        predictions = {"classes": classes, "probabilities": best}
+        if logits.shape[-1] <= MAX_CLASSES:
+            predictions["all_probabilities"] = probabilities.astype(jnp.float32)
         if keep_logits:
             predictions["logits"] = logits.astype(jnp.float32)
         counts = {"count": masked_count(mask)}
@@ -123,3 +127,16 @@ def _predictions(parts: list[Batch]) -> Predictions:
     if columns["label"].ndim == 2:
         columns["label"] = columns["label"].astype(bool)
     return Predictions(**{name: column[mask] for name, column in columns.items()})
+
+
+def name_examples(predictions: Predictions, source: Source) -> Predictions:
+    """Returns predictions with the file name and the group of each example, as far as the dataset records them.
+
+    Reads every record of the split, without decoding its image.
+
+    Raises:
+      BadDataError: a record is damaged.
+    """
+    found = {"file_name": source.column("file_name"), "group": source.column("group")}
+    columns = {name: np.array(values, str)[predictions.index] for name, values in found.items() if values is not None}
+    return dataclasses.replace(predictions, **columns)

@@ -1,4 +1,4 @@
-"""Formats the results of an evaluation as text and as a table of classes."""
+"""Formats the results of an evaluation as text, and as tables of classes and of mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from xception_jax.errors import StorageError
 from xception_jax.files import write_atomically
 from xception_jax.metrics import Metric
 from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.judgement import Judgement
 from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
+
+MISTAKES_FIELDS = ("file", "index", "group", "label", "predicted", "probability", "label_probability")
 
 _SETS = {"": "weights", "ema_": "Polyak average"}
 
@@ -62,59 +65,75 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
     return text
 
 
-def class_rows(predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
+def class_rows(predictions: Predictions, judgement: Judgement, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns one row per class, with the number of its images and how well they are recognized.
 
-    Single-label rows have right (number of correct predictions), accuracy, low and high (95 % Wilson interval),
-    confused_with (the most frequent wrong prediction) and confused (its count). Multi-label rows have
-    average_precision, a lower bound unless all classes were saved. Values of classes without images are None.
+    All rows have precision, recall, f1, roc_auc, average_precision and equal_error_rate, and for each threshold
+    that was chosen on the development split the threshold, sensitivity and specificity. Single-label rows also have
+    right (number of correct predictions), accuracy, low and high (95 % Wilson interval), confused_with (the most
+    frequent wrong prediction) and confused (its count). Without all probabilities, the average_precision of multi-label
+    rows is a lower bound, and other areas are None, as are values of classes without images.
     """
-    if predictions.multi_label:
-        images, precisions = predictions.label.sum(axis=0), class_average_precision(predictions)
-        return [
-            {
-                "class": label,
-                "name": names[label],
-                "images": int(images[label]),
-                "average_precision": None if math.isnan(precisions[label]) else float(precisions[label]),
-            }
-            for label in range(len(names))
-        ]
-    images = np.bincount(predictions.label, minlength=len(names))
-    right = np.bincount(predictions.label[predictions.right], minlength=len(names))
-    confused: dict[int, tuple[int, int]] = {}
-    for label, wrong, count in most_confused(predictions, len(predictions.label)):
-        confused.setdefault(label, (wrong, count))
-    rows = []
-    for label in range(len(names)):
-        count = int(images[label])
-        accuracy = int(right[label]) / count if count else None
-        low, high = wilson_interval(accuracy, count) if accuracy is not None else (None, None)
-        wrong, times = confused.get(label, (-1, 0))
-        rows.append(
-            {
-                "class": label,
-                "name": names[label],
-                "images": count,
-                "right": int(right[label]),
-                "accuracy": accuracy,
-                "low": low,
-                "high": high,
-                "confused_with": names[wrong] if times else None,
-                "confused": times,
-            }
-        )
+    hits = predictions.classes[predictions.right & predictions.labelled, 0]
+    right = np.bincount(hits, minlength=len(names))
+    rows: list[dict[str, Any]] = [
+        {
+            "class": scores.label,
+            "name": names[scores.label],
+            "images": scores.support,
+            **(_decisions(scores.support, int(right[scores.label])) if not predictions.multi_label else {}),
+            **{field: _known(getattr(scores, field).value) for field in _FIELDS},
+        }
+        for scores in judgement.classes
+    ]
+    if predictions.multi_label and predictions.all_probabilities is None:
+        for row, precision in zip(rows, class_average_precision(predictions), strict=True):
+            row["average_precision"] = _known(float(precision))
+    if not predictions.multi_label:
+        confused: dict[int, tuple[int, int]] = {}
+        for label, wrong, count in most_confused(predictions, len(predictions.label)):
+            confused.setdefault(label, (wrong, count))
+        for label, row in enumerate(rows):
+            wrong, times = confused.get(label, (-1, 0))
+            row |= {"confused_with": names[wrong] if times else None, "confused": times}
+    for point in judgement.points:
+        aim = point.threshold.aim
+        rows[point.threshold.label] |= {
+            f"{aim}_threshold": point.threshold.value,
+            f"{aim}_sensitivity": _known(point.sensitivity.value),
+            f"{aim}_specificity": _known(point.specificity.value),
+        }
     return rows
 
 
-def write_csv(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows with the same fields to a CSV file with a header.
+_FIELDS = ("precision", "recall", "f1", "roc_auc", "average_precision", "equal_error_rate")
+
+
+def _decisions(images: int, right: int) -> dict[str, Any]:
+    accuracy = right / images if images else None
+    low, high = wilson_interval(accuracy, images) if accuracy is not None else (None, None)
+    return {"right": right, "accuracy": accuracy, "low": low, "high": high}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def write_csv(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str] = ()) -> None:
+    """Writes rows to a CSV file with a header. A field that a row lacks is empty.
+
+    Args:
+      path: the file.
+      rows: at least one row, unless `fields` are given.
+      fields: the columns; by default those of any row, in the order of their first occurrence.
 
     Raises:
       StorageError: the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, fields or list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     try:

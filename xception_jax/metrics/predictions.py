@@ -8,11 +8,15 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.files import write_atomically
+
+MAX_CLASSES = 100  # up to which all probabilities are kept: 8 MB for 20,000 images and 100 classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Predictions:
       classes: [n, k] int32.
       probabilities: [n, k] float32.
       logits: [n, c] float32, or None. Not saved to files.
+      all_probabilities: [n, c] float32, the probabilities of all classes; None if there are more than `MAX_CLASSES`.
+      file_name: [n] str, or None if the dataset does not record them.
+      group: [n] str, what the example belongs to, such as a patient or a video; None if the dataset has no groups.
     """
 
     index: np.ndarray
@@ -32,6 +39,9 @@ class Predictions:
     classes: np.ndarray
     probabilities: np.ndarray
     logits: np.ndarray | None = None
+    all_probabilities: np.ndarray | None = None
+    file_name: np.ndarray | None = None
+    group: np.ndarray | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -47,10 +57,20 @@ class Predictions:
     def right(self) -> np.ndarray:
         """[n] bool, whether the most probable class is the label, or one of the labels."""
         best = self.classes[:, 0]
-        return self.label[np.arange(len(best)), best] if self.multi_label else self.label == best
+        hit = self.label[np.arange(len(best)), best] if self.multi_label else self.label == best
+        return np.asarray(hit & np.isfinite(self.probabilities[:, 0]))
 
 
-_SAVED_FIELDS = ("index", "label", "classes", "probabilities")
+_TYPES = {
+    "index": np.int64,
+    "label": np.int64,
+    "classes": np.int32,
+    "probabilities": np.float32,
+    "all_probabilities": np.float32,
+    "file_name": np.str_,
+    "group": np.str_,
+}
+_OPTIONAL = ("all_probabilities", "file_name", "group")  # absent in files of earlier releases
 
 
 def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> None:
@@ -60,14 +80,11 @@ def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> 
       OSError: the file could not be written. An existing file is then unchanged.
     """
     order = np.argsort(predictions.index, kind="stable")
-    label = predictions.label
+    types = _TYPES | ({"label": bool} if predictions.multi_label else {})
+    columns = {name: getattr(predictions, name) for name in types}
     buffer = io.BytesIO()
     np.savez_compressed(
-        buffer,
-        index=predictions.index[order].astype(np.int64),
-        label=label[order].astype(bool if predictions.multi_label else np.int64),
-        classes=predictions.classes[order].astype(np.int32),
-        probabilities=predictions.probabilities[order].astype(np.float32),
+        buffer, **{name: column[order].astype(types[name]) for name, column in columns.items() if column is not None}
     )
     write_atomically(path, buffer.getvalue())
 
@@ -82,7 +99,8 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
     try:
         # Open the file here, because NumPy does not close a damaged one.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            predictions = Predictions(**{name: arrays[name] for name in _SAVED_FIELDS})
+            names = [name for name in _TYPES if name in arrays or name not in _OPTIONAL]
+            predictions = Predictions(**{name: arrays[name] for name in names})
     except FileNotFoundError:
         raise InputMissingError("there are no predictions", os.fspath(path), "evaluate first") from None
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError) as error:
@@ -129,15 +147,67 @@ def class_average_precision(predictions: Predictions) -> np.ndarray:
     return np.where(num_images > 0, precision_sums / np.maximum(num_images, 1), np.nan)
 
 
+def mistakes(predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a row for each example whose most probable class is wrong, the most confident first.
+
+    Rows have file (None if the dataset does not record it), index, group (only if there are groups), label, predicted,
+    probability, and, if all probabilities were saved and the example has one label, label_probability.
+    """
+    wrong = np.flatnonzero(predictions.labelled & ~predictions.right)
+    rows = []
+    for i in wrong[np.argsort(-predictions.probabilities[wrong, 0], kind="stable")].tolist():
+        label = np.atleast_1d(np.flatnonzero(predictions.label[i]) if predictions.multi_label else predictions.label[i])
+        row = {
+            "file": None if predictions.file_name is None else str(predictions.file_name[i]),
+            "index": int(predictions.index[i]),
+            "label": "; ".join(names[c] for c in label),
+            "predicted": names[predictions.classes[i, 0]],
+            "probability": float(predictions.probabilities[i, 0]),
+        }
+        if predictions.group is not None:
+            row["group"] = str(predictions.group[i])
+        if predictions.all_probabilities is not None and not predictions.multi_label:
+            row["label_probability"] = float(predictions.all_probabilities[i, label[0]])
+        rows.append(row)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceBin:
+    """The examples whose most probable class has a probability in one interval.
+
+    Attributes:
+      confidence: mean probability.
+      accuracy: share of correct examples.
+      count: number of examples.
+    """
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+def confidence_bins(predictions: Predictions, bins: int = 15) -> list[ConfidenceBin]:
+    """Returns the bins with examples, of equal width; none if a probability is not finite."""
+    confidence = predictions.probabilities[:, 0].astype(np.float64)
+    if not np.isfinite(confidence).all():
+        return []
+    cell = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts, sums, hits = (
+        np.bincount(cell, weights=weights, minlength=bins) for weights in (None, confidence, predictions.right)
+    )
+    return [
+        ConfidenceBin(float(sums[i] / counts[i]), float(hits[i] / counts[i]), int(counts[i]))
+        for i in np.flatnonzero(counts)
+    ]
+
+
 def expected_calibration_error(predictions: Predictions, bins: int = 15) -> float:
     """Returns the expected calibration error in [0, 1] (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
     It is the mean gap between confidence and accuracy over equal bins of confidence, weighted by their examples.
     Returns NaN if there are no examples or if a probability is not finite.
     """
-    confidence = predictions.probabilities[:, 0].astype(np.float64)
-    if not len(confidence) or not np.isfinite(confidence).all():
-        return math.nan
-    cell = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(cell, weights=confidence - predictions.right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))
+    found = confidence_bins(predictions, bins)
+    total = sum(entry.count for entry in found)
+    return sum(entry.count * abs(entry.confidence - entry.accuracy) for entry in found) / total if total else math.nan

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from xception_jax.logs.console import format_count, format_duration
 
-_SHARED = Path(__file__).parent  # base.html and style.css
+_SHARED = Path(__file__).parent  # base.html, style.css and report.js
 
 
+@functools.cache  # a live report is written often, and compiling the templates would take a third of its time
 def make_environment(templates: Path) -> jinja2.Environment:
     """Builds the environment that renders the templates of one report.
 
@@ -34,17 +39,27 @@ def make_environment(templates: Path) -> jinja2.Environment:
         "interval": format_interval,
         "p": format_p,
         "number": format_number,
+        "rate": format_rate,
         "integer": format_integer,
         "heading": format_heading,
         "count": format_count,
         "duration": format_duration,
     }
+    script = (_SHARED / "report.js").read_text(encoding="utf-8")
+    # The page runs this script only: its security policy names the hash, so that no text of a dataset can run.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return environment
 
 
 def format_percent(share: float | None, digits: int = 2) -> str:
     """Returns a share in percent: 0.8 is '80.00 %', with a no-break space; '-' if it is None or not finite."""
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def format_rate(value: float) -> str:
+    """Returns a rate with four decimals, as `evaluate` prints it; '-' if it is not finite."""
+    return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
 def format_heading(title: str) -> str:

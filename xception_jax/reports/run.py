@@ -1,9 +1,8 @@
-"""Writes the report of a run: its results, curves, errors, examples, cost and config in one HTML file."""
+"""Writes the report of a run: results, judgement, mistakes, curves, cost and config in one HTML file."""
 
 from __future__ import annotations
 
-import base64
-import io
+import dataclasses
 import math
 import os
 import statistics
@@ -13,26 +12,18 @@ from typing import Any, TypedDict
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from xception_jax.config import FIELDS, ExperimentConfig, default_values, flatten, to_json
 from xception_jax.files import write_atomically
 from xception_jax.metrics import Metric, main_metric, metrics_of
 from xception_jax.metrics.intervals import wilson_interval
-from xception_jax.metrics.predictions import (
-    Predictions,
-    class_average_precision,
-    confusion_matrix,
-    expected_calibration_error,
-    most_confused,
-)
+from xception_jax.metrics.judgement import Judgement
+from xception_jax.metrics.predictions import Predictions
 from xception_jax.reports.curves import Line, line_figure
 from xception_jax.reports.environment import format_heading, make_environment
-from xception_jax.reports.style import BLUE, GREY, VERMILION
-
-_MAX_CLASSES = 30  # a larger confusion matrix is not readable
-_MAX_ROWS = 20
-_THUMBNAIL = 160  # pixels
+from xception_jax.reports.judgement import judgement_context
+from xception_jax.reports.mistakes import MAX_CELL_IMAGES, MAX_IMAGES, Cards, errors_context
+from xception_jax.reports.style import BLUE, GREY, VERMILION, themed
 
 
 class RunInfo(TypedDict, total=False):
@@ -42,6 +33,7 @@ class RunInfo(TypedDict, total=False):
     parameters: int
     multiply_adds: int  # of a forward pass on one image
     total_steps: int
+    steps_per_epoch: float
     wall_seconds: float  # total over all starts of the run
     seconds_to_first_step: float  # of the last start
     eval_images_per_second: float
@@ -51,13 +43,36 @@ class RunInfo(TypedDict, total=False):
     versions: dict[str, str]
 
 
-def choose_examples(predictions: Predictions, count: int = 12) -> tuple[list[int], list[int]]:
-    """Returns the indices of the examples in a report: an even sample, and the most confident mistakes."""
-    number = min(count, len(predictions.index))
-    sample = np.linspace(0, len(predictions.index), number, endpoint=False).astype(int)
-    wrong = np.flatnonzero(predictions.labelled & ~predictions.right)
-    surest = wrong[np.argsort(-predictions.probabilities[wrong, 0], kind="stable")][:count]
-    return predictions.index[sample].tolist(), predictions.index[surest].tolist()
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """A report of a run that goes on. The page reloads itself until it finds the report of the finished run.
+
+    Attributes:
+      written: when the report is written, in seconds since 1970.
+      seconds: until the next report is expected; None if unknown.
+    """
+
+    written: float
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The predictions on one split, and what is shown of them.
+
+    Attributes:
+      split: the split, such as 'test[:50%]'.
+      predictions: the predictions.
+      judgement: their judgement.
+      images: uint8 [h, w, 3] by index; only those of `choose_examples` and `choose_cells` are shown.
+      heat_maps: uint8 [h, w, 3] by index, shown beside the images.
+    """
+
+    split: str
+    predictions: Predictions
+    judgement: Judgement
+    images: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    heat_maps: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def write_report(
@@ -66,9 +81,9 @@ def write_report(
     config: ExperimentConfig,
     metrics: Sequence[dict[str, Any]],
     info: RunInfo,
-    predictions: Predictions | None = None,
+    judged: Judged | None = None,
     class_names: Sequence[str] = (),
-    images: Mapping[int, np.ndarray] | None = None,
+    live: Live | None = None,
 ) -> Path:
     """Writes `workdir`/report.html. Parts without input, such as after an interruption, are left out.
 
@@ -77,9 +92,9 @@ def write_report(
       config: the config of the run.
       metrics: the entries of metrics.jsonl.
       info: further facts.
-      predictions: predictions on the test split.
+      judged: predictions on the test split, or on the development split while the run goes on.
       class_names: names in the order of the classes; a class without a name is shown with its number.
-      images: uint8 [h, w, 3] by index; only those of `choose_examples` are shown.
+      live: set while the run goes on.
 
     Returns:
       The path of the report.
@@ -87,8 +102,7 @@ def write_report(
     Raises:
       OSError: the report could not be written. An older report is then unchanged.
     """
-    names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.model.num_classes))]
-    multi_label = config.loss.multi_label
+    names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.num_classes))]
     last_step = max((entry["step"] for entry in metrics), default=0)
     context = {
         "title": config.name or Path(workdir).resolve().name,
@@ -96,16 +110,25 @@ def write_report(
         "config_json": to_json(config),
         "changes": _changes(config),
         "info": info,
+        "live": live,
         "last_step": last_step,
-        "interrupted": last_step < info.get("total_steps", 0),
+        "interrupted": live is None and last_step < info.get("total_steps", 0),
         "measures": [metric for metric in metrics_of(config) if _was_measured(metric, metrics)],
         "result": _result(config, metrics),
-        "figures": _figures(config, metrics),
-        "multi_label": multi_label,
-        "errors": None if predictions is None else _errors(predictions, names),
-        "examples": _examples(predictions, names, images) if predictions is not None and images else [],
+        "figures": _figures(config, metrics, info.get("steps_per_epoch")),
+        "multi_label": config.loss.multi_label,
         "train_images_per_second": _median(metrics, "images_per_second"),
+        "judged": judged,
+        "limits": (MAX_CELL_IMAGES, MAX_IMAGES),
     }
+    if judged is not None:
+        cards = Cards(judged.predictions, names, judged.images, judged.heat_maps)
+        context |= judgement_context(judged.judgement, judged.predictions, names)
+        context |= {
+            "errors": errors_context(judged.predictions, names),
+            "examples": cards.groups(),
+            "cells": cards.cells(),
+        }
     path = Path(workdir) / "report.html"
     write_atomically(path, make_environment(Path(__file__).parent).get_template("run.html").render(context).encode())
     return path
@@ -149,7 +172,9 @@ def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict
     return {**entry, "rows": rows, "split": split, "is_test": entry["split"] == "test"} if rows else None
 
 
-def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _figures(
+    config: ExperimentConfig, metrics: Sequence[dict[str, Any]], steps_per_epoch: float | None
+) -> list[dict[str, Any]]:
     train, raw, average = (
         {"color": GREY, "linewidth": 1},
         {"color": BLUE, "linewidth": 1.6},
@@ -168,78 +193,14 @@ def _figures(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> lis
     loss_note = "The training loss is over augmented images" + (
         f" with label smoothing {smoothing:g}" * bool(smoothing)
     )
+    drawn = [
+        ("Loss", loss_note + ".", lines("loss"), False),
+        (format_heading(main.title), "", lines(main.name), main.is_share),
+        ("Learning rate", "", [Line("train", "learning_rate", "", raw)], False),
+    ]
     figures = [
-        ("Loss", loss_note + ".", line_figure(metrics, lines("loss"))),
-        (format_heading(main.title), "", line_figure(metrics, lines(main.name), percent=main.is_share)),
-        ("Learning rate", "", line_figure(metrics, [Line("train", "learning_rate", "", raw)])),
+        (title, note, line_figure(metrics, shown, name=title, percent=percent, steps_per_epoch=steps_per_epoch))
+        for title, note, shown, percent in drawn
     ]
     # Not escaped: the figures contain no names or values from outside.
-    return [{"title": t, "note": note, "svg": Markup(svg)} for t, note, svg in figures if svg]
-
-
-def _errors(predictions: Predictions, names: list[str]) -> dict[str, Any]:
-    """Returns the errors by class: a confusion matrix, the most confused pairs, or average precisions."""
-    n, right = int(predictions.labelled.sum()), int(predictions.right.sum())
-    errors: dict[str, Any] = {"n": n, "right": right, "share": right / n if n else math.nan, "depth": 0}
-    if predictions.multi_label:
-        precisions, counts = class_average_precision(predictions), predictions.label.sum(axis=0)
-        order = [int(c) for c in np.argsort(-np.nan_to_num(precisions, nan=-1), kind="stable") if counts[c]]
-        shown = order if len(order) <= _MAX_CLASSES else order[: _MAX_ROWS // 2] + order[-_MAX_ROWS // 2 :]
-        rows = [(names[c], int(counts[c]), float(precisions[c])) for c in shown]
-        return errors | {
-            "kind": "precision",
-            "rows": rows,
-            "classes": len(order),
-            "depth": predictions.classes.shape[1],
-        }
-    errors["calibration"] = expected_calibration_error(predictions)
-    if len(names) > _MAX_CLASSES:
-        totals = np.bincount(predictions.label, minlength=len(names))
-        pairs = [(names[a], names[b], k, k / totals[a]) for a, b, k in most_confused(predictions, _MAX_ROWS)]
-        return errors | {"kind": "pairs", "rows": pairs}
-    matrix = confusion_matrix(predictions, len(names))
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    # Opacity of the cells. Mistakes are rare, and the square root makes them visible beside the diagonal.
-    tints = np.where(np.eye(len(names), dtype=bool), shares, np.sqrt(shares)).round(3)
-    cells = [list(zip(*row, strict=True)) for row in zip(matrix.tolist(), tints.tolist(), strict=True)]
-    return errors | {"kind": "matrix", "rows": list(zip(names, cells, strict=True))}
-
-
-def _examples(
-    predictions: Predictions, names: list[str], images: Mapping[int, np.ndarray]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Returns groups of examples, each with its heading and one card per image."""
-    position = {int(index): i for i, index in enumerate(predictions.index)}
-
-    def card(index: int) -> dict[str, Any]:
-        i = position[index]
-        label = predictions.label[i]
-        true = np.flatnonzero(label) if predictions.multi_label else [label]
-        best = list(zip(predictions.classes[i], predictions.probabilities[i], strict=True))
-        guesses = [(names[c], float(p), c in true) for c, p in (best[:3] if predictions.multi_label else best[:1])]
-        return {
-            "index": index,
-            "source": _data_uri(images[index]),
-            "pixelated": max(images[index].shape[:2]) <= 64,
-            "right": bool(predictions.right[i]),
-            "true": ", ".join(names[c] for c in true) or "no label",
-            "guesses": guesses,
-        }
-
-    sample, mistakes = choose_examples(predictions)
-    groups = [("Even sample", sample), ("Most confident mistakes", mistakes)]
-    shown = [(title, [card(index) for index in chosen if index in images]) for title, chosen in groups]
-    return [(title, cards) for title, cards in shown if cards]
-
-
-def _data_uri(pixels: np.ndarray) -> str:
-    """Returns a small version of an image for the `src` of an <img> element."""
-    image = Image.fromarray(pixels.squeeze())
-    buffer = io.BytesIO()
-    if max(image.size) <= 64:
-        image.save(buffer, "PNG")
-    else:  # JPEG makes photographs ten times smaller
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        image.save(buffer, "JPEG", quality=85)
-    kind = "png" if max(pixels.shape[:2]) <= 64 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return [{"title": t, "note": note, "svg": Markup(themed(svg))} for t, note, svg in figures if svg]

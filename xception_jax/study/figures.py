@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from xception_jax.reports.style import BLUE, COLORS, GREEN, MARGIN, QUIET, VERMILION, ZERO, draw_svg
+from xception_jax.reports.style import BLUE, COLORS, FONT_SIZE, GREEN, MARGIN, QUIET, VERMILION, ZERO, draw_svg
 from xception_jax.study.results import ArmResult, Results
 
 # Lines differ in colour, marker and dash.
@@ -33,7 +33,7 @@ def forest(results: Results) -> str | None:
         return None
     margin = 100 * results.stored.study.margin
     names = [f"{entry.comparison.name}  (n={entry.difference.n})" for entry in shown]
-    left, height = 20 + 5.0 * max(map(len, names)), 60 + 21 * len(shown)
+    left, height = 20 + 6.6 * max(map(len, names)), 60 + 24 * len(shown)
     width = left + 440
 
     def draw(axes: Axes) -> None:
@@ -87,7 +87,7 @@ def over_axis(results: Results) -> str | None:
         if any(arm.line for arm in arms):
             axes.legend(title="between the convolutions" if results.logarithmic else None)
 
-    return draw_svg(420, 270, (0.14, 0.17, 0.84, 0.79), draw)
+    return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)
 
 
 def effects(results: Results) -> str | None:
@@ -111,7 +111,7 @@ def effects(results: Results) -> str | None:
         axes.set_ylabel("paired difference in test accuracy, points", color=QUIET)
         axes.legend()
 
-    return draw_svg(420, 270, (0.14, 0.17, 0.84, 0.79), draw)
+    return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)
 
 
 def over_cost(results: Results, name: str, label: str) -> str | None:
@@ -150,7 +150,7 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
                     (-5 if right else 5, 3),
                     textcoords="offset points",
                     horizontalalignment="right" if right else "left",
-                    fontsize=7,
+                    fontsize=FONT_SIZE,
                     color=QUIET,
                 )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -161,9 +161,9 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
         axes.set_ylabel("test accuracy", color=QUIET)
         axes.tick_params(length=3)
         if len(lines) > 1:
-            axes.legend(fontsize=8)
+            axes.legend()
 
-    return draw_svg(340, 230, (0.18, 0.18, 0.79, 0.76), draw)
+    return draw_svg(340, 260, (0.2, 0.19, 0.77, 0.76), draw)
 
 
 def learning_curves(arms: Sequence[ArmResult]) -> str | None:
@@ -187,6 +187,6 @@ def learning_curves(arms: Sequence[ArmResult]) -> str | None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.tick_params(length=3)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(loc="lower right")
 
-    return draw_svg(340, 250, (0.17, 0.16, 0.8, 0.79), draw)
+    return draw_svg(340, 280, (0.2, 0.17, 0.77, 0.79), draw)

@@ -13,6 +13,7 @@ from xception_jax.config import to_json
 from xception_jax.errors import DivergedError
 from xception_jax.files import write_atomically
 from xception_jax.reports.environment import format_interval, format_p, format_points, make_environment
+from xception_jax.reports.style import themed
 from xception_jax.study import figures
 from xception_jax.study.cells import State, state_of
 from xception_jax.study.results import COLUMNS, Results, collect
@@ -43,7 +44,7 @@ def write_study_report(root: Path) -> Results:
         write_atomically(root / name, environment.get_template(name).render(context))
     (root / "figures").mkdir(exist_ok=True)
     for name, figure in drawn.items():
-        on_white = str(figure["svg"]).replace("<svg ", '<svg style="background: white" ', 1)
+        on_white = figure["file"].replace("<svg ", '<svg style="background: white" ', 1)
         write_atomically(root / "figures" / f"{name}.svg", on_white)
     write_atomically(root / "cells.csv", cells_csv(results))
     return results
@@ -142,4 +143,4 @@ def _curves(results: Results) -> list[tuple[str, str | None]]:
 
 def _marked(title: str, svg: str) -> dict[str, Any]:
     # Safe without escaping: matplotlib escapes the names in the text of an SVG, and draws the rest from numbers.
-    return {"title": title, "svg": Markup(svg)}
+    return {"title": title, "svg": Markup(themed(svg)), "file": svg}

@@ -146,6 +146,7 @@ class Loop:
         self.feed: Feed | None = None
         self.dispatched: _Dispatched | None = None
         self.dev_metrics: dict[str, float] = {}  # of the current state; saved with the next checkpoint
+        self.dev_predictions: Predictions | None = None  # of the final state: the report chooses thresholds on them
         self.seconds_to_first_step: float | None = None
 
     def run(self, step: int, state: TrainState) -> Summary:
@@ -183,13 +184,14 @@ class Loop:
         self._save()
         self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
-        from xception_jax.training.summary import summarize_run  # imports matplotlib, which would delay the first step
+        from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 
         with announce("writing the report", print_once):
             return summarize_run(
                 self.experiment,
                 self.workdir,
                 self.journal,
+                self.dev_predictions,
                 predictions,
                 fingerprint=state_fingerprint(self.state),
                 seconds_to_first_step=self.seconds_to_first_step,
@@ -325,11 +327,29 @@ class Loop:
 
     def _evaluate_dev(self) -> None:
         self._flush()
-        if "dev" in self.experiment.sources and not self.journal.has(self.step, "dev"):
-            self.dev_metrics, _ = self._evaluate("dev")
-            self.journal.evaluation(self.step, "dev", self.dev_metrics)
-        if self.config.logs.histograms:
-            self.journal.histograms(self.step, self.state.params)
+        if "dev" not in self.experiment.sources:
+            return
+        is_new, is_last = not self.journal.has(self.step, "dev"), self.step == self.experiment.total_steps
+        if not is_new and not is_last:
+            return
+        # A finished run that is started again evaluates again, for its report. The journal keeps the first result.
+        metrics, predictions = self._evaluate("dev")
+        if is_new:
+            self.dev_metrics = metrics
+            self.journal.evaluation(self.step, "dev", metrics)
+        if is_last:
+            self.dev_predictions = predictions
+            return
+        from xception_jax.training.summary import write_live_report  # imports matplotlib: not before the first step
+
+        with self.journal.pause():
+            write_live_report(
+                self.experiment,
+                self.workdir,
+                self.journal,
+                predictions,
+                seconds_to_first_step=self.seconds_to_first_step,
+            )
 
     def _evaluate_test(self) -> Predictions:
         """Evaluates on the test split and saves the predictions. The journal keeps the first result."""

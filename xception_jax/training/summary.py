@@ -1,26 +1,38 @@
-"""Writes the report of a finished run and summarizes its results."""
+"""Writes the report of a run, while it goes on and at its end, and summarizes its results."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import platform
 import subprocess
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from xception_jax.data import images
 from xception_jax.data.sources import Source
 from xception_jax.environment import command, installed_versions, peak_memory
+from xception_jax.errors import StorageError
+from xception_jax.evaluation.evaluate import name_examples
 from xception_jax.metrics import Metric, main_metric
 from xception_jax.metrics.intervals import wilson_interval
-from xception_jax.metrics.predictions import Predictions
+from xception_jax.metrics.judgement import Threshold, choose_thresholds, judge
+from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
+from xception_jax.metrics.resampling import DRAWS
 from xception_jax.metrics.single_label import TopK
-from xception_jax.reports.run import RunInfo, choose_examples, write_report
+from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbnail
+from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 
+_LIVE_IMAGES_SECONDS = 0.1
+_LIVE_NAMED = 2_000  # images of a split whose file names and groups are read for a live report
 _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -30,6 +42,7 @@ class Summary:
 
     Attributes:
       step: the last step.
+      groups: number of groups of the images of these metrics, or None if they are independent.
       metrics: metrics of the test split if there is one, otherwise of the last evaluation on the development split.
       main_metric: the metric that `str` shows.
       state_sha256: fingerprint of the final state.
@@ -38,6 +51,7 @@ class Summary:
     """
 
     step: int
+    groups: int | None
     metrics: dict[str, Any]
     main_metric: Metric
     state_sha256: str
@@ -52,7 +66,9 @@ class Summary:
             if value is not None:
                 low, high = wilson_interval(value, self.metrics["count"])
                 interval = f", 95% interval {low:.4f} to {high:.4f}" if isinstance(main, TopK) else ""
-                count = f"{self.metrics['count']:,} images{interval}"
+                # The interval of images that are not independent takes a bootstrap: it is in the report.
+                details = interval if self.groups is None else f" of {self.groups:,} groups"
+                count = f"{self.metrics['count']:,} images{details}"
                 lines.append(f"{self.metrics['split']} {main.title}{label}: {main.format(value)} ({count})")
         lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {self.checkpoint}", f"report: {self.report}"]
         return "\n".join(lines)
@@ -62,45 +78,126 @@ def summarize_run(
     experiment: Experiment,
     workdir: Path,
     journal: Journal,
-    predictions: Predictions | None,
+    development: Predictions | None,
+    test: Predictions | None,
     *,
     fingerprint: str,
     seconds_to_first_step: float | None,
 ) -> Summary:
-    """Writes report.html and returns the summary of a finished run."""
+    """Writes report.html and returns the summary of a finished run.
+
+    Args:
+      experiment: the experiment.
+      workdir: the work directory.
+      journal: the journal of the run.
+      development: predictions of the final state on the development split, on which thresholds are chosen.
+      test: predictions on the test split.
+      fingerprint: fingerprint of the final state.
+      seconds_to_first_step: of this start of the run.
+
+    Raises:
+      StorageError: the report cannot be written. The run is complete otherwise.
+    """
     entries = journal.entries()
     evaluations = [entry for split in ("dev", "test") for entry in entries if entry["split"] == split]
     final = evaluations[-1] if evaluations else {}
     report = workdir / "report.html"
+    groups = None
     if jax.process_index() == 0:
-        info: RunInfo = {
-            "devices": f"{experiment.mesh.size} x {_device_name()}",
-            "parameters": experiment.cost.parameters,
-            "multiply_adds": experiment.cost.multiply_adds,
-            "total_steps": experiment.total_steps,
-            "wall_seconds": journal.seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "command": command(),
-            "commit": _commit(),
-            "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
-        }
-        if seconds_to_first_step is not None:
-            info["seconds_to_first_step"] = seconds_to_first_step
+        info = _run_info(experiment, journal, seconds_to_first_step)
         if "images_per_second" in final:
             info["eval_images_per_second"] = final["images_per_second"]
-        write_report(
-            workdir,
-            config=experiment.config,
-            metrics=entries,
-            info=info,
-            predictions=predictions,
-            class_names=experiment.data.class_names,
-            images=_example_images(experiment.sources["test"], predictions) if predictions is not None else None,
-        )
+        judged = None
+        if test is not None:
+            thresholds = choose_thresholds(development) if development is not None else []
+            judged = _judge(experiment, "test", test, thresholds)
+        elif development is not None:
+            judged = _judge(experiment, "dev", development)
+        groups = judged.judgement.groups if judged is not None else None
+        try:
+            _write(experiment, workdir, entries, info, judged)
+        except OSError as error:
+            fix = "free some space and run the same command again: it only writes the report"
+            raise StorageError(f"the report cannot be written: {error.strerror}", str(report), fix) from None
     step = experiment.total_steps
     return Summary(
-        step, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
+        step, groups, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
     )
+
+
+def write_live_report(
+    experiment: Experiment,
+    workdir: Path,
+    journal: Journal,
+    predictions: Predictions,
+    *,
+    seconds_to_first_step: float | None,
+) -> None:
+    """Writes report.html after an evaluation on the development split, on process 0.
+
+    A failure is reported in one line and does not stop the run: everything in the report is also written elsewhere.
+    There are no bootstrap intervals, file names and groups only of up to `_LIVE_NAMED` images, and as many images as
+    can be decoded in `_LIVE_IMAGES_SECONDS`.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        entries = journal.entries()
+        times = [entry["seconds"] for entry in entries if entry["split"] == "dev" and "seconds" in entry]
+        live = Live(written=time.time(), seconds=times[-1] - times[-2] if len(times) > 1 else None)
+        judged = _judge(experiment, "dev", predictions, live=True)
+        _write(experiment, workdir, entries, _run_info(experiment, journal, seconds_to_first_step), judged, live)
+    except Exception as error:
+        journal.message(f"the report was not written, training goes on: {type(error).__name__}: {error}")
+
+
+def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: float | None) -> RunInfo:
+    info: RunInfo = {
+        "devices": f"{experiment.mesh.size} x {_device_name()}",
+        "parameters": experiment.cost.parameters,
+        "multiply_adds": experiment.cost.multiply_adds,
+        "total_steps": experiment.total_steps,
+        "steps_per_epoch": len(experiment.sources["train"]) / experiment.config.batch_size,
+        "wall_seconds": journal.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "command": command(),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
+    }
+    if seconds_to_first_step is not None:
+        info["seconds_to_first_step"] = seconds_to_first_step
+    return info
+
+
+def _write(
+    experiment: Experiment,
+    workdir: Path,
+    entries: list[dict[str, Any]],
+    info: RunInfo,
+    judged: Judged | None,
+    live: Live | None = None,
+) -> None:
+    names, config = experiment.data.class_names, experiment.config
+    write_report(workdir, config=config, metrics=entries, info=info, judged=judged, class_names=names, live=live)
+
+
+def _judge(
+    experiment: Experiment,
+    split: str,
+    predictions: Predictions,
+    thresholds: Sequence[Threshold] = (),
+    *,
+    live: bool = False,
+) -> Judged:
+    source = experiment.sources[split]
+    if experiment.config.num_classes <= MAX_CLASSES and (not live or len(source) <= _LIVE_NAMED):
+        predictions = name_examples(predictions, source)
+    chosen = {index: None for group in choose_examples(predictions)[::-1] for index in group}
+    if not live:
+        chosen |= {index: None for cell in choose_cells(predictions).values() for index in cell}
+    judgement = judge(predictions, experiment.config.num_classes, thresholds, draws=0 if live else DRAWS)
+    shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf)
+    return Judged(source.info.split, predictions, judgement, shown)
 
 
 def peak_memory_bytes() -> int:
@@ -111,16 +208,20 @@ def peak_memory_bytes() -> int:
     return peak_memory()
 
 
-def _example_images(source: Source, predictions: Predictions) -> dict[int, Any]:
-    decoded = {}
-    for index in {index for group in choose_examples(predictions) for index in group}:
+def _decode(source: Source, indices: Iterable[int], seconds: float) -> dict[int, np.ndarray]:
+    """Decodes images of a split, as many as fit into the time."""
+    decoded, start = {}, time.monotonic()
+    for index in indices:
+        if time.monotonic() - start > seconds:
+            break
         try:
-            decoded[index] = images.decode(source[index]["image"])
+            decoded[index] = thumbnail(images.decode(source[index]["image"]))
         except images.DamagedImageError:
             continue  # the evaluation used the next image instead; the report shows no image
     return decoded
 
 
+@functools.cache
 def _device_name() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
@@ -132,6 +233,7 @@ def _device_name() -> str:
         return platform.processor() or "CPU"
 
 
+@functools.cache
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
