@@ -38,4 +38,5 @@ def get_config():
     config.ema.decay = 0.995
     config.log_every = "20 steps"
     config.evaluation.batch_size = 500
+    config.evaluation.heat_maps = 24
     return config

@@ -43,6 +43,7 @@ def get_config(variant=""):
     config.ema.decay = 0.99
     config.log_every = "10 steps"
     config.evaluation.batch_size = 64
+    config.evaluation.heat_maps = 24
     if variant == "head":
         config.name = "fine-tuning of the classifier"
         config.optimizer.name = "adam"

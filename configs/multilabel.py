@@ -38,4 +38,5 @@ def get_config():
     config.ema.decay = 0.99
     config.log_every = "10 steps"
     config.evaluation.batch_size = 250
+    config.evaluation.heat_maps = 24
     return config

@@ -132,8 +132,10 @@ def test_a_run_trains_and_is_loaded(tmp_path, shared_environment):
     config.model.num_classes, config.data.image_size, config.data.augmentation = 10, 28, "none"
     config.data.train_split, config.data.eval_split, config.data.test_split = "train[:32]", "", "test[:16]"
     config.batch_size, config.evaluation.batch_size, config.duration = 8, 8, "1 step"
+    config.evaluation.heat_maps = 4
     summary = xception_jax.train(config, tmp_path / "run")
     assert (summary.step, summary.metrics["count"]) == (1, 16)
+    assert 'class="heat-map"' in summary.report.read_text()
     network = xception_jax.load(tmp_path / "run")
     assert "Sneaker" in network.classes
     assert len(network.predict(np.zeros((28, 28, 3), np.uint8), top=3)) == 3

@@ -35,6 +35,7 @@ def test_many_labels_an_image(run_python, tmp_path):
     process = run_python(
         "train.py",
         "--config=configs/multilabel.py",
+        "--config.evaluation.heat_maps=0",
         f"--workdir={tmp_path}",
         "--config.model.width_multiplier=0.05",
         "--config.model.middle_blocks=0",

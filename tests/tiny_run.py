@@ -16,6 +16,7 @@ TINY = [
     "--config.evaluation.batch_size=100",
     "--config.duration=3 epochs",
     "--config.evaluation.every=30 steps",
+    "--config.evaluation.heat_maps=0",
     "--config.checkpoint.every=20 steps",
     "--config.log_every=5 steps",
 ]

@@ -213,6 +213,7 @@ WITH_HIDDEN_LAYER = {"num_classes": 10, "fc_layers": 1, "fc_width": 8}
 ARGUMENTS = [
     "train.py",
     "--config=configs/finetune.py:fashion_mnist",
+    "--config.evaluation.heat_maps=0",
     "--config.data.train_split=train[:128]",
     "--config.data.eval_split=",
     "--config.data.test_split=test[:50]",

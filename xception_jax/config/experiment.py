@@ -107,6 +107,7 @@ class EvaluationConfig(Section):
     batch_size: int = integer(512, 1, "local")
     every: str = span("1 epoch", "local")
     map_at: int = integer(100, 1, "paper: section 4.1, MAP@100")
+    heat_maps: int = integer(0, 0, "local: images in the report with a heat map of the predicted class; 0 is off")
 
 
 @dataclasses.dataclass(frozen=True)

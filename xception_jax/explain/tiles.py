@@ -1,4 +1,4 @@
-"""Draws small heat maps for reports."""
+"""Paints heat maps over images, for reports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import UInt8
 from xception_jax.data.images import thumbnail
 from xception_jax.explain.explainer import make_explainer
 from xception_jax.explain.options import METHODS
-from xception_jax.explain.pictures import as_png, enlarged, paint
+from xception_jax.explain.pictures import enlarged, paint
 from xception_jax.weights import Network
 
 
-def heat_map_tiles(
+def heat_maps(
     network: Network,
     images: Sequence[UInt8[np.ndarray, "h w 3"]],
     classes: Sequence[int] | None = None,
@@ -24,8 +24,8 @@ def heat_map_tiles(
     block: str | None = None,
     side: int = 160,
     batch_size: int = 16,
-) -> list[bytes]:
-    """Returns a PNG of each image with its map painted over it.
+) -> list[UInt8[np.ndarray, "h2 w2 3"]]:
+    """Returns each image with its map painted over it.
 
     Args:
       network: a network with a classifier.
@@ -33,13 +33,13 @@ def heat_map_tiles(
       classes: the class to explain in each image; None is the most probable one.
       method: name of a method.
       block: name of an endpoint; None is the last one.
-      side: longer side of a PNG, in pixels. Smaller images are enlarged by a whole factor at least to that.
+      side: longer side of a result, in pixels. Smaller images are enlarged by a whole factor at least to that.
       batch_size: images per batch.
     """
     view, explainer = network.preprocessing, make_explainer(network, method, block=block, batch_size=batch_size)
     size = min(batch_size, len(images))
     variables = jax.device_put(network.variables)
-    tiles = []
+    painted = []
     for start in range(0, len(images), max(1, size)):
         chosen = images[start : start + size]
         pixels = np.zeros((size, view.size, view.size, 3), np.float32)
@@ -51,5 +51,5 @@ def heat_map_tiles(
         maps = np.asarray(explainer(variables, pixels, classes=labels).maps)
         for image, heat in zip(chosen, maps, strict=False):  # the rest is padding
             shown = thumbnail(enlarged(image, side), side)
-            tiles.append(as_png(paint(shown, heat, view, METHODS[method])))
-    return tiles
+            painted.append(paint(shown, heat, view, METHODS[method]))
+    return painted

@@ -193,6 +193,7 @@ class Loop:
                 self.journal,
                 self.dev_predictions,
                 predictions,
+                list(self.state.all_variables().values())[-1],
                 fingerprint=state_fingerprint(self.state),
                 seconds_to_first_step=self.seconds_to_first_step,
             )

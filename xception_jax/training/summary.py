@@ -20,6 +20,7 @@ from xception_jax.data.sources import Source
 from xception_jax.environment import command, installed_versions, peak_memory
 from xception_jax.errors import StorageError
 from xception_jax.evaluation.evaluate import name_examples
+from xception_jax.explain.tiles import heat_maps
 from xception_jax.metrics import Metric, main_metric
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Threshold, choose_thresholds, judge
@@ -30,6 +31,7 @@ from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbna
 from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
+from xception_jax.weights import Network, Preprocessing
 
 _LIVE_IMAGES_SECONDS = 0.1
 _LIVE_NAMED = 2_000  # images of a split whose file names and groups are read for a live report
@@ -80,6 +82,7 @@ def summarize_run(
     journal: Journal,
     development: Predictions | None,
     test: Predictions | None,
+    variables: dict[str, Any],
     *,
     fingerprint: str,
     seconds_to_first_step: float | None,
@@ -92,6 +95,7 @@ def summarize_run(
       journal: the journal of the run.
       development: predictions of the final state on the development split, on which thresholds are chosen.
       test: predictions on the test split.
+      variables: those that made the predictions: of the Polyak average, if there is one.
       fingerprint: fingerprint of the final state.
       seconds_to_first_step: of this start of the run.
 
@@ -110,9 +114,9 @@ def summarize_run(
         judged = None
         if test is not None:
             thresholds = choose_thresholds(development) if development is not None else []
-            judged = _judge(experiment, "test", test, thresholds)
+            judged = _judge(experiment, "test", test, thresholds, variables)
         elif development is not None:
-            judged = _judge(experiment, "dev", development)
+            judged = _judge(experiment, "dev", development, variables=variables)
         groups = judged.judgement.groups if judged is not None else None
         try:
             _write(experiment, workdir, entries, info, judged)
@@ -186,6 +190,7 @@ def _judge(
     split: str,
     predictions: Predictions,
     thresholds: Sequence[Threshold] = (),
+    variables: dict[str, Any] | None = None,
     *,
     live: bool = False,
 ) -> Judged:
@@ -197,7 +202,8 @@ def _judge(
         chosen |= {index: None for cell in choose_cells(predictions).values() for index in cell}
     judgement = judge(predictions, experiment.config.num_classes, thresholds, draws=0 if live else DRAWS)
     shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf)
-    return Judged(source.info.split, predictions, judgement, shown)
+    maps = {} if variables is None else _heat_maps(experiment, source, variables, list(shown))
+    return Judged(source.info.split, predictions, judgement, shown, maps)
 
 
 def peak_memory_bytes() -> int:
@@ -219,6 +225,19 @@ def _decode(source: Source, indices: Iterable[int], seconds: float) -> dict[int,
         except images.DamagedImageError:
             continue  # the evaluation used the next image instead; the report shows no image
     return decoded
+
+
+def _heat_maps(
+    experiment: Experiment, source: Source, variables: dict[str, Any], indices: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Explains the predictions for the first of some images. Only in a single process, which has the whole network."""
+    config = experiment.config
+    shown = indices[: config.evaluation.heat_maps]
+    if not shown or jax.process_count() > 1:
+        return {}
+    view = Preprocessing(size=config.data.image_size, crop=config.data.eval_crop)
+    network = Network(config.model, jax.device_get(variables), view, experiment.data.class_names, "", "")
+    return dict(zip(shown, heat_maps(network, [images.decode(source[index]["image"]) for index in shown]), strict=True))
 
 
 @functools.cache
