@@ -22,6 +22,7 @@ from xception_jax.data.prepare.writer import write_dataset
 from xception_jax.errors import StorageError, UsageError
 from xception_jax.metrics.judgement import choose_thresholds
 from xception_jax.metrics.predictions import load_predictions
+from xception_jax.training import loop
 from xception_jax.training.loop import train
 
 SIZES = {"train": 48, "validation": 40, "test": 60}
@@ -59,8 +60,17 @@ def config(tmp_path_factory):
         "evaluation.batch_size": 20,
         "duration": "6 steps",
         "evaluation.every": "3 steps",
+        "evaluation.heat_maps": 0,
     }
     return override(resolve(fashion_mnist.get_config()), fields)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def live_reports_from_the_start():
+    """These runs end before the time at which a run writes its first report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "FIRST_LIVE_REPORT", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")

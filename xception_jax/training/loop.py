@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from xception_jax.training.summary import Summary
 
 
+# A live report is written after an evaluation, but not in the first seconds of a run, and not so often that it takes
+# more than this share of the time.
+FIRST_LIVE_REPORT, MAX_LIVE_SHARE = 20.0, 0.05
+
+
 def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str) -> Summary:
     """Trains the model described by `config` in `workdir`, resuming from its last checkpoint if there is one.
 
@@ -148,6 +153,7 @@ class Loop:
         self.dev_metrics: dict[str, float] = {}  # of the current state; saved with the next checkpoint
         self.dev_predictions: Predictions | None = None  # of the final state: the report chooses thresholds on them
         self.seconds_to_first_step: float | None = None
+        self.next_live_report = FIRST_LIVE_REPORT
 
     def run(self, step: int, state: TrainState) -> Summary:
         """Trains from `step` to the end of the run, evaluates on the test split and writes the report."""
@@ -341,8 +347,11 @@ class Loop:
         if is_last:
             self.dev_predictions = predictions
             return
-        from xception_jax.training.summary import write_live_report  # imports matplotlib: not before the first step
+        if self.journal.seconds_since_start < self.next_live_report:
+            return
+        from xception_jax.training.summary import write_live_report  # imports matplotlib, which takes a second
 
+        started = self.journal.seconds_since_start
         with self.journal.pause():
             write_live_report(
                 self.experiment,
@@ -351,6 +360,8 @@ class Loop:
                 predictions,
                 seconds_to_first_step=self.seconds_to_first_step,
             )
+        now = self.journal.seconds_since_start
+        self.next_live_report = now + (now - started) / MAX_LIVE_SHARE
 
     def _evaluate_test(self) -> Predictions:
         """Evaluates on the test split and saves the predictions. The journal keeps the first result."""
