@@ -328,7 +328,7 @@ def test_without_a_compiler_the_answer_is_the_same(run_python, tmp_path, environ
     assert (warning or "") in process.stderr
     assert len(list(tmp_path.glob("xception_jax/*.so"))) == (calls > 0)
     if warning is None:
-        assert "kernels" not in process.stderr
+        assert "kernels could not be built" not in process.stderr
 
 
 def test_several_devices_are_left_to_xla(run_python):

@@ -178,8 +178,10 @@ def test_two_names_of_one_output(tmp_path, capsys):
     save_network(tmp_path / "x.safetensors", network(model=model, variables=variables, classes=None))
     (tmp_path / "names.json").write_text('{"fake": 0, "real": 1}')
     convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--classes", tmp_path / "names.json")
-    assert "the one output is the probability of 'real'" in capsys.readouterr().err
-    assert load_network(tmp_path / "y.safetensors").classes == ("real",)
+    assert load_network(tmp_path / "y.safetensors").classes == ("fake", "real")
+    (tmp_path / "name.txt").write_text("real\n")
+    convert(tmp_path / "x.safetensors", tmp_path / "z.safetensors", "--classes", tmp_path / "name.txt")
+    assert load_network(tmp_path / "z.safetensors").classes == ("not real", "real")
 
 
 def test_our_own_head_is_left_out_or_required(path, tmp_path):

@@ -148,12 +148,10 @@ def _classes(source: str, network: Network) -> tuple[str, ...]:
     if "head" not in network.variables["params"]:
         raise UsageError("the weights have no classifier to name the classes of", "--classes", "leave --classes out")
     names = class_names() if source == "imagenet" else _read_names(Path(source))
-    if network.model.num_classes == 1 and len(names) == 2:
-        # Keras labels two classes 0 and 1, and one unit gives the probability of the second.
-        print(f"note: the one output is the probability of {names[1]!r}", file=sys.stderr)
-        names = names[1:]
-    if len(names) != network.model.num_classes:
-        what = f"{source} names {len(names)} classes, but the classifier has {network.model.num_classes}"
+    if network.has_single_logit and len(names) == 1:
+        names = [f"not {names[0]}", names[0]]
+    if len(names) != network.num_classes:
+        what = f"{source} names {len(names)} classes, but the classifier has {network.num_classes}"
         raise BadDataError(what, "--classes", "give one name for each class, in the order of the labels")
     return tuple(names)
 

@@ -31,7 +31,6 @@ class Explained:
       path: path of the image.
       error: why the image cannot be read, or ''. All other fields have their defaults then.
       label: the explained class.
-      is_absence: whether the map explains the absence of the class, which a network with a single logit can decide.
       probability: probability of what is explained: of the class, or of its absence.
       heat: evidence for it at each position of the part of the image that the network sees.
       residual: for integrated gradients, the share of the change of the logit that the map misses.
@@ -41,7 +40,6 @@ class Explained:
     path: Path
     error: str = ""
     label: int = 0
-    is_absence: bool = False
     probability: float = 0.0
     heat: Float32[np.ndarray, "h w"] = dataclasses.field(default_factory=lambda: np.zeros((1, 1), np.float32))
     residual: float = 0.0
@@ -73,6 +71,8 @@ def make_explainer(
     if method == "integrated_gradients":
         options = {"steps": steps, "batch_size": batch_size, "baseline": uniform_image(network.preprocessing, baseline)}
     given = {name: value for name, value in options.items() if value is not None}
+    if network.has_single_logit and label is not None:
+        label = 0 if label else ~0  # the first of its two classes is the absence of the second
     return jax.jit(functools.partial(FUNCTIONS[method], create_model(network.model), classes=label, **given))
 
 
@@ -108,6 +108,8 @@ def explain_files(
     for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails, longest=longest):
         explanation = jax.device_get(explainer(variables, batch.pixels))
         chances = explained_probabilities(network, explanation)
+        # The sign of a single logit decides between two classes, of which it is the second.
+        labels = explanation.signs > 0 if network.has_single_logit else explanation.classes
         for row, path in enumerate(batch.paths):
             if batch.errors[row]:
                 yield Explained(path, batch.errors[row])
@@ -119,8 +121,7 @@ def explain_files(
                 residual = float(abs(explanation.residuals[row]) / max(abs(change), 1e-6))
             yield Explained(
                 path,
-                label=int(explanation.classes[row]),
-                is_absence=bool(explanation.signs[row] < 0),
+                label=int(labels[row]),
                 probability=float(chances[row]),
                 heat=heat,
                 residual=residual,

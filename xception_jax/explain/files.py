@@ -55,7 +55,7 @@ class Describer:
 
     def label(self, explained: Explained) -> str:
         """Returns what a map explains."""
-        return f"not {self._names[explained.label]}" if explained.is_absence else self._names[explained.label]
+        return self._names[explained.label]
 
     def picture(self, explained: Explained) -> bytes:
         """Returns a PNG of one image with its map."""
@@ -139,7 +139,6 @@ def save_maps(path: str, explained: Sequence[Explained], method: str, block: str
         "maps": np.stack([each.heat for each in explained]),
         "path": np.array([str(each.path) for each in explained]),
         "class": np.array([each.label for each in explained], np.int32),
-        "absence": np.array([each.is_absence for each in explained]),
         "probability": np.array([each.probability for each in explained], np.float32),
         "method": np.array(method),
         "block": np.array(block or ""),

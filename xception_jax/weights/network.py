@@ -32,9 +32,14 @@ class Network:
     multi_label: bool = False
 
     @property
+    def has_single_logit(self) -> bool:
+        """Whether one logit decides between two classes: it is the logit of the second."""
+        return self.model.num_classes == 1 and not self.multi_label
+
+    @property
     def num_classes(self) -> int:
         """Number of classes that the network tells apart: a single logit separates two, of which it is the second."""
-        return 2 if self.model.num_classes == 1 and not self.multi_label else self.model.num_classes
+        return 2 if self.has_single_logit else self.model.num_classes
 
     @property
     def probabilities(self) -> Literal["sigmoid", "softmax"]:

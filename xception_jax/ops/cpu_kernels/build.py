@@ -69,7 +69,7 @@ def library(source: str) -> ctypes.CDLL | None:
     path = cache / f"cpu_{source}_{_version(source)}.so"
     try:
         if not path.exists():
-            tqdm.write(f"building the CPU kernels ({source}), once: 10 to 20 s ...", file=sys.stderr)
+            tqdm.write(f"building the CPU kernels of {source}.cc, once: 10 to 20 s ...", file=sys.stderr)
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 built = Path(scratch) / path.name
