@@ -214,7 +214,14 @@ def test_names_on_two_sides_are_a_warning_and_its_expression_groups_them(scans, 
 
 
 def test_names_that_tell_class_or_camera_are_no_warning():
-    for name in ("a/rose_{}.jpg", "a/IMG_{:04}.jpg", "a/{:05}.jpg", "a/n01440764_{}.JPEG", "a/{0}frog{0}x.png"):
+    for name in (
+        "a/rose_{}.jpg",
+        "a/{}.jpg",
+        "a/IMG_{:04}.jpg",
+        "a/{:05}.jpg",
+        "a/n01440764_{}.JPEG",
+        "a/{0}frog{0}x.png",
+    ):
         keys = [name.format(number).replace("a/", f"{'ab'[number % 2]}/") for number in range(100)]
         assert groups.near_duplicates(keys, [key[0] for key in keys], divided(keys)) == []
 

@@ -17,6 +17,7 @@ from xception_jax.cli import explain as command
 from xception_jax.config import resolve_model
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.explain import pictures, sanity
+from xception_jax.explain.endpoints import list_endpoints
 from xception_jax.explain.explainer import make_explainer
 from xception_jax.explain.options import METHODS
 from xception_jax.explain.tiles import heat_maps
@@ -183,6 +184,18 @@ def test_tiles_for_a_report(network):
         assert np.abs(a - b).max() <= 1
         assert np.abs(a - c).max() > 10
     assert heat_maps(network, []) == []
+
+
+def test_maps_of_a_report_come_from_a_block_with_positions(network):
+    small = dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=48))
+    image = photograph(0)
+    [default] = heat_maps(small, [image])
+    create = create_model(small.model)
+    _, endpoints = jax.eval_shape(lambda x: create.apply(small.variables, x), np.zeros((1, 48, 48, 3), np.float32))
+    sides = {name: value.shape[1] for name, value in endpoints.items() if value.ndim == 4}
+    last = [name for name in list_endpoints(create, small.variables, 48) if sides[name] >= 4][-1]
+    assert sides["block" + str(len(sides))] < 4
+    np.testing.assert_array_equal(default, heat_maps(small, [image], block=last)[0])
 
 
 def test_the_sanity_check_tells_trained_from_random(network, weights, photos, capsys):

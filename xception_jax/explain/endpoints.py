@@ -16,19 +16,19 @@ from jax.core import eval_jaxpr
 from jaxtyping import Array, Float
 
 
-def spatial_endpoints(endpoints: Mapping[str, Array]) -> list[str]:
+def spatial_endpoints(endpoints: Mapping[str, Array], min_side: int = 1) -> list[str]:
     """Returns the names of the endpoints that have positions [b, h, w, c], in the order of the forward pass."""
-    return [name for name, value in endpoints.items() if value.ndim == 4]
+    return [name for name, value in endpoints.items() if value.ndim == 4 and min(value.shape[1:3]) >= min_side]
 
 
-def list_endpoints(model: nn.Module, variables: Mapping[str, Any], image_size: int) -> list[str]:
-    """Returns the names of the spatial endpoints of a network, without running it."""
+def list_endpoints(model: nn.Module, variables: Mapping[str, Any], image_size: int, min_side: int = 1) -> list[str]:
+    """Returns the names of the endpoints of a network with at least `min_side` positions a side, without running it."""
     names: list[str] = []
 
     def record(variables: Mapping[str, Any], images: Array) -> None:
         # An array of the result would lose the order: JAX sorts the keys of dicts.
         outputs: Any = model.apply(variables, images, train=False)
-        names.extend(spatial_endpoints(outputs[1]))
+        names.extend(spatial_endpoints(outputs[1], min_side))
 
     jax.eval_shape(record, variables, jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32"))
     return names

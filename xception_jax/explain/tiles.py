@@ -9,10 +9,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from xception_jax.data.images import thumbnail
+from xception_jax.explain.endpoints import list_endpoints
 from xception_jax.explain.explainer import make_explainer
 from xception_jax.explain.options import METHODS
 from xception_jax.explain.pictures import enlarged, paint
+from xception_jax.models import create_model
 from xception_jax.weights import Network
+
+MIN_SIDE = 4  # a network for small images may end in a single position, whose map says nothing about where
 
 
 def heat_maps(
@@ -32,11 +36,15 @@ def heat_maps(
       images: decoded images of any size.
       classes: the class to explain in each image; None is the most probable one.
       method: name of a method.
-      block: name of an endpoint; None is the last one.
+      block: name of an endpoint; None is the last one with at least `MIN_SIDE` positions a side.
       side: longer side of a result, in pixels. Smaller images are enlarged by a whole factor at least to that.
       batch_size: images per batch.
     """
-    view, explainer = network.preprocessing, make_explainer(network, method, block=block, batch_size=batch_size)
+    view = network.preprocessing
+    if block is None:
+        blocks = list_endpoints(create_model(network.model), network.variables, view.size, MIN_SIDE)
+        block = blocks[-1] if blocks else None
+    explainer = make_explainer(network, method, block=block, batch_size=batch_size)
     size = min(batch_size, len(images))
     variables = jax.device_put(network.variables)
     painted = []

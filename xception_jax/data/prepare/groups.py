@@ -89,10 +89,11 @@ def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence
     """Returns a warning in three lines if files with one name and different numbers are in different splits, else [].
 
     Names that only tell the class or the camera ('rose_017.jpg', 'IMG_0042.jpg') are not considered: files must fall
-    into at least two names for each class, and a name must have at least two files on average.
+    into at least two names for each class, and a name must have at least two files on average. Neither are names that
+    are only a number ('0042.jpg').
     """
     pattern = re.compile(NUMBERED)
-    names = {key: match[1] for key in keys if (match := pattern.search(key))}
+    names = {key: match[1] for key in keys if (match := pattern.search(key)) and not match[1].isdecimal()}
     named = [(names[key], label, split) for key, label, split in zip(keys, labels, splits, strict=True) if key in names]
     by_class = len({(name, label) for name, label, _ in named})
     if by_class < 2 * len(set(labels)) or len(named) < 2 * by_class:
