@@ -257,6 +257,8 @@ def test_heat_maps_stand_beside_their_images(tmp_path):
     sample, (mistake, *_) = choose_examples(predictions)
     text = render(tmp_path, judged=judged(predictions, images, heat_maps={mistake: images[mistake]}))
     assert text.count('class="heat-map"') == 2 + (mistake in sample)  # a mistake, and in its cell
+    assert "Grad-CAM" in text
+    assert "Grad-CAM" not in render(tmp_path, judged=judged(predictions, images))
 
 
 def test_the_judgement_has_the_numbers_of_evaluate(full):
