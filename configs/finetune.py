@@ -23,8 +23,12 @@ training all layers, because the backward pass ends at block 5.
 
 from xception_jax.config import default_config
 
+VARIANTS = ("", "head", "fashion_mnist")
+
 
 def get_config(variant=""):
+    if variant not in VARIANTS:
+        raise ValueError(f"there is no variant {variant!r}, only {', '.join(VARIANTS[1:])}")
     config = default_config()
     config.name = "fine-tuning"
     config.init.weights = "weights.safetensors"  # any file that `convert` can read, or the work directory of a run

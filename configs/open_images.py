@@ -10,8 +10,12 @@ Requires open_images_v4 of TFDS in any size: `xception-jax prepare tfrecord --so
 
 from xception_jax.config import default_config
 
+VARIANTS = ("", "fc")
+
 
 def get_config(variant=""):
+    if variant not in VARIANTS:
+        raise ValueError(f"there is no variant {variant!r}, only {', '.join(VARIANTS[1:])}")
     config = default_config()
     config.name = "xception on Open Images" + (", fully connected layers" if variant == "fc" else "")
     config.model.num_classes = 7186

@@ -9,7 +9,7 @@ import pytest
 from xception_jax.cli import COMMANDS, main
 from xception_jax.command_line import read_config, run_main, split_overrides
 from xception_jax.config.shipped import shipped_names
-from xception_jax.errors import InputMissingError
+from xception_jax.errors import ConfigError, InputMissingError
 
 LONG = "long" * 2000
 
@@ -117,3 +117,10 @@ def test_a_name_is_a_shipped_config_and_a_path_is_a_file(tmp_path, monkeypatch):
     for missing in ("mine", "fashion_mnist.py", "configs/imagenet.py", "studies/spectrum"):
         with pytest.raises(InputMissingError, match="there is no config"):
             read_config(missing, [])
+
+
+@pytest.mark.parametrize("name", ["finetune", "open_images", "fashion_mnist"])
+def test_a_variant_that_a_config_does_not_have_is_refused(name):
+    with pytest.raises(ConfigError, match=r"nothing|1 was given"):
+        read_config(f"{name}:nothing", ["--config.batch_size=8"])
+    assert read_config(name, ["--config.batch_size=8"]).batch_size == 8
