@@ -103,7 +103,7 @@ def test_a_perfect_and_a_useless_ranking():
         result = judge(Predictions(np.arange(4), label, classes, best, all_probabilities=scores), 2, draws=0)
         assert [row.roc_auc.value for row in result.classes] == [area, area]
         assert [row.equal_error_rate.value for row in result.classes] == [rate, rate]
-    # Every draw of a perfect result is perfect, which is no interval.
+    # Every draw of a perfect result is perfect, so draws cannot give an interval.
     twice = Predictions(np.arange(4), label, classes, np.take_along_axis(perfect, classes, axis=1))
     assert judge(twice, 2).overall["accuracy"].low is None
 

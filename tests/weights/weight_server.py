@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, *, cut: int | None = None, pause: float = 0) -> None:
-        """Sends the file or the rest of it; with `cut`, closes the connection after so many bytes."""
+        """Sends the file or the rest of it; with `cut`, closes the connection after that many bytes."""
         content = self.server.files.get(self.path.removeprefix("http://weights.invalid"))
         if content is None:
             return self.refuse(404, {"X-Error-Code": "EntryNotFound"})
