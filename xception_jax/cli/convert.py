@@ -144,12 +144,13 @@ def _model(name: str) -> ModelConfig:
 
 def _classes(source: str, network: Network) -> tuple[str, ...]:
     from xception_jax.data.imagenet_classes import class_names
+    from xception_jax.weights.network import both_names
 
     if "head" not in network.variables["params"]:
         raise UsageError("the weights have no classifier to name the classes of", "--classes", "leave --classes out")
     names = class_names() if source == "imagenet" else _read_names(Path(source))
-    if network.has_single_logit and len(names) == 1:
-        names = [f"not {names[0]}", names[0]]
+    if network.has_single_logit:
+        names = list(both_names(names))
     if len(names) != network.num_classes:
         what = f"{source} names {len(names)} classes, but the classifier has {network.num_classes}"
         raise BadDataError(what, "--classes", "give one name for each class, in the order of the labels")

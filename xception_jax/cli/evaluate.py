@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at",
         type=float,
-        default=0.95,
+        default=0.95,  # metrics.judgement.AT, whose package imports JAX
         metavar="RATE",
         help="specificity, and sensitivity, to choose thresholds for (%(default)s)",
     )

@@ -16,7 +16,7 @@ from xception_jax.explain.pictures import enlarged, paint
 from xception_jax.models import create_model
 from xception_jax.weights import Network
 
-MIN_SIDE = 4  # a network for small images may end in a single position, whose map says nothing about where
+MIN_SIDE = 4  # the last block of a network for small images may have one position, so its map would be flat
 
 
 def heat_maps(

@@ -27,7 +27,7 @@ Histogram = tuple[np.ndarray, np.ndarray]  # counts [n] and edges [n + 1]
 
 
 class Connection(NamedTuple):
-    """What a service does with each kind of value. Names are 'split/name' or those of parameters."""
+    """Sends each kind of value to a service. Names are 'split/name' or names of parameters."""
 
     numbers: Callable[[int, dict[str, float]], None]
     images: Callable[[int, str, UInt8[np.ndarray, "n h w 3"]], None]

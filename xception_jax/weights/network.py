@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from xception_jax.config import ModelConfig
@@ -45,6 +46,11 @@ class Network:
     def probabilities(self) -> Literal["sigmoid", "softmax"]:
         """The function that turns logits into probabilities; softmax over a single class would always return 1."""
         return "sigmoid" if self.multi_label or self.model.num_classes == 1 else "softmax"
+
+
+def both_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of both classes of a single logit; if only the second has one, the first is its absence."""
+    return (f"not {names[0]}", names[0]) if len(names) == 1 else tuple(names)
 
 
 class Imported(NamedTuple):

@@ -21,7 +21,7 @@ from xception_jax.errors import BadDataError, StorageError, UserError
 from xception_jax.files import free_space, write_atomically
 from xception_jax.weights import tree
 from xception_jax.weights.guard import COPY_AGAIN
-from xception_jax.weights.network import Network, Preprocessing
+from xception_jax.weights.network import Network, Preprocessing, both_names
 
 METADATA = "xception_jax"
 _VERSION = 1
@@ -81,8 +81,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
         raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
     network = Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
-    if network.has_single_logit and classes is not None and len(classes) == 1:  # older files name only the second class
-        classes = (f"not {classes[0]}", *classes)
+    if network.has_single_logit and classes is not None:  # older files name only the second class
+        classes = both_names(classes)
         network = dataclasses.replace(network, classes=classes)
     if classes is not None and len(classes) != network.num_classes:
         what = f"the file names {len(classes)} classes, but its model has {network.num_classes}"
