@@ -15,6 +15,7 @@ from xception_jax.data.prepare.tfrecord import copy_tfrecord
 from xception_jax.data.prepare.writer import Summary, write_dataset
 from xception_jax.data.sources import resolve_data_dir
 from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.names import LINE_LENGTH, printable, printable_path
 
 EXAMPLES = """\
 examples:
@@ -186,15 +187,16 @@ def _report(
         print(json.dumps(report))
         return
     for line in skipped.lines():
-        print(line)
+        print(printable(line, LINE_LENGTH))
     if classes:
         more = ", ..." if len(classes) > _CLASSES_SHOWN else ""
-        print(f"classes ({len(classes):,}): {', '.join(classes[:_CLASSES_SHOWN])}{more}")
-        print("\n".join([*contents.lines(list(classes)), *contents.warnings]))
+        print(f"classes ({len(classes):,}): {', '.join(map(printable, classes[:_CLASSES_SHOWN]))}{more}")
+        for line in (*contents.lines(list(classes)), *contents.warnings):
+            print(printable(line, LINE_LENGTH))
     for split, count in expected.items():
         found = summary.num_examples.get(split, 0)
         if found != count:
             print(f"{split}: found {found:,} images; the complete dataset has {count:,}")
     splits = ", ".join(f"{split} {count:,}" for split, count in summary.num_examples.items())
     state = "already exists (--overwrite replaces it)" if summary.already_there else "written"
-    print(f"{summary.path} {state}: {splits}")
+    print(f"{printable_path(summary.path)} {state}: {splits}")

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import local_directory
+from xception_jax.names import in_shell
 
 SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
@@ -209,7 +210,7 @@ class TfdsSource:
             raise InputMissingError(
                 f"the dataset is stored as {builder.info.file_format.value}, which does not allow random access",
                 str(self.directory),
-                f"run xception-jax prepare tfrecord --source {self.directory}",
+                f"run xception-jax prepare tfrecord --source {in_shell(self.directory)}",
             )
 
     def _check_split(self, builder: tfds.core.DatasetBuilder) -> None:

@@ -19,6 +19,7 @@ from xception_jax.metrics import Metric, main_metric, metrics_of
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Judgement
 from xception_jax.metrics.predictions import Predictions
+from xception_jax.names import printable
 from xception_jax.reports.curves import Line, line_figure
 from xception_jax.reports.environment import format_heading, make_environment
 from xception_jax.reports.judgement import judgement_context
@@ -102,10 +103,10 @@ def write_report(
     Raises:
       OSError: the report could not be written. An older report is then unchanged.
     """
-    names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.num_classes))]
+    names = [*map(printable, class_names), *(f"class {i}" for i in range(len(class_names), config.num_classes))]
     last_step = max((entry["step"] for entry in metrics), default=0)
     context = {
-        "title": config.name or Path(workdir).resolve().name,
+        "title": printable(config.name or Path(workdir).resolve().name),
         "config": config,
         "config_json": to_json(config),
         "changes": _changes(config),

@@ -27,6 +27,7 @@ from xception_jax.metrics.judgement import Threshold, choose_thresholds, judge
 from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
 from xception_jax.metrics.resampling import DRAWS
 from xception_jax.metrics.single_label import TopK
+from xception_jax.names import printable_path
 from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbnail
 from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
@@ -72,7 +73,8 @@ class Summary:
                 details = interval if self.groups is None else f" of {self.groups:,} groups"
                 count = f"{self.metrics['count']:,} images{details}"
                 lines.append(f"{self.metrics['split']} {main.title}{label}: {main.format(value)} ({count})")
-        lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {self.checkpoint}", f"report: {self.report}"]
+        lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {printable_path(self.checkpoint)}"]
+        lines.append(f"report: {printable_path(self.report)}")
         return "\n".join(lines)
 
 
