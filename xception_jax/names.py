@@ -134,7 +134,7 @@ def in_shell(argument: str | os.PathLike[str]) -> str:
 
 
 def _shell_escape(character: str) -> str:
-    if escaped(character) == character and not character.isascii():
+    if escaped(character) == character and not character.isascii() and unicodedata.category(character)[0] != "M":
         return character
     errors = "surrogateescape" if 0xDC80 <= ord(character) <= 0xDCFF else "surrogatepass"
     return _SHORT.get(character) or "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", errors))

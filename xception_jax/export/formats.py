@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from xception_jax.export.inference import make_inference
 from xception_jax.files import write_atomically
+from xception_jax.names import escaped
 from xception_jax.weights.network import Network
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -49,7 +50,7 @@ def loading_code(file: str, format: str, images: str) -> str:
 
 def _literal(text: str) -> str:
     """Returns Python code for a text, in double quotes if it has none; what is not visible is escaped."""
-    code = repr(text)
+    code = escaped(repr(text))
     return f'"{code[1:-1]}"' if code[0] == "'" and '"' not in code else code
 
 

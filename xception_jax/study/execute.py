@@ -204,7 +204,7 @@ def list_cells(study: Study) -> str:
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [
-        f"{study.name}: {study.question}",
+        f"{study.name}: {' '.join(study.question.split())}",
         f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
         + f", after {trials} trials of each arm = {trials * len(study.arms)}" * bool(trials),
         f"  equal {study.control.replace('_', '-')}" if study.control != "width" else "  fixed width",
@@ -219,7 +219,7 @@ def list_cells(study: Study) -> str:
             f"{cost.parameters / reference.parameters - 1:+6.1%} {format_count(cost.multiply_adds):>10} "
             f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%} {cost.channels_per_segment:7.1f}"
         )
-    lines += [f"hypothesis: {study.hypothesis}"]
+    lines += [f"hypothesis: {' '.join(study.hypothesis.split())}"]
     lines += [f"  {c.name}: {c.expected}" for c in study.comparisons]
     lines += [f"  {entry.name} along {study.axis}: {entry.expected}" for entry in study.interactions]
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
