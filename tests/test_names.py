@@ -13,12 +13,14 @@ import pickle
 import re
 import subprocess
 import unicodedata
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from markdown_it import MarkdownIt
 from PIL import Image
 
@@ -27,10 +29,11 @@ from tests.evaluation.conftest import compiled_once  # noqa: F401
 from tests.models.random_weights import random_variables
 from tests.study.simulated import small_study, write_simulated
 from xception_jax import command_line, environment, names
-from xception_jax.cli import embed, explain, predict
+from xception_jax.cli import embed, evaluate, explain, predict
 from xception_jax.config import default_config, override, resolve, resolve_model
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.prepare.image_folder import Contents, Skipped
+from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.errors import BadDataError, InputMissingError, PreemptedError, UserError
 from xception_jax.evaluation import judgement_text, tables
 from xception_jax.evaluation.contact_sheet import Tile, draw
@@ -214,14 +217,16 @@ def test_advice_can_be_pasted(tmp_path, monkeypatch):
 
 
 def test_logs_and_messages_stay_on_their_lines(capsys, caplog):
-    factory = logging.getLogRecordFactory()
+    factory, formatting = logging.getLogRecordFactory(), warnings.formatwarning
     try:
         command_line._protect_output()
         for name in NASTY:
             console.say(f"starts from {name}")
             logging.getLogger("names").warning("%s: removed", name)
+            check_text(warnings.formatwarning(UserWarning(name), UserWarning, "x.py", 1))
     finally:
         logging.setLogRecordFactory(factory)
+        warnings.formatwarning = formatting
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(NASTY)
     check_text("\n".join(lines))
@@ -368,6 +373,35 @@ def test_tables_of_an_evaluation(predictions, tmp_path):
                 assert row[name] == names.csv_cell(row[name]), (path, name)
             for name in row.keys() & {"class", "images", "index", "probability", "threshold"}:
                 float(row[name])
+
+
+def test_evaluate_names_mistakes_by_file(weights, tmp_path, capsys):
+    content = io.BytesIO()
+    Image.fromarray(photographs()[0]).save(content, "PNG")
+    files = [*FILES, b"a\xc3\xa9\0"]
+    example = {"image": content.getvalue(), "label": 0}
+    dataset = Dataset(
+        "odd_names",
+        tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(),
+                "label": tfds.features.ClassLabel(names=[f"c{number}" for number in range(len(NASTY))]),
+                "file_name": tfds.features.Text(),
+            }
+        ),
+        {"test": [(str(number), example | {"file_name": name}) for number, name in enumerate(files)]},
+        "Files under any name.",
+    )
+    write_dataset(dataset, tmp_path / "tfds", progress=False)
+    where = ["--dataset", "odd_names", "--split", "test", "--data_dir", tmp_path / "tfds"]
+    table, saved = tmp_path / "mistakes.csv", tmp_path / "p.npz"
+    run(evaluate, weights, *where, "--mistakes", table, "--predictions", saved, "--per_class", tmp_path / "classes.csv")
+    out, err = capsys.readouterr()
+    check_text(out)
+    check_text(err)
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["file"] for row in rows} == {names.csv_cell(os.fsdecode(name).rstrip("\0")) for name in files}
 
 
 class Page(html.parser.HTMLParser):

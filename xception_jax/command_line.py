@@ -71,9 +71,14 @@ class _Record(logging.LogRecord):
         return printable_lines(super().getMessage())
 
 
+def _format_warning(message: Warning | str, kind: type[Warning], path: str, line: int, code: str | None = None) -> str:
+    return f"{path}:{line}: {kind.__name__}: {printable_lines(message)}\n"
+
+
 def _protect_output() -> None:
-    """Escapes names in logs, and what standard output cannot encode: a name may hold bytes that are no UTF-8."""
+    """Escapes names in logs and warnings, and what a stream cannot encode: a name may hold bytes that are no UTF-8."""
     logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _format_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

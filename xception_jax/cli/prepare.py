@@ -199,4 +199,4 @@ def _report(
             print(f"{split}: found {found:,} images; the complete dataset has {count:,}")
     splits = ", ".join(f"{split} {count:,}" for split, count in summary.num_examples.items())
     state = "already exists (--overwrite replaces it)" if summary.already_there else "written"
-    print(f"{printable_path(summary.path)} {state}: {splits}")
+    print(f"{printable_path(summary.path)} {state}: {printable(splits, LINE_LENGTH)}")

@@ -185,7 +185,7 @@ class TfdsSource:
         """Reads one feature of all examples without decoding their images; None if the dataset does not have it.
 
         Args:
-          name: such as 'label', 'file_name' or 'group'. Bytes are decoded to text.
+          name: such as 'label', 'file_name' or 'group'. Bytes are decoded to text as those of file names.
 
         Raises:
           BadDataError: a record is damaged.
@@ -195,7 +195,7 @@ class TfdsSource:
         if name not in self._columns:
             chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
             values = [record[name] for chunk in chunks for record in self._read_all(chunk)]
-            self._columns[name] = [value.decode() if isinstance(value, bytes) else value for value in values]
+            self._columns[name] = [os.fsdecode(value) if isinstance(value, bytes) else value for value in values]
         return self._columns[name]
 
     def _read_all(self, indices: Sequence[int]) -> list[dict[str, Any]]:

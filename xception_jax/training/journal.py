@@ -29,7 +29,7 @@ from xception_jax.logs.console import (
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.logs.trackers import Tracker, open_trackers
 from xception_jax.metrics import describe, metrics_of
-from xception_jax.names import printable, printable_path
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.training.experiment import Experiment
 
 # Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
@@ -136,13 +136,14 @@ class Journal:
                 f"{config.model.name}, {cost.parameters:,} parameters, "
                 f"{format_count(cost.multiply_adds)} multiply-adds per image at {config.data.image_size}",
             ),
-            ("dataset", f"{printable(data.name)}, {data.num_classes} classes: {sizes}"),
+            ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
-            ("workdir", printable_path(workdir)),
+            ("workdir", str(workdir)),
         ]
-        for line in format_header(printable(config.name or "xception_jax"), rows).split("\n"):
+        shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
+        for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
             self.message(line)
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
