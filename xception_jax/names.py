@@ -32,6 +32,7 @@ _MOST_MARKS = 4  # on one letter; more of them are drawn over other lines
 _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 _FORMULA = re.compile(r"(^|;)(\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _SHELL_SAFE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ") - frozenset("'\\")
 
 
@@ -100,16 +101,15 @@ def csv_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = escaped(value)
-    try:
-        float(text)
-    except ValueError:
-        return _FORMULA.sub(r"\1'\2", text)
-    return text
+    return text if _NUMBER.fullmatch(text) else _FORMULA.sub(r"\1'\2", text)
 
 
 def in_markdown(text: object, length: int = LINE_LENGTH) -> str:
-    """Returns a text as a code span, in which Markdown knows no links, images, HTML or columns of a table."""
-    code = printable(text, length).replace("|", r"\|")
+    """Returns a text as a code span, in which Markdown knows no links, images or HTML.
+
+    A pipe is escaped, because parsers differ in which backslash before it keeps the column of a table together.
+    """
+    code = printable(text, length).replace("|", r"\x7c")
     if not code:
         return '`""`'
     fence = "`" * (1 + max(map(len, re.findall("`+", code)), default=0))
@@ -128,7 +128,8 @@ def in_shell(argument: str | os.PathLike[str]) -> str:
     if isinstance(argument, os.PathLike) and text.startswith("-"):
         text = f"./{text}"
     if escaped(text) == text:
-        return shlex.quote(text)
+        quoted = shlex.quote(text)
+        return f"'{text}'" if quoted == text and text.startswith("=") else quoted  # zsh expands =ls to the path of ls
     shell = (character if character in _SHELL_SAFE else _shell_escape(character) for character in text)
     return f"$'{''.join(shell)}'"
 
