@@ -164,7 +164,7 @@ def test_a_cell_is_no_formula(name):
     check_text(cell)
     parts = [part.strip() for part in cell.split(";")]
     assert cell in ("42", "-3.5e2") or not any(part.startswith(tuple("=+-@\uff1d\t\r")) for part in parts)
-    assert [names.csv_cell(value) for value in (-1, -1.5, None, True)] == [-1, -1.5, None, True]
+    assert [names.csv_cell(value) for value in (-1, -1.5, None, True, "-3.5e2")] == [-1, -1.5, None, True, "-3.5e2"]
 
 
 def markdown_problems(text: str) -> list[str]:

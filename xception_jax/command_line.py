@@ -71,8 +71,10 @@ class _Record(logging.LogRecord):
         return printable_lines(super().getMessage())
 
 
-def _format_warning(message: Warning | str, kind: type[Warning], path: str, line: int, code: str | None = None) -> str:
-    return f"{path}:{line}: {kind.__name__}: {printable_lines(message)}\n"
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {printable_lines(message)}\n"
 
 
 def _protect_output() -> None:
