@@ -18,6 +18,7 @@ from xception_jax.export.formats import PLATFORMS, loading_code
 from xception_jax.export.inference import in_float32
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.single_label import TopK
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 from xception_jax.names import NAME_LENGTH, in_markdown
@@ -72,11 +73,17 @@ def make_card(
         "batch_norm": "as trained" if format == "safetensors" else "folded into the convolutions",
         "preprocessing": dataclasses.asdict(network.preprocessing),
         "classes": None if network.classes is None else list(network.classes),
-        "evaluation": None if evaluation is None else dict(evaluation),
+        "evaluation": None if evaluation is None else _telling(evaluation, model.num_classes),
         "check": None if difference is None else dataclasses.asdict(difference),
         "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         "load": _code(file, format, images, size),
     }
+
+
+def _telling(evaluation: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Returns the evaluation without a top-5 accuracy that is 1 for every network; older runs have recorded it."""
+    hidden = () if TopK(5).suits(num_classes) else ("top5", "top5_interval")
+    return {name: value for name, value in evaluation.items() if name not in hidden}
 
 
 def _code(file: str, format: str, dtype: str, size: int) -> str:
