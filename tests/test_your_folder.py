@@ -120,5 +120,5 @@ def test_keras_predicts_the_same(followed, monkeypatch):
     reference.load_weights(followed / "flowers.weights.h5")
     images = np.random.default_rng(0).uniform(-1, 1, (3, SIZE, SIZE, 3)).astype(np.float32)
     ours, theirs = np.asarray(network(images)), np.asarray(reference(images, training=False))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-2 * np.ptp(ours))
-    assert np.ptp(ours) > 0
+    spread = np.ptp(ours, axis=0).max()  # between images; small, because the weights are random
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * spread)
