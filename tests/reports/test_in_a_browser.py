@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 
 import pytest
@@ -12,10 +11,6 @@ from tests.reports.test_run_report import INFO, judged, make_config, make_images
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.reports.run import Live, mark_stopped, write_report
 from xception_jax.study.report import write_study_report
-
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 DARK = "rgb(22, 24, 27)"
 # Every element with a text of its own: its height on the screen. The text of a figure is scaled with the figure.
@@ -27,14 +22,6 @@ SIZES = """() => [...document.querySelectorAll('body *')]
     const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
     return [parseFloat(getComputedStyle(e).fontSize) * scale, e.tagName + ' ' + e.textContent.slice(0, 30)];
   })"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def write(directory, **parts):
@@ -58,26 +45,6 @@ def study_report(tmp_path_factory):
     write_simulated(root, small_study())
     write_study_report(root)
     return root / "report.html"
-
-
-@pytest.fixture
-def show(browser):
-    """Returns a function that opens a file and fails the test at the end if the page reports an error."""
-    contexts, errors = [], []
-
-    def open_page(path, width=1280, **options):
-        context = browser.new_context(viewport={"width": width, "height": 844}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
 
 
 @pytest.mark.parametrize("name", ["report", "study_report"])
