@@ -266,7 +266,7 @@ def test_the_reason_is_one_text_if_no_directory_can_be_used(load, cache, tmp_pat
     hostile.write_text("a file")
     with monkeypatch.context() as context:
         context.setattr("tempfile.gettempdir", lambda: str(hostile))
-        with pytest.raises(OSError, match="is a link or a file; .* is a link or a file") as caught:
+        with pytest.raises(OSError, match=r"is a link or a file; .* is a link or a file") as caught:
             load()
     assert str(caught.value).isprintable()
 

@@ -86,7 +86,10 @@ def cache_directory() -> Path | None:
     """
     import platformdirs
 
-    path = platformdirs.user_cache_path(APPLICATION)
+    try:
+        path = platformdirs.user_cache_path(APPLICATION)
+    except RuntimeError:  # newer versions; older ones return a path that begins with ~
+        return None
     return path if path.is_absolute() else None
 
 
