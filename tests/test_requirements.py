@@ -73,7 +73,7 @@ def test_every_line_of_a_lock_file_is_a_pin_a_hash_or_a_comment(path):
 
 def test_make_installs_locked_packages_by_hash():
     installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "(PIP_INSTALL) " in line]
-    of_locks = [line for line in installs if "REQUIREMENTS" in line or "-r $<" in line and "HASHES" in line]
+    of_locks = [line for line in installs if "REQUIREMENTS" in line or ("-r $<" in line and "HASHES" in line)]
     assert len(of_locks) == 3
     assert all("$(HASHES)" in line for line in of_locks)
     editable = next(line for line in installs if "--editable ." in line and "tpu" not in line)
