@@ -66,9 +66,12 @@ def local_directory(path: str, where: str) -> Path:
       where: the flag or field that gave it, for the error.
 
     Raises:
-      ConfigError: the path is empty, or is the address of an object store.
+      ConfigError: the path is empty, is the address of an object store, or begins with ~ and there is no such home.
     """
     if not path or "://" in path:
         what = "is not supported: locks and renames need a file system" if path else "is empty"
         raise ConfigError(f"the directory {path!r} {what}", where, "use a local directory")
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"there is no home directory for {path!r}", where, "give the whole path") from None
