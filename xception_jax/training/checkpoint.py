@@ -358,7 +358,8 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if self._primary:
             path = self._path(record["step"])
-            manifest.write(path, record, known=digest.read(path).files)
+            known = {name: entry for name, entry in digest.read(path).files.items() if name.startswith(digest.STATE)}
+            manifest.write(path, record, known)
 
     def _save_failed(self, step: int, num_bytes: int, error: Exception) -> StorageError:
         self._held_step = -1

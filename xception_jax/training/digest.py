@@ -6,9 +6,11 @@ before Orbax parses them, and arrays after it has read them, however they are sh
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from xception_jax.training import manifest
-from xception_jax.training.fingerprint import named_leaves, tree_signature, whole
+from xception_jax.training.fingerprint import named_leaves, whole
 from xception_jax.training.manifest import DamagedError
 
 STATE, ITEM = "default", "digest"  # the items of a checkpoint, which are its subdirectories
@@ -27,6 +29,7 @@ NAME = f"{ITEM}.json"
 
 _STEP_METADATA = "_CHECKPOINT_METADATA"
 _COMMIT_TIME = "commit_timestamp_nsecs"  # Orbax adds it when the digest has been written
+_NOTE = "commit_success.txt"  # of each item and of the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +38,28 @@ class Part:
 
     Attributes:
       name: name of the whole array.
-      signature: its dtype and shape, such as 'float32[512, 64]'.
-      index: where the part is in it, such as '0:256,0:64'.
+      shape: its shape.
+      index: where the part is in it.
       values: the part.
     """
 
     name: str
-    signature: str
-    index: str
+    shape: Sequence[int]
+    index: Sequence[slice]
     values: np.ndarray
 
+    def place(self) -> str:
+        """Returns where the part is, such as '0:256,0:64'."""
+        places = zip(self.index, self.shape, strict=True)
+        return ",".join("{}:{}".format(*part.indices(size)) for part, size in places)
+
+    def signature(self) -> str:
+        """Returns the dtype and shape of the whole array, as `tree_signature` does."""
+        return f"{self.values.dtype}{list(self.shape)}"
+
     def digest(self) -> str:
-        """Returns the SHA-256 over name, dtype, shape, position and bits."""
-        digest = hashlib.sha256(f"{self.name} {self.signature} {self.index}\n".encode())
+        """Returns the SHA-256 over name, dtype, shape, place and bits."""
+        digest = hashlib.sha256(f"{self.name} {self.signature()} {self.place()}\n".encode())
         digest.update(np.ascontiguousarray(self.values).reshape(-1).view(np.uint8))
         return digest.hexdigest()
 
@@ -55,22 +67,21 @@ class Part:
 def host_parts(state: Any) -> list[Part]:
     """Returns the parts of a state that this process is the first to hold. The parts of all processes make the state.
 
-    Orbax then uses the same host copies, so that nothing is transferred twice on one device.
+    Orbax then uses the same host copies, so that on one device nothing is transferred twice.
     """
-    signatures, found = tree_signature(state), []
+    found: list[tuple[str, Sequence[int], Sequence[slice], Any]] = []
     for name, leaf in named_leaves(state).items():
-        if isinstance(leaf, jax.Array):
-            found += [(name, _index(s.index, leaf.shape), s.data) for s in leaf.addressable_shards if s.replica_id == 0]
-        elif jax.process_index() == 0:
-            found.append((name, _index((slice(None),) * np.ndim(leaf), np.shape(leaf)), leaf))
-    for _, _, values in found:
+        if not isinstance(leaf, jax.Array):
+            if jax.process_index() == 0:
+                found.append((name, np.shape(leaf), (slice(None),) * np.ndim(leaf), leaf))
+        elif len(leaf.sharding.device_set) == 1:
+            found.append((name, leaf.shape, (slice(None),) * leaf.ndim, leaf))
+        else:
+            found += [(name, leaf.shape, s.index, s.data) for s in leaf.addressable_shards if s.replica_id == 0]
+    for _, _, _, values in found:
         if isinstance(values, jax.Array):
             values.copy_to_host_async()
-    return [Part(name, signatures[name], index, np.asarray(values)) for name, index, values in found]
-
-
-def _index(index: Sequence[slice], shape: Sequence[int]) -> str:
-    return ",".join("{}:{}".format(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+    return [Part(name, shape, index, np.asarray(values)) for name, shape, index, values in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +91,8 @@ class Digest:
     Attributes:
       record: what `Checkpoints.save` recorded, with `step` and `run`.
       arrays: {name: {'array': dtype and shape, 'parts': {index: SHA-256}}}.
-      files: results of `manifest.measure` for the files of the state.
-      metadata: SHA-256 of the metadata that Orbax keeps of the step.
+      files: results of `manifest.measure` for all files, except the digest and the metadata that Orbax keeps.
+      metadata: SHA-256 of that metadata, without the time of the commit, which is not known before.
     """
 
     record: dict[str, Any]
@@ -97,30 +108,33 @@ class Digest:
 
     def verify_arrays(self, state: Any) -> None:
         """Raises DamagedError if a restored state differs. With several processes, this is a collective."""
-        signatures = tree_signature(state)
-        # All leaves, because with several processes each may be a collective.
-        problems = [self._problem(name, signatures[name], whole(leaf)) for name, leaf in named_leaves(state).items()]
-        if len(self.arrays) != len(signatures):
-            problems.append(f"{NAME} describes {len(self.arrays)} arrays instead of {len(signatures)}")
+        leaves = named_leaves(state)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            # All leaves, because with several processes `whole` is a collective. The main thread calls it, in order.
+            problems = list(pool.map(self._problem, leaves, map(whole, leaves.values())))
+        if len(self.arrays) != len(leaves):
+            problems.append(f"{NAME} describes {len(self.arrays)} arrays instead of {len(leaves)}")
         if problem := next(filter(None, problems), None):
             raise DamagedError(problem)
 
-    def _problem(self, name: str, signature: str, values: np.ndarray) -> str | None:
+    def _problem(self, name: str, values: np.ndarray) -> str | None:
         """Returns what is wrong with an array, if anything."""
         try:
             entry = self.arrays[name]
-            parts = [Part(name, entry["array"], index, values[_slices(index)]) for index in entry["parts"]]
-            found = {part.index: part.digest() for part in parts}
+            indices = {index: _slices(index) for index in entry["parts"]}
+            parts = {index: Part(name, values.shape, found, values[found]) for index, found in indices.items()}
+            same = entry["array"] == f"{values.dtype}{list(values.shape)}" and all(
+                part.digest() == entry["parts"][index] for index, part in parts.items()
+            )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             return f"{NAME} does not describe {name}"
-        complete = bool(parts) and sum(part.values.size for part in parts) == values.size
-        same = complete and found == entry["parts"] and signature == entry["array"]
-        return None if same else f"the SHA-256 of the array {name} differs"
+        complete = bool(parts) and sum(part.values.size for part in parts.values()) == values.size
+        return None if same and complete else f"the SHA-256 of the array {name} differs"
 
 
 def exists(directory: Path) -> bool:
     """Returns whether a step has a digest. Steps saved by earlier versions do not."""
-    return (directory / ITEM / NAME).exists()
+    return os.path.lexists(directory / ITEM / NAME)
 
 
 def read(directory: Path) -> Digest:
@@ -154,6 +168,18 @@ def _metadata(directory: Path) -> str:
         raise DamagedError(f"{_STEP_METADATA} is not readable as JSON") from None
 
 
+def _notes_to_come(step: Path) -> dict[str, Any]:
+    """Returns size and SHA-256 of the notes that Orbax writes when it commits the digest and the step."""
+    path, place = step / STATE / _NOTE, str(step / STATE)
+    note = path.read_text() if path.exists() else ""
+    if place not in note:  # another version of Orbax
+        return {}
+    final = step.with_name(step.name.partition(".")[0])
+    notes = {f"{ITEM}/{_NOTE}": str(step / ITEM), _NOTE: str(final)}
+    contents = {name: note.replace(place, there).encode() for name, there in notes.items()}
+    return {name: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
+
+
 class DigestHandler(ocp.AsyncCheckpointHandler):
     """Writes the digest of a state as an item of its checkpoint. It must be registered after the item of the state."""
 
@@ -166,12 +192,15 @@ class DigestHandler(ocp.AsyncCheckpointHandler):
     async def _write_part(self, directory: Path, parts: list[Part]) -> None:
         arrays: dict[str, Any] = {}
         for part in parts:
-            arrays.setdefault(part.name, {"array": part.signature, "parts": {}})["parts"][part.index] = part.digest()
+            arrays.setdefault(part.name, {"array": part.signature(), "parts": {}})["parts"][part.place()] = (
+                part.digest()
+            )
         (directory / f"process_{jax.process_index()}.json").write_text(json.dumps(arrays))
 
     def finalize(self, directory: Any) -> None:
         """Merges the parts of all processes. Orbax calls this on process 0 when the state is complete."""
-        directory, arrays = Path(directory), {}
+        directory = Path(directory)
+        arrays: dict[str, Any] = {}
         for path in sorted(directory.glob("process_*.json")):
             for name, entry in json.loads(path.read_text()).items():
                 arrays.setdefault(name, entry)["parts"] |= entry["parts"]
@@ -181,7 +210,7 @@ class DigestHandler(ocp.AsyncCheckpointHandler):
         content = Digest(
             record=self._record,
             arrays=arrays,
-            files={name: manifest.measure(path) for name, path in files.items()},
+            files={name: manifest.measure(path) for name, path in files.items()} | _notes_to_come(step),
             metadata=_metadata(step),
         )
         (directory / NAME).write_text(manifest.sealed(dataclasses.asdict(content)))

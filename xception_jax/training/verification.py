@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,7 @@ def verify_step(directory: Path, step: int, run: str, *, read_files: bool) -> Ve
     Raises:
       DamagedError: a file or the record differs, or there is neither a manifest nor a digest.
     """
-    has_manifest = (directory / manifest.NAME).exists()
+    has_manifest = os.path.lexists(directory / manifest.NAME)
     found = digest.read(directory) if digest.exists(directory) else None
     if has_manifest:
         record = manifest.read(directory)
