@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import resource
@@ -15,7 +16,6 @@ import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 from xception_jax.errors import ConfigError
 
@@ -100,7 +100,7 @@ def _is_alive(pid: int) -> bool:
     return pid > 0
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     """Opens a regular file for reading. A pipe or a device, which could block for ever, is refused.
 
     Raises:

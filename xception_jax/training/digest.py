@@ -60,7 +60,7 @@ class Part:
     def digest(self) -> str:
         """Returns the SHA-256 over name, dtype, shape, place and bits."""
         digest = hashlib.sha256(f"{self.name} {self.signature()} {self.place()}\n".encode())
-        digest.update(np.ascontiguousarray(self.values).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(self.values).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
 
@@ -144,7 +144,7 @@ def read(directory: Path) -> Digest:
       DamagedError: it is missing or damaged.
     """
     content = manifest.read_sealed(directory / ITEM / NAME)
-    fields = {field.name: content.get(field.name) for field in dataclasses.fields(Digest)}
+    fields: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Digest)}
     if not isinstance(fields["arrays"], dict):
         raise DamagedError(f"{NAME} does not describe a checkpoint")
     return Digest(**fields)
