@@ -275,6 +275,31 @@ def test_malformed_manifest_or_digest_sets_the_step_aside(checkpoints, name, kin
     assert lines[0].startswith("checkpoint 60 is damaged (")
 
 
+def test_manifest_that_lists_less_than_the_digest(checkpoints):
+    resealed(lambda content: content["files"].clear())(checkpoints / "60" / "manifest.json")
+    step, lines = latest(checkpoints)
+    assert step == 40
+    assert "manifest.json and digest.json differ" in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["binary", "nested list", "list", "65 MiB", "pipe", "link to a device"])
+def test_malformed_metadata_of_orbax(checkpoints, kind):
+    (checkpoints / "60" / "manifest.json").unlink()
+    MALFORMED[kind](checkpoints / "60" / "_CHECKPOINT_METADATA")
+    step, lines = latest(checkpoints)
+    assert (step, len(lines)) == (40, 1)
+
+
+@pytest.mark.parametrize("run", ["x", "\0", 1, None, ["a"]])
+def test_identity_that_is_none(checkpoints, run):
+    (checkpoints / "run_id").unlink()
+    for step in (20, 40, 60):
+        (checkpoints / str(step) / "manifest.json").unlink()
+        resealed(lambda content: content["record"].update(run=run))(checkpoints / str(step) / "digest" / "digest.json")
+    with Checkpoints(checkpoints) as opened, pytest.raises(BadDataError, match="every checkpoint is damaged"):
+        opened.restore_latest(ABSTRACT)
+
+
 @pytest.mark.parametrize(
     "content", ["nested " * 1000, "two\nlines \x1b[31m", b"\xff\xfe", None], ids=["long", "lines", "binary", "pipe"]
 )

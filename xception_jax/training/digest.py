@@ -106,6 +106,12 @@ class Digest:
         if _metadata(directory) != self.metadata:
             raise DamagedError(f"{_STEP_METADATA} differs from what was saved")
 
+    def agrees_with(self, content: dict[str, Any]) -> bool:
+        """Returns whether a manifest has the same record and the same files of the state."""
+        files = {name: entry for name, entry in self.files.items() if name.startswith(f"{STATE}/")}
+        same_record = json.dumps(content["record"]) == json.dumps(self.record)  # a NaN is not equal to itself
+        return same_record and files == {name: content["files"].get(name) for name in files}
+
     def verify_arrays(self, state: Any) -> None:
         """Raises DamagedError if a restored state differs. With several processes, this is a collective."""
         leaves = named_leaves(state)
@@ -143,7 +149,7 @@ def read(directory: Path) -> Digest:
     Raises:
       DamagedError: it is missing or damaged.
     """
-    content = manifest.read_sealed(directory / ITEM / NAME)
+    content = manifest.read_content(directory / ITEM / NAME)
     fields: dict[str, Any] = {field.name: content.get(field.name) for field in dataclasses.fields(Digest)}
     if not isinstance(fields["arrays"], dict):
         raise DamagedError(f"{NAME} does not describe a checkpoint")
@@ -159,7 +165,7 @@ def _slices(index: str) -> tuple[slice, ...]:
 def _metadata(directory: Path) -> str:
     """Returns the SHA-256 of the metadata of a step, without the time of its commit."""
     try:
-        content = json.loads((directory / _STEP_METADATA).read_bytes())
+        content = json.loads(manifest.read_bytes(directory / _STEP_METADATA))
         content.pop(_COMMIT_TIME, None)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
     except OSError as error:

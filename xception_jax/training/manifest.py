@@ -1,4 +1,4 @@
-"""Reads, writes and verifies the manifest of a directory: a record, and the size and SHA-256 of every file."""
+"""Reads and writes the manifest of a directory, a record and the size and SHA-256 of every file, and verifies files."""
 
 from __future__ import annotations
 
@@ -50,16 +50,7 @@ def read(directory: Path) -> dict[str, Any]:
     Raises:
       DamagedError: the manifest is missing or damaged.
     """
-    return _read(directory)["record"]
-
-
-def verify(directory: Path) -> None:
-    """Reads every file in the manifest and compares its size and SHA-256.
-
-    Raises:
-      DamagedError: the manifest is missing or damaged, or a file is missing or differs.
-    """
-    compare_files(directory, _read(directory)["files"])
+    return read_content(directory / NAME)["record"]
 
 
 def files_below(directory: Path) -> list[Path]:
@@ -105,18 +96,28 @@ def sealed(content: Mapping[str, Any]) -> str:
     return json.dumps({**content, "sha256": _seal(content)}, indent=1) + "\n"
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Returns the object that `sealed` wrote, without its seal, if its record and its files have the expected types.
+def read_bytes(path: Path) -> bytes:
+    """Reads a small file.
+
+    Raises:
+      OSError: it cannot be read, or is not a regular file.
+      DamagedError: it is larger than any that was written.
+    """
+    with open_regular(path) as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise DamagedError(f"{path.name} has more than {_MAX_BYTES:,} bytes")
+    return content
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Returns the object that `sealed` wrote, if its record and its files have the expected types.
 
     Raises:
       DamagedError: the file is missing, is not what was written, or does not describe a directory.
     """
     try:
-        with open_regular(path) as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise DamagedError(f"{path.name} has more than {_MAX_BYTES:,} bytes")
-        content = json.loads(text)
+        content = json.loads(read_bytes(path))
         seal = content.pop("sha256")
         expected = _seal(content)
     except FileNotFoundError:
@@ -130,10 +131,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not _describes_a_directory(content):
         raise DamagedError(f"{path.name} does not describe a checkpoint")
     return content
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    return read_sealed(directory / NAME)
 
 
 def _describes_a_directory(content: dict[str, Any]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import uuid
@@ -24,6 +23,7 @@ from xception_jax.training.digest import Digest
 from xception_jax.training.manifest import DamagedError
 
 RUN_ID = "run_id"
+_RUN = re.compile("[0-9a-f]{32}")
 _REASON = "damage.txt"  # says why a directory was set aside
 
 
@@ -55,19 +55,17 @@ def verify_step(directory: Path, step: int, run: str, *, read_files: bool) -> Ve
       DamagedError: a file or the record differs, or there is neither a manifest nor a digest.
     """
     has_manifest = os.path.lexists(directory / manifest.NAME)
-    found = digest.read(directory) if digest.exists(directory) else None
-    if has_manifest:
-        record = manifest.read(directory)
-        if read_files:
-            manifest.verify(directory)
-        if found is not None and json.dumps(found.record) != json.dumps(record):  # a NaN is not equal to itself
-            raise DamagedError(f"{manifest.NAME} and {digest.NAME} have different records")
-    elif found is not None:
-        record = found.record
-        if read_files:
-            found.verify_files(directory)
-    else:
+    if not has_manifest and not digest.exists(directory):
         raise DamagedError("it has neither a manifest nor a digest to verify it with")
+    content = manifest.read_content(directory / manifest.NAME) if has_manifest else {}
+    if read_files and has_manifest:
+        manifest.compare_files(directory, content["files"])
+    found = digest.read(directory) if digest.exists(directory) else None
+    if read_files and found is not None and not has_manifest:
+        found.verify_files(directory)
+    if found is not None and has_manifest and not found.agrees_with(content):
+        raise DamagedError(f"{manifest.NAME} and {digest.NAME} differ")
+    record = content["record"] if found is None else found.record
     if record.get("step") != step:
         raise DamagedError(f"it holds the state of step {str(record.get('step'))[:20]!r}".replace("'", ""))
     if run and record.get("run", run) != run:  # earlier versions did not record the run
@@ -82,13 +80,13 @@ def find_run_id(directory: Path, steps: Iterable[int]) -> str:
     """
     with contextlib.suppress(OSError, ValueError), open_regular(directory / RUN_ID) as file:
         text = file.read(100).decode().strip()
-        if re.fullmatch("[0-9a-f]{32}", text):
+        if _RUN.fullmatch(text):
             return text
     named = collections.Counter[str]()
     for step in sorted(steps):
         with contextlib.suppress(DamagedError):
-            named[str(digest.read(directory / str(step)).record.get("run", ""))] += 1
-    return named.most_common(1)[0][0] if named else ""
+            named[str(digest.read(directory / str(step)).record.get("run"))] += 1
+    return next((run for run, _ in named.most_common() if _RUN.fullmatch(run)), "")
 
 
 def keep_run_id(directory: Path, run: str) -> str:
