@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xception_jax.files import open_regular, sync_directory, write_atomically
+from xception_jax.names import printable
 
 NAME = "manifest.json"
 
@@ -75,7 +76,7 @@ def compare_files(directory: Path, files: Mapping[str, Any]) -> None:
       DamagedError: a file is missing or differs.
     """
     for name, entry in files.items():
-        shown = name if name.isprintable() and len(name) < 200 else ascii(name[:200])
+        shown = printable(name)
         try:
             path = directory / name
             size = path.stat().st_size

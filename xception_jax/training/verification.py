@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from xception_jax.errors import StorageError
 from xception_jax.files import open_regular, write_atomically
+from xception_jax.names import printable
 from xception_jax.training import digest, manifest
 from xception_jax.training.digest import Digest
 from xception_jax.training.manifest import DamagedError
@@ -67,7 +68,7 @@ def verify_step(directory: Path, step: int, run: str, *, read_files: bool) -> Ve
         raise DamagedError(f"{manifest.NAME} and {digest.NAME} differ")
     record = content["record"] if found is None else found.record
     if record.get("step") != step:
-        raise DamagedError(f"it holds the state of step {str(record.get('step'))[:20]!r}".replace("'", ""))
+        raise DamagedError(f"it holds the state of step {printable(record.get('step'), 40)}")
     if run and record.get("run", run) != run:  # earlier versions did not record the run
         raise DamagedError("it was saved by another run")
     return Verified(record, found, has_manifest)
@@ -136,6 +137,5 @@ def set_aside(directory: Path, target: Path, reason: str) -> None:
 def read_reason(directory: Path) -> str:
     """Returns why a directory was set aside, in one line."""
     with contextlib.suppress(OSError), open_regular(directory / _REASON) as file:
-        reason = " ".join(file.read(1000).decode(errors="replace").split())
-        return reason if reason.isprintable() else ascii(reason)
+        return printable(file.read(1000).decode(errors="replace"))
     return "damaged"
