@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import DistributedConfig, MeshConfig
@@ -126,3 +126,11 @@ def gathered(tree: T) -> T:
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Builds a global batch from the local batches of all processes."""
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
+
+
+def from_primary(value: int) -> int:
+    """Returns the value of process 0 on every process. It may be larger than any dtype. A collective."""
+    if jax.process_count() == 1:
+        return value
+    content = np.frombuffer(value.to_bytes(128, "big", signed=True), np.uint8)
+    return int.from_bytes(bytes(multihost_utils.broadcast_one_to_all(content)), "big", signed=True)
