@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from xception_jax.errors import ConfigError
-from xception_jax.parallel import check_processes
+from xception_jax.processes import check_processes
 
 
 def test_processes_that_are_not_connected_are_refused(monkeypatch):

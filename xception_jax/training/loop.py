@@ -23,7 +23,8 @@ from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
-from xception_jax.parallel import DeviceBatch, batch_sharding, check_processes, start_distributed, to_devices
+from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
+from xception_jax.processes import check_processes, connected
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
@@ -60,9 +61,9 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     started = time.monotonic()
     config = resolve(config)
     path = local_directory(workdir, "--workdir")
-    start_distributed(config.distributed)
-    config, initial = complete_config(config, path)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(connected(config.distributed, workdir))
+        config, initial = complete_config(config, path)
         stack.enter_context(open_workdir(path, config))
         preemption = stack.enter_context(Preemption(print_once))
         check_processes()

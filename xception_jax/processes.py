@@ -1,0 +1,216 @@
+"""Connects the processes of a run, and ends this process in a resumable way if another one is lost.
+
+JAX ends a process with SIGABRT when the others do not all connect in time, when a process has sent no heartbeat for
+`distributed.heartbeat` seconds, and when process 0 is gone. `connected` turns this signal into exit code 75 and three
+lines that name the lost process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from xception_jax.config import DistributedConfig
+from xception_jax.errors import ConfigError, PreemptedError, UserError
+
+# Environment variables whose value says that a launcher started several processes.
+_COUNTS = (
+    *("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES"),
+    *("JAX_NUM_PROCESSES", "SKYPILOT_NUM_NODES"),
+)
+_LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+SKYPILOT_PORT = 8476
+# A process that has not been heard of for this share of `distributed.heartbeat` counts as lost when JAX gives up.
+_SILENT, _SIGNS_PER_HEARTBEAT = 0.6, 6
+
+# signal(2), because the handlers of Python's signal module only run between two bytecodes of the main thread, and
+# abort(3) ends the process before.
+_set_handler = ctypes.CDLL(None).signal
+_set_handler.argtypes, _set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+
+
+def start_distributed(distributed: DistributedConfig) -> None:
+    """Connects to the other processes of this run, if there are any.
+
+    `distributed` takes precedence over the environment. JAX itself detects TPU pods, GKE, Slurm (with srun), Open MPI
+    and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, and SkyPilot.
+
+    Raises:
+      ConfigError: a launcher started several processes, but they cannot find each other.
+    """
+    if distributed.start == "off":
+        return
+    evidence = several_processes(os.environ)
+    given = {
+        "coordinator_address": distributed.coordinator,
+        "num_processes": distributed.num_processes,
+        "process_id": distributed.process_id,
+    }
+    try:
+        jax.distributed.initialize(
+            **(given if distributed.coordinator else from_environment(os.environ)),
+            initialization_timeout=distributed.timeout,
+            heartbeat_timeout_seconds=distributed.heartbeat,
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        # In `auto`, a process without a launcher trains alone. JAX raises a ValueError for it.
+        if distributed.start == "auto" and not distributed.coordinator and not evidence:
+            return
+        raise ConfigError(
+            f"{evidence or 'config.distributed'} says that there are several processes, "
+            f"but they cannot be connected: {error}",
+            "config.distributed",
+            "start them with the launcher (srun, mpirun), set config.distributed.coordinator=HOST:PORT, num_processes "
+            "and process_id on every host, or set config.distributed.start=off to train in this process only",
+        ) from error
+
+
+def several_processes(environment: Mapping[str, str]) -> str:
+    """Returns the environment variable, with its value, that says that there are several processes, or ''."""
+    for name in _COUNTS:
+        if environment.get(name, "").isdigit() and int(environment[name]) > 1:
+            return f"{name}={environment[name]}"
+    for name in _LISTS:
+        if "," in environment.get(name, ""):
+            return f"{name}={environment[name]}"
+    return f"JAX_COORDINATOR_ADDRESS={address}" if (address := environment.get("JAX_COORDINATOR_ADDRESS")) else ""
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """Returns arguments of `jax.distributed.initialize` that JAX does not read from the environment itself."""
+    if addresses := environment.get("SKYPILOT_NODE_IPS", "").split():
+        return {
+            "coordinator_address": f"{addresses[0]}:{SKYPILOT_PORT}",
+            "num_processes": len(addresses),
+            "process_id": int(environment["SKYPILOT_NODE_RANK"]),
+        }
+    names = {
+        "num_processes": ("JAX_NUM_PROCESSES",),
+        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
+    }
+    if "JAX_COORDINATOR_ADDRESS" not in environment:
+        return {}
+    found = {key: next((environment[n] for n in options if environment.get(n)), "") for key, options in names.items()}
+    return {key: int(value) for key, value in found.items() if value}
+
+
+def check_processes() -> None:
+    """Raises ConfigError if this process is one of several that are not connected.
+
+    On a TPU slice, JAX counts the processes of all hosts even if they are not connected.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"this is process {jax.process_index()} of {jax.process_count()}, but they are not connected",
+            "config.distributed",
+            "set config.distributed.coordinator=HOST:PORT, num_processes and process_id on every host",
+        )
+
+
+@contextlib.contextmanager
+def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
+    """Connects the processes of a run. If one of them is lost, this process ends with code 75.
+
+    Nothing can be saved then, because a checkpoint takes all processes: the run resumes from the last checkpoint.
+
+    Args:
+      distributed: `config.distributed`.
+      workdir: the work directory, for the message.
+
+    Raises:
+      ConfigError: see `start_distributed`.
+    """
+    peers = _Peers(distributed, workdir)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(peers.lost)
+    previous = _set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        start_distributed(distributed)
+        peers.watch()
+        yield
+    except UserError:
+        raise
+    except Exception:
+        peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
+        raise
+    finally:
+        _set_handler(signal.SIGABRT, previous)
+        peers.stop()
+
+
+class _Peers:
+    """Knows when each of the other processes last gave a sign of life, by way of the store of the coordinator."""
+
+    def __init__(self, distributed: DistributedConfig, workdir: str):
+        self._distributed, self._workdir = distributed, workdir
+        self._interval = distributed.heartbeat / _SIGNS_PER_HEARTBEAT
+        self._stop = threading.Event()
+        self._heard: dict[int, float] = {}
+        self._answered = 0.0  # when the coordinator last did; 0 if it refused since
+
+    def watch(self) -> None:
+        """Starts to write and read signs of life."""
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            self._heard = dict.fromkeys(range(jax.process_count()), time.monotonic())
+            threading.Thread(target=self._run, name="peers", daemon=True).start()
+
+    def wait_for_a_verdict(self) -> None:
+        """Returns as soon as all processes are known to be alive; `lost` ends this process if one is not."""
+        failed = time.monotonic()
+        while self._heard and time.monotonic() < failed + 1.5 * self._distributed.heartbeat:
+            if min(self._heard.values()) > failed:
+                return
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        from jax._src.distributed import global_state  # the only way to the store of the coordinator
+
+        client: Any = global_state.client
+        me, prefix = jax.process_index(), "xception_jax/alive/"
+        last: dict[str, str] = {}
+        for count in range(1 << 62):
+            try:
+                client.key_value_set(f"{prefix}{me}", str(count), allow_overwrite=True)
+                signs = dict(client.key_value_dir_get(prefix))
+                self._answered = time.monotonic()
+            except Exception:  # of a type that depends on the version of JAX; `lost` tells the user
+                signs, self._answered = {}, 0.0
+            for key, sign in signs.items():
+                if last.get(key) != sign:
+                    self._heard[int(key.rsplit("/", 1)[1])] = time.monotonic()
+            last = last | signs
+            if self._stop.wait(self._interval):
+                return
+
+    def lost(self, signum: int) -> None:
+        """Prints what was lost and ends the process. Called by abort(3), in any thread."""
+        try:
+            message = str(self._error())
+        except BaseException as error:  # this handler must never return
+            message = f"error: the connection to the other processes is lost: {error!r}"
+        os.write(2, f"{message}\n".encode())
+        os._exit(PreemptedError.exit_code)
+
+    def _error(self) -> PreemptedError:
+        fix = "start the same command on all hosts; it resumes from the last checkpoint"
+        if not self._heard:
+            what = f"not all processes of this run connected within {self._distributed.timeout} s"
+            return PreemptedError(what, self._distributed.coordinator or "the launcher of the processes", fix)
+        now = time.monotonic()
+        silent = [n for n, heard in self._heard.items() if now - heard > _SILENT * self._distributed.heartbeat]
+        if not silent or now - self._answered > 2 * self._interval:
+            silent = [0]  # without the coordinator, nothing is known of the others
+        names = "process" + ("es " if len(silent) > 1 else " ") + ", ".join(map(str, sorted(silent)))
+        what = f"lost {names} of {len(self._heard)}; this is process {jax.process_index()}"
+        return PreemptedError(what, self._workdir, fix)
