@@ -60,13 +60,14 @@ def start_distributed(distributed: DistributedConfig) -> None:
             initialization_timeout=distributed.timeout,
             heartbeat_timeout_seconds=distributed.heartbeat,
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        # In `auto`, a process without a launcher trains alone. JAX raises a ValueError for it.
-        if distributed.start == "auto" and not distributed.coordinator and not evidence:
+    except Exception as error:  # each launcher has its own
+        # JAX raises a ValueError if no launcher is detected. After any other error, there may be several processes,
+        # which must not train without each other.
+        if isinstance(error, ValueError) and distributed.start == "auto" and not distributed.coordinator + evidence:
             return
         raise ConfigError(
-            f"{evidence or 'config.distributed'} says that there are several processes, "
-            f"but they cannot be connected: {error}",
+            f"{evidence or 'the environment'} says that there may be several processes, "
+            f"but JAX cannot connect them: {error or type(error).__name__}",
             "config.distributed",
             "start them with the launcher (srun, mpirun), set config.distributed.coordinator=HOST:PORT, num_processes "
             "and process_id on every host, or set config.distributed.start=off to train in this process only",
