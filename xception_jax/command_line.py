@@ -61,7 +61,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 
 def _end(error: UserError) -> NoReturn:
-    print(_with_program(str(error)), file=sys.stderr)
+    if error.is_printed_here:
+        print(_with_program(str(error)), file=sys.stderr)
     sys.exit(error.exit_code)
 
 

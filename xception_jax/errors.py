@@ -6,6 +6,8 @@ with the code of its class, from sysexits.h. Any other exception is a bug and ke
 
 from __future__ import annotations
 
+from typing import Self
+
 SUCCESS_EXIT_CODE = 0
 INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C before training began: 128 + SIGINT, as in shells
 
@@ -24,6 +26,12 @@ class UserError(Exception):
     def __init__(self, what: str, where: str, fix: str) -> None:
         super().__init__(what)
         self.what, self.where, self.fix = what, where, fix
+        self.is_printed_here = True
+
+    def printed_by(self, this_process: bool) -> Self:
+        """Leaves the message to another process unless it is `this_process` that prints it, and returns itself."""
+        self.is_printed_here = this_process
+        return self
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
         """Makes the error picklable, because data workers send it to the trainer."""

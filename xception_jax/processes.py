@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 
@@ -28,6 +30,11 @@ _COUNTS = (
 )
 _LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 SKYPILOT_PORT = 8476
+_PREFIX = "xception_jax/"  # of our keys in the coordinator's store
+_WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
+_KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()} | {UserError.__name__: UserError}
+T = TypeVar("T")
+
 # A process that has not been heard of for this share of `distributed.heartbeat` counts as lost when JAX gives up.
 _SILENT, _SIGNS_PER_HEARTBEAT = 0.6, 6
 
@@ -146,6 +153,83 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
         peers.stop()
 
 
+def gather(name: str, value: str) -> list[str]:
+    """Returns the values of all processes, in the order of their numbers. Needs no computation on devices.
+
+    Args:
+      name: of the exchange. Every process must call this once for each name.
+      value: of this process.
+    """
+    if not jax.distributed.is_initialized():
+        return [value]
+    client, prefix = _store(), f"{_PREFIX}gather/{name}/"
+    client.key_value_set(f"{prefix}{jax.process_index()}", value)
+    client.wait_at_barrier(f"{prefix}barrier", _WAIT_MILLISECONDS)
+    values = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(prefix)}
+    return [values[number] for number in sorted(values)]
+
+
+def together(name: str, prepare: Callable[[], T]) -> T:
+    """Returns `prepare()`, or raises the same error on all processes if it fails with a UserError on any of them.
+
+    Only the process that failed, or the first of several, prints the error.
+
+    Args:
+      name: of the exchange, see `gather`.
+      prepare: does something that can fail on some hosts, for example because data are missing there. It must not wait
+        for other processes.
+
+    Raises:
+      UserError: the error of the first process that failed.
+    """
+    result, error = None, None
+    try:
+        result = prepare()
+    except UserError as caught:
+        error = caught
+    told = gather(name, "" if error is None else json.dumps([type(error).__name__, error.what, error.where, error.fix]))
+    number, first = next(((number, text) for number, text in enumerate(told) if text), (0, ""))
+    if first:
+        kind, what, where, fix = json.loads(first)
+        if len(told) > 1:
+            what = f"{what} (process {number} of {len(told)})"
+        raise _KINDS[kind](what, where, fix).printed_by(len(told) == 1 or number == jax.process_index())
+    return cast(T, result)
+
+
+def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError], fix: str) -> None:
+    """Raises an error on all processes unless all of them have the same values.
+
+    Args:
+      name: of the exchange, see `gather`.
+      what: the subject, for the message.
+      values: by name; JSON values.
+      error: the class of the error.
+      fix: what the user can do.
+
+    Raises:
+      UserError: of the class `error`, naming up to three entries that differ and both values.
+    """
+    text = json.dumps(values, sort_keys=True)
+    digests = gather(f"{name}/digest", hashlib.sha256(text.encode()).hexdigest())
+    other = next((number for number, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    texts = gather(f"{name}/text", text if jax.process_index() in (0, other) else "")
+    first, second = json.loads(texts[0]), json.loads(texts[other])
+    different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    listed = ", ".join(f"{key} is {first.get(key)!r} and {second.get(key)!r}" for key in different[:3])
+    message = f"processes 0 and {other} have different {what}: {listed}"
+    raise error(message, different[0], fix).printed_by(jax.process_index() == 0)
+
+
+def _store() -> Any:
+    """Returns the client of the coordinator's key-value store, which JAX has no public name for."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
 class _Peers:
     """Knows when each of the other processes last gave a sign of life, by way of the store of the coordinator."""
 
@@ -175,10 +259,7 @@ class _Peers:
         self._stop.set()
 
     def _run(self) -> None:
-        from jax._src.distributed import global_state  # the only way to the store of the coordinator
-
-        client: Any = global_state.client
-        me, prefix = jax.process_index(), "xception_jax/alive/"
+        client, me, prefix = _store(), jax.process_index(), f"{_PREFIX}alive/"
         last: dict[str, str] = {}
         for count in range(1 << 62):
             try:
