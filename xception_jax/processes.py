@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 
@@ -33,6 +34,8 @@ SKYPILOT_PORT = 8476
 _PREFIX = "xception_jax/"  # of our keys in the coordinator's store
 _WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
 _KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()} | {UserError.__name__: UserError}
+_BUG = "bug"
+_handlers = list[Any]()
 T = TypeVar("T")
 
 # A process that has not been heard of for this share of `distributed.heartbeat` counts as lost when JAX gives up.
@@ -127,7 +130,8 @@ def check_processes() -> None:
 def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
     """Connects the processes of a run. If one of them is lost, this process ends with code 75.
 
-    Nothing can be saved then, because a checkpoint takes all processes: the run resumes from the last checkpoint.
+    Nothing can be saved then, because a checkpoint takes all processes: the run resumes from the last checkpoint. If a
+    process ends with an error that the others do not have, they end with its code.
 
     Args:
       distributed: `config.distributed`.
@@ -143,14 +147,19 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
         start_distributed(distributed)
         peers.watch()
         yield
-    except UserError:
+        peers.leave(0)
+    except UserError as error:
+        peers.leave(error.exit_code)
         raise
     except Exception:
         peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
+        peers.leave(1)
         raise
     finally:
-        _set_handler(signal.SIGABRT, previous)
-        peers.stop()
+        if peers.alone:
+            _set_handler(signal.SIGABRT, previous)
+        else:
+            _handlers.append(handler)  # needed until the process has ended: at its exit, JAX waits for the others
 
 
 def gather(name: str, value: str) -> list[str]:
@@ -182,19 +191,24 @@ def together(name: str, prepare: Callable[[], T]) -> T:
     Raises:
       UserError: the error of the first process that failed.
     """
-    result, error = None, None
+    if not jax.distributed.is_initialized():
+        return prepare()
     try:
-        result = prepare()
-    except UserError as caught:
-        error = caught
-    told = gather(name, "" if error is None else json.dumps([type(error).__name__, error.what, error.where, error.fix]))
-    number, first = next(((number, text) for number, text in enumerate(told) if text), (0, ""))
-    if first:
-        kind, what, where, fix = json.loads(first)
-        if len(told) > 1:
-            what = f"{what} (process {number} of {len(told)})"
-        raise _KINDS[kind](what, where, fix).printed_by(len(told) == 1 or number == jax.process_index())
-    return cast(T, result)
+        result, told = prepare(), ""
+    except UserError as error:
+        told = json.dumps([type(error).__name__, error.what, error.where, error.fix])
+    except Exception:
+        gather(name, _BUG)
+        raise
+    outcomes = gather(name, told)
+    number = next((number for number, text in enumerate(outcomes) if text), None)
+    if number is None:
+        return result
+    if outcomes[number] == _BUG:
+        sys.exit(1)  # that process prints a traceback
+    kind, what, where, fix = json.loads(outcomes[number])
+    what = f"{what} (process {number} of {len(outcomes)})"
+    raise _KINDS[kind](what, where, fix).printed_by(number == jax.process_index())
 
 
 def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError], fix: str) -> None:
@@ -239,6 +253,12 @@ class _Peers:
         self._stop = threading.Event()
         self._heard: dict[int, float] = {}
         self._answered = 0.0  # when the coordinator last did; 0 if it refused since
+        self._exit_code: int | None = None  # of this process, once it is known
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no other processes."""
+        return not self._heard
 
     def watch(self) -> None:
         """Starts to write and read signs of life."""
@@ -250,13 +270,26 @@ class _Peers:
         """Returns as soon as all processes are known to be alive; `lost` ends this process if one is not."""
         failed = time.monotonic()
         while self._heard and time.monotonic() < failed + 1.5 * self._distributed.heartbeat:
-            if min(self._heard.values()) > failed:
+            if min(self._heard.values()) > failed + 2 * self._interval:  # not a sign from before, read late
                 return
             time.sleep(0.1)
 
-    def stop(self) -> None:
-        """Ends the thread."""
+    def leave(self, exit_code: int) -> None:
+        """Tells the other processes how this one ends, and ends the thread."""
+        self._exit_code = exit_code
         self._stop.set()
+        if exit_code and not self.alone:
+            # If the coordinator is gone, the others know that anyway.
+            with contextlib.suppress(Exception):
+                _store().key_value_set(f"{_PREFIX}ended/{jax.process_index()}", str(exit_code))
+
+    def _follow(self, ended: Mapping[str, str]) -> None:
+        """Ends this process with the code of one that failed, unless it ends by itself, as after a common error."""
+        if ended and not self._stop.wait(2 * self._interval):
+            key, code = min(ended.items())
+            number = key.rsplit("/", 1)[1]
+            os.write(2, f"process {number} has ended with code {code}; see its messages\n".encode())
+            os._exit(int(code))
 
     def _run(self) -> None:
         client, me, prefix = _store(), jax.process_index(), f"{_PREFIX}alive/"
@@ -265,18 +298,22 @@ class _Peers:
             try:
                 client.key_value_set(f"{prefix}{me}", str(count), allow_overwrite=True)
                 signs = dict(client.key_value_dir_get(prefix))
+                ended = dict(client.key_value_dir_get(f"{_PREFIX}ended/"))
                 self._answered = time.monotonic()
             except Exception:  # of a type that depends on the version of JAX; `lost` tells the user
-                signs, self._answered = {}, 0.0
+                signs, ended, self._answered = {}, {}, 0.0
             for key, sign in signs.items():
                 if last.get(key) != sign:
                     self._heard[int(key.rsplit("/", 1)[1])] = time.monotonic()
             last = last | signs
+            self._follow(ended)
             if self._stop.wait(self._interval):
                 return
 
     def lost(self, signum: int) -> None:
         """Prints what was lost and ends the process. Called by abort(3), in any thread."""
+        if self._exit_code is not None:
+            os._exit(self._exit_code)  # this process has done all it could
         try:
             message = str(self._error())
         except BaseException as error:  # this handler must never return

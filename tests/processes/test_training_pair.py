@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -61,23 +60,27 @@ def test_work_directories_that_are_not_shared(train_pair, tmp_path):
     assert "the work directory is not shared: this host does not see what process 0 wrote (process 1 of 2)" in errors
 
 
-@pytest.mark.faults
-def test_data_that_one_host_lacks(train_pair, tmp_path):
-    (tmp_path / "tfds" / "fashion_mnist_subset").mkdir(parents=True)  # and nothing in it
-    (tmp_path / "tfds").chmod(0o500)
-    pair = train_pair([], [f"--config.data.data_dir={tmp_path / 'tfds'}", "--config.data.name=imagenet2012"])
-    errors = assert_told_once(ended(pair), 66)
-    assert "(process 1 of 2)" in errors
+@pytest.fixture
+def other_data(run_python, tmp_path):
+    """Returns dataset_info.json of a second copy of the dataset, and the field that makes a host read it."""
+    prepared = run_python("-m", "xception_jax", "prepare", "fashion_mnist_subset", "--data_dir", tmp_path / "tfds")
+    assert prepared.returncode == 0, prepared.stderr
+    (info,) = (tmp_path / "tfds").glob("*/*/dataset_info.json")
+    return info, f"--config.data.data_dir={tmp_path / 'tfds'}"
 
 
 @pytest.mark.faults
-def test_data_that_are_others(train_pair, shared_environment, tmp_path):
-    other = tmp_path / "tfds"
-    shutil.copytree(shared_environment["TFDS_DATA_DIR"], other)
-    (info,) = other.glob("fashion_mnist_subset/*/dataset_info.json")
-    info.write_text(info.read_text().replace('"name": "fashion_mnist_subset"', '"name": "fashion_mnist_subset", "citation": "x"'))
-    errors = assert_told_once(ended(train_pair([], [f"--config.data.data_dir={other}"])), 66)
-    assert "different datasets" in errors
+def test_data_that_are_damaged_on_one_host(train_pair, other_data):
+    info, field = other_data
+    info.write_text("{")
+    assert "(process 1 of 2)" in assert_told_once(ended(train_pair([], [field])), 65)
+
+
+@pytest.mark.faults
+def test_data_that_are_others(train_pair, other_data):
+    info, field = other_data
+    info.write_text(info.read_text().replace("The first images", "Other images"))
+    assert "different datasets" in assert_told_once(ended(train_pair([], [field])), 66)
 
 
 @pytest.mark.faults
