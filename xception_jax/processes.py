@@ -196,7 +196,7 @@ def together(name: str, prepare: Callable[[], T]) -> T:
     try:
         result, told = prepare(), ""
     except UserError as error:
-        told = json.dumps([type(error).__name__, error.what, error.where, error.fix])
+        told = json.dumps([type(error).__name__, error.what, error.where, error.fix, error.details])
     except Exception:
         gather(name, _BUG)
         raise
@@ -206,9 +206,9 @@ def together(name: str, prepare: Callable[[], T]) -> T:
         return result
     if outcomes[number] == _BUG:
         sys.exit(1)  # that process prints a traceback
-    kind, what, where, fix = json.loads(outcomes[number])
+    kind, what, where, fix, details = json.loads(outcomes[number])
     what = f"{what} (process {number} of {len(outcomes)})"
-    raise _KINDS[kind](what, where, fix).printed_by(number == jax.process_index())
+    raise _KINDS[kind](what, where, fix, details).printed_by(number == jax.process_index())
 
 
 def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError], fix: str) -> None:
