@@ -7,14 +7,9 @@ with the code of its class, from sysexits.h. Any other exception is a bug and ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 from xception_jax.names import LINE_LENGTH, printable
-        self.is_printed_here = True
-
-    def printed_by(self, this_process: bool) -> Self:
-        """Leaves the message to another process unless it is `this_process` that prints it, and returns itself."""
-        self.is_printed_here = this_process
-        return self
 
 SUCCESS_EXIT_CODE = 0
 INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C before training began: 128 + SIGINT, as in shells
