@@ -28,7 +28,7 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-peers test-plan check format docs lock audit sbom bench clean
+.PHONY: help train smoke test test-kernels test-faults soak test-peers test-plan check format docs lock audit sbom bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Com
 
 test-kernels: $(VENV)/.installed-dev ## Test the CPU kernels from clang++, for AVX2, and with an address sanitizer
 	$(BIN)/python -m pytest -m kernels --dist=load tests/ops $(ARGS)
+
+test-faults: $(VENV)/.installed-dev ## Inject the faults of docs/explanation/reliability.md; ARGS='1 44' selects some
+	$(BIN)/python -m tests.faults $(ARGS)
+
+soak: ## Kill one run thirty times, and compare its bits with those of a run that was left alone
+	$(MAKE) test-faults ARGS=44
 
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/howto/plan.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
