@@ -87,7 +87,8 @@ def _protect_output() -> None:
 
 
 def _end(error: UserError) -> NoReturn:
-    print(_with_program(str(error)), file=sys.stderr)
+    if error.is_printed_here:
+        print(_with_program(str(error)), file=sys.stderr)
     sys.exit(error.exit_code)
 
 

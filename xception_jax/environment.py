@@ -13,6 +13,7 @@ from pathlib import Path
 from xception_jax.names import command_line
 
 SCRIPT = "xception-jax"
+APPLICATION = "xception_jax"
 _MODULE = "python -m xception_jax"
 
 # Settings of glibc's allocator for training on a CPU. It enables huge pages, and keeps up to 1 GiB of freed memory for
@@ -74,6 +75,22 @@ def _has_glibc() -> bool:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (ValueError, OSError):
         return False
+
+
+def cache_directory() -> Path | None:
+    """Returns the directory of this user for files that can be made again: `$XDG_CACHE_HOME/xception_jax`, or similar.
+
+    Returns:
+      An absolute path, or None if there is none: XDG_CACHE_HOME is relative, or this user has no home directory, such
+      as a user of a container who is not in its list of users.
+    """
+    import platformdirs
+
+    try:
+        path = platformdirs.user_cache_path(APPLICATION)
+    except RuntimeError:  # newer versions; older ones return a path that begins with ~
+        return None
+    return path if path.is_absolute() else None
 
 
 def peak_memory() -> int:

@@ -7,6 +7,7 @@ with the code of its class, from sysexits.h. Any other exception is a bug and ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 from xception_jax.names import LINE_LENGTH, printable
 
@@ -31,6 +32,12 @@ class UserError(Exception):
     def __init__(self, what: str, where: str, fix: str, details: Sequence[str] = ()) -> None:
         super().__init__(what)
         self.what, self.where, self.fix, self.details = what, where, fix, tuple(details)
+        self.is_printed_here = True
+
+    def printed_by(self, this_process: bool) -> Self:
+        """Leaves the message to another process unless it is `this_process` that prints it, and returns itself."""
+        self.is_printed_here = this_process
+        return self
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, tuple[str, ...]]]:
         """Makes the error picklable, because data workers send it to the trainer."""

@@ -42,13 +42,18 @@ def state_fingerprint(state: Any) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(state).items()):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            whole = leaf.is_fully_replicated
-            leaf = leaf.addressable_data(0) if whole else multihost_utils.process_allgather(leaf, tiled=True)
-        array = np.asarray(leaf)
+        array = whole(leaf)
         digest.update(f"{name} {array.dtype}{list(array.shape)}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """Returns an array on the host. With several processes, this is a collective that all of them must call."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        replicated = leaf.is_fully_replicated
+        leaf = leaf.addressable_data(0) if replicated else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
 
 
 def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows: int = 10) -> tuple[int, list[str]]:

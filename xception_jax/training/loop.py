@@ -23,7 +23,9 @@ from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
-from xception_jax.parallel import DeviceBatch, batch_sharding, check_processes, start_distributed, to_devices
+from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
+from xception_jax.processes import check_processes, connected, together
+from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
@@ -58,16 +60,19 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
       UserError: one of its subclasses, each with its own exit code.
     """
     started = time.monotonic()
-    config = resolve(config)
+    requested = resolve(config)
     path = local_directory(workdir, "--workdir")
-    start_distributed(config.distributed)
-    config, initial = complete_config(config, path)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(open_workdir(path, config))
+        stack.enter_context(connected(requested.distributed, workdir))
+        agree_on_config_and_code(requested)
+        config, initial = together("network", lambda: complete_config(requested, path))
+        together("work directory", lambda: stack.enter_context(open_workdir(path, config)))
+        check_shared(path)
         preemption = stack.enter_context(Preemption(print_once))
         check_processes()
         with announce("reading the data and tracing the network", print_once):
-            experiment = make_experiment(config)
+            experiment = together("data", lambda: make_experiment(config))
+        agree_on_data(experiment.data.fingerprint)
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, path))
         with announce("restoring the newest checkpoint", print_once):

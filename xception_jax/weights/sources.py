@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
+from xception_jax import environment
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
-from xception_jax.files import write_atomically
+from xception_jax.files import local_directory, write_atomically
 from xception_jax.names import printable, printable_path
 from xception_jax.weights.released import CONFIG, PICKLES, RELEASES, WEIGHTS, Release
 
@@ -135,11 +136,18 @@ def parse(address: str) -> HubFile:
 
 
 def cache_directory() -> Path:
-    """Returns the directory of downloaded files: `XCEPTION_JAX_CACHE`, or the usual place on this system."""
-    import platformdirs
+    """Returns the directory of downloaded files: `XCEPTION_JAX_CACHE`, or the usual place on this system.
 
-    chosen = os.environ.get("XCEPTION_JAX_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else platformdirs.user_cache_path("xception_jax")
+    Raises:
+      ConfigError: XCEPTION_JAX_CACHE is not the path of a directory.
+      InputMissingError: this user has no cache directory.
+    """
+    if chosen := os.environ.get("XCEPTION_JAX_CACHE"):
+        return local_directory(chosen, "XCEPTION_JAX_CACHE")
+    if (usual := environment.cache_directory()) is None:
+        what = "this user has no home directory, or XDG_CACHE_HOME is a relative path"
+        raise InputMissingError(what, "the cache of downloaded files", "set XCEPTION_JAX_CACHE to a directory")
+    return usual
 
 
 def cached_path(name: str) -> Path:
