@@ -72,8 +72,10 @@ def start_distributed(distributed: DistributedConfig) -> None:
         )
     except Exception as error:  # each launcher has its own
         # JAX raises a ValueError if no launcher is detected. After any other error, there may be several processes,
-        # which must not train without each other.
-        if isinstance(error, ValueError) and distributed.start == "auto" and not distributed.coordinator + evidence:
+        # which must not train without each other. A RuntimeError that asks for an earlier call comes before detection,
+        # for example in a notebook that has computed something.
+        undetected = isinstance(error, ValueError) or "must be called before" in str(error)
+        if undetected and distributed.start == "auto" and not distributed.coordinator + evidence:
             return
         raise ConfigError(
             f"{evidence or 'the environment'} says that there may be several processes, "

@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,9 +22,10 @@ from tests.evaluation.test_evaluate_command import run
 from xception_jax.config import override, resolve
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.prepare.writer import write_dataset
-from xception_jax.errors import PreemptedError, StorageError, UsageError
+from xception_jax.errors import InputMissingError, PreemptedError, StorageError, UsageError
 from xception_jax.metrics.judgement import choose_thresholds
 from xception_jax.metrics.predictions import load_predictions
+from xception_jax.reports.live import mark_resumed
 from xception_jax.training import loop
 from xception_jax.training.loop import train
 
@@ -138,10 +140,24 @@ def test_the_report_of_a_run_that_was_asked_to_stop_says_so(config, tmp_path):
     with pytest.raises(PreemptedError):
         train(override(config, {"duration": "3000 steps"}), str(tmp_path))
     stopper.join()
+    stopped = "This run has stopped: run the same command to resume."
     report = path.read_text()
-    assert 'id="live"' not in report
-    assert "This run has stopped: run the same command to resume." in report
-    assert 'http-equiv="refresh"' not in report
+    assert report.count(stopped) == 1
+    shown = re.sub("<template>.*?</template>", "", report, flags=re.DOTALL)
+    assert 'id="live"' not in shown
+    assert 'http-equiv="refresh"' not in shown
+
+    # The page of a killed run, which then fails before its first step.
+    mark_resumed(tmp_path)
+    assert stopped not in path.read_text()
+    dataset = Path(config.data.data_dir)
+    dataset.rename(dataset.with_name("elsewhere"))
+    try:
+        with pytest.raises(InputMissingError):
+            train(override(config, {"duration": "3000 steps"}), str(tmp_path))
+    finally:
+        dataset.with_name("elsewhere").rename(dataset)
+    assert path.read_text().count(stopped) == 1
 
 
 def test_the_judgement_of_a_single_logit_is_scikit_learns(evaluated):

@@ -26,7 +26,7 @@ from xception_jax.cli import export as command
 from xception_jax.config import default_config, override, resolve
 from xception_jax.data.images import central_view
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.export.card import as_markdown, make_card
+from xception_jax.export.card import as_markdown, make_card, read_evaluation
 from xception_jax.export.formats import PLATFORMS, to_stablehlo
 from xception_jax.export.inference import (
     compile_inference,
@@ -374,6 +374,23 @@ def test_what_is_refused(weights, evaluation, tmp_path):
         other.write_text(content)
         with pytest.raises(BadDataError, match=match):
             export(weights, tmp_path / "x.onnx", "--format", "onnx", "--evaluation", other)
+    good = json.loads(evaluation.read_text())
+    for name, value in (
+        ("count", "1000"),
+        ("count", 1000.5),
+        ("count", True),
+        ("count", -1),
+        ("count", 10**400),
+        ("count", None),
+        ("top1", "0.75"),
+        ("top1", 10**400),
+        ("top5", 1.5),
+        ("dataset", ["flowers"]),
+        ("step", "last"),
+    ):
+        other.write_text(json.dumps(good | {name: value}))
+        with pytest.raises(BadDataError, match="cannot be read"):
+            read_evaluation(other, load_network(weights))
     headless = load_network(weights)
     del headless.variables["params"]["head"]
     save_network(tmp_path / "headless.safetensors", headless)

@@ -9,7 +9,8 @@ import pytest
 
 from tests.reports.test_run_report import INFO, judged, make_config, make_images, make_metrics, make_predictions
 from tests.study.simulated import small_study, write_simulated
-from xception_jax.reports.run import Live, mark_stopped, write_report
+from xception_jax.reports.live import mark_resumed, mark_stopped, marked_when_stopped
+from xception_jax.reports.run import Live, write_report
 from xception_jax.study.report import write_study_report
 
 DARK = "rgb(22, 24, 27)"
@@ -140,17 +141,52 @@ def test_the_live_report_of_a_run_that_stopped_says_so_and_reloads_no_more(show,
     page.wait_for_selector("#stopped", timeout=10_000)
     assert "run the same command to resume" in page.locator("#stopped").text_content()
     assert not page.locator("#live").count()
-    assert 'http-equiv="refresh"' not in path.read_text()
+    assert not page.locator("head > noscript").count()
     page.evaluate("window.same = true")
     page.clock.run_for(3_600_000)
     assert page.evaluate("window.same")
     assert "overdue" not in page.locator("body").inner_text()
+    mark_resumed(tmp_path)
+    page.goto(path.as_uri())
+    assert not page.locator("#stopped").count()
+    assert page.locator("#age").text_content().startswith("Resumed ")
+    assert page.locator("head > noscript").count() == 1
     context.close()
 
 
 def test_the_report_of_a_finished_run_is_not_marked_as_stopped(tmp_path):
     path = write(tmp_path)
     before = path.read_bytes()
-    mark_stopped(tmp_path)
-    assert path.read_bytes() == before
-    mark_stopped(tmp_path / "without a report")
+    for mark in (mark_stopped, mark_resumed):
+        mark(tmp_path)
+        assert path.read_bytes() == before
+        mark(tmp_path / "without a report")
+
+
+def test_marks_follow_each_other(tmp_path):
+    path = write(tmp_path, live=Live(written=1.0, seconds=60.0))
+
+    def fail() -> None:
+        with marked_when_stopped(tmp_path, print):
+            page = path.read_text()
+            assert 'id="stopped"' not in page
+            assert page.count('data-resumed="1"') == 1
+            assert 'data-written="1.0"' not in page
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert path.read_text().count('id="stopped"') == 1
+    with marked_when_stopped(tmp_path, print):
+        pass
+    assert path.read_text().count("<!-- live -->") == 2
+
+
+def test_a_report_that_cannot_be_marked_does_not_stop_the_run(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    lines = []
+    with pytest.raises(KeyboardInterrupt), marked_when_stopped(tmp_path, lines.append):
+        raise KeyboardInterrupt
+    assert len(lines) == 2
+    assert lines[0].startswith("the notice in the report was not updated: IsADirectoryError")

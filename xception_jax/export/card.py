@@ -26,6 +26,8 @@ from xception_jax.weights.network import Network
 
 _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "onnx", "onnxruntime", "safetensors")
 _SHARES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "map_at_k": "mean average precision"}
+_FACTS = {"dataset": str, "split": str, "step": int, "count": int}
+_MAX_COUNT = 2**53  # larger integers are not exact as floats
 _INPUTS = {
     "float32": "float32 [b, {size}, {size}, 3], RGB, preprocessed as below",
     "uint8": "uint8 [b, {size}, {size}, 3], RGB, 0 to 255, cropped and resized as below; the file scales them itself",
@@ -117,7 +119,7 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
     except FileNotFoundError:
         fix = "write it by `xception-jax evaluate SOURCE --json > FILE.json`"
         raise InputMissingError("there is no evaluation", str(path), fix) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"the evaluation cannot be read: {type(error).__name__}: {error}"
         raise BadDataError(what, str(path), "name a file with the output of `evaluate --json`") from None
     of = metrics.get("sha256")
@@ -134,16 +136,26 @@ def _accuracy(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Returns dataset, split, count and each share, with its interval if it is a proportion of independent images.
 
     Raises:
-      KeyError: there is no share.
+      KeyError: there is no count or no share.
+      TypeError: a value has another type.
+      ValueError: a number is out of range.
     """
-    evaluation = {name: metrics[name] for name in ("dataset", "split", "step", "count") if name in metrics}
-    count = float(evaluation["count"])
+    evaluation = {name: metrics[name] for name in _FACTS if name in metrics}
+    for name, value in evaluation.items():
+        if type(value) is not _FACTS[name]:  # a bool is an int for `isinstance`
+            raise TypeError(f"{name} is {type(value).__name__}, not {_FACTS[name].__name__}")
+    if not 0 <= evaluation["count"] < _MAX_COUNT:
+        raise ValueError("count is out of range")
     for name in _SHARES:
-        share = float(metrics.get(prefix + name, math.nan))
-        if math.isfinite(share):
-            evaluation[name] = share
+        share = metrics.get(prefix + name, math.nan)
+        if type(share) not in (float, int):
+            raise TypeError(f"{name} is {type(share).__name__}, not float")
+        if type(share) is int or math.isfinite(share):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is not between 0 and 1")
+            evaluation[name] = float(share)
             if name != "map_at_k":
-                evaluation[f"{name}_interval"] = list(wilson_interval(share, count))
+                evaluation[f"{name}_interval"] = list(wilson_interval(share, evaluation["count"]))
     if not any(name in evaluation for name in _SHARES):
         raise KeyError("top1")
     return evaluation

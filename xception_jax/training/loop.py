@@ -25,6 +25,7 @@ from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
 from xception_jax.processes import check_processes, connected, together
+from xception_jax.reports.live import marked_when_stopped
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
@@ -67,6 +68,8 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         agree_on_config_and_code(requested)
         config, initial = together("network", lambda: complete_config(requested, path))
         together("work directory", lambda: stack.enter_context(open_workdir(path, config)))
+        if jax.process_index() == 0:
+            stack.enter_context(marked_when_stopped(path, print_once))
         check_shared(path)
         preemption = stack.enter_context(Preemption(print_once))
         check_processes()
@@ -91,11 +94,8 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         loop = stack.enter_context(contextlib.closing(Loop(experiment, path, checkpoints, journal, preemption)))
         try:
             return loop.run(step, state)
-        except BaseException as error:
-            loop.mark_report_stopped()
-            if isinstance(error, jax.errors.JaxRuntimeError):
-                raise out_of_memory(error, config) from error
-            raise
+        except jax.errors.JaxRuntimeError as error:
+            raise out_of_memory(error, config) from error
 
 
 def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
@@ -370,13 +370,6 @@ class Loop:
             )
         now = self.journal.seconds_since_start
         self.next_live_report = now + (now - started) / MAX_LIVE_SHARE
-
-    def mark_report_stopped(self) -> None:
-        """Marks the live report, if this directory has one, when the run ends early."""
-        if (self.workdir / "report.html").exists():
-            from xception_jax.training.summary import mark_report_stopped
-
-            mark_report_stopped(self.workdir, self.journal)
 
     def _evaluate_test(self) -> Predictions:
         """Evaluates on the test split and saves the predictions. The journal keeps the first result."""

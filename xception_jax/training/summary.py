@@ -29,7 +29,7 @@ from xception_jax.metrics.resampling import DRAWS
 from xception_jax.metrics.single_label import TopK
 from xception_jax.names import printable_path
 from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbnail
-from xception_jax.reports.run import Judged, Live, RunInfo, mark_stopped, write_report
+from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 from xception_jax.weights import Network, Preprocessing
@@ -155,16 +155,6 @@ def write_live_report(
         _write(experiment, workdir, entries, _run_info(experiment, journal, seconds_to_first_step), judged, live)
     except Exception as error:
         journal.message(f"the report was not written, training goes on: {type(error).__name__}: {error}")
-
-
-def mark_report_stopped(workdir: Path, journal: Journal) -> None:
-    """Marks the live report of a run that ends early, on process 0. A failure is reported in one line."""
-    if jax.process_index() != 0:
-        return
-    try:
-        mark_stopped(workdir)
-    except OSError as error:
-        journal.message(f"the report was not marked as stopped: {type(error).__name__}: {error}")
 
 
 def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: float | None) -> RunInfo:
