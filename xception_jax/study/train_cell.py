@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import logging
 
 from xception_jax.command_line import Parser, run_main
-from xception_jax.config import from_json
+from xception_jax.config import load_config
 from xception_jax.errors import InputMissingError
 
 
@@ -37,12 +37,11 @@ def main() -> None:
         threading.Thread(target=_stop_at_end_of_input, name="runner", daemon=True).start()
     if args.cores is not None:  # before JAX is imported: it starts as many threads as there are cores
         os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
-    try:
-        config = from_json((args.workdir / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(
-            "there is no config.json", str(args.workdir), "name the work directory of a cell, such as cells/ARM/seed0"
-        ) from None
+    path = args.workdir / "config.json"
+    if not path.exists():
+        fix = "name the work directory of a cell, such as cells/ARM/seed0"
+        raise InputMissingError("there is no config.json", str(args.workdir), fix)
+    config = load_config(path)
 
     logging.set_verbosity(logging.WARNING)
     from xception_jax.training.loop import train

@@ -20,6 +20,7 @@ import jax
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import write_atomically
+from xception_jax.user_files import parse_json, read_text, reading
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -137,21 +138,14 @@ def _describe(holder: bytes) -> str:
 def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], None]) -> None:
     """Compares config.json with the config of this run, and replaces it."""
     text = to_json(config)
-    try:
-        stored = (path / CONFIG).read_text()
-        if stored == text:
-            return
-        changes = _changes(json.loads(stored), json.loads(text))
-    except FileNotFoundError:
-        changes = {}
-    except ValueError:
-        raise ConfigError(
-            f"{CONFIG} is not readable as JSON",
-            str(path / CONFIG),
-            "delete it if the work directory was created with this config",
-        ) from None
-    except OSError as error:
-        raise _unusable(path, error) from None
+    changes = {}
+    if os.path.lexists(path / CONFIG):
+        fix = "delete it if the work directory was created with this config"
+        with reading("config of the run", path / CONFIG, fix, damaged=ConfigError):
+            stored = read_text(path / CONFIG)
+            if stored == text:
+                return
+            changes = _changes(parse_json(stored, dict), json.loads(text))
     refused = [line for name, line in changes.items() if _IDENTITY.fullmatch(name) and name not in _NOT_IDENTITY]
     # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.
     if refused and has_checkpoints(path):
