@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, UsageError
+from xception_jax.user_files import require_directory
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -96,8 +97,7 @@ def _check(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError("features are saved as .npz or .csv", args.out, "use a name that ends in .npz or .csv")
-    if not out.absolute().parent.is_dir():
-        raise InputMissingError("there is no such directory", args.out, "create it, or choose another path")
+    require_directory(out)
 
 
 def _embed_files(

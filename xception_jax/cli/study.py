@@ -11,8 +11,9 @@ from pathlib import Path
 
 from xception_jax.config.shipped import shipped_names
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.files import local_directory
+from xception_jax.files import local_directory, write_atomically
 from xception_jax.study.design import load_study
+from xception_jax.user_files import writing
 from xception_jax.weights.sources import require_known
 
 EXAMPLES = """\
@@ -127,7 +128,8 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     with open_study(root, study, lambda line: print(line, file=sys.stderr)) as stored:
         if args.slurm is not None:
             command = f"{shlex.quote(sys.executable)} -m xception_jax study run {shlex.quote(args.study)}"
-            Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))
+            with writing("job script", args.slurm):
+                write_atomically(args.slurm, slurm_script(stored, command, args.jobs))
             print(f"wrote {args.slurm}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)

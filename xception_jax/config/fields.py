@@ -17,6 +17,10 @@ from typing import Any
 _DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s+(step|epoch|example)s?", re.IGNORECASE)
 
 
+MAX_DURATION = 1e15
+MAX_INTEGER = 2**31 - 1  # what an int32 of JAX holds
+
+
 def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
     """Converts '10 epochs', '500 steps' or '3e6 examples' to a number of steps, rounded to the nearest.
 
@@ -26,12 +30,14 @@ def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
       num_examples: examples in one epoch.
 
     Raises:
-      ValueError: the duration has another form.
+      ValueError: the duration has another form, or is absurd.
     """
     match = _DURATION.fullmatch(duration.strip())
     if match is None:
         raise ValueError(f"{duration!r} is not a duration")
     number = float(match[1].replace("_", ""))
+    if number > MAX_DURATION:
+        raise ValueError(f"{duration!r} is longer than any run")
     examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2].lower()]
     return round(number * examples_per_unit / batch_size)
 
@@ -95,7 +101,7 @@ def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, 
 
     def check(value: Any) -> int:
         value = _integer(value)
-        _require(value >= low)
+        _require(low <= value <= MAX_INTEGER)
         return value
 
     return _field(default, check, f"a whole number, at least {low}", source, int, unless)
@@ -132,7 +138,7 @@ def choice_or_integer(
         if value in words:
             return value
         value = _integer(value)
-        _require(value >= low)
+        _require(low <= value <= MAX_INTEGER)
         return value
 
     expects = " or ".join(map(repr, words)) + f", or a whole number of at least {low}"

@@ -14,11 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from absl import logging
-
-from xception_jax.command_line import Parser, run_main
-from xception_jax.config import load_config
-from xception_jax.errors import InputMissingError
+from xception_jax.process import run_program
 
 
 def main() -> None:
@@ -28,6 +24,13 @@ def main() -> None:
       InputMissingError: there is no config.json.
       UserError: as for training.
     """
+    # Imported when signals are handled, see `run_program`.
+    from absl import logging
+
+    from xception_jax.command_line import Parser
+    from xception_jax.config import load_config
+    from xception_jax.errors import InputMissingError
+
     parser = Parser(prog="python -m xception_jax.study.train_cell", description=__doc__)
     parser.add_argument("workdir", type=Path, help="a work directory with config.json")
     parser.add_argument("--cores", help="CPU cores to run on, such as 0,1; by default all")
@@ -61,4 +64,4 @@ def _stop_at_end_of_input() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_program(main, resumable=True)

@@ -24,6 +24,7 @@ from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, check_processes, start_distributed, to_devices
+from xception_jax.signals import StopRequested
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
@@ -60,6 +61,13 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     started = time.monotonic()
     config = resolve(config)
     path = local_directory(workdir, "--workdir")
+    try:
+        return _train(config, path, started)
+    except StopRequested as stop:
+        raise stop.as_error(str(path)) from None
+
+
+def _train(config: ExperimentConfig, path: Path, started: float) -> Summary:
     start_distributed(config.distributed)
     config, initial = complete_config(config, path)
     with contextlib.ExitStack() as stack:
@@ -167,28 +175,29 @@ class Loop:
                 train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
             trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
-        while True:
-            if self._is_due(evaluation):
-                self._evaluate_dev()
-            if self.step >= total:
-                break
-            if self._is_due(checkpoint):
-                self._save()
-            if self.preemption.should_stop(self.step):
-                self._stop()
-            batch = self._next_batch()
-            before, self.dispatched = self.dispatched, None
-            trace.before_step(self.state)
-            self.state, metrics = train_step(self.state, batch, dropout)
-            self.step += 1
-            self.dispatched = _Dispatched(self.step, metrics)
-            # Read the previous metrics only after dispatching this step, so that the devices always have work.
-            self._read(before)
-            self.checkpoints.poll()
-        if trains:
-            trace.end(self.state)
-        self._save()
-        self.checkpoints.wait()
+        with self.preemption.deferred():  # until the state is saved
+            while True:
+                if self._is_due(evaluation):
+                    self._evaluate_dev()
+                if self.step >= total:
+                    break
+                if self._is_due(checkpoint):
+                    self._save()
+                if self.preemption.should_stop(self.step):
+                    self._stop()
+                batch = self._next_batch()
+                before, self.dispatched = self.dispatched, None
+                trace.before_step(self.state)
+                self.state, metrics = train_step(self.state, batch, dropout)
+                self.step += 1
+                self.dispatched = _Dispatched(self.step, metrics)
+                # Read the previous metrics only after dispatching this step, so that the devices always have work.
+                self._read(before)
+                self.checkpoints.poll()
+            if trains:
+                trace.end(self.state)
+            self._save()
+            self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
         from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 
