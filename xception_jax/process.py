@@ -27,9 +27,9 @@ from xception_jax.errors import (
     StorageError,
     UserError,
 )
-from xception_jax.signals import DEADLINE_SECONDS, SIGNALS, StopRequested, StopSignals, report_stop
+from xception_jax.signals import SIGNALS, StopRequested, handle_signals
 
-# Threads, data workers and libraries have so long to end when the exit code is known.
+# After a success, threads, data workers and libraries have so long to end.
 LEAVING_SECONDS = 5.0
 
 
@@ -75,7 +75,7 @@ def run_program(main: Callable[[], int | None], *, resumable: bool) -> NoReturn:
     """
     _open_streams()
     if resumable:
-        StopSignals(report_stop, DEADLINE_SECONDS).__enter__()
+        handle_signals()
     _leave(exit_code(main, unblock=SIGNALS))
 
 
@@ -170,12 +170,18 @@ def _open_streams() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the program with an exit code, at most `LEAVING_SECONDS` later, whatever its threads and children do."""
+    """Ends the program with an exit code within `LEAVING_SECONDS`, whatever its threads and children do."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)  # the code is decided
     jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():  # otherwise processes wait here for each other
+    if jax is not None and jax.distributed.is_initialized():
+        sys.exit(code)  # processes wait here for each other
+    if code == SUCCESS_EXIT_CODE:
         end = threading.Timer(LEAVING_SECONDS, os._exit, [code])
         end.daemon = True
         end.start()
-    sys.exit(code)
+        sys.exit(code)
+    # After a failure, threads may be anywhere. Some would crash a process that cleans up, others print tracebacks.
+    with contextlib.suppress(Exception, ReaderLeft):
+        _flush()
+    os._exit(code)

@@ -18,8 +18,6 @@ from xception_jax.errors import INTERRUPTED_EXIT_CODE, PreemptedError
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Programs such as `timeout` signal both their child and its process group. The two signals count as one request.
 ONE_REQUEST_SECONDS = 1.0
-# Where nothing can be lost, a program has so long to end by itself, for example until a compilation is over.
-DEADLINE_SECONDS = 3.0
 
 # signal(2) and sigaction(2), because Python's signal module can neither query nor restore a handler of a C++ library.
 _libc = ctypes.CDLL(None)
@@ -43,21 +41,23 @@ class StopRequested(BaseException):
 class StopSignals:
     """Context manager that handles SIGTERM and SIGINT.
 
-    The first signal raises `StopRequested` in the main thread. Inside of `deferred()` it only sets `requested`, and the
-    exception is raised at the end of it. A second signal, at least one second later, ends the process with code 130,
+    Where nothing can be lost, the first signal ends a program of ours at once, with code 75: an exception could be
+    swallowed by a callback, or crash a library that other threads are in. In programs of others, such as notebooks, it
+    raises `StopRequested` in the main thread. Inside of `deferred()` it only sets `requested`, and the exception is
+    raised at the end of it. A second signal, at least one second later, ends the process with code 130. Processes end
     even while the main thread is in C.
 
     Args:
       report: called with one line that acknowledges the first signal, from another thread.
-      deadline: ends the process with code 75 this many seconds after the first signal, outside of `deferred()`. None
-        in programs of others, such as notebooks. Inside of another `StopSignals` its deadline counts.
+      where: what is stopped, for the message.
+      owns_process: whether the first signal may end the process. Inside of another `StopSignals`, what that one says.
 
     Raises:
       ValueError: entered outside of the main thread, where Python cannot install signal handlers.
     """
 
-    def __init__(self, report: Callable[[str], None], deadline: float | None = None):
-        self._report, self._deadline = report, deadline
+    def __init__(self, report: Callable[[str], None], where: str = "", *, owns_process: bool = False):
+        self._report, self._where, self._owns_process = report, where, owns_process
         self._signal: signal.Signals | None = None
         self._deferred = False
 
@@ -73,7 +73,7 @@ class StopSignals:
         self._foreign_handlers = {signum: None if address in ours else address for signum, address in before.items()}
         outer = getattr(self._previous_handlers[signal.SIGTERM], "__self__", None)
         if isinstance(outer, StopSignals):
-            self._deadline = outer._deadline
+            self._owns_process = outer._owns_process
         # Python runs signal handlers between two bytecodes of the main thread, so not during a compilation. The signal
         # number is written to this socket immediately, and the thread that reads it can end the process.
         listener, self._writer = socket.socketpair()
@@ -127,23 +127,13 @@ class StopSignals:
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.Signals(signum)
-            if self._immediate:
+            if self._immediate and not self._owns_process:
                 raise StopRequested(self._signal.name)
 
     def _listen(self, listener: socket.socket) -> None:
         first, first_time = "", 0.0
         with listener:
-            while True:
-                try:
-                    numbers = listener.recv(64)
-                except TimeoutError:
-                    listener.settimeout(None)
-                    if self._immediate:
-                        _write(f"{StopRequested(first).as_error('an operation that does not end at once')}\n")
-                        os._exit(PreemptedError.exit_code)
-                    continue
-                if not numbers:
-                    return
+            while numbers := listener.recv(64):
                 for number in numbers:
                     if number not in SIGNALS:
                         continue
@@ -153,15 +143,17 @@ class StopSignals:
                     if first:
                         _write(f"{name} after {first}: exiting now, the last checkpoint is intact\n")
                         os._exit(INTERRUPTED_EXIT_CODE)
+                    if self._immediate and self._owns_process:
+                        _write(f"{StopRequested(name).as_error(self._where)}\n")
+                        os._exit(PreemptedError.exit_code)
                     first, first_time = name, time.monotonic()
                     when = "" if self._immediate else " after this step"
                     self._report(f"{name}: stopping{when}; send a second signal to exit now")
-                    listener.settimeout(self._deadline)
 
 
-def report_stop(line: str) -> None:
-    """Prints a line to standard error, whatever the main thread is doing."""
-    _write(f"{line}\n")
+def handle_signals() -> None:
+    """Lets SIGTERM and SIGINT end this program with code 75, from now on."""
+    StopSignals(_write, "the start of the program", owns_process=True).__enter__()
 
 
 def _write(text: str) -> None:

@@ -72,7 +72,7 @@ def _train(config: ExperimentConfig, path: Path, started: float) -> Summary:
     config, initial = complete_config(config, path)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(path, config))
-        preemption = stack.enter_context(Preemption(print_once))
+        preemption = stack.enter_context(Preemption(print_once, str(path)))
         check_processes()
         with announce("reading the data and tracing the network", print_once):
             experiment = make_experiment(config)

@@ -20,20 +20,20 @@ class Preemption(StopSignals):
     """Context manager that turns SIGTERM and SIGINT into a request to stop.
 
     Inside of `deferred()`, the loop calls `should_stop(step)` once after each step. If this is True, the loop saves and
-    raises `error(step)`. Outside of it, all trained steps are saved, and the first signal raises `StopRequested` at
-    once.
+    raises `error(step)`. Outside of it, all trained steps are saved, and the first signal ends the run at once.
 
     With several processes, a signal to one of them stops all of them after the same step: the distributed runtime of
     JAX has its own SIGTERM handler, which notifies the others. This context calls that handler, so
     `jax.distributed.initialize()` must run first. No process may then end before the others have agreed, so that the
-    first signal never raises.
+    first signal never ends one at once.
 
     Args:
       report: called with one line that acknowledges the first signal, from another thread.
+      where: the work directory, for the message.
     """
 
-    def __init__(self, report: Callable[[str], None] = print):
-        super().__init__(report)
+    def __init__(self, report: Callable[[str], None] = print, where: str = ""):
+        super().__init__(report, where)
         self._agreed = False  # among all processes
         self._distributed = jax.distributed.is_initialized()
 
