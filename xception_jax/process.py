@@ -142,7 +142,8 @@ def _report(error: UserError) -> int:
     with contextlib.suppress(Exception, ReaderLeft):
         _flush()  # what was printed before belongs in front of the error
     with contextlib.suppress(OSError, ValueError):
-        print(str(error).replace(f"{SCRIPT} ", f"{program()} "), file=sys.stderr)
+        text = str(error).encode(errors="backslashreplace").decode()  # a name may hold bytes that are no UTF-8
+        print(text.replace(f"{SCRIPT} ", f"{program()} "), file=sys.stderr)
     return error.exit_code
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,6 +97,13 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
+def _compile(pattern: str) -> None:
+    """Raises an exception if a text is no regular expression."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about sets in sets
+        re.compile(pattern)
+
+
 def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
     """Declares a whole number of at least `low`."""
 
@@ -170,7 +178,7 @@ def pattern(default: str, source: str) -> Any:
 
     def check(value: Any) -> str:
         _require(isinstance(value, str))
-        re.compile(value)
+        _compile(value)
         return value
 
     expects = "a regular expression over parameter names such as 'block2_sepconv1/kernel'"
@@ -221,7 +229,7 @@ def factors(source: str) -> Any:
         _require(not isinstance(value, str))
         pairs = tuple((pattern, _number(factor)) for pattern, factor in value)
         for pattern, factor in pairs:
-            re.compile(pattern)
+            _compile(pattern)
             _require(factor > 0)
         return pairs
 
