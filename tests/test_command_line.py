@@ -133,6 +133,33 @@ def test_a_variant_that_a_config_does_not_have_is_refused(name):
     assert read_config(name, ["--config.batch_size=8"]).batch_size == 8
 
 
+def test_a_work_directory_that_cannot_be_used_is_refused_before_jax_is_imported(run_python, tmp_path):
+    from xception_jax.training.workdir import hold_directory
+
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "lock").symlink_to(tmp_path / "file")
+    places = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "linked", tmp_path / "held"]
+    code = f"""
+import sys
+from xception_jax.cli import main
+from xception_jax.errors import WorkdirError
+for place in {[str(place) for place in places]!r}:
+    sys.argv = ["xception-jax", "train", "--config=fashion_mnist", f"--workdir={{place}}"]
+    try:
+        main()
+    except WorkdirError as error:
+        print(error)
+    assert "jax" not in sys.modules, place
+"""
+    with hold_directory(tmp_path / "held"):
+        process = run_python("-c", code)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("there is a file in its place") == 2
+    assert process.stdout.count("error: ") == len(places)
+    assert f"process {os.getpid()}" in process.stdout
+
+
 VALUES = ("", "-1", "0", "9" * 400, "1e400", "nan", "\x00", "[" * 10_000, "\udc80", "x" * 5000, "=", "None", "a\nb")
 
 
@@ -167,7 +194,7 @@ def test_any_value_of_any_flag_is_accepted_or_refused_in_three_lines(command, mo
     monkeypatch.chdir(tmp_path)
     for flag, count, places, needed in flags_of(command):
         rest = [argument for argument in needed if not argument.startswith(f"{flag}=")]
-        for value in VALUES:
+        for value in set(VALUES) - {"\x00"}:  # which no system passes on
             given = [f"{flag}={value}"] if count == 1 else [flag, *[value] * count]
             three_lines_and_a_code([command, *places, *rest, *given], capsys, monkeypatch)
 
@@ -182,12 +209,10 @@ def test_any_value_of_any_field_is_accepted_or_refused(name):
             resolve(read_config("fashion_mnist", [f"--config.{name}={value}"]))
 
 
-@pytest.mark.parametrize(
-    "argument", ["--config.=3", "--config", "--config.model=3", "--config.a-b=1", "--config.\udc80=1"]
-)
+@pytest.mark.parametrize("argument", ["--config.=3", "--config.model.=1", "--config.model=3", "--config.a-b=1"])
 def test_an_override_of_no_field_is_refused(argument):
-    with pytest.raises(ConfigError, match=r"config\.|section"):
-        read_config("fashion_mnist", [argument if "." in argument else "--config.model.=1"])
+    with pytest.raises(ConfigError, match=r"there is no field config\.|config.model is a section"):
+        read_config("fashion_mnist", [argument])
 
 
 @pytest.mark.parametrize(
@@ -244,16 +269,12 @@ run_program(main, resumable=True)
         ("| true", "import time; time.sleep(0.3); print(1)", 141, 0),
     ],
 )
-def test_a_program_ends_with_a_promised_code_and_no_hang(streams, statement, code, lines, run_python, tmp_path):
+def test_a_program_ends_with_a_promised_code_and_no_hang(streams, statement, code, lines, tmp_path):
     (tmp_path / "program.py").write_text(OUTPUT)
     shell = f'{sys.executable} {tmp_path}/program.py "$0" {streams}; exit ${{PIPESTATUS[0]}}'
-    process = subprocess.run(
-        ["bash", "-c", shell, statement],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", shell, statement]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
     assert process.returncode == code, process.stderr
     if lines is not None:
         assert len(process.stderr.splitlines()) == lines, process.stderr

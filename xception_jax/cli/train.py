@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 
 from absl import logging
 
 from xception_jax.command_line import field_help, read_config
-from xception_jax.config import resolve
+from xception_jax.config import ExperimentConfig, resolve
 from xception_jax.config.shipped import shipped_names
 from xception_jax.environment import program
 from xception_jax.errors import UsageError
 from xception_jax.files import local_directory
+from xception_jax.training.workdir import check_workdir
 
 EXAMPLES = """\
 examples:
@@ -25,6 +27,10 @@ The same command resumes a run that was stopped. The exit code is 0 if the run h
 it after a save.
 
 """
+
+
+# Environment variables of clusters, on which JAX may find other processes of the run. They share the work directory.
+_CLUSTER = ("SLURM_", "OMPI_", "PMI_", "MEGASCALE_", "TPU_", "JAX_NUM_", "JAX_COORD", "KUBERNETES_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO
     config = resolve(read_config(args.config, args.overrides))
-    local_directory(args.workdir, "--workdir")
+    check_workdir(local_directory(args.workdir, "--workdir"), alone=not _may_have_peers(config))
     # Mistakes in the arguments are reported before JAX is imported.
     from xception_jax.logs.console import announce
 
@@ -77,3 +83,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _may_have_peers(config: ExperimentConfig) -> bool:
+    return bool(config.distributed.coordinator) or any(name.startswith(_CLUSTER) for name in os.environ)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -14,8 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
@@ -68,7 +67,10 @@ def open_workdir(
       ConfigError: the directory has checkpoints of a different model, dataset, batch size or seed.
     """
     path = Path(path).absolute()
-    if primary is None:  # process_index() initializes the devices, which takes seconds
+    if primary is None:
+        import jax  # not needed by `check_workdir`
+
+        # process_index() initializes the devices, which takes seconds.
         primary = not jax.distributed.is_initialized() or jax.process_index() == 0
     if not primary:
         yield path
@@ -77,6 +79,44 @@ def open_workdir(
         # Must come after the lock: config.json may belong to another run that is still active.
         _write_config(path, config, report)
         yield path
+
+
+def check_workdir(path: Path, *, alone: bool) -> None:
+    """Refuses a work directory that `open_workdir` would refuse, before JAX is imported.
+
+    Args:
+      path: the absolute path. Nothing is created.
+      alone: whether the run has no other processes, which would hold the lock.
+
+    Raises:
+      WorkdirError: it cannot be created or written, or another run holds the lock.
+    """
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unusable(path, error) from None
+    try:
+        if alone:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held(path, lock) from None
+    finally:
+        os.close(lock)
+
+
+def _held(path: Path, lock: int) -> WorkdirError:
+    return WorkdirError(
+        "another run holds the work directory",
+        f"{path}: {_describe(os.pread(lock, 1 << 16, 0))}",
+        "wait for that run, stop it, or choose another work directory",
+    )
 
 
 @contextlib.contextmanager
@@ -119,11 +159,7 @@ def _hold(lock: int, path: Path) -> None:
         os.ftruncate(lock, 0)
         os.write(lock, json.dumps(holder).encode() + b"\n")
     except BlockingIOError:
-        raise WorkdirError(
-            "another run holds the work directory",
-            f"{path}: {_describe(os.pread(lock, 1 << 16, 0))}",
-            "wait for that run, stop it, or choose another work directory",
-        ) from None
+        raise _held(path, lock) from None
     except OSError as error:
         raise _unusable(path, error) from None
 
