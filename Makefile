@@ -23,7 +23,7 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-peers test-plan check format docs lock bench clean
+.PHONY: help train smoke test test-faults test-kernels test-peers test-plan check format docs lock bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ smoke: $(VENV)/.installed-dev ## Run the tests marked `smoke`, in less than a mi
 
 test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' selects some
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.installed-dev ## Disturb training from outside: signals, stuck workers, files that cannot be written
+	$(BIN)/python -m pytest -m faults --dist=load $$(grep -rl --include='test_*.py' 'mark\.faults' tests) $(ARGS)
 
 test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/howto/weights.md
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)

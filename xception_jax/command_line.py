@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import FIELDS, unknown_field
+from xception_jax.config.fields import MAX_INTEGER
 from xception_jax.config.shipped import find_config
 from xception_jax.environment import SCRIPT, program
 from xception_jax.errors import ConfigError, UsageError, UserError
@@ -38,6 +39,21 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Returns the help text."""
         return _with_program(super().format_help())
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Returns the type of an argument that is a whole number of at least `low`."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if not low <= value <= MAX_INTEGER:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a whole number of at least {low:,}, at most {MAX_INTEGER:,}"
+            )
+        return value
+
+    convert.__name__ = "int"  # in the message about what is no number
+    return convert
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xception_jax.command_line import at_least
 from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.errors import BadDataError, ConfigError, UsageError
 from xception_jax.files import sha256
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="whose names the tensors get (default: keras for OUT.weights.h5, else ours)"
     )
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument(
         "--model",
         metavar="NAME|FILE",
@@ -64,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="require the classifier, or leave it out; by default it is read if it fits",
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line or as JSON; or 'imagenet'")
-    parser.add_argument("--size", type=int, help="side of the images in pixels, if the file does not specify it")
+    parser.add_argument(
+        "--size", type=at_least(1), help="side of the images in pixels, if the file does not specify it"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.user_files import require_directory
 from xception_jax.weights.sources import require_known
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="*", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--out", required=True, metavar="FILE.npz|FILE.csv", help="where to save the features")
     parser.add_argument("--labels", choices=("folder",), help="label each image with the name of its folder")
     parser.add_argument("--dataset", metavar="NAME", help="embed a split of a dataset with its labels")

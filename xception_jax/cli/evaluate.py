@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 
+from xception_jax.command_line import at_least
 from xception_jax.errors import UsageError
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.user_files import require_directory
@@ -34,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
     parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
     parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
-    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of the run (default: the newest intact one)")
     parser.add_argument(
         "--data_dir", metavar="DIR", help="directory of the datasets (default: that of the run, or that of TFDS)"
     )
-    parser.add_argument("--batch_size", type=int, help="images per batch, over all devices")
+    parser.add_argument("--batch_size", type=at_least(1), help="images per batch, over all devices")
     parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
     parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict, printable
 from xception_jax.files import write_atomically
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
     parser.add_argument(

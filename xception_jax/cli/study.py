@@ -9,6 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
 from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import local_directory, write_atomically
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="another study directory whose finished cells are copied where the config is equal; may be repeated",
     )
-    run.add_argument("--cell", type=int, metavar="N", help="run only cell N, as each job of a job array does")
+    run.add_argument("--cell", type=at_least(0), metavar="N", help="run only cell N, as each job of a job array does")
     run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
     run.add_argument("--print", action="store_true", help="print the arms and their costs without training")
 
