@@ -47,9 +47,7 @@ def at_least(low: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
         value = int(text)
         if not low <= value <= MAX_INTEGER:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a whole number of at least {low:,}, at most {MAX_INTEGER:,}"
-            )
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low:,} to {MAX_INTEGER:,}")
         return value
 
     convert.__name__ = "int"  # in the message about what is no number

@@ -65,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="require the classifier, or leave it out; by default it is read if it fits",
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line or as JSON; or 'imagenet'")
-    parser.add_argument(
-        "--size", type=at_least(1), help="side of the images in pixels, if the file does not specify it"
-    )
+    parser.add_argument("--size", type=at_least(1), help="side of the images in pixels, if the file does not say it")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data_dir", metavar="DIR", help="directory of the datasets (default: that of the run, or that of TFDS)"
     )
-    parser.add_argument("--batch_size", type=at_least(1), help="images per batch, over all devices")
+    parser.add_argument("--batch_size", type=int, help="images per batch, over all devices")
     parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
     parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
     parser.add_argument(
