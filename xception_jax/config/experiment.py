@@ -40,7 +40,10 @@ class DataConfig(Section):
     synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 
     def check(self) -> None:
-        """Refuses an interval that is none."""
+        """Refuses an interval that is none, and a run without images."""
+        if not self.train_split.strip():
+            fix = "set it to a split, such as 'train' or 'train[:98%]'"
+            raise ConfigError("config.data.train_split is empty", "config.data.train_split", fix)
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ConfigError(

@@ -18,7 +18,6 @@ import numpy as np
 from xception_jax.data import images
 from xception_jax.data.sources import Source
 from xception_jax.environment import command, installed_versions, peak_memory
-from xception_jax.errors import StorageError
 from xception_jax.evaluation.evaluate import name_examples
 from xception_jax.explain.tiles import heat_maps
 from xception_jax.metrics import Metric, main_metric
@@ -32,6 +31,7 @@ from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbna
 from xception_jax.reports.run import Judged, Live, RunInfo, mark_stopped, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
+from xception_jax.user_files import writing
 from xception_jax.weights import Network, Preprocessing
 
 _LIVE_IMAGES_SECONDS = 0.1
@@ -120,11 +120,8 @@ def summarize_run(
         elif development is not None:
             judged = _judge(experiment, "dev", development, variables=variables)
         groups = judged.judgement.groups if judged is not None else None
-        try:
+        with writing("report", report, "free some space and run the same command again: it only writes the report"):
             _write(experiment, workdir, entries, info, judged)
-        except OSError as error:
-            fix = "free some space and run the same command again: it only writes the report"
-            raise StorageError(f"the report cannot be written: {error.strerror}", str(report), fix) from None
     step = experiment.total_steps
     return Summary(
         step, groups, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from xception_jax.data.images import Preprocessing
+from xception_jax.user_files import read_json
 from xception_jax.weights import guard
 
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
@@ -54,8 +54,8 @@ def describe(
 def read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a `config.json` of timm, or None if there is none."""
     try:
-        described = json.loads(path.read_text()) if path.stat().st_size <= guard.SMALL else None
-    except (OSError, ValueError, RecursionError):
+        described = read_json(path, limit=guard.SMALL)
+    except (OSError, ValueError):
         return None
     is_timm = isinstance(described, dict) and isinstance(described.get("pretrained_cfg"), dict)
     return described if is_timm else None
