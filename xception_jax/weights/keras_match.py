@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import h5py
+import numpy as np
 
 from xception_jax.errors import BadDataError
 from xception_jax.weights import tree
@@ -20,7 +20,7 @@ Targets = Sequence[KerasLayer[str]]
 class Backbone(NamedTuple):
     """The network below its classifier, and all other layers of the file in order."""
 
-    tensors: dict[str, h5py.Dataset]  # by the name of our variable
+    tensors: dict[str, np.ndarray]  # by the name of our variable
     beside: list[FileLayer]  # in the same submodel
     outside: list[FileLayer]  # in other submodels
 
@@ -42,7 +42,7 @@ def find_backbone(file: KerasFile, targets: Targets, network: str, where: str) -
     return Backbone(assign(wanted, layers), beside, outside)
 
 
-def assign(targets: Targets, layers: Sequence[FileLayer]) -> dict[str, h5py.Dataset]:
+def assign(targets: Targets, layers: Sequence[FileLayer]) -> dict[str, np.ndarray]:
     """Returns the tensors of the layers by the names of the targets' variables."""
     pairs = zip(targets, layers, strict=True)
     return {name: tensor for target, layer in pairs for name, tensor in zip(target.leaves, layer.leaves, strict=True)}
