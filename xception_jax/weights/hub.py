@@ -9,6 +9,7 @@ from typing import Any
 
 from xception_jax.data.images import Preprocessing
 from xception_jax.errors import UserError
+from xception_jax.weights.network import described_preprocessing
 from xception_jax.weights.regular import open_regular
 from xception_jax.weights.untrusted_json import parse_object
 
@@ -39,7 +40,7 @@ def describe(
                 _, height, value = value
                 if height != value:
                     raise ValueError("our images are square")
-            preprocessing = Preprocessing.from_fields(dataclasses.asdict(preprocessing) | {ours: value})
+            preprocessing = described_preprocessing(dataclasses.asdict(preprocessing) | {ours: value})
         except (ValueError, TypeError, KeyError, OverflowError):
             used = getattr(default, ours)
             notes.append(f"{theirs} {_short(given[theirs])} in {path.name} is not supported; using {used}")

@@ -14,9 +14,11 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from xception_jax.errors import BadDataError
 from xception_jax.weights.content import ARCHITECTURE, LEGACY, Content, Group
 from xception_jax.weights.keras_architecture import LayerConfig
 from xception_jax.weights.keras_layers import BACKBONE, KerasLayer, natural, of_kind
+from xception_jax.weights.limits import COPY_AGAIN
 from xception_jax.weights.untrusted_json import parse_object
 
 FileLayer: TypeAlias = KerasLayer[np.ndarray]
@@ -24,6 +26,7 @@ _WEIGHT_NAME = re.compile(
     r"(.+?)[/_](depthwise_kernel|pointwise_kernel|kernel|bias|gamma|beta|moving_mean|moving_variance|running_mean|"
     r"running_std|W|b|mean|variance|count)(?:_\d+)?(?::0)?"
 )
+_MAX_LAYERS = 20_000  # in an architecture; Inception V3 has 311
 _RUNNING_AVERAGES = ("moving_mean", "moving_variance", "running_mean", "running_std")
 
 
@@ -46,7 +49,11 @@ def layers_of(content: Content[np.ndarray], where: str) -> KerasFile:
     """Returns the layers in a Keras file of any format; `BadDataError` if its architecture is malformed."""
     architecture = parse_object(content.texts.get(ARCHITECTURE, "{}"), where)
     submodels = (_legacy if content.format == LEGACY else _tree)(content.groups)
-    return KerasFile(submodels, LayerConfig.from_json(architecture))
+    outermost = LayerConfig.from_json(architecture)
+    if sum(1 for _ in outermost.flat()) > _MAX_LAYERS:
+        what = f"the weight file is refused: its architecture has more than {_MAX_LAYERS:,} layers"
+        raise BadDataError(what, where, COPY_AGAIN)
+    return KerasFile(submodels, outermost)
 
 
 def _layer(path: str, tensors: Sequence[np.ndarray], keras_name: str) -> FileLayer | None:

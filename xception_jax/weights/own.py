@@ -22,7 +22,7 @@ from xception_jax.errors import BadDataError, StorageError, UserError
 from xception_jax.files import free_space, write_atomically
 from xception_jax.weights import tree
 from xception_jax.weights.limits import COPY_AGAIN
-from xception_jax.weights.network import Network, Preprocessing, both_names
+from xception_jax.weights.network import Network, both_names, described_preprocessing
 from xception_jax.weights.untrusted_json import parse_object
 
 METADATA = "xception_jax"
@@ -79,7 +79,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     description = parse_object(metadata[METADATA], path)
     try:
         model = resolve_model(description["model"])
-        preprocessing = Preprocessing.from_fields(description["preprocessing"])
+        preprocessing = described_preprocessing(description["preprocessing"])
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
         multi_label = bool(description.get("multi_label", False))  # older files lack this key
         digest = description["tensors_sha256"]
