@@ -37,3 +37,27 @@ def own_file(path: Path, metadata: str | None = None, **model: object) -> None:
     }
     tensors = {"params/block1_conv1/kernel": np.ones((3, 3, 3, 2), np.float32)}
     safetensors.numpy.save_file(tensors, path, {"xception_jax": metadata or json.dumps(description)})
+
+
+def hanging(path: Path) -> None:
+    """Writes a file in which libhdf5 walks for ever: an object among the strings has the size 0."""
+    with h5py.File(path, "w") as file:
+        file["layers/conv2d/vars/0"] = np.ones((3, 3, 3, 32), np.float32)
+        file.attrs.create("layer_names", np.array(["conv", "norm"], dtype=object), dtype=h5py.string_dtype())
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"GCOL")
+    content[heap + 24 : heap + 32] = bytes(8)
+    path.write_bytes(content)
+
+
+def readers(path: Path) -> list[int]:
+    """Returns the processes that read a weight file, which is an argument of theirs; only on Linux."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (directory / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if b"weights.child" in command and str(path).encode() in command:
+            found.append(int(directory.name))
+    return found

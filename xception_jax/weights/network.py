@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 from xception_jax.config import ModelConfig
 from xception_jax.data.images import Preprocessing
 
-
 MAX_SIDE = 4096
 """Largest side of a network's input, in pixels, that a file may ask for: images are allocated before they are read."""
 
