@@ -57,7 +57,7 @@ def load_network(
             what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
             raise UsageError(what, str(path), "leave the model out: the file describes itself")
         return _finished(network, source.name, size or network.preprocessing.size)
-    imported = _import(content, path, model, head)
+    imported = import_content(content, path, model, head)
     network, notes = dataclasses.replace(imported.network, sha256=sha256), imported.notes
     if source.release is not None or md5 in KERAS_FILES:
         imagenet = tuple(class_names())
@@ -117,7 +117,7 @@ def _content(path: Path) -> Content[np.ndarray]:
         return reader.content()
 
 
-def _import(content: Content[np.ndarray], path: Path, model: ModelConfig | None, head: bool | None) -> Imported:
+def import_content(content: Content[np.ndarray], path: Path, model: ModelConfig | None, head: bool | None) -> Imported:
     """Reads a network of another library from the content of a file."""
     if content.format == SAFETENSORS:
         return import_timm(content.tensors, path, model, head)

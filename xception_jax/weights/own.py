@@ -29,6 +29,7 @@ METADATA = "xception_jax"
 _VERSION = 1
 _BLOCKS_BESIDE_THE_MIDDLE = 6  # of Xception: four before the middle flow and two after it
 _MAX_KERNEL = 21  # the time to build a network grows with the square of the elements of a kernel; the paper has 3
+_MAX_REASON = 300  # characters
 _MAX_CLASSES = 1 << 24  # where no tensor shows them
 
 
@@ -84,7 +85,8 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         multi_label = bool(description.get("multi_label", False))  # older files lack this key
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
-        raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
+        reason = " ".join((error.what if isinstance(error, UserError) else str(error)).split())[:_MAX_REASON]
+        raise BadDataError(f"the description of the weights cannot be read: {reason}", path, COPY_AGAIN) from None
     _require_shown(model, tensors, path)
     network = Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
     if network.has_single_logit and classes is not None:  # older files name only the second class
