@@ -15,15 +15,20 @@ PLATFORM := $(shell $(PYTHON) -c 'import platform, sys; print(*sys.version_info[
 ifeq ($(PLATFORM),$(LOCKED_PLATFORM))
 REQUIREMENTS := requirements.lock
 REQUIREMENTS_DEV := requirements-dev.lock
+REQUIREMENTS_BUILD := requirements-build.lock
+REQUIREMENTS_TOOLS := requirements-tools.lock
+HASHES := --require-hashes
 else
 REQUIREMENTS := requirements.txt
 REQUIREMENTS_DEV := requirements-dev.txt
+REQUIREMENTS_BUILD := requirements-build.txt
+REQUIREMENTS_TOOLS := requirements-tools.txt
 endif
 PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-peers test-plan check format docs lock bench clean
+.PHONY: help train smoke test test-kernels test-faults soak test-peers test-plan check format docs lock audit sbom bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +49,12 @@ test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Com
 test-kernels: $(VENV)/.installed-dev ## Test the CPU kernels from clang++, for AVX2, and with an address sanitizer
 	$(BIN)/python -m pytest -m kernels --dist=load tests/ops $(ARGS)
 
+test-faults: $(VENV)/.installed-dev ## Inject the faults of docs/explanation/reliability.md; ARGS='1 44' selects some
+	$(BIN)/python -m tests.faults $(ARGS)
+
+soak: ## Kill one run thirty times, and compare its bits with those of a run that was left alone
+	$(MAKE) test-faults ARGS=44
+
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/howto/plan.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
 
@@ -61,9 +72,17 @@ format: $(VENV)/.installed-dev ## Rewrite the files as `make check` wants them
 docs: $(VENV)/.installed-dev ## Build the documentation into docs/_build/html; warnings are errors
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -b html -E -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 
-lock: .venv-lock/bin/uv ## Write the lock files from requirements*.txt; ARGS=--upgrade takes the newest versions
+lock: .venv-lock/.installed ## Write the lock files from requirements*.txt; ARGS=--upgrade takes the newest versions
 	$(UV_COMPILE) $(ARGS) --output-file requirements.lock requirements.txt
 	$(UV_COMPILE) $(ARGS) --constraints requirements.lock --output-file requirements-dev.lock requirements-dev.txt
+	$(UV_COMPILE) $(ARGS) --constraints requirements-dev.lock --output-file requirements-build.lock requirements-build.txt
+	$(UV_COMPILE) $(ARGS) --output-file requirements-tools.lock requirements-tools.txt
+
+audit: .venv-lock/.installed ## Look up the known vulnerabilities of the locked packages; 74 if some cannot be checked
+	@.venv-lock/bin/python .ci/audit.py .venv-lock/bin/pip-audit requirements-dev.lock requirements-build.lock requirements-tools.lock
+
+sbom: .venv-lock/.installed ## Write sbom.json, the bill of materials (CycloneDX) of what requirements.lock installs
+	.venv-lock/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible --validate --output-file sbom.json requirements.lock
 
 bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure beside peers; ARGS='--cases=small,train'
 	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
@@ -72,19 +91,20 @@ clean: ## Remove the virtual environments and caches, but not the runs
 	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .pytest_cache .ruff_cache .mypy_cache
 
 # The package itself is installed editable: notebooks find it, and changes take effect at once.
-$(VENV)/.installed: requirements.txt $(REQUIREMENTS) pyproject.toml setup.py
+$(VENV)/.installed: requirements.txt $(REQUIREMENTS) $(REQUIREMENTS_BUILD) pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP_INSTALL) -r $(REQUIREMENTS)
-	$(BIN)/$(PIP_INSTALL) --no-deps --editable .
+	$(BIN)/$(PIP_INSTALL) $(HASHES) -r $(REQUIREMENTS) -r $(REQUIREMENTS_BUILD)
+	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(REQUIREMENTS_DEV) $(VENV)/.installed
-	$(BIN)/$(PIP_INSTALL) -r $(REQUIREMENTS_DEV)
+	$(BIN)/$(PIP_INSTALL) $(HASHES) -r $(REQUIREMENTS_DEV)
 	touch $@
 
-.venv-lock/bin/uv:
-	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/$(PIP_INSTALL) uv
+.venv-lock/.installed: $(REQUIREMENTS_TOOLS)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/$(PIP_INSTALL) $(HASHES) -r $<
+	touch $@
 
 .venv-peers/.installed: benchmarks/requirements.txt
 .venv-peers/.installed:

@@ -6,12 +6,14 @@ import contextlib
 import os
 import re
 import resource
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from xception_jax.names import command_line
+
 SCRIPT = "xception-jax"
+APPLICATION = "xception_jax"
 _MODULE = "python -m xception_jax"
 
 # Settings of glibc's allocator for training on a CPU. It enables huge pages, and keeps up to 1 GiB of freed memory for
@@ -30,8 +32,8 @@ def program() -> str:
 def command() -> str:
     """Returns the command that started this process, as it would be typed in a shell."""
     if Path(sys.argv[0]).name == SCRIPT:
-        return shlex.join([SCRIPT, *sys.argv[1:]])
-    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+        return command_line([SCRIPT, *sys.argv[1:]])
+    return command_line([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
 def restart_with_allocator() -> None:
@@ -73,6 +75,22 @@ def _has_glibc() -> bool:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
     except (ValueError, OSError):
         return False
+
+
+def cache_directory() -> Path | None:
+    """Returns the directory of this user for files that can be made again: `$XDG_CACHE_HOME/xception_jax`, or similar.
+
+    Returns:
+      An absolute path, or None if there is none: XDG_CACHE_HOME is relative, or this user has no home directory, such
+      as a user of a container who is not in its list of users.
+    """
+    import platformdirs
+
+    try:
+        path = platformdirs.user_cache_path(APPLICATION)
+    except RuntimeError:  # newer versions; older ones return a path that begins with ~
+        return None
+    return path if path.is_absolute() else None
 
 
 def peak_memory() -> int:

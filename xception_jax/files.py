@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
+import io
 import os
+import re
 import resource
+import secrets
 import shutil
+import stat
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from xception_jax.errors import ConfigError
@@ -31,18 +40,77 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
       OSError: the file could not be written. It is unchanged, and no temporary file is left.
     """
     path = Path(path)
-    # In the same directory, because a rename is atomic only within a file system.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # In the same directory, because a rename is atomic only within a file system. The name is cut, because it grows.
+    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
+            # Tells `remove_leftovers` that the writer is alive; the kernel releases it when the process ends.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # must come before the rename, so that the name never refers to missing bytes
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+# Names of temporary files of `write_atomically`, now and in earlier versions, whose names are less peculiar.
+_TEMPORARY = re.compile(r".+\.(\d+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_EARLIER = re.compile(r"(?:[a-z_]+\.(?:json|jsonl|html|npz|txt|csv|md|svg)|run_id|wandb_id)\.(\d+)\.tmp")
+_JUST_NOW = 60.0  # seconds
+
+
+def remove_leftovers(directories: Iterable[Path]) -> None:
+    """Deletes the temporary files of `write_atomically` whose writers were killed. Leaves all others, and links.
+
+    Args:
+      directories: where to look, not below them. They need not exist.
+    """
+    for directory in directories:
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in list(entries):
+                match = _TEMPORARY.fullmatch(entry.name) or _EARLIER.fullmatch(entry.name)
+                if match and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(OSError):
+                        _remove_if_abandoned(Path(entry.path), int(match[1]))
+
+
+def _remove_if_abandoned(path: Path, pid: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the writer is alive, on any host
+        # A process that has just created the file may not have locked it yet, and an earlier version does not lock it.
+        # An old file of a living process is that of a dead one with the same number.
+        if not _is_alive(pid) or time.time() - os.fstat(descriptor).st_mtime > _JUST_NOW:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True  # a process of another user
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
+
+
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
+    """Opens a regular file for reading. A pipe or a device, which could block for ever, is refused.
+
+    Raises:
+      OSError: the file cannot be opened, or is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def free_space(directory: str | os.PathLike) -> str:
@@ -66,9 +134,12 @@ def local_directory(path: str, where: str) -> Path:
       where: the flag or field that gave it, for the error.
 
     Raises:
-      ConfigError: the path is empty, or is the address of an object store.
+      ConfigError: the path is empty, is the address of an object store, or begins with ~ and there is no such home.
     """
     if not path or "://" in path:
         what = "is not supported: locks and renames need a file system" if path else "is empty"
         raise ConfigError(f"the directory {path!r} {what}", where, "use a local directory")
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"there is no home directory for {path!r}", where, "give the whole path") from None

@@ -1,54 +1,22 @@
-"""Connects processes, builds the device mesh, and shards batches over all of its axes and parameters over `fsdp`."""
+"""Builds the device mesh, and shards batches over all of its axes and parameters over `fsdp`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from xception_jax.config import DistributedConfig, MeshConfig
+from xception_jax.config import MeshConfig
 from xception_jax.errors import ConfigError
 
 AXES = ("data", "fsdp")
 T = TypeVar("T")
 
 DeviceBatch = dict[str, jax.Array]  # a global batch, sharded over the devices
-
-# Environment variables in which a cluster specifies the number of processes. JAX then finds the other processes.
-_CLUSTER = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES", "JAX_NUM_PROCESSES")
-
-
-def start_distributed(distributed: DistributedConfig) -> None:
-    """Connects to the other processes of this run, if there are any.
-
-    They are given by `config.distributed` if its `coordinator` is set, and otherwise detected on TPU pods, Slurm and
-    MPI.
-    """
-    if distributed.coordinator:
-        jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
-        return
-    tasks = any(os.environ.get(name, "1") not in ("", "1") for name in _CLUSTER)
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if tasks or pod:
-        jax.distributed.initialize()
-
-
-def check_processes() -> None:
-    """Raises ConfigError if this process is one of several that are not connected.
-
-    On a TPU slice, JAX counts the processes of all hosts even if they are not connected.
-    """
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise ConfigError(
-            f"this is process {jax.process_index()} of {jax.process_count()}, but they are not connected",
-            "config.distributed",
-            "set config.distributed.coordinator=HOST:PORT, num_processes and process_id on every host",
-        )
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -126,3 +94,11 @@ def gathered(tree: T) -> T:
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Builds a global batch from the local batches of all processes."""
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
+
+
+def from_primary(value: int) -> int:
+    """Returns the value of process 0 on every process. It may be larger than any dtype. A collective."""
+    if jax.process_count() == 1:
+        return value
+    content = np.frombuffer(value.to_bytes(128, "big", signed=True), np.uint8)
+    return int.from_bytes(bytes(multihost_utils.broadcast_one_to_all(content)), "big", signed=True)

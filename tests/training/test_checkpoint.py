@@ -20,6 +20,7 @@ import optax
 import pytest
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
+from xception_jax.training import digest
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.fingerprint import named_leaves, state_fingerprint, tree_signature
 
@@ -131,7 +132,7 @@ def test_keeps_the_latest_and_the_best_also_of_an_earlier_run(tmp_path):
         ) as checkpoints:
             for step in steps:
                 checkpoints.save(step, state_at(step), {"top1": scores[step]})
-    assert sorted(os.listdir(tmp_path)) == ["1", "4", "5"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "4", "5", "run_id"]
 
 
 def test_saving_a_step_again(tmp_path):
@@ -257,7 +258,7 @@ def test_without_manifest_the_step_is_verified_by_reading_it(tmp_path):
     (tmp_path / "10" / "manifest.json.1.tmp").write_text(manifest[:50])  # killed while it was being written
     step, lines = latest(tmp_path)
     assert step == 10
-    assert lines == ["checkpoint 10 had no manifest; it is readable, so a manifest is added"]
+    assert lines == ["checkpoint 10 had no manifest; its content matches its digest, so a manifest is added"]
     assert (tmp_path / "10" / "manifest.json").read_text() == manifest
     assert latest(tmp_path) == (10, [])
 
@@ -308,16 +309,16 @@ def test_another_model_is_refused_with_a_table_and_left_in_place(tmp_path):
     with Checkpoints(tmp_path, report=lambda line: None) as checkpoints:
         with pytest.raises(BadDataError, match="21 of 22 parameters differ") as caught:
             checkpoints.restore_latest(wanted)
-    table = caught.value.where.splitlines()
+    table = caught.value.details
     assert caught.value.exit_code == 65
-    assert table[0] == str(tmp_path / "10")
-    assert [line.split() for line in table[1:4]] == [
+    assert caught.value.where == str(tmp_path / "10")
+    assert [line.split() for line in table[:3]] == [
         ["parameter", "stored", "wanted"],
         ["new00", "-", "float32[1]"],
         ["new01", "-", "float32[1]"],
     ]
-    assert table[-1] == "    and 11 more"
-    assert len(table) == 1 + 1 + 10 + 1
+    assert table[-1] == "and 11 more"
+    assert len(table) == 1 + 10 + 1
     del wanted["step"]
     wanted["params"]["kernel"] = jax.ShapeDtypeStruct((512, 32), jnp.float32)
     with Checkpoints(tmp_path, report=lambda line: None) as checkpoints:
@@ -396,7 +397,7 @@ def test_killed_between_commit_and_manifest(tmp_path):
         with Checkpoints(sys.argv[1], report=say) as checkpoints:
             checkpoints.save(1, state_at(1))
             checkpoints.wait()
-            manifest.write = lambda *_: os.kill(os.getpid(), 9)
+            manifest.write = lambda *_, **__: os.kill(os.getpid(), 9)
             checkpoints.save(2, state_at(2))
         """,
         tmp_path,
@@ -405,7 +406,10 @@ def test_killed_between_commit_and_manifest(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert output == "saved checkpoint 1\n"
     assert (tmp_path / "2").exists()
-    assert latest(tmp_path) == (2, ["checkpoint 2 had no manifest; it is readable, so a manifest is added"])
+    assert latest(tmp_path) == (
+        2,
+        ["checkpoint 2 had no manifest; its content matches its digest, so a manifest is added"],
+    )
 
 
 # --- storage that fails ----------------------------------------------------------------------------------------------
@@ -476,7 +480,7 @@ def test_no_room_ends_the_process_with_74(tmp_path):
     assert lines[1].endswith(" bytes free, files limited to 100 bytes)")
     assert lines[2] == "  fix:   free some space and run the same command to resume from step 1"
     assert output == "saved checkpoint 1\n"
-    assert os.listdir(tmp_path) == ["1"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "run_id"]
     assert latest(tmp_path) == (1, [])
 
 
@@ -538,8 +542,9 @@ def test_save_on_eight_devices_restore_on_fewer(tmp_path):
         say(f"{step} {len(state['params']['kernel'].sharding.device_set)} {state_fingerprint(state)}")
     """)
     assert latest(tmp_path) == (7, [])  # one device, in this process
+    (tmp_path / "7" / "manifest.json").unlink()
     for devices in (4, 2):
-        assert output_of(restore, tmp_path, devices=devices) == f"7 {devices} {state_fingerprint(state_at(7))}\n"
+        assert output_of(restore, tmp_path, devices=devices).endswith(f"7 {devices} {state_fingerprint(state_at(7))}\n")
 
 
 def test_two_processes_agree_on_the_step(tmp_path, free_port):
@@ -575,9 +580,24 @@ def test_two_processes_agree_on_the_step(tmp_path, free_port):
         end = f"2 {state_fingerprint(state_at(2))}"
         said = [line for line in output.splitlines() if line.startswith(("checkpoint", end))]
         assert "falling back to checkpoint 2" in said[-3], outcomes
-        assert said[-2:] == ["checkpoint 2 had no manifest; it is readable, so a manifest is added", end], outcomes
+        assert said[-2:] == [
+            "checkpoint 2 had no manifest; its content matches its digest, so a manifest is added",
+            end,
+        ], outcomes
     assert (tmp_path / "2" / "manifest.json").exists()
     assert sorted(os.listdir(tmp_path))[:2] == ["2", "3.corrupt-" + sorted(os.listdir(tmp_path))[1][10:]]
+    # Each process has hashed what it holds, and one process verifies the whole.
+    assert sorted(digest.read(tmp_path / "2").arrays["params/kernel"]["parts"]) == [
+        "0:128,0:64",
+        "128:256,0:64",
+        "256:384,0:64",
+        "384:512,0:64",
+    ]
+    (tmp_path / "2" / "manifest.json").unlink()
+    assert latest(tmp_path) == (
+        2,
+        ["checkpoint 2 had no manifest; its content matches its digest, so a manifest is added"],
+    )
 
 
 @pytest.fixture

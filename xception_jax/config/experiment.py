@@ -93,9 +93,12 @@ class DistributedConfig(Section):
 
     path: ClassVar[str] = "distributed."
 
+    start: str = choice("auto", ("auto", "on", "off"), "local: auto connects the processes that a launcher started")
     coordinator: str = text("", "local: host:port of process 0; empty lets the cluster tell, or runs one process")
     num_processes: int = integer(1, 1, "local: with a coordinator")
     process_id: int = integer(0, 0, "local: with a coordinator")
+    timeout: int = integer(300, 1, "local: seconds in which all processes have to connect")
+    heartbeat: int = integer(60, 2, "local: seconds without a sign of life after which a process is lost")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Manages checkpoints: Orbax writes them, and a manifest proves that they are intact.
+"""Manages checkpoints: Orbax writes them, and a digest and a manifest prove that they are intact.
 
-Orbax restores a flipped bit without an error, so every file is verified against the manifest. The order of a save must
-hold, because the process may be killed at any point: Orbax writes `<step>.orbax-checkpoint-tmp` and renames it to
-`<step>`; the digests of the files are written to `<step>/manifest.json`; the step is reported as saved.
+Orbax restores a flipped bit without an error, and the state of another step if directories are renamed. So each step
+has a digest of its content (`digest.py`), and its files are verified before Orbax reads them. The order of a save must
+hold, because the process may be killed at any point: Orbax writes the state and its digest to
+`<step>.orbax-checkpoint-tmp` and renames it to `<step>`; all files are synced to disk and their digests written to
+`<step>/manifest.json`; the step is reported as saved.
 """
 
 from __future__ import annotations
@@ -17,33 +19,35 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
-from xception_jax.files import free_space, write_atomically
-from xception_jax.training import manifest
+from xception_jax.files import free_space
+from xception_jax.parallel import from_primary
+from xception_jax.training import digest, manifest
+from xception_jax.training.digest import DigestArgs, DigestHandler, host_parts
 from xception_jax.training.fingerprint import compare_signatures, tree_fingerprint, tree_signature, versions
 from xception_jax.training.manifest import DamagedError
 from xception_jax.training.preservation import LatestOrBest
-
-_REASON = "damage.txt"  # says why a directory was set aside
+from xception_jax.training.verification import (
+    damage_on_all_processes,
+    find_run_id,
+    keep_run_id,
+    read_reason,
+    set_aside,
+    verify_step,
+)
 
 # Orbax logs each error with its traceback before raising it, and warns about files that it did not write. This module
 # raises everything that concerns the user, as a UserError.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-
-
-def _from_primary(value: int) -> int:
-    """Returns the value of process 0 on every process."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @dataclasses.dataclass
@@ -109,10 +113,11 @@ class Checkpoints:
             # Otherwise a read-only directory delays the exit by 300 seconds.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        # In this order: the digest covers the files of the state.
+        handlers = {digest.STATE: ocp.StandardCheckpointHandler(), digest.ITEM: DigestHandler()}
         try:
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, item_handlers=ocp.StandardCheckpointHandler()
-            )
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+            self._run = self._identify()
         except OSError as error:
             raise StorageError(
                 f"the checkpoint directory cannot be used: {error.strerror or error}",
@@ -123,6 +128,13 @@ class Checkpoints:
         for step in self.steps():
             with contextlib.suppress(DamagedError):
                 self._score(step, manifest.read(self._path(step)).get("metrics", {}))
+
+    def _identify(self) -> str:
+        """Returns the identifier of the run on all processes, a new one for a new directory."""
+        run = find_run_id(self._directory, self.steps()) if self._primary else ""
+        if self._primary and not self._read_only:
+            run = keep_run_id(self._directory, run)
+        return f"{number:032x}" if (number := from_primary(int(run or "0", 16))) else ""
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -137,7 +149,8 @@ class Checkpoints:
         except StorageError as lost:
             if error is None:
                 raise
-            self._report(str(lost))
+            for line in str(lost).split("\n"):
+                self._report(line)
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first. They are verified only when they are restored."""
@@ -163,6 +176,7 @@ class Checkpoints:
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         record = {
             "step": step,
+            "run": self._run,
             "identity": self._identity,
             "versions": versions(),
             "tree": tree_fingerprint(state),
@@ -173,10 +187,10 @@ class Checkpoints:
         try:
             if step in self._manager.all_steps():
                 self._manager.delete(step)
+            items = {digest.ITEM: DigestArgs(record, host_parts(state)), digest.STATE: ocp.args.StandardSave(state)}
+            metadata = {"record": json.dumps(record)}  # where earlier versions look for it
             # Without `force`, Orbax silently skips a step that is older than the newest.
-            self._manager.save(
-                step, args=ocp.args.StandardSave(state), force=True, custom_metadata={"record": json.dumps(record)}
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True, custom_metadata=metadata)
         except OSError as error:
             raise self._save_failed(step, num_bytes, error) from error
         self._pending = _Pending(step, num_bytes, self._background.submit(self._finish, record))
@@ -235,7 +249,7 @@ class Checkpoints:
         every = self._policy.regular_every if regular else 1
 
         def newest(below: float) -> int:
-            return _from_primary(max((s for s in self.steps() if s < below and s % every == 0), default=-1))
+            return from_primary(max((s for s in self.steps() if s < below and s % every == 0), default=-1))
 
         step = newest(math.inf)
         while step >= 0:
@@ -246,9 +260,7 @@ class Checkpoints:
                 damaged[self._set_aside(step, str(error), older)] = str(error)
             step = older
         # Include what an earlier run has set aside. Otherwise a second attempt would silently start from step 0.
-        for path in sorted(self._directory.glob("*.corrupt-*")):
-            reason = path / _REASON
-            damaged[path.name] = reason.read_text() if reason.exists() else "damaged"
+        damaged |= {path.name: read_reason(path) for path in sorted(self._directory.glob("*.corrupt-*"))}
         if damaged:
             raise BadDataError(
                 "every checkpoint is damaged",
@@ -276,30 +288,26 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         """Verifies a step, compares it with the expected model and dataset, and reads it."""
-        has_manifest = bool(_from_primary((self._path(step) / manifest.NAME).exists()))
-        if has_manifest:
-            with _damage_on_all_processes(DamagedError):
-                if self._primary:
-                    manifest.verify(self._path(step))
-        # A process that is killed just after the commit leaves no manifest. Reading the step then verifies it, and any
-        # error means damage. With a manifest the files are intact, so an error is a bug and keeps its traceback.
-        reading = contextlib.nullcontext if has_manifest else _damage_on_all_processes
-        with reading():
-            stored = tree_signature(self._manager.item_metadata(step))
+        with damage_on_all_processes():
+            verified = verify_step(self._path(step), step, self._run, read_files=self._primary)
+        with damage_on_all_processes():
+            stored = tree_signature(self._manager.item_metadata(step)[digest.STATE])
             if not stored:  # Orbax does not raise when it cannot read this
                 raise DamagedError("the names of its arrays cannot be read")
-            record = manifest.read(self._path(step)) if has_manifest else self._record(step)
         self._refuse_other_model(step, stored, tree_signature(abstract_state))
-        self._refuse_other_dataset(step, record)
+        self._refuse_other_dataset(step, verified.record)
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         restore = ocp.args.StandardRestore(abstract_state, fallback_sharding=one_device)
-        with reading():
-            state = self._manager.restore(step, args=restore)
-        if not has_manifest and not self._read_only:
-            self._report(f"checkpoint {step} had no manifest; it is readable, so a manifest is added")
+        # The files are intact, so an error is a bug and keeps its traceback.
+        state = self._manager.restore(step, args=ocp.args.Composite(**{digest.STATE: restore}))[digest.STATE]
+        if verified.digest is not None:
+            with damage_on_all_processes():
+                verified.digest.verify_arrays(state)
+        if not verified.has_manifest and not self._read_only:
+            self._report(f"checkpoint {step} had no manifest; its content matches its digest, so a manifest is added")
             if self._primary:
                 with contextlib.suppress(OSError):  # the disk is full; the next run verifies the step again
-                    manifest.write(self._path(step), record)
+                    manifest.write(self._path(step), verified.record)
         self._held_step = step
         return state
 
@@ -308,8 +316,9 @@ class Checkpoints:
         if differences:
             raise BadDataError(
                 f"checkpoint {step} holds a different model: {differences} of {len(wanted)} parameters differ",
-                f"{self._path(step)}\n{table}",
+                str(self._path(step)),
                 "use the config that it was trained with, or another work directory",
+                table,
             )
 
     def _refuse_other_dataset(self, step: int, record: dict[str, Any]) -> None:
@@ -321,19 +330,13 @@ class Checkpoints:
                 "restore the dataset, use another work directory, or set config.checkpoint.allow_dataset_change=True",
             )
 
-    def _record(self, step: int) -> dict[str, Any]:
-        """Returns the record that `save` passed to Orbax, for a step without a manifest."""
-        return json.loads((self._manager.metadata(step).custom_metadata or {}).get("record", "{}"))
-
     def _set_aside(self, step: int, reason: str, older: int) -> str:
         """Renames a damaged step so that Orbax and later runs ignore it. Returns its new name."""
         now = datetime.datetime.now(datetime.UTC)
         name = str(step) if self._read_only else f"{step}.corrupt-{now:%Y%m%dT%H%M%SZ}"
         if not self._read_only:
             if self._primary:
-                self._path(step).rename(self._directory / name)
-                with contextlib.suppress(OSError):  # the disk is full
-                    write_atomically(self._directory / name / _REASON, reason)
+                set_aside(self._path(step), self._directory / name, reason)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"set aside {step}")
             self._manager.reload()
@@ -354,7 +357,9 @@ class Checkpoints:
         """Waits until Orbax has committed a step and writes its manifest. Runs in the background thread."""
         self._manager.wait_until_finished()
         if self._primary:
-            manifest.write(self._path(record["step"]), record)
+            path = self._path(record["step"])
+            known = {name: entry for name, entry in digest.read(path).files.items() if name.startswith(digest.STATE)}
+            manifest.write(path, record, known)
 
     def _save_failed(self, step: int, num_bytes: int, error: Exception) -> StorageError:
         self._held_step = -1
@@ -371,20 +376,3 @@ class Checkpoints:
             f"{self._directory} (needs {num_bytes:,} bytes, {free_space(self._directory)})",
             f"free some space and run the same command to resume from step {last}",
         )
-
-
-@contextlib.contextmanager
-def _damage_on_all_processes(kind: type[Exception] = Exception) -> Iterator[None]:
-    """Converts an exception of the given kind on any process to a DamagedError on every process."""
-    reason = ""
-    try:
-        yield
-    except kind as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # the devices are out of memory; the checkpoint is not damaged
-        reason = str(error).split("\n")[0] or type(error).__name__
-    found = bool(reason)
-    if jax.process_count() > 1:
-        found = bool(np.any(multihost_utils.process_allgather(np.asarray(found))))
-    if found:
-        raise DamagedError(reason or "found by another process")

@@ -23,7 +23,9 @@ from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
-from xception_jax.parallel import DeviceBatch, batch_sharding, check_processes, start_distributed, to_devices
+from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
+from xception_jax.processes import check_processes, connected, together
+from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
@@ -58,16 +60,19 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
       UserError: one of its subclasses, each with its own exit code.
     """
     started = time.monotonic()
-    config = resolve(config)
+    requested = resolve(config)
     path = local_directory(workdir, "--workdir")
-    start_distributed(config.distributed)
-    config, initial = complete_config(config, path)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(open_workdir(path, config))
+        stack.enter_context(connected(requested.distributed, workdir))
+        agree_on_config_and_code(requested)
+        config, initial = together("network", lambda: complete_config(requested, path))
+        together("work directory", lambda: stack.enter_context(open_workdir(path, config)))
+        check_shared(path)
         preemption = stack.enter_context(Preemption(print_once))
         check_processes()
         with announce("reading the data and tracing the network", print_once):
-            experiment = make_experiment(config)
+            experiment = together("data", lambda: make_experiment(config))
+        agree_on_data(experiment.data.fingerprint)
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, path))
         with announce("restoring the newest checkpoint", print_once):
@@ -86,8 +91,11 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         loop = stack.enter_context(contextlib.closing(Loop(experiment, path, checkpoints, journal, preemption)))
         try:
             return loop.run(step, state)
-        except jax.errors.JaxRuntimeError as error:
-            raise out_of_memory(error, config) from error
+        except BaseException as error:
+            loop.mark_report_stopped()
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise out_of_memory(error, config) from error
+            raise
 
 
 def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
@@ -362,6 +370,13 @@ class Loop:
             )
         now = self.journal.seconds_since_start
         self.next_live_report = now + (now - started) / MAX_LIVE_SHARE
+
+    def mark_report_stopped(self) -> None:
+        """Marks the live report, if this directory has one, when the run ends early."""
+        if (self.workdir / "report.html").exists():
+            from xception_jax.training.summary import mark_report_stopped
+
+            mark_report_stopped(self.workdir, self.journal)
 
     def _evaluate_test(self) -> Predictions:
         """Evaluates on the test split and saves the predictions. The journal keeps the first result."""

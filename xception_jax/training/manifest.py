@@ -1,43 +1,48 @@
-"""Reads, writes and verifies the manifest of a directory: a record, and the size and SHA-256 of every file."""
+"""Reads and writes the manifest of a directory, a record and the size and SHA-256 of every file, and verifies files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xception_jax.files import sha256, sync_directory, write_atomically
+from xception_jax.files import open_regular, sync_directory, write_atomically
+from xception_jax.names import printable
 
 NAME = "manifest.json"
+
+# A full Xception has a digest of 0.2 MB. Larger files are not parsed.
+_MAX_BYTES = 64 << 20
 
 
 class DamagedError(Exception):
     """The contents of a directory have changed since they were written. The message is a short reason."""
 
 
-def write(directory: Path, record: dict[str, Any]) -> None:
+def write(directory: Path, record: dict[str, Any], known: Mapping[str, Any] | None = None) -> None:
     """Writes the manifest of all files in a directory, and syncs all of them to disk.
 
     Args:
       directory: the directory, whose files must not change afterwards.
       record: JSON-serializable data, returned by `read`.
+      known: results of `measure` for files that need not be read again.
 
     Raises:
       OSError: a file cannot be read, or the manifest cannot be written.
     """
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(NAME))
-    files = {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _synced_digest(path)}
-        for path in paths
-    }
+    paths = [path for path in files_below(directory) if not path.name.startswith(NAME)]
+    for path in paths:
+        _sync(path)
     # Sync the files, then their directories, then the manifest, so that a manifest that survives a power failure proves
     # that everything else did.
     for subdirectory in {path.parent for path in paths} | {directory, directory.parent}:
         sync_directory(subdirectory)
-    content = {"record": record, "files": files}
-    write_atomically(directory / NAME, json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n")
+    names = {path.relative_to(directory).as_posix(): path for path in paths}
+    files = {name: (known or {}).get(name) or measure(path) for name, path in names.items()}
+    write_atomically(directory / NAME, sealed({"record": record, "files": files}))
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -46,49 +51,107 @@ def read(directory: Path) -> dict[str, Any]:
     Raises:
       DamagedError: the manifest is missing or damaged.
     """
-    return _read(directory)["record"]
+    return read_content(directory / NAME)["record"]
 
 
-def verify(directory: Path) -> None:
-    """Reads every file in the manifest and compares its size and SHA-256.
+def files_below(directory: Path) -> list[Path]:
+    """Returns the files in a directory and below it, sorted."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def measure(path: Path) -> dict[str, Any]:
+    """Returns the size and the SHA-256 of a file.
 
     Raises:
-      DamagedError: the manifest is missing or damaged, or a file is missing or differs.
+      OSError: the file cannot be read, or is not a regular file.
     """
-    for name, entry in _read(directory)["files"].items():
-        path = directory / name
+    with open_regular(path) as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def compare_files(directory: Path, files: Mapping[str, Any]) -> None:
+    """Compares the files of a directory with results of `measure`, by name relative to the directory.
+
+    Raises:
+      DamagedError: a file is missing or differs.
+    """
+    for name, entry in files.items():
+        shown = printable(name)
         try:
+            path = directory / name
             size = path.stat().st_size
             if size != entry["size"]:
-                raise DamagedError(f"{name} has {size} bytes instead of {entry['size']}")
-            if sha256(path) != entry["sha256"]:
-                raise DamagedError(f"the SHA-256 of {name} differs")
+                raise DamagedError(f"{shown} has {size} bytes instead of {entry['size']}")
+            if measure(path)["sha256"] != entry["sha256"]:
+                raise DamagedError(f"the SHA-256 of {shown} differs")
         except FileNotFoundError:
-            raise DamagedError(f"{name} is missing") from None
+            raise DamagedError(f"{shown} is missing") from None
         except OSError as error:
-            raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
+            raise DamagedError(f"{shown} cannot be read: {error.strerror or error}") from None
+        except ValueError:  # a NUL or a lone surrogate
+            raise DamagedError(f"{shown} is not the name of a file") from None
 
 
-def _read(directory: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((directory / NAME).read_bytes())
-        seal = content.pop("sha256")
-    except FileNotFoundError:
-        raise DamagedError(f"{NAME} is missing") from None
-    except OSError as error:
-        raise DamagedError(f"{NAME} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, AttributeError):  # not text, not JSON, or not an object with a digest
-        raise DamagedError(f"{NAME} is not readable as JSON") from None
-    if seal != _seal(content):
-        raise DamagedError(f"the SHA-256 of {NAME} differs")
+def sealed(content: Mapping[str, Any]) -> str:
+    """Returns an object as JSON with the SHA-256 of its content as a last entry."""
+    return json.dumps({**content, "sha256": _seal(content)}, indent=1) + "\n"
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a small file.
+
+    Raises:
+      OSError: it cannot be read, or is not a regular file.
+      DamagedError: it is larger than any that was written.
+    """
+    with open_regular(path) as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise DamagedError(f"{path.name} has more than {_MAX_BYTES:,} bytes")
     return content
 
 
-def _seal(content: dict[str, Any]) -> str:
+def read_content(path: Path) -> dict[str, Any]:
+    """Returns the object that `sealed` wrote, if its record and its files have the expected types.
+
+    Raises:
+      DamagedError: the file is missing, is not what was written, or does not describe a directory.
+    """
+    try:
+        content = json.loads(read_bytes(path))
+        seal = content.pop("sha256")
+        expected = _seal(content)
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):  # not text, JSON or a sealed object
+        raise DamagedError(f"{path.name} is not readable as JSON") from None
+    if seal != expected:
+        raise DamagedError(f"the SHA-256 of {path.name} differs")
+    if not _describes_a_directory(content):
+        raise DamagedError(f"{path.name} does not describe a checkpoint")
+    return content
+
+
+def _describes_a_directory(content: dict[str, Any]) -> bool:
+    record, files = content.get("record"), content.get("files")
+    if not isinstance(record, dict) or not isinstance(files, dict):
+        return False
+    numbers = record.get("metrics", {})
+    texts = record.get("identity", {})
+    return (
+        all(isinstance(part, dict) for part in (numbers, texts, *files.values()))
+        and all(isinstance(number, int | float) for number in numbers.values())
+        and all(isinstance(text, str) for text in texts.values())
+        and all(entry.keys() == {"size", "sha256"} and isinstance(entry["size"], int) for entry in files.values())
+    )
+
+
+def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _synced_digest(path: Path) -> str:
-    with open(path, "rb") as file:
+def _sync(path: Path) -> None:
+    with open_regular(path) as file:
         os.fsync(file.fileno())
-    return sha256(path)

@@ -8,8 +8,8 @@ import fcntl
 import json
 import os
 import re
-import shlex
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +19,16 @@ import jax
 
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
-from xception_jax.files import write_atomically
+from xception_jax.files import remove_leftovers, write_atomically
+from xception_jax.names import command_line
 
 CONFIG = "config.json"
 LOCK = "lock"
+METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+
+# Where a run or a study writes files. The work directory of each cell of a study is cleaned when it is opened.
+_WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
 
 # A run cannot resume with different values of these fields. Other fields may change, for example to extend `duration`
 # or to lower the learning rate.
@@ -73,6 +78,9 @@ def open_workdir(
         yield path
         return
     with hold_directory(path):
+        for name in (CONFIG, METRICS):
+            _require(path / name, stat.S_ISREG, "a regular file")
+        _require(path / CHECKPOINTS, stat.S_ISDIR, "a directory", links=True)
         # Must come after the lock: config.json may belong to another run that is still active.
         _write_config(path, config, report)
         yield path
@@ -80,21 +88,45 @@ def open_workdir(
 
 @contextlib.contextmanager
 def hold_directory(path: Path) -> Iterator[None]:
-    """Creates or opens a directory, and locks it while the context is active.
+    """Creates or opens a directory, locks it while the context is active, and deletes what killed writers left.
+
+    The directory may be a link, or be reached through links. The lock may not: its target would be overwritten.
 
     Raises:
       WorkdirError: the directory cannot be created or written, or another process holds the lock.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        _require(path / LOCK, stat.S_ISREG, "a regular file")
+        # Not truncated: it may describe the process that holds it.
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise _unusable(path, error) from None
     try:
         _hold(lock, path)
+        remove_leftovers([path, *(directory for pattern in _WRITTEN for directory in path.glob(pattern))])
         yield
     finally:
         os.close(lock)
+
+
+def _require(path: Path, is_kind: Callable[[int], bool], kind: str, *, links: bool = False) -> None:
+    """Raises WorkdirError if there is something else than `kind` at a path, or a link to it unless `links`."""
+    try:
+        mode = os.stat(path, follow_symlinks=links).st_mode
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return
+        mode = stat.S_IFLNK
+    except OSError as error:
+        raise _unusable(path.parent, error) from None
+    if not is_kind(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "something else"
+        raise WorkdirError(
+            f"the work directory cannot be used: {path.name} must be {kind}, but there is {what}",
+            str(path),
+            "move it away, or choose another work directory",
+        )
 
 
 def _unusable(path: Path, error: OSError) -> WorkdirError:
@@ -110,13 +142,14 @@ def _hold(lock: int, path: Path) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "command": shlex.join(sys.orig_argv),
+        "command": command_line(sys.orig_argv),
         "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
     }
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.write(lock, json.dumps(holder).encode() + b"\n")
+        if os.fstat(lock).st_nlink == 1:  # otherwise the file has another name, and may be somebody's data
+            os.ftruncate(lock, 0)
+            os.write(lock, json.dumps(holder).encode() + b"\n")
     except BlockingIOError:
         raise WorkdirError(
             "another run holds the work directory",
@@ -157,8 +190,9 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
     if refused and has_checkpoints(path):
         raise ConfigError(
             f"the work directory has checkpoints of another experiment: {len(refused)} of its fields differ",
-            "\n    ".join([f"{path} (stored -> now)", *refused]),
+            f"{path} (stored -> now)",
             "restore these fields, or choose another work directory",
+            refused,
         )
     for line in changes.values():
         report(f"changed since the last run in this directory: config.{line}")

@@ -16,7 +16,6 @@ import itertools
 import math
 import os
 import re
-import shlex
 import shutil
 import stat
 import struct
@@ -31,6 +30,7 @@ import h5py
 import numpy as np
 
 from xception_jax.errors import BadDataError, StorageError
+from xception_jax.names import in_shell
 from xception_jax.weights.limits import COPY_AGAIN, RAISE, Limits, elements, memory_limit
 
 MAX_DEPTH = 32
@@ -62,7 +62,7 @@ def container_format(file: BinaryIO, where: str) -> str:
         return "safetensors"
     is_zip = start[:4] == b"PK\x03\x04"
     if start[:1] == b"\x80" or (is_zip and _holds_pickle(file)):
-        fix = f"if you trust it: python -c {shlex.quote(_CONVERT)} {shlex.quote(where)}"
+        fix = f"if you trust it: python -c {in_shell(_CONVERT)} {in_shell(where)}"
         raise BadDataError("the file is a pickle; loading it may run any code", where, fix)
     if is_zip:
         return "zip"

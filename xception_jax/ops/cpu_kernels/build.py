@@ -1,7 +1,7 @@
 """Builds the C++ kernels with the machine's compiler and registers them with XLA.
 
 The compiler is `$CXX`, or the first of g++, clang++ and c++ that is installed. Compiling a library takes 10 to 20 s.
-It is kept in `$XDG_CACHE_HOME/xception_jax` (by default `~/.cache/xception_jax`).
+It is kept in `$XDG_CACHE_HOME/xception_jax/kernels` (by default in `~/.cache`), as `native` describes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import jax
 import jaxlib
-from tqdm import tqdm
+
+from xception_jax import native
 
 # The FFI handlers of each source file. Two libraries, so that training does not wait for the inference kernels to
 # compile.
@@ -49,7 +48,7 @@ def register(source: str) -> str | None:
     if (opened := library(source)) is None:
         return None
     # With the version in its name, a program in JAX's compilation cache never calls kernels of another version.
-    version = Path(opened._name).stem
+    version = _library_name(source)
     for name in HANDLERS[source]:
         jax.ffi.register_ffi_target(f"{name}_{version}", jax.ffi.pycapsule(getattr(opened, name)), platform="cpu")
     return version
@@ -65,22 +64,14 @@ def library(source: str) -> ctypes.CDLL | None:
     if not compiler():
         logging.warning("No C++ compiler found: convolutions on this CPU use their slower lowering.")
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_jax"
-    path = cache / f"cpu_{source}_{_version(source)}.so"
+    command = functools.partial(compile_command, source)
     try:
-        if not path.exists():
-            tqdm.write(f"building the CPU kernels of {source}.cc, once: 10 to 20 s ...", file=sys.stderr)
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                built = Path(scratch) / path.name
-                subprocess.run(compile_command(source, built), check=True, capture_output=True, text=True)
-                built.replace(path)
-        return ctypes.CDLL(str(path))
+        return native.load(_library_name(source), command, f"CPU kernels of {source}.cc")
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         logging.warning(
             "The CPU kernels could not be built: convolutions use their slower lowering.\n  where: %s\n  why: %s",
-            shlex.join(compile_command(source, path)),
+            shlex.join(command(Path(f"{source}.so"))),
             str(reason).strip()[:500],
         )
         return None
@@ -115,8 +106,10 @@ def _path(source: str) -> Path:
     return Path(__file__).parent / f"{source}.cc"
 
 
-def _version(source: str) -> str:
-    """Hashes all that a library depends on: machines with different processors may share a cache directory."""
+@functools.cache
+def _library_name(source: str) -> str:
+    """Returns a name with a hash of all that a library depends on: machines with different processors share a cache."""
     texts = [path.read_text() for path in (_path(source), *sorted(_path(source).parent.glob("*.h")))]
     parts = [*texts, *compiler(), *_FLAGS, jaxlib.__version__, platform.platform(), processor()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return f"cpu_{source}_{digest[:16]}"

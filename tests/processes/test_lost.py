@@ -1,0 +1,76 @@
+"""A lost process ends the others within the heartbeat, with code 75 and its name. Real processes, real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from xception_jax.errors import PreemptedError
+
+HEARTBEAT = 6
+
+
+@pytest.fixture
+def start(shared_environment):
+    """Returns a function that starts processes by number, of three that know each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+
+        def start(*numbers: int, timeout: int = 60) -> list[subprocess.Popen]:
+            processes = []
+            for number in numbers:
+                command = [sys.executable, "tests/processes/peer_program.py", address, "3", str(number), str(timeout)]
+                process = subprocess.Popen(
+                    [*command, str(HEARTBEAT)],
+                    cwd=ROOT,
+                    env=shared_environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                stack.enter_context(process)
+                stack.callback(process.kill)
+                processes.append(process)
+            return processes
+
+        yield start
+
+
+@pytest.mark.parametrize(
+    ("number", "signum"),
+    [
+        (0, signal.SIGKILL),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.faults),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.faults),
+        pytest.param(2, signal.SIGSTOP, marks=pytest.mark.faults),
+    ],
+)
+def test_the_others_end_resumable_and_name_it(start, number, signum):
+    processes = start(0, 1, 2)
+    for process in processes:
+        assert any(line == "working\n" for line in process.stdout)  # after lines of the library for collectives
+    os.kill(processes[number].pid, signum)
+    began = time.monotonic()
+    for process in processes[:number] + processes[number + 1 :]:
+        _, errors = process.communicate(timeout=10 * HEARTBEAT)
+        assert process.returncode == PreemptedError.exit_code, errors
+        assert f"lost process {number} of 3" in errors
+        assert "resumes from the last checkpoint" in errors
+    assert time.monotonic() - began < 3 * HEARTBEAT
+
+
+def test_a_process_that_never_starts_is_not_waited_for_for_ever(start):
+    for process in start(0, 2, timeout=3):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == PreemptedError.exit_code, errors
+        assert "connected within 3 s" in errors

@@ -1,0 +1,104 @@
+"""Two hosts that cannot train together say so before they train: the same code on both, three lines once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import NEWER_CODE, ROOT
+from tests.tiny_run import TINY
+
+
+@pytest.fixture
+def train_pair(shared_environment, tmp_path):
+    """Returns a function that starts two hosts with arguments of their own, and a work directory that they share."""
+    environment = shared_environment | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def start(*arguments_of_hosts):
+        pair = []
+        for number, arguments in enumerate(arguments_of_hosts):
+            distributed = {"coordinator": address, "num_processes": 2, "process_id": number, "heartbeat": 8}
+            fields = [f"--config.distributed.{name}={value}" for name, value in distributed.items()]
+            command = [sys.executable, "train.py", *TINY, f"--workdir={tmp_path / 'run'}", *fields, *arguments]
+            options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            pair.append(subprocess.Popen(command, text=True, **options))
+        return pair
+
+    return start
+
+
+def ended(pair):
+    return [(*process.communicate(timeout=200), process.returncode) for process in pair]
+
+
+def assert_told_once(outcomes, code):
+    assert [outcome[-1] for outcome in outcomes] == [code, code], outcomes
+    errors = "".join(errors for _, errors, _ in outcomes)
+    assert errors.count("error: ") == 1, errors
+    assert "Traceback" not in errors
+    return errors
+
+
+def test_different_configs(train_pair, tmp_path):
+    errors = assert_told_once(ended(train_pair([], ["--config.seed=5"])), 78)
+    assert "processes 0 and 1 have different configs: config.seed is 0 and 5" in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+def test_work_directories_that_are_not_shared(train_pair, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    errors = assert_told_once(ended(train_pair([], [f"--workdir={tmp_path / 'elsewhere'}"])), 73)
+    assert "the work directory is not shared: this host does not see what process 0 wrote (process 1 of 2)" in errors
+
+
+@pytest.fixture
+def other_data(run_python, tmp_path):
+    """Returns dataset_info.json of a second copy of the dataset, and the field that makes a host read it."""
+    prepared = run_python("-m", "xception_jax", "prepare", "fashion_mnist_subset", "--data_dir", tmp_path / "tfds")
+    assert prepared.returncode == 0, prepared.stderr
+    (info,) = (tmp_path / "tfds").glob("*/*/dataset_info.json")
+    return info, f"--config.data.data_dir={tmp_path / 'tfds'}"
+
+
+@pytest.mark.faults
+def test_data_that_are_damaged_on_one_host(train_pair, other_data):
+    info, field = other_data
+    info.write_text("{")
+    assert "(process 1 of 2)" in assert_told_once(ended(train_pair([], [field])), 65)
+
+
+@pytest.mark.faults
+def test_data_that_are_others(train_pair, other_data):
+    info, field = other_data
+    info.write_text(info.read_text().replace("The first images", "Other images"))
+    assert "different datasets" in assert_told_once(ended(train_pair([], [field])), 66)
+
+
+@pytest.mark.faults
+def test_a_work_directory_with_a_damaged_config(train_pair, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("no JSON")
+    errors = assert_told_once(ended(train_pair([], [])), 78)
+    assert "(process 0 of 2)" in errors
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_is_lost_while_training(train_pair, tmp_path, victim):
+    pair = train_pair(["--config.duration=500 epochs"], ["--config.duration=500 epochs"])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert all(process.poll() is None for process in pair), ended(pair)
+    os.kill(pair[victim].pid, signal.SIGKILL)
+    (_, errors, code) = ended(pair)[1 - victim]
+    assert code == 75, errors
+    assert f"lost process {victim} of 2" in errors

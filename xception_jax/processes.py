@@ -1,0 +1,335 @@
+"""Connects the processes of a run, and ends this process in a resumable way if another one is lost.
+
+JAX ends a process with SIGABRT when the others do not all connect in time, when a process has sent no heartbeat for
+`distributed.heartbeat` seconds, and when process 0 is gone. `connected` turns this signal into exit code 75 and three
+lines that name the lost process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from xception_jax.config import DistributedConfig
+from xception_jax.errors import ConfigError, PreemptedError, UserError
+
+# Environment variables whose value says that a launcher started several processes.
+_COUNTS = (
+    *("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES"),
+    *("JAX_NUM_PROCESSES", "SKYPILOT_NUM_NODES"),
+)
+_LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+SKYPILOT_PORT = 8476
+_PREFIX = "xception_jax/"  # of our keys in the coordinator's store
+_WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
+_KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()} | {UserError.__name__: UserError}
+_BUG = "bug"
+_handlers = list[Any]()
+T = TypeVar("T")
+
+# A process that has not been heard of for this share of `distributed.heartbeat` counts as lost when JAX gives up.
+_SILENT, _SIGNS_PER_HEARTBEAT = 0.6, 6
+
+# signal(2), because the handlers of Python's signal module only run between two bytecodes of the main thread, and
+# abort(3) ends the process before.
+_set_handler = ctypes.CDLL(None).signal
+_set_handler.argtypes, _set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+
+
+def start_distributed(distributed: DistributedConfig) -> None:
+    """Connects to the other processes of this run, if there are any.
+
+    `distributed` takes precedence over the environment. JAX itself detects TPU pods, GKE, Slurm (with srun), Open MPI
+    and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, and SkyPilot.
+
+    Raises:
+      ConfigError: a launcher started several processes, but they cannot find each other.
+    """
+    if distributed.start == "off":
+        return
+    evidence = several_processes(os.environ)
+    given = {
+        "coordinator_address": distributed.coordinator,
+        "num_processes": distributed.num_processes,
+        "process_id": distributed.process_id,
+    }
+    try:
+        jax.distributed.initialize(
+            **(given if distributed.coordinator else from_environment(os.environ)),
+            initialization_timeout=distributed.timeout,
+            heartbeat_timeout_seconds=distributed.heartbeat,
+        )
+    except Exception as error:  # each launcher has its own
+        # JAX raises a ValueError if no launcher is detected. After any other error, there may be several processes,
+        # which must not train without each other.
+        if isinstance(error, ValueError) and distributed.start == "auto" and not distributed.coordinator + evidence:
+            return
+        raise ConfigError(
+            f"{evidence or 'the environment'} says that there may be several processes, "
+            f"but JAX cannot connect them: {error or type(error).__name__}",
+            "config.distributed",
+            "start them with the launcher (srun, mpirun), set config.distributed.coordinator=HOST:PORT, num_processes "
+            "and process_id on every host, or set config.distributed.start=off to train in this process only",
+        ) from error
+
+
+def several_processes(environment: Mapping[str, str]) -> str:
+    """Returns the environment variable, with its value, that says that there are several processes, or ''."""
+    for name in _COUNTS:
+        if environment.get(name, "").isdigit() and int(environment[name]) > 1:
+            return f"{name}={environment[name]}"
+    for name in _LISTS:
+        if "," in environment.get(name, ""):
+            return f"{name}={environment[name]}"
+    return f"JAX_COORDINATOR_ADDRESS={address}" if (address := environment.get("JAX_COORDINATOR_ADDRESS")) else ""
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """Returns arguments of `jax.distributed.initialize` that JAX does not read from the environment itself."""
+    if addresses := environment.get("SKYPILOT_NODE_IPS", "").split():
+        return {
+            "coordinator_address": f"{addresses[0]}:{SKYPILOT_PORT}",
+            "num_processes": len(addresses),
+            "process_id": int(environment["SKYPILOT_NODE_RANK"]),
+        }
+    names = {
+        "num_processes": ("JAX_NUM_PROCESSES",),
+        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
+    }
+    if "JAX_COORDINATOR_ADDRESS" not in environment:
+        return {}
+    found = {key: next((environment[n] for n in options if environment.get(n)), "") for key, options in names.items()}
+    return {key: int(value) for key, value in found.items() if value}
+
+
+def check_processes() -> None:
+    """Raises ConfigError if this process is one of several that are not connected.
+
+    On a TPU slice, JAX counts the processes of all hosts even if they are not connected.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"this is process {jax.process_index()} of {jax.process_count()}, but they are not connected",
+            "config.distributed",
+            "set config.distributed.coordinator=HOST:PORT, num_processes and process_id on every host",
+        )
+
+
+@contextlib.contextmanager
+def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
+    """Connects the processes of a run. If one of them is lost, this process ends with code 75.
+
+    Nothing can be saved then, because a checkpoint takes all processes: the run resumes from the last checkpoint. If a
+    process ends with an error that the others do not have, they end with its code.
+
+    Args:
+      distributed: `config.distributed`.
+      workdir: the work directory, for the message.
+
+    Raises:
+      ConfigError: see `start_distributed`.
+    """
+    peers = _Peers(distributed, workdir)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(peers.lost)
+    previous = _set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        start_distributed(distributed)
+        peers.watch()
+        yield
+        peers.leave(0)
+    except UserError as error:
+        peers.leave(error.exit_code)
+        raise
+    except Exception:
+        peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
+        peers.leave(1)
+        raise
+    finally:
+        if peers.alone:
+            _set_handler(signal.SIGABRT, previous)
+        else:
+            _handlers.append(handler)  # needed until the process has ended: at its exit, JAX waits for the others
+
+
+def gather(name: str, value: str) -> list[str]:
+    """Returns the values of all processes, in the order of their numbers. Needs no computation on devices.
+
+    Args:
+      name: of the exchange. Every process must call this once for each name.
+      value: of this process.
+    """
+    if not jax.distributed.is_initialized():
+        return [value]
+    client, prefix = _store(), f"{_PREFIX}gather/{name}/"
+    client.key_value_set(f"{prefix}{jax.process_index()}", value)
+    client.wait_at_barrier(f"{prefix}barrier", _WAIT_MILLISECONDS)
+    values = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(prefix)}
+    return [values[number] for number in sorted(values)]
+
+
+def together(name: str, prepare: Callable[[], T]) -> T:
+    """Returns `prepare()`, or raises the same error on all processes if it fails with a UserError on any of them.
+
+    Only the process that failed, or the first of several, prints the error.
+
+    Args:
+      name: of the exchange, see `gather`.
+      prepare: does something that can fail on some hosts, for example because data are missing there. It must not wait
+        for other processes.
+
+    Raises:
+      UserError: the error of the first process that failed.
+    """
+    if not jax.distributed.is_initialized():
+        return prepare()
+    try:
+        result, told = prepare(), ""
+    except UserError as error:
+        told = json.dumps([type(error).__name__, error.what, error.where, error.fix, error.details])
+    except Exception:
+        gather(name, _BUG)
+        raise
+    outcomes = gather(name, told)
+    number = next((number for number, text in enumerate(outcomes) if text), None)
+    if number is None:
+        return result
+    if outcomes[number] == _BUG:
+        sys.exit(1)  # that process prints a traceback
+    kind, what, where, fix, details = json.loads(outcomes[number])
+    what = f"{what} (process {number} of {len(outcomes)})"
+    raise _KINDS[kind](what, where, fix, details).printed_by(number == jax.process_index())
+
+
+def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError], fix: str) -> None:
+    """Raises an error on all processes unless all of them have the same values.
+
+    Args:
+      name: of the exchange, see `gather`.
+      what: the subject, for the message.
+      values: by name; JSON values.
+      error: the class of the error.
+      fix: what the user can do.
+
+    Raises:
+      UserError: of the class `error`, naming up to three entries that differ and both values.
+    """
+    text = json.dumps(values, sort_keys=True)
+    digests = gather(f"{name}/digest", hashlib.sha256(text.encode()).hexdigest())
+    other = next((number for number, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    texts = gather(f"{name}/text", text if jax.process_index() in (0, other) else "")
+    first, second = json.loads(texts[0]), json.loads(texts[other])
+    different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    listed = ", ".join(f"{key} is {first.get(key)!r} and {second.get(key)!r}" for key in different[:3])
+    message = f"processes 0 and {other} have different {what}: {listed}"
+    raise error(message, different[0], fix).printed_by(jax.process_index() == 0)
+
+
+def _store() -> Any:
+    """Returns the client of the coordinator's key-value store, which JAX has no public name for."""
+    from jax._src.distributed import global_state
+
+    return global_state.client
+
+
+class _Peers:
+    """Knows when each of the other processes last gave a sign of life, by way of the store of the coordinator."""
+
+    def __init__(self, distributed: DistributedConfig, workdir: str):
+        self._distributed, self._workdir = distributed, workdir
+        self._interval = distributed.heartbeat / _SIGNS_PER_HEARTBEAT
+        self._stop = threading.Event()
+        self._heard: dict[int, float] = {}
+        self._answered = 0.0  # when the coordinator last did; 0 if it refused since
+        self._exit_code: int | None = None  # of this process, once it is known
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no other processes."""
+        return not self._heard
+
+    def watch(self) -> None:
+        """Starts to write and read signs of life."""
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            self._heard = dict.fromkeys(range(jax.process_count()), time.monotonic())
+            threading.Thread(target=self._run, name="peers", daemon=True).start()
+
+    def wait_for_a_verdict(self) -> None:
+        """Returns as soon as all processes are known to be alive; `lost` ends this process if one is not."""
+        failed = time.monotonic()
+        while self._heard and time.monotonic() < failed + 1.5 * self._distributed.heartbeat:
+            if min(self._heard.values()) > failed + 2 * self._interval:  # not a sign from before, read late
+                return
+            time.sleep(0.1)
+
+    def leave(self, exit_code: int) -> None:
+        """Tells the other processes how this one ends, and ends the thread."""
+        self._exit_code = exit_code
+        self._stop.set()
+        if exit_code and not self.alone:
+            # If the coordinator is gone, the others know that anyway.
+            with contextlib.suppress(Exception):
+                _store().key_value_set(f"{_PREFIX}ended/{jax.process_index()}", str(exit_code))
+
+    def _follow(self, ended: Mapping[str, str]) -> None:
+        """Ends this process with the code of one that failed, unless it ends by itself, as after a common error."""
+        if ended and not self._stop.wait(2 * self._interval):
+            key, code = min(ended.items())
+            number = key.rsplit("/", 1)[1]
+            os.write(2, f"process {number} has ended with code {code}; see its messages\n".encode())
+            os._exit(int(code))
+
+    def _run(self) -> None:
+        client, me, prefix = _store(), jax.process_index(), f"{_PREFIX}alive/"
+        last: dict[str, str] = {}
+        for count in range(1 << 62):
+            try:
+                client.key_value_set(f"{prefix}{me}", str(count), allow_overwrite=True)
+                signs = dict(client.key_value_dir_get(prefix))
+                ended = dict(client.key_value_dir_get(f"{_PREFIX}ended/"))
+                self._answered = time.monotonic()
+            except Exception:  # of a type that depends on the version of JAX; `lost` tells the user
+                signs, ended, self._answered = {}, {}, 0.0
+            for key, sign in signs.items():
+                if last.get(key) != sign:
+                    self._heard[int(key.rsplit("/", 1)[1])] = time.monotonic()
+            last = last | signs
+            self._follow(ended)
+            if self._stop.wait(self._interval):
+                return
+
+    def lost(self, signum: int) -> None:
+        """Prints what was lost and ends the process. Called by abort(3), in any thread."""
+        if self._exit_code is not None:
+            os._exit(self._exit_code)  # this process has done all it could
+        try:
+            message = str(self._error())
+        except BaseException as error:  # this handler must never return
+            message = f"error: the connection to the other processes is lost: {error!r}"
+        os.write(2, f"{message}\n".encode())
+        os._exit(PreemptedError.exit_code)
+
+    def _error(self) -> PreemptedError:
+        fix = "start the same command on all hosts; it resumes from the last checkpoint"
+        if not self._heard:
+            what = f"not all processes of this run connected within {self._distributed.timeout} s"
+            return PreemptedError(what, self._distributed.coordinator or "the launcher of the processes", fix)
+        now = time.monotonic()
+        silent = [n for n, heard in self._heard.items() if now - heard > _SILENT * self._distributed.heartbeat]
+        if not silent or now - self._answered > 2 * self._interval:
+            silent = [0]  # without the coordinator, nothing is known of the others
+        names = "process" + ("es " if len(silent) > 1 else " ") + ", ".join(map(str, sorted(silent)))
+        what = f"lost {names} of {len(self._heard)}; this is process {jax.process_index()}"
+        return PreemptedError(what, self._workdir, fix)

@@ -1,0 +1,76 @@
+"""Checks, before training, that all processes of a run have the same config, code, data and work directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from pathlib import Path
+
+import jax
+
+from xception_jax.config import ExperimentConfig, flatten, to_json
+from xception_jax.errors import ConfigError, InputMissingError, WorkdirError
+from xception_jax.processes import agree, gather, together
+from xception_jax.training.fingerprint import versions
+
+# Fields that may differ between hosts: each has its own number and may have its own copy of the data.
+_OF_A_HOST = ("distributed.", "data.data_dir")
+_VISIBLE_SECONDS = 10.0  # a network file system may show a new file late
+
+
+def agree_on_config_and_code(config: ExperimentConfig) -> None:
+    """Raises ConfigError on all processes unless they have the same config, package versions and source files."""
+    if not jax.distributed.is_initialized():
+        return
+    fields = flatten(json.loads(to_json(config)))
+    fields = {f"config.{name}": value for name, value in fields.items() if not name.startswith(_OF_A_HOST)}
+    agree("config", "configs", fields, ConfigError, "start the same command on every host")
+    code = versions() | {"source files": _source_digest()}
+    agree("code", "code", code, ConfigError, "install the same versions on every host")
+
+
+def agree_on_data(fingerprint: str) -> None:
+    """Raises InputMissingError on all processes unless they read the same dataset."""
+    fix = "prepare the dataset once and copy it to every host, or read it from a shared directory"
+    agree("data", "datasets", {"fingerprint": fingerprint}, InputMissingError, fix)
+
+
+def check_shared(path: Path) -> None:
+    """Raises WorkdirError on all processes unless all of them see what process 0 writes into the directory."""
+    if not jax.distributed.is_initialized():
+        return
+    primary = jax.process_index() == 0
+    (nonce, *_) = gather("nonce", uuid.uuid4().hex)
+    proof = path / f"shared-{nonce}.tmp"
+
+    def write() -> None:
+        if primary:
+            proof.touch()
+
+    def look() -> None:
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not (proof.exists() or str(proof) in map(str, path.glob("shared-*.tmp"))):  # glob: stats may be cached
+            if time.monotonic() > deadline:
+                raise WorkdirError(
+                    "the work directory is not shared: this host does not see what process 0 wrote",
+                    str(path),
+                    "choose a directory on a file system that all hosts share",
+                )
+            time.sleep(0.2)
+
+    try:
+        together("write", write)
+        together("look", look)
+    finally:
+        if primary:
+            proof.unlink(missing_ok=True)
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
