@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from xception_jax.config import DataConfig
+from xception_jax.data import images
 from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
 from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
@@ -69,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="image_folder: name of the dataset, for config.data.name")
     parser.add_argument("--skip-damaged", action="store_true", help="image_folder: skip damaged images")
+    for option, default in (("--max-pixels", DataConfig.max_pixels), ("--max-scans", DataConfig.max_scans)):
+        field = f"config.data.{option[2:].replace('-', '_')}"
+        text = f"image_folder: limit above which an image counts as damaged (default: {default:,}); set {field} as well"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
     parser.add_argument(
         "--splits",
         metavar="NAME=SHARE,...",
@@ -108,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             skip_damaged=args.skip_damaged,
             shares=_shares(args),
             groups=args.groups,
+            limits=images.Limits(args.max_pixels, args.max_scans),
         )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.
