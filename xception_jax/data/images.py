@@ -96,7 +96,9 @@ def read(path: Path) -> bytes:
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         # Reading a device may never end. Other files are read at once: a limit would cost a second copy.
-        data = file.read(-1 if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES else MAX_FILE_BYTES + 1)
+        data = file.read(
+            -1 if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES else MAX_FILE_BYTES + 1
+        )
     if len(data) > MAX_FILE_BYTES:
         raise DamagedImageError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
     return data

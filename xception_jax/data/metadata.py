@@ -47,7 +47,7 @@ def open_builder(directory: Path) -> tfds.core.DatasetBuilder:
     for value in (info, features):
         _check_classes(value, directory)
     for path in directory.glob("*.labels.txt"):
-        _check_size(path)
+        _check_names_file(path)
     try:
         builder = tfds.builder_from_directory(os.fspath(directory))
         if isinstance(builder.info.features, tfds.features.FeaturesDict):
@@ -78,6 +78,15 @@ def _check_size(path: Path) -> None:
         raise BadDataError(f"the file has more than {MAX_BYTES >> 20} MiB", str(path), _FIX)
 
 
+def _check_names_file(path: Path) -> None:
+    """Raises BadDataError for a file of class names that TFDS would silently ignore."""
+    _check_size(path)
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadDataError(f"the names of the classes cannot be read: {_one_line(error)}", str(path), _FIX) from None
+
+
 def _check_info(info: dict[str, Any], path: Path) -> None:
     """Raises BadDataError for numbers of examples and names of files that cannot be."""
     splits = info.get("splits", [])
@@ -91,7 +100,9 @@ def _check_info(info: dict[str, Any], path: Path) -> None:
                 raise ValueError(f"filepathTemplate is {_short(template)}")
             lengths = [int(length) for length in split.get("shardLengths", [])]
             if min(lengths, default=0) < 0 or sum(lengths) > _MAX_EXAMPLES:
-                raise ValueError(f"the split {split.get('name')} has shards of {min(lengths)} to {max(lengths)} examples")
+                raise ValueError(
+                    f"the split {split.get('name')} has shards of {min(lengths)} to {max(lengths)} examples"
+                )
     except (ValueError, TypeError, AttributeError) as error:
         raise BadDataError(f"the description of the dataset is damaged: {_one_line(error)}", str(path), _FIX) from None
 
@@ -152,6 +163,9 @@ def check_features(features: tfds.features.FeaturesDict, where: str) -> None:
             if not 0 <= label.num_classes <= MAX_CLASSES:
                 what = f"the dataset has {label.num_classes:,} classes; the limit is {MAX_CLASSES:,}"
                 raise BadDataError(what, where, "correct the number of classes")
+            if len(label.names) != label.num_classes:
+                what = f"the dataset has {label.num_classes:,} classes but {len(label.names):,} names of classes"
+                raise BadDataError(what, where, "a name with a newline counts twice: prepare the dataset again")
             check_class_names(label.names, where)
 
 

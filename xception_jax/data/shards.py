@@ -84,4 +84,3 @@ def _no_threads(path: str) -> DeviceMemoryError:
         path,
         "allow 2 GiB more of address space (ulimit -v) and 200 more threads (ulimit -u, or the limit of the container)",
     )
-
