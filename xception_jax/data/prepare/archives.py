@@ -12,7 +12,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from xception_jax.data.images import MAX_FILE_BYTES
 from xception_jax.errors import BadDataError
@@ -120,8 +120,8 @@ def members(
                 stream, size = stack.enter_context(open(path, "rb")), path.stat().st_size
             assert isinstance(stream, io.BufferedReader)
             packed = stream.peek(2)[:2] == _GZIP
-            mode = "r|gz" if packed else "r|"
-            tar = stack.enter_context(tarfile.open(mode=mode, fileobj=stream, tarinfo=_StrictTarInfo))  # type: ignore[call-overload]
+            mode: Any = "r|gz" if packed else "r|"  # typeshed lacks the second
+            tar = stack.enter_context(tarfile.open(mode=mode, fileobj=stream, tarinfo=_StrictTarInfo))
         last, most = "its beginning", size * MAX_RATIO if packed else size
         for _ in range(MAX_MEMBERS):
             with _damage_named(archive, f"the member after {last}"):
@@ -131,7 +131,7 @@ def members(
                 # To skip a member, TarFile would go on reading behind the end of the file.
                 if not 0 <= member.size <= most - member.offset_data:
                     raise tarfile.ReadError(f"{member.name!a} has {member.size:,} bytes, more than the archive")
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            tar.members.clear()  # it would keep them all
             last = ascii(member.name[:_MAX_NAME])[1:-1]
             name = PurePosixPath(member.name).name
             if member.isdir() or name.startswith("._") or name in _IGNORED:
