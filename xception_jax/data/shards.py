@@ -64,7 +64,7 @@ def _count_records(path: str) -> int:
             what = f"the file cannot be opened within {TIMEOUT:g} seconds"
             raise StorageError(what, path, "check the disk or the server that holds it")
         worker.join(_POLL)
-    if isinstance(result := results[0], Exception):
+    if isinstance(result := results[-1], Exception):  # closing may find the damage
         message = " ".join(str(result).split())
         raise BadDataError(f"the file is damaged: {message}", path, "copy or prepare the dataset again") from result
     return result

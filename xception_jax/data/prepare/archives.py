@@ -78,7 +78,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """Reads the fields of a header."""
         info = super().frombuf(buf, encoding, errors)
         if info.type in _EXTENSIONS and not 0 <= info.size <= _MAX_HEADER:
@@ -131,7 +131,7 @@ def members(
                 # To skip a member, TarFile would go on reading behind the end of the file.
                 if not 0 <= member.size <= most - member.offset_data:
                     raise tarfile.ReadError(f"{member.name!a} has {member.size:,} bytes, more than the archive")
-            tar.members.clear()  # it would keep them all
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             last = ascii(member.name[:_MAX_NAME])[1:-1]
             name = PurePosixPath(member.name).name
             if member.isdir() or name.startswith("._") or name in _IGNORED:
