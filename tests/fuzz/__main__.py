@@ -29,7 +29,7 @@ _STATISTICS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
 
 
 class Result(NamedTuple):
-    """What a target has shown: executions, covered edges, inputs in the corpus, and the finds of this and earlier runs."""
+    """What a target has shown: executions, covered edges, inputs in its corpus, finds of this run and earlier ones."""
 
     executions: int
     coverage: int

@@ -1,7 +1,7 @@
 """Reads bytes as each kind of file that a stranger may give: the only place that knows which reader that is.
 
-Each function takes the content of a file, and may raise only a `UserError`. It returns nothing: what is wrong is told by
-another exception, by the time it takes, or by the end of the process.
+Each function takes the content of a file, and may raise only a `UserError`. Another exception, much time, much memory
+and the end of the process are finds.
 """
 
 from __future__ import annotations
@@ -165,8 +165,9 @@ def arguments(data: bytes) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             args = parse(argv)
-        except SystemExit as end:  # of --help and --version
-            assert end.code in (0, None)
+        except SystemExit as end:
+            if end.code:  # it is None or 0 after --help and --version
+                raise AssertionError(f"exit code {end.code}") from end
             return
     # Other configs are files, which would run.
     if re.fullmatch(r"(fashion_mnist|imagenet)(:\w*)?", getattr(args, "config", None) or ""):

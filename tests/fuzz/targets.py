@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -56,10 +57,8 @@ TARGETS = {
 
 def check(name: str, data: bytes) -> None:
     """Reads an input. Any exception but a `UserError` passes."""
-    try:
+    with contextlib.suppress(UserError):
         TARGETS[name].read(data)
-    except UserError as error:
-        assert str(error)  # every part of the message can be shown
 
 
 def regressions(name: str) -> dict[str, bytes]:
