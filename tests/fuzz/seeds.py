@@ -219,7 +219,10 @@ def dataset() -> dict[str, bytes]:
     legacy = {
         "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
         "content": {
-            "image": {"type": "tensorflow_datasets.core.features.image_feature.Image", "content": {"shape": [None, None, 3], "dtype": "uint8"}},
+            "image": {
+                "type": "tensorflow_datasets.core.features.image_feature.Image",
+                "content": {"shape": [None, None, 3], "dtype": "uint8"},
+            },
             "label": {
                 "type": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
                 "content": {"num_classes": 5},
