@@ -183,12 +183,29 @@ except UserError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
-def test_too_little_address_space_ends_with_71_instead_of_waiting_for_ever(dataset):
-    command = [sys.executable, "-c", LIMITED, str(dataset), "200"]
+@pytest.mark.parametrize("mebibytes", [50, 600, 1200])
+def test_too_little_address_space_ends_with_71_instead_of_waiting_for_ever(dataset, mebibytes):
+    command = [sys.executable, "-c", LIMITED, str(dataset), str(mebibytes)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == DeviceMemoryError.exit_code, result.stderr
     assert "cannot start its threads" in result.stderr
     assert "ulimit -v" in result.stderr
+
+
+def test_a_limit_of_threads_ends_with_71_instead_of_waiting_for_ever(dataset, monkeypatch):
+    """The library waits for a thread that it cannot create. Limits of a user do not bind root, so this is played."""
+    monkeypatch.setattr(shards, "ArrayRecordReader", lambda *_, **__: threading.Event().wait())
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name != "open shard":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    (shard,) = dataset.glob("*.array_record*")
+    with pytest.raises(DeviceMemoryError, match="cannot start its threads"):
+        shards._count_records(str(shard))
 
 
 def masked(data: bytes) -> bytes:

@@ -175,11 +175,11 @@ def test_decoding_waits_for_memory_in_the_order_of_arrival():
             order.append(number)
             assert memory.used <= 20 * SMALL or amount > 10
             holding.set()
-            release.wait()
+            release.wait(10)
 
     threads = []
     for number, amount in enumerate((6, 30, 1, 5)):  # the second is above the limit and waits until it is alone
-        threads.append(threading.Thread(target=work, args=(number, amount)))
+        threads.append(threading.Thread(target=work, args=(number, amount), daemon=True))
         threads[-1].start()
         assert holding.wait(5)
         time.sleep(0.05)

@@ -1,14 +1,16 @@
 """Opens the shards of a dataset without waiting for ever.
 
-The library creates about a hundred threads when it opens its first file. Where the limits of the process allow no more
-threads, it tries again and again and never returns.
+The library creates 64 threads when it opens its first file. Where the limits of the process allow no more threads, it
+tries again and again and never returns; without address space for their stacks, it may also crash.
 """
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.core.utils import shard_utils
@@ -17,6 +19,9 @@ from xception_jax.errors import BadDataError, DeviceMemoryError, StorageError
 
 TIMEOUT = 60.0
 """Seconds after which a shard counts as unreadable, for example on a server that does not answer."""
+
+_ADDRESS_SPACE = 3 << 29  # bytes for the stacks of 64 threads, and for what each reserves to allocate memory
+_POOL_STARTED = threading.Event()  # the threads of the library, in this process
 
 _CHECKED = 16  # shards of which the number of records is compared
 _POLL = 0.25
@@ -41,6 +46,8 @@ def check_shards(shards: Sequence[shard_utils.FileInstruction]) -> None:
 
 def _count_records(path: str) -> int:
     """Opens a shard in a thread, which is left behind if it does not end."""
+    if not _POOL_STARTED.is_set() and _free_address_space() < _ADDRESS_SPACE:
+        raise _no_threads(path)
     results: list[int | Exception] = []
 
     def work() -> None:
@@ -64,10 +71,20 @@ def _count_records(path: str) -> int:
             what = f"the file cannot be opened within {TIMEOUT:g} seconds"
             raise StorageError(what, path, "check the disk or the server that holds it")
         worker.join(_POLL)
+    _POOL_STARTED.set()
     if isinstance(result := results[-1], Exception):  # closing may find the damage
         message = " ".join(str(result).split())
         raise BadDataError(f"the file is damaged: {message}", path, "copy or prepare the dataset again") from result
     return result
+
+
+def _free_address_space() -> float:
+    """Returns the bytes that this process may still map, infinity without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not used.exists():
+        return float("inf")
+    return limit - int(used.read_text().split()[0]) * resource.getpagesize()
 
 
 def _started(thread: threading.Thread) -> bool:
