@@ -159,6 +159,7 @@ def arguments(data: bytes) -> None:
     from xception_jax.cli import parse
     from xception_jax.command_line import read_config
     from xception_jax.config import resolve
+    from xception_jax.config.fields import duration_in_steps
 
     # The system ends an argument at a zero, and passes on bytes that are no UTF-8.
     argv = [os.fsdecode(argument.split(b"\0")[0]) for argument in data.split(b"\n")]
@@ -171,4 +172,6 @@ def arguments(data: bytes) -> None:
             return
     # Other configs are files, which would run.
     if re.fullmatch(r"(fashion_mnist|imagenet)(:\w*)?", getattr(args, "config", None) or ""):
-        resolve(read_config(args.config, args.overrides))
+        config = resolve(read_config(args.config, args.overrides))
+        for duration in (config.duration, config.log_every, config.evaluation.every, config.checkpoint.every):
+            duration_in_steps(duration, config.batch_size, num_examples=50_000)
