@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.config import DataConfig
-from xception_jax.data import images
 from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
 from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
@@ -100,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
       BadDataError: an original file is damaged.
       StorageError: the dataset cannot be written.
     """
+    from xception_jax.data import images
+
     data_dir = resolve_data_dir(args.data_dir)
     options = {"overwrite": args.overwrite, "progress": not args.json}
     if args.dataset == "tfrecord":
