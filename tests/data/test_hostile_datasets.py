@@ -12,6 +12,7 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
+from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
 
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
@@ -20,7 +21,8 @@ from tests.data.test_prepare import opened, prepare
 from xception_jax.data import metadata, shards
 from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.data.prepare.tfrecord import read_tfrecord
-from xception_jax.data.sources import TfdsSource
+from xception_jax.data.prepare.writer import write_array_record
+from xception_jax.data.sources import TfdsSource, check_labels
 from xception_jax.errors import BadDataError, DeviceMemoryError, StorageError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,9 @@ LABEL = ("featuresDict", "features", "label")
         (INFO, ("splits",), [None]),
         (INFO, ("splits",), "train"),
         (INFO, ("name",), "../../photos"),
+        (INFO, ("name",), ".."),
+        (INFO, ("configName",), ".."),
+        (INFO, ("configName",), "a/../../../b"),
         (INFO, ("name",), None),
         (INFO, ("version",), "none"),
         (INFO, ("version",), [1]),
@@ -165,6 +170,27 @@ def test_a_shard_that_cannot_be_opened_ends(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"cannot be opened within 0\.5 seconds"):
         shards._count_records(str(tmp_path / "shard"))
     threading.Thread(target=(tmp_path / "shard").write_bytes, args=(b"",), daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": {"bytes_list": [b"x"]}},
+        {"label": {"int64_list": [1]}},
+        {"image": {"int64_list": [1]}, "label": {"int64_list": [1]}},
+        {"image": {"bytes_list": [b"x", b"y"]}, "label": {"int64_list": [1]}},
+        {"image": {"bytes_list": [b"x"]}, "label": {"int64_list": [1, 2]}},
+        {"image": {"bytes_list": [b"x"]}, "label": {"bytes_list": [b"one"]}},
+        {"image": {"bytes_list": [b"x"]}, "label": {"int64_list": [2**63 - 1]}},
+    ],
+)
+def test_a_record_with_other_features_is_named(dataset, record):
+    example = {name: {kind: {"value": values} for kind, values in of.items()} for name, of in record.items()}
+    (shard,) = dataset.glob("*.array_record*")
+    write_array_record(shard, [Example(features={"feature": example}).SerializeToString()] * 6)
+    with pytest.raises(BadDataError) as raised:
+        check_labels(TfdsSource(dataset, "train"))
+    assert len(str(raised.value).split("\n")) == 3
 
 
 LIMITED = """

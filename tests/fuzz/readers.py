@@ -127,18 +127,22 @@ def array_record(data: bytes) -> None:
 
 
 def dataset(data: bytes) -> None:
-    """Opens a dataset: dataset_info.json, features.json and label.labels.txt, beside a shard with six records."""
+    """Opens a dataset: dataset_info.json, features.json, label.labels.txt, and the record that its shard repeats."""
     from tests.fuzz.seeds import shard
+    from xception_jax.data.prepare.writer import write_array_record
     from xception_jax.data.sources import TfdsSource, check_labels
 
-    parts = (*data.split(SEPARATOR, 2), b"", b"")
+    parts = (*data.split(SEPARATOR, 3), b"", b"", b"")
     for name, part in zip(("dataset_info.json", "features.json", "label.labels.txt"), parts, strict=False):
         with file(part, f"photos/{name}") as path:
             if not part and name.endswith(".txt"):
                 path.unlink()
     with file(shard(), "photos/photos-train.array_record-00000-of-00001") as path:
+        if parts[3]:
+            write_array_record(path, [parts[3]] * 6)
         source = TfdsSource(path.parent, "train")
         check_labels(source)
+        source.__getitems__([0, 5])
 
 
 def archive(data: bytes) -> None:

@@ -213,9 +213,14 @@ def array_record() -> dict[str, bytes]:
     return {"four": content[:65536].rstrip(b"\0") + SEPARATOR + content[65536:].rstrip(b"\0"), "zeros": SEPARATOR}
 
 
+_LEGACY_IMAGE = {"shape": [None, None, 3], "dtype": "uint8", "encoding_format": "png"}
+
+
 def dataset() -> dict[str, bytes]:
     """Returns descriptions of a dataset."""
     _, info, features = _dataset()
+    # An example in the form of TensorFlow: {"image": bytes "x", "label": int64 1}.
+    record = bytes.fromhex("0a200a0e0a056c6162656c12051a030a01010a0e0a05696d61676512050a030a0178")
     legacy = {
         "type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
         "content": {
@@ -232,6 +237,7 @@ def dataset() -> dict[str, bytes]:
     return {
         "numbers": SEPARATOR.join((info, features)),
         "names": SEPARATOR.join((info, features, b"a\nb\nc\nd\ne\n")),
+        "record": SEPARATOR.join((info, features, b"", record)),
         "legacy": SEPARATOR.join((info, json.dumps(legacy).encode())),
     }
 

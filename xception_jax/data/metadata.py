@@ -27,7 +27,7 @@ _FEATURE_CLASSES = "tensorflow_datasets.core.features."
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _SHARD = r"\{(DATASET|SPLIT|FILEFORMAT|SHARD_INDEX|NUM_SHARDS|SHARD_X_OF_Y)\}"
 _TEMPLATE = re.compile(rf"(?:[\w.-]|{_SHARD}){{0,200}}")
-_NAME = re.compile(r"[\w.-]{0,200}")
+_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]{0,200}")  # becomes part of a path
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FIX = "copy or prepare the dataset again"
 
@@ -91,7 +91,7 @@ def _check_info(info: dict[str, Any], path: Path) -> None:
     """Raises BadDataError for numbers of examples and names of files that cannot be."""
     splits = info.get("splits", [])
     try:
-        for name in (info.get("name", ""), *(split.get("name", "") for split in splits)):
+        for name in (info.get("name", ""), info.get("configName", ""), *(split.get("name", "") for split in splits)):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"a name is {_short(name)}")
         for split in splits:

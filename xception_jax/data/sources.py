@@ -164,24 +164,32 @@ class TfdsSource:
         return [self._example(index, record) for index, record in zip(indices, self._read_all(indices), strict=True)]
 
     def _example(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        label = record[self._label_name]
-        if self._label_name == OPEN_IMAGES_LABELS:
-            # Confidence 0 means that a person verified the absence of the class.
-            present = zip(label["label"], label["confidence"], strict=True)
-            label = sorted({int(value) for value, confidence in present if confidence > 0})
-        label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
-        return {"image": record["image"], "label": label, "index": index}
+        try:
+            image, label = record["image"], record[self._label_name]
+            if not isinstance(image, bytes):
+                raise TypeError(f"the image is {type(image).__name__}, not bytes")
+            if self._label_name == OPEN_IMAGES_LABELS:
+                # Confidence 0 means that a person verified the absence of the class.
+                present = zip(label["label"], label["confidence"], strict=True)
+                label = sorted({int(value) for value, confidence in present if confidence > 0})
+            label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
+        except (KeyError, TypeError, ValueError) as error:  # a feature is missing or of another type
+            raise self._damaged(index, error) from error
+        return {"image": image, "label": label, "index": index}
 
     def _read(self, index: int) -> dict[str, Any]:
         try:
             return self._records[index]
         except Exception as error:
             # array_record raises RuntimeError, protobuf raises DecodeError, and TFDS passes on any error.
-            raise BadDataError(
-                f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
-                f"{self.directory}, split {self.split}",
-                "copy or prepare the dataset again",
-            ) from error
+            raise self._damaged(index, error) from error
+
+    def _damaged(self, index: int, error: Exception) -> BadDataError:
+        return BadDataError(
+            f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
+            f"{self.directory}, split {self.split}",
+            "copy or prepare the dataset again",
+        )
 
     def column(self, name: str) -> list[Any] | None:
         """Reads one feature of all examples without decoding their images; None if the dataset does not have it.
