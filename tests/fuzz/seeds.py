@@ -226,7 +226,7 @@ def dataset() -> dict[str, bytes]:
         "content": {
             "image": {
                 "type": "tensorflow_datasets.core.features.image_feature.Image",
-                "content": {"shape": [None, None, 3], "dtype": "uint8"},
+                "content": _LEGACY_IMAGE,
             },
             "label": {
                 "type": "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
