@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fuzz.kernels import build_kernels, kernel_seeds
+from tests.fuzz.readers import SEPARATOR
+from tests.fuzz.riegeli import BLOCK_HEADER, CHUNK_HEADER, signed
 from tests.fuzz.targets import REGRESSIONS, TARGETS, check, regressions
 from xception_jax.errors import UserError
 
@@ -45,6 +47,14 @@ def test_seeds_and_regressions_are_read_or_refused(name):
         assert len(data) <= TARGETS[name].longest, f"{label}: the fuzzer would cut it"
         with limited(label):
             check(name, data)
+
+
+def test_headers_of_shards_are_signed_as_the_library_does():
+    head, _, tail = TARGETS["array_record"].seeds()["four"].partition(SEPARATOR)
+    content = head.ljust(65536, b"\0") + tail
+    chunks = BLOCK_HEADER, BLOCK_HEADER + CHUNK_HEADER, 65536 + BLOCK_HEADER
+    assert signed(content, chunks) == content
+    assert signed(content[:9] + b"x" + content[10:], chunks) != content
 
 
 def test_every_folder_of_regressions_belongs_to_a_target():
