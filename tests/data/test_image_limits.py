@@ -73,7 +73,7 @@ def peak_of(data: bytes) -> int:
         (jpeg(PHOTOGRAPH)[:2] + b"\xff" * 70_000 + jpeg(PHOTOGRAPH)[2:], "more than 65,536 segments"),
         (png(8, 8, chunk(b"abCd", b"") * 70_000), "more than 65,536 chunks"),
         (png(8, 8, chunk(b"IDAT", b"") * 70_000), "more than 65,536 chunks"),
-        (png(8, 8)[:-18], "truncated|broken"),
+        (png(8, 8)[:-26], "runcated|broken|not enough"),
         (png(8, 8, struct.pack(">I", 1 << 31) + b"tEXtabcd"), "ends after the file"),
         (png(8, 8, chunk(b"tEXt", b"a\0b")[:-1] + b"x"), "checksum of the chunk"),
     ],
