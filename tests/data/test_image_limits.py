@@ -77,6 +77,7 @@ def peak_of(data: bytes) -> int:
         (png(8, 8, struct.pack(">I", 1 << 31) + b"tEXtabcd"), "ends after the file"),
         (png(8, 8, chunk(b"tEXt", b"a\0b")[:-1] + b"x"), "checksum of the chunk"),
     ],
+    ids=lambda value: "image" if isinstance(value, bytes) else None,
 )
 def test_a_limit_is_found_in_the_header_and_named(data, what):
     start = time.perf_counter()
