@@ -83,7 +83,7 @@ def test_a_limit_is_found_in_the_header_and_named(data, what):
     start = time.perf_counter()
     with pytest.raises(images.DamagedImageError, match=what):
         images.decode(data)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("marker", [0x01, 0xD0, 0xD7, 0x00, 0xC8, 0xF0])
