@@ -82,7 +82,7 @@ for arguments in {lines!r}:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(InputMissingError, SystemExit):
         main()
         print(arguments, "is accepted", file=sys.stderr)
-    loaded = {{"jax", "matplotlib", "flax"}} & set(sys.modules)
+    loaded = {{"jax", "matplotlib", "flax", "tensorflow_datasets"}} & set(sys.modules)
     assert not loaded, (arguments, loaded)
 """
     process = run_python("-c", code)

@@ -23,7 +23,7 @@ from xception_jax.config import ExperimentConfig
 from xception_jax.data import images as files
 from xception_jax.data.images import Preprocessing
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation.predict import class_names, printable, probabilities
+from xception_jax.evaluation.predict import class_names, probabilities
 from xception_jax.models import create_model
 from xception_jax.runs import open_network, require_classifier, without_classifier
 from xception_jax.training import loop
@@ -205,11 +205,11 @@ def _pixels(image: Image) -> UInt8[np.ndarray, "h w 3"]:
             what = f"an image is {pixels.dtype} of shape {pixels.shape}, not uint8 of shape (height, width, 3)"
             raise UsageError(what, "images", "pass RGB pixels from 0 to 255; call the network on preprocessed images")
         return pixels
-    shown = printable(os.fspath(image))
+    path = os.fspath(image)
     try:
         return files.decode(files.read(Path(image)))
     except files.DamagedImageError as error:
         fix = "replace it by an intact JPEG, PNG or WebP image"
-        raise BadDataError(f"the image cannot be decoded: {error}", shown, fix) from None
+        raise BadDataError(f"the image cannot be decoded: {error}", path, fix) from None
     except OSError as error:
-        raise InputMissingError(f"the image cannot be read: {error.strerror}", shown, "correct the path") from None
+        raise InputMissingError(f"the image cannot be read: {error.strerror}", path, "correct the path") from None

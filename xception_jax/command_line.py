@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import io
+import logging
 import re
 import sys
 import textwrap
@@ -21,6 +23,7 @@ from xception_jax.config import FIELDS, unknown_field
 from xception_jax.config.shipped import find_config
 from xception_jax.environment import SCRIPT, program
 from xception_jax.errors import INTERRUPTED_EXIT_CODE, ConfigError, InputMissingError, UsageError, UserError
+from xception_jax.names import printable_lines
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)(=.*)?", re.DOTALL)
 
@@ -44,6 +47,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     # JAX and its libraries create millions of objects that stay. With Python's threshold of 700, searching them for
     # cycles again and again takes a tenth of the processor time of a short run.
     gc.set_threshold(50_000)
+    _protect_output()
     try:
         sys.exit(main())
     except UserError as error:
@@ -58,6 +62,28 @@ def run_main(main: Callable[[], int | None]) -> None:
         # Any path may be too long, and fails where it is first used.
         where = f"{str(error.filename)[:60]}..."
         _end(InputMissingError("a path is longer than the system allows", where, "correct or shorten the path"))
+
+
+class _Record(logging.LogRecord):
+    """A log record whose message cannot move the cursor or begin a line, whatever names it holds."""
+
+    def getMessage(self) -> str:
+        return printable_lines(super().getMessage())
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{filename}:{lineno}: {category.__name__}: {printable_lines(message)}\n"
+
+
+def _protect_output() -> None:
+    """Escapes names in logs and warnings, and what a stream cannot encode: a name may hold bytes that are no UTF-8."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _format_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end(error: UserError) -> NoReturn:

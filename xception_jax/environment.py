@@ -6,10 +6,11 @@ import contextlib
 import os
 import re
 import resource
-import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from xception_jax.names import command_line
 
 SCRIPT = "xception-jax"
 _MODULE = "python -m xception_jax"
@@ -30,8 +31,8 @@ def program() -> str:
 def command() -> str:
     """Returns the command that started this process, as it would be typed in a shell."""
     if Path(sys.argv[0]).name == SCRIPT:
-        return shlex.join([SCRIPT, *sys.argv[1:]])
-    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+        return command_line([SCRIPT, *sys.argv[1:]])
+    return command_line([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
 def restart_with_allocator() -> None:

@@ -6,6 +6,10 @@ with the code of its class, from sysexits.h. Any other exception is a bug and ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from xception_jax.names import LINE_LENGTH, printable
+
 SUCCESS_EXIT_CODE = 0
 INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C before training began: 128 + SIGINT, as in shells
 
@@ -13,24 +17,32 @@ INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C before training began:
 class UserError(Exception):
     """A problem that the user can fix.
 
+    Names from files may be part of every text: `str` shows them escaped, and cuts each text at `names.LINE_LENGTH`.
+
     Args:
       what: what is wrong, in one line.
-      where: the affected field, file, path or step.
-      fix: what the user can do.
+      where: the affected field, file, path or step, in one line.
+      fix: what the user can do, in one line.
+      details: further lines below `where`, such as the rows of a table.
     """
 
     exit_code = 64
 
-    def __init__(self, what: str, where: str, fix: str) -> None:
+    def __init__(self, what: str, where: str, fix: str, details: Sequence[str] = ()) -> None:
         super().__init__(what)
-        self.what, self.where, self.fix = what, where, fix
+        self.what, self.where, self.fix, self.details = what, where, fix, tuple(details)
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, tuple[str, ...]]]:
         """Makes the error picklable, because data workers send it to the trainer."""
-        return type(self), (self.what, self.where, self.fix)
+        return type(self), (self.what, self.where, self.fix, self.details)
 
     def __str__(self) -> str:
-        return f"error: {self.what}\n  where: {self.where}\n  fix:   {self.fix}"
+        return self._lines("error: ", "fix:   ")
+
+    def _lines(self, before_what: str, before_fix: str) -> str:
+        what, where, fix = (printable(text, LINE_LENGTH) for text in (self.what, self.where, self.fix))
+        details = "".join(f"\n    {printable(line, LINE_LENGTH)}" for line in self.details)
+        return f"{before_what}{what}\n  where: {where}{details}\n  {before_fix}{fix}"
 
 
 class UsageError(UserError):
@@ -81,7 +93,7 @@ class PreemptedError(UserError):
     exit_code = 75
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n  next:  {self.fix}"
+        return self._lines("", "next:  ")
 
 
 class ConfigError(UserError):

@@ -24,8 +24,8 @@ from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import prepare as command
 from xception_jax.config import DataConfig
 from xception_jax.data import images
-from xception_jax.data.prepare import fashion_mnist, tfrecord, writer
-from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.prepare import fashion_mnist, names, tfrecord, writer
+from xception_jax.data.prepare.datasets import DATASETS, SHIPPED, open_dataset
 from xception_jax.data.sources import check_labels
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 
@@ -325,3 +325,8 @@ def test_missing_arguments_are_three_lines(arguments, error):
     with pytest.raises(error) as raised:
         prepare(*arguments)
     assert len(str(raised.value).splitlines()) == 3
+
+
+def test_the_names_on_the_command_line_are_those_of_the_tables():
+    assert set(names.SHIPPED_NAMES) == set(SHIPPED)
+    assert set(names.DATASET_NAMES) == set(DATASETS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import signal
 import threading
 import time
 
@@ -19,7 +21,7 @@ from tests.evaluation.test_evaluate_command import run
 from xception_jax.config import override, resolve
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.prepare.writer import write_dataset
-from xception_jax.errors import StorageError, UsageError
+from xception_jax.errors import PreemptedError, StorageError, UsageError
 from xception_jax.metrics.judgement import choose_thresholds
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.training import loop
@@ -121,6 +123,25 @@ def test_the_report_is_there_while_the_run_goes_on(finished):
     last = (workdir / "report.html").read_text()
     assert 'id="live"' not in last
     assert "Split <code>test</code>, 60 images of 20 groups" in last
+
+
+def test_the_report_of_a_run_that_was_asked_to_stop_says_so(config, tmp_path):
+    path = tmp_path / "report.html"
+
+    def stop_when_live():
+        while not path.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_when_live, daemon=True)
+    stopper.start()
+    with pytest.raises(PreemptedError):
+        train(override(config, {"duration": "3000 steps"}), str(tmp_path))
+    stopper.join()
+    report = path.read_text()
+    assert 'id="live"' not in report
+    assert "This run has stopped: run the same command to resume." in report
+    assert 'http-equiv="refresh"' not in report
 
 
 def test_the_judgement_of_a_single_logit_is_scikit_learns(evaluated):

@@ -98,7 +98,7 @@ def test_a_damaged_image_is_named_and_the_others_predicted(weights, folder, tmp_
     assert out.splitlines()[0].endswith("whole.jpg")
     assert [line.split(":")[0] for line in errors.splitlines()] == [
         f"{tmp_path}/cut.jpg",
-        f"{tmp_path}/odd\N{REPLACEMENT CHARACTER}name.png",
+        rf"{tmp_path}/odd\nname.png",
     ]
     with pytest.raises(BadDataError, match="2 of 2 images cannot be read\n"):
         run("--weights", weights, tmp_path / "cut.jpg", tmp_path / "odd\nname.png", "--batch_size", 2)

@@ -281,7 +281,7 @@ def test_what_lies_beside_an_export(exports, weights):
         assert card["preprocessing"]["mean"] == [0.4, 0.5, 0.6]
         assert card["evaluation"]["top1_interval"] == pytest.approx(wilson_interval(0.75, 1000))
         assert "top-1 accuracy 0.7500 (95 % interval 0.7222 to 0.7758)" in markdown
-        assert "1,000 images of flowers test" in markdown
+        assert "1,000 images of `flowers` `test`" in markdown
         assert 0 <= card["check"]["largest"] <= 1e-5 * max(1, card["check"]["logits"])
         assert not list(exports.glob(".*"))
 

@@ -113,6 +113,13 @@ def test_single_label_metrics_agree_with_a_loop():
         assert measured(TopK(k), logits, labels) == count / 37
 
 
+@pytest.mark.parametrize(("num_classes", "shown"), [(1, False), (2, False), (5, False), (6, True), (10, True)])
+def test_top5_is_a_metric_only_if_it_can_be_below_one(num_classes, shown):
+    found = names(metrics_of(override(resolve({}), {"model.num_classes": num_classes})))
+    assert ("top5" in found) == shown
+    assert found[0] == "top1"
+
+
 @pytest.mark.parametrize("num_classes", [1, 3, 5])
 def test_top5_of_at_most_five_classes_is_one(num_classes):
     logits, labels = random_batch(c=num_classes)

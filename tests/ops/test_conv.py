@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.ops.reference import conv_with_gradients
 from xception_jax import ops
 from xception_jax.ops.padding import explicit_padding
 
@@ -48,8 +49,11 @@ def reference_conv(x, kernel, *, segments, stride, padding):
 def value_and_gradients(f, *args):
     """Returns f(*args) and the gradients of a random projection of it."""
     y, vjp = jax.vjp(f, *args)
-    dy = jnp.asarray(np.random.default_rng(2).normal(size=y.shape), y.dtype)
-    return y, *vjp(dy)
+    return y, *vjp(jnp.asarray(cotangent(y.shape), y.dtype))
+
+
+def cotangent(shape):
+    return np.random.default_rng(2).normal(size=shape)
 
 
 @pytest.fixture
@@ -75,9 +79,11 @@ def assert_equals_xla(x, weights, **arguments):
         return ours, value_and_gradients(lambda x, k: reference_conv(x, k, **arguments), x, weights)
 
     ours, reference = both(x, weights)
-    for name, a, b in zip(("value", "input gradient", "filter gradient"), ours, reference, strict=True):
+    oracle = conv_with_gradients(x, weights, cotangent, **arguments)
+    for name, a, b, c in zip(("value", "input gradient", "filter gradient"), ours, reference, oracle, strict=True):
         assert a.dtype == x.dtype
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(c, b, rtol=0, atol=1e-12, err_msg=f"{name} of the oracle in NumPy")
 
 
 CASES = [(branch, *case) for branch in ("cpu", "default", "cuda") for case in covering_cases()]

@@ -1,4 +1,4 @@
-"""Compares the C++ kernels in float32 with XLA's operations in float64: values and gradients, through `ops`."""
+"""Compares the C++ kernels in float32 with NumPy and XLA in float64: values and gradients, through `ops`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.test_conv import covering_cases, draw, reference_conv, value_and_gradients
+from tests.ops.reference import conv_with_gradients
+from tests.ops.test_conv import cotangent, covering_cases, draw, value_and_gradients
 from tests.ops.test_pooling import CASES as POOLS
 from tests.ops.test_pooling import reference_max_pool
 from xception_jax import ops
@@ -39,25 +40,25 @@ def custom_calls(f, *args) -> int:
     return jax.jit(f).lower(*args).as_text().count("stablehlo.custom_call @")
 
 
-def assert_equals_xla(x_shape, kernel_shape, calls=3, **arguments):
-    f, reference = partial(ops.conv, **arguments), partial(reference_conv, **arguments)
+def assert_equals_numpy(x_shape, kernel_shape, calls=3, kind="", **arguments):
+    f = partial(ops.conv, **arguments)
     x, kernel = draw(x_shape, 0, "float32"), draw(kernel_shape, 1, "float32")
-    assert custom_calls(partial(value_and_gradients, f), x, kernel) == calls
-    got = value_and_gradients(f, x, kernel)
-    with jax.enable_x64(True):
-        expected = value_and_gradients(reference, x.astype("float64"), kernel.astype("float64"))
+    lowered = jax.jit(partial(value_and_gradients, f)).lower(x, kernel)
+    assert lowered.as_text().count("stablehlo.custom_call @" + kind) == calls
+    got = lowered.compile()(x, kernel)
+    expected = conv_with_gradients(x, kernel, cotangent, **arguments)
     for name, a, b in zip(("value", "input gradient", "filter gradient"), got, expected, strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
 
 
 @pytest.mark.parametrize(("segments", "filters", "kernel", "stride", "padding", "size"), list(covering_cases()))
-def test_conv_equals_xla(segments, filters, kernel, stride, padding, size):
+def test_conv_equals_numpy(segments, filters, kernel, stride, padding, size):
     calls = 2 + min(stride, kernel[0]) * min(stride, kernel[1])  # the input gradient is computed phase by phase
     if segments == filters and (stride > 1 or kernel not in ((3, 3), (5, 5))):
         calls = 0  # a depthwise convolution that the kernels do not support
     shapes = (2, *size, 8), (*kernel, 8 // segments, filters)
-    assert_equals_xla(*shapes, calls, segments=segments, stride=stride, padding=padding)
+    assert_equals_numpy(*shapes, calls, segments=segments, stride=stride, padding=padding)
 
 
 @pytest.fixture(params=["fma", "amx"])
@@ -97,8 +98,8 @@ def product(request, monkeypatch):
         ((1, 300, 232, 1), (3, 3, 1, 64), 1),
     ],
 )
-def test_conv_of_odd_sizes_equals_xla(product, x, kernel, segments):
-    assert_equals_xla(x, kernel, segments=segments, stride=1, padding="SAME")
+def test_conv_of_odd_sizes_equals_numpy(product, x, kernel, segments):
+    assert_equals_numpy(x, kernel, segments=segments, stride=1, padding="SAME")
 
 
 def test_each_call_says_which_product_it_uses(product):
@@ -143,12 +144,12 @@ def test_nan_stays_nan_in_products(product, bits):
 @pytest.mark.parametrize("side", [3, 5, 7])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
 @pytest.mark.parametrize("shape", [(2, 9, 10, 3), (1, 7, 24, 16), (3, 13, 8, 37), (2, 70, 11, 8), (1, 7, 7, 64)])
-def test_depthwise_equals_xla(shape, padding, side):
-    assert_equals_xla(shape, (side, side, 1, shape[-1]), segments=shape[-1], stride=1, padding=padding)
+def test_depthwise_equals_numpy(shape, padding, side):
+    assert_equals_numpy(shape, (side, side, 1, shape[-1]), segments=shape[-1], stride=1, padding=padding)
 
 
-def test_a_large_depthwise_result_equals_xla():
-    assert_equals_xla((1, 300, 232, 64), (3, 3, 1, 64), segments=64, stride=1, padding="SAME")
+def test_a_large_depthwise_result_equals_numpy():
+    assert_equals_numpy((1, 300, 232, 64), (3, 3, 1, 64), segments=64, stride=1, padding="SAME")
 
 
 # Whole vectors, and vectors that whole segments do not fill; widths below, at and above whole tiles; many rows.
@@ -162,12 +163,9 @@ def test_a_large_depthwise_result_equals_xla():
 )
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "SYMMETRIC"])
 @pytest.mark.parametrize("size", [(2, 9, 10), (1, 3, 3), (2, 70, 13)])
-def test_small_segments_equal_xla(size, padding, per_segment, channels, filters):
+def test_small_segments_equal_numpy(size, padding, per_segment, channels, filters):
     shape, kernel, segments = (*size, channels), (3, 3, per_segment, filters), channels // per_segment
-    assert_equals_xla(shape, kernel, segments=segments, stride=1, padding=padding)
-    conv = partial(ops.conv, segments=segments, padding=padding)
-    calls = jax.jit(partial(value_and_gradients, conv)).lower(draw(shape, 0, "float32"), draw(kernel, 1, "float32"))
-    assert calls.as_text().count("custom_call @depthwise") == 3
+    assert_equals_numpy(shape, kernel, kind="depthwise", segments=segments, stride=1, padding=padding)
 
 
 @pytest.mark.parametrize("ties", [False, True])

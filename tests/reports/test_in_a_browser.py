@@ -10,7 +10,7 @@ import pytest
 
 from tests.reports.test_run_report import INFO, judged, make_config, make_images, make_metrics, make_predictions
 from tests.study.simulated import small_study, write_simulated
-from xception_jax.reports.run import Live, write_report
+from xception_jax.reports.run import Live, mark_stopped, write_report
 from xception_jax.study.report import write_study_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -155,7 +155,35 @@ def test_a_live_report_reloads_itself_until_the_run_has_finished(show, tmp_path,
     write(tmp_path)
     page.clock.run_for(31_000)
     page.wait_for_function("!document.getElementById('live')", timeout=10_000)
+    assert not page.locator("#stopped").count()
     page.evaluate("window.same = true")
     page.clock.run_for(100_000)
     assert page.evaluate("window.same")
     context.close()
+
+
+def test_the_live_report_of_a_run_that_stopped_says_so_and_reloads_no_more(show, tmp_path, browser):
+    path = write(tmp_path, live=Live(written=time.time(), seconds=60.0))
+    context = browser.new_context()
+    page = context.new_page()
+    page.clock.install()
+    page.goto(path.as_uri())
+    mark_stopped(tmp_path)
+    page.clock.run_for(31_000)
+    page.wait_for_selector("#stopped", timeout=10_000)
+    assert "run the same command to resume" in page.locator("#stopped").text_content()
+    assert not page.locator("#live").count()
+    assert 'http-equiv="refresh"' not in path.read_text()
+    page.evaluate("window.same = true")
+    page.clock.run_for(3_600_000)
+    assert page.evaluate("window.same")
+    assert "overdue" not in page.locator("body").inner_text()
+    context.close()
+
+
+def test_the_report_of_a_finished_run_is_not_marked_as_stopped(tmp_path):
+    path = write(tmp_path)
+    before = path.read_bytes()
+    mark_stopped(tmp_path)
+    assert path.read_bytes() == before
+    mark_stopped(tmp_path / "without a report")

@@ -79,7 +79,7 @@ def test_the_page_is_whole_and_escaped(written):
         name in ("src", "href") for name, value in page.attributes if not str(value).startswith(("#", "data:"))
     )
     markdown = (root / "report.md").read_text()
-    assert "| depthwise_relu \N{MINUS SIGN} depthwise_none | 5 |" in markdown
+    assert "| `depthwise_relu \N{MINUS SIGN} depthwise_none` | 5 |" in markdown
 
 
 STOPPED = {"1_none": 130, "2_none": 75, "4_none": -9}  # exit codes by arm

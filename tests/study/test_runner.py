@@ -158,7 +158,7 @@ def test_a_study_survives_kills_of_cell_and_runner(start):
         open_study(root, stored.study, print).__enter__()
     with pytest.raises(ConfigError, match="has changed since its first cells") as error:
         open_study(root, dataclasses.replace(stored.study, margin=0.01), print).__enter__()
-    assert "margin: 0.005 -> 0.01" in error.value.where
+    assert "margin: 0.005 -> 0.01" in error.value.details
     with open_study(root, dataclasses.replace(stored.study, seeds=(0, 1)), print) as more:
         assert [cell.record().get("exit_code") for cell in more.cells()] == [0, 78, None, None]
         assert more.history[-1]["change"] == "added seed 1"

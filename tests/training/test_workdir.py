@@ -128,12 +128,12 @@ def test_another_experiment_is_refused(tmp_path, checkpoint):
     with pytest.raises(ConfigError, match="4 of its fields differ") as caught, open_workdir(tmp_path, other):
         pass
     assert caught.value.exit_code == 78
-    assert caught.value.where.splitlines()[1:] == [
-        "    seed: 0 -> 3",
-        "    model.num_classes: 1000 -> 10",
-        "    model.group_width: None -> 8",
-        "    data.name: 'imagenet2012' -> 'a'",
-    ]
+    assert caught.value.details == (
+        "seed: 0 -> 3",
+        "model.num_classes: 1000 -> 10",
+        "model.group_width: None -> 8",
+        "data.name: 'imagenet2012' -> 'a'",
+    )
     assert (tmp_path / "config.json").read_text() == before
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import sha256
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -196,4 +197,5 @@ def _report(args: argparse.Namespace, network: Network) -> None:
         "classes": None if network.classes is None else len(network.classes),
         "preprocessing": dataclasses.asdict(network.preprocessing),
     }
-    print(json.dumps(report) if args.json else "\n".join(f"{name:16}{value}" for name, value in report.items()))
+    lines = (f"{name:16}{printable(value, LINE_LENGTH)}" for name, value in report.items())
+    print(json.dumps(report) if args.json else "\n".join(lines))

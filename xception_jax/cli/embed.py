@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.names import printable, printable_path
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     from xception_jax.evaluation.features import make_embedder, save_features
-    from xception_jax.evaluation.predict import find_images, printable
+    from xception_jax.evaluation.predict import find_images
 
     paths = find_images(args.images) if args.images else []
     require_known(args.weights)
@@ -72,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if len(features.features):
         save_features(args.out, features)
         count, channels = features.features.shape
-        print(f"{args.out}: {channels:,} features of {count:,} images", file=sys.stderr)
+        print(f"{printable_path(args.out)}: {channels:,} features of {count:,} images", file=sys.stderr)
     if damaged:
         raise BadDataError(
             f"{len(damaged):,} images cannot be read and were left out",
-            ", ".join(map(printable, damaged[:10])),
+            ", ".join(map(printable_path, damaged[:10])),
             "replace them by intact JPEG, PNG or WebP images",
         )
     return 0
@@ -109,7 +110,6 @@ def _embed_files(
 
     from xception_jax.evaluation.features import Features
     from xception_jax.evaluation.loading import load_batches
-    from xception_jax.evaluation.predict import printable
 
     rows, kept, damaged = [], [], []
     with tqdm(total=len(paths), desc="embedding", unit="img", disable=None) as progress:
@@ -118,7 +118,7 @@ def _embed_files(
             for path, error, row in zip(batch.paths, batch.errors, features, strict=False):  # the rest is padding
                 if error:
                     damaged.append(str(path))
-                    tqdm.write(f"{printable(path)}: {error}", file=sys.stderr)
+                    tqdm.write(f"{printable_path(path)}: {printable(error)}", file=sys.stderr)
                 else:
                     rows.append(row)
                     kept.append(path)

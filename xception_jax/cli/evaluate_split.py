@@ -27,6 +27,7 @@ from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Judgement, Threshold, choose_thresholds, judge
 from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
 from xception_jax.models import create_model
+from xception_jax.names import printable
 from xception_jax.parallel import batch_sharding, check_batch, make_mesh, to_devices
 from xception_jax.runs import is_run, open_network, open_run, require_classifier, run_network
 from xception_jax.weights import Network
@@ -97,7 +98,7 @@ def _check_classes(network: Network, info: SourceInfo) -> None:
             network.source,
             f"prepare the dataset again so that its first class is {network.classes[0]}, not {info.class_names[0]}",
         )
-    names = f"{network.classes[0]!r} and {info.class_names[0]!r}"
+    names = " and ".join(repr(printable(classes[0])) for classes in (network.classes, info.class_names))
     print(f"network and dataset name their classes differently ({names}); matching them by number", file=sys.stderr)
 
 
@@ -210,7 +211,7 @@ class _Pass:
                 self.step,
                 self.metrics,
                 jax.device_put(variables, NamedSharding(self.mesh, PartitionSpec())),
-                tqdm(iterator, f"evaluating {source.info.split}", len(batches), unit="batch", disable=None),
+                tqdm(iterator, f"evaluating {printable(source.info.split)}", len(batches), unit="batch", disable=None),
                 len(source),
                 to_devices=lambda batch: to_devices(batch, batch_sharding(self.mesh)),
                 poll=lambda batch: _note_damaged(damaged, batch),

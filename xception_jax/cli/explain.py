@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
 from xception_jax.explain.paths import check_output
+from xception_jax.names import LINE_LENGTH, printable, printable_path
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from tqdm import tqdm
 
-    from xception_jax.evaluation.predict import class_names, find_images, printable
+    from xception_jax.evaluation.predict import class_names, find_images
 
     paths = find_images(args.images)
     require_known(args.weights)
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         entry: dict[str, Any] = {"file": str(each.path)}
         if each.error:
             damaged.append(each.path)
-            tqdm.write(f"{printable(each.path)}: {each.error}", file=sys.stderr)
+            tqdm.write(f"{printable_path(each.path)}: {printable(each.error)}", file=sys.stderr)
             entry["error"] = each.error
         else:
             output.add(each)
@@ -122,9 +123,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             tqdm.write(json.dumps(entry))
         elif not each.error:
-            tqdm.write(f"{printable(each.path)}  {each.probability:.2%}  {entry['name']}")
+            tqdm.write(f"{printable_path(each.path)}  {each.probability:.2%}  {printable(entry['name'])}")
     if written := output.finish():
-        print(written, file=sys.stderr)
+        print(printable(written, LINE_LENGTH), file=sys.stderr)
     if kept:
         files.save_maps(args.npz, kept, args.method, block)
     _report_problems(residuals, damaged, len(paths))
@@ -168,7 +169,8 @@ def find_class(wanted: str, names: Sequence[str], identifiers: Sequence[str]) ->
     if wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
     close = difflib.get_close_matches(wanted, names, 3, 0.5) or names[:3]
-    fix = f"use a number from 0 to {len(names) - 1}, or a name such as {', '.join(map(repr, close))}"
+    examples = ", ".join(repr(printable(name)) for name in close)
+    fix = f"use a number from 0 to {len(names) - 1}, or a name such as {examples}"
     raise UsageError(f"the network has no class {wanted!r}", "--class", fix)
 
 
@@ -211,8 +213,6 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
 
 
 def _report_problems(residuals: Sequence[float], damaged: Sequence[Path], total: int) -> None:
-    from xception_jax.evaluation.predict import printable
-
     missed = [residual for residual in residuals if residual > MAX_RESIDUAL]
     if missed:
         what = f"{len(missed):,} maps miss more than {MAX_RESIDUAL:.0%} of the change of the logit"
@@ -221,6 +221,6 @@ def _report_problems(residuals: Sequence[float], damaged: Sequence[Path], total:
         others = ", all others were explained" if len(damaged) < total else ""
         raise BadDataError(
             f"{len(damaged):,} of {total:,} images cannot be read{others}",
-            ", ".join(printable(path) for path in damaged[:10]),
+            ", ".join(map(printable_path, damaged[:10])),
             "replace them by intact JPEG, PNG or WebP images",
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import InputMissingError, StorageError, UsageError
 from xception_jax.files import free_space, sha256, write_atomically
+from xception_jax.names import printable_path
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     require_known(args.source)
     from xception_jax.export.card import as_markdown, make_card  # JAX takes seconds to import
-    from xception_jax.export.check import check_sha256
+    from xception_jax.export.check import check_sha256, checksum_line
     from xception_jax.export.formats import write_network
     from xception_jax.runs import require_classifier
 
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 difference=difference,
             )
             draft.replace(path)
-        write_atomically(f"{path}.sha256", f"{card['sha256']}  {path.name}\n")
+        write_atomically(f"{path}.sha256", checksum_line(card["sha256"], path.name))
         text = json.dumps(card, indent=2)
         write_atomically(f"{path}.json", text + "\n")
         write_atomically(f"{path}.md", as_markdown(card))
@@ -141,7 +142,7 @@ def _check(args: argparse.Namespace, path: Path, network: Network, name: str) ->
 
 
 def _summary(path: Path, difference: Difference | None) -> str:
-    lines = [f"{path}: {path.stat().st_size:,} bytes"]
+    lines = [f"{printable_path(path)}: {path.stat().st_size:,} bytes"]
     if difference is not None:
         lines.append(
             f"largest difference from the network: {difference.largest:.2g} in logits of up to {difference.logits:.3g}"

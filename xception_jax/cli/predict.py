@@ -13,9 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
-from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict, printable
+from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.names import printable, printable_path
 from xception_jax.weights.sources import require_known
 
 MAX_ON_SHEET = 400
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     for prediction in tqdm(predictions, "predicting", len(paths), unit="img", disable=None):
         if prediction.error:
             damaged.append(prediction.path)
-            tqdm.write(f"{printable(prediction.path)}: {prediction.error}", file=sys.stderr)
+            tqdm.write(f"{printable_path(prediction.path)}: {printable(prediction.error)}", file=sys.stderr)
         if args.json:
             tqdm.write(json.dumps(json_ready(_as_dict(prediction, names))))
         elif not prediction.error:
@@ -82,16 +83,16 @@ def run(args: argparse.Namespace) -> int:
         others = ", all others were predicted" if len(damaged) < len(paths) else ""
         raise BadDataError(
             f"{len(damaged):,} of {len(paths):,} images cannot be read{others}",
-            ", ".join(printable(path) for path in damaged[:10]),
+            ", ".join(map(printable_path, damaged[:10])),
             "replace them by intact JPEG, PNG or WebP images",
         )
     return 0
 
 
 def _as_text(prediction: Prediction, names: Sequence[str]) -> str:
-    lines = [printable(prediction.path)]
+    lines = [printable_path(prediction.path)]
     for label, probability in zip(prediction.classes, prediction.probabilities, strict=True):
-        lines.append(f"  {probability:7.2%}  {names[label]}")
+        lines.append(f"  {probability:7.2%}  {printable(names[label])}")
     return "\n".join(lines)
 
 
@@ -121,7 +122,7 @@ def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[s
     tiles = [
         Tile(
             prediction.thumbnail,
-            printable(prediction.path.name),
+            prediction.path.name,
             names[prediction.classes[0]],
             prediction.probabilities[0],
         )

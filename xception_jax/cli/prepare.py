@@ -7,15 +7,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xception_jax.config import DataConfig
-from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
-from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
+from xception_jax.data.prepare.names import DATASET_NAMES, SHIPPED_NAMES
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
-from xception_jax.data.prepare.tfrecord import copy_tfrecord
-from xception_jax.data.prepare.writer import Summary, write_dataset
-from xception_jax.data.sources import resolve_data_dir
 from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.names import LINE_LENGTH, printable, printable_path
+
+if TYPE_CHECKING:
+    from xception_jax.data.prepare.image_folder import Contents, Skipped
+    from xception_jax.data.prepare.writer import Summary
 
 EXAMPLES = """\
 examples:
@@ -48,7 +50,7 @@ examples:
   tfrecord               copies an existing TFDS dataset from TFRECORD to ArrayRecord files
     xception-jax prepare tfrecord --source ~/tensorflow_datasets/cifar10/3.0.2 --data_dir /data/array_record
 """
-NAMES = (*SHIPPED, *DATASETS, "image_folder", "tfrecord")
+NAMES = (*SHIPPED_NAMES, *DATASET_NAMES, "image_folder", "tfrecord")
 
 _CLASSES_SHOWN = 10
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -99,12 +101,18 @@ def run(args: argparse.Namespace) -> int:
       BadDataError: an original file is damaged.
       StorageError: the dataset cannot be written.
     """
+    # These import tensorflow_datasets, which takes half a second that --help does not need.
     from xception_jax.data import images
+    from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
+    from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
+    from xception_jax.data.prepare.tfrecord import copy_tfrecord
+    from xception_jax.data.prepare.writer import write_dataset
+    from xception_jax.data.sources import resolve_data_dir
 
     data_dir = resolve_data_dir(args.data_dir)
     options = {"overwrite": args.overwrite, "progress": not args.json}
     if args.dataset == "tfrecord":
-        _report(args, copy_tfrecord(_source(args), data_dir, **options))
+        _report(args, copy_tfrecord(_source(args), data_dir, **options), skipped=Skipped(), contents=Contents())
     elif args.dataset == "image_folder":
         skipped, contents = Skipped(), Contents()
         dataset = image_folder(
@@ -123,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
         _report(args, summary, skipped=skipped, classes=classes, contents=contents)
     else:
         dataset = SHIPPED[args.dataset]() if args.dataset in SHIPPED else DATASETS[args.dataset](_source(args))
-        _report(args, write_dataset(dataset, data_dir, **options), expected=dataset.expected)
+        summary = write_dataset(dataset, data_dir, **options)
+        _report(args, summary, skipped=Skipped(), contents=Contents(), expected=dataset.expected)
     return 0
 
 
@@ -173,12 +182,12 @@ def _report(
     args: argparse.Namespace,
     summary: Summary,
     *,
+    skipped: Skipped,
+    contents: Contents,
     expected: Mapping[str, int] | None = None,
-    skipped: Skipped | None = None,
     classes: Sequence[str] = (),
-    contents: Contents | None = None,
 ) -> None:
-    expected, skipped, contents = expected or {}, skipped or Skipped(), contents or Contents()
+    expected = expected or {}
     if args.json:
         report = {
             "path": str(summary.path),
@@ -194,15 +203,16 @@ def _report(
         print(json.dumps(report))
         return
     for line in skipped.lines():
-        print(line)
+        print(printable(line, LINE_LENGTH))
     if classes:
         more = ", ..." if len(classes) > _CLASSES_SHOWN else ""
-        print(f"classes ({len(classes):,}): {', '.join(classes[:_CLASSES_SHOWN])}{more}")
-        print("\n".join([*contents.lines(list(classes)), *contents.warnings]))
+        print(f"classes ({len(classes):,}): {', '.join(map(printable, classes[:_CLASSES_SHOWN]))}{more}")
+        for line in (*contents.lines(list(classes)), *contents.warnings):
+            print(printable(line, LINE_LENGTH))
     for split, count in expected.items():
         found = summary.num_examples.get(split, 0)
         if found != count:
             print(f"{split}: found {found:,} images; the complete dataset has {count:,}")
     splits = ", ".join(f"{split} {count:,}" for split, count in summary.num_examples.items())
     state = "already exists (--overwrite replaces it)" if summary.already_there else "written"
-    print(f"{summary.path} {state}: {splits}")
+    print(f"{printable_path(summary.path)} {state}: {printable(splits, LINE_LENGTH)}")

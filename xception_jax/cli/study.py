@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
 from xception_jax.config.shipped import shipped_names
 from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import local_directory
+from xception_jax.logs.console import say
+from xception_jax.names import command_line, printable_path
 from xception_jax.study.design import load_study
 from xception_jax.weights.sources import require_known
 
@@ -124,10 +125,10 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     root = local_directory(args.workdir, "--workdir")
     if args.slurm is None and not (root / STUDY).exists():  # the jobs of a cluster may see other directories
         check_datasets(study)  # before a minute of solving for the widths
-    with open_study(root, study, lambda line: print(line, file=sys.stderr)) as stored:
+    with open_study(root, study, say) as stored:
         if args.slurm is not None:
-            command = f"{shlex.quote(sys.executable)} -m xception_jax study run {shlex.quote(args.study)}"
+            command = command_line([sys.executable, "-m", "xception_jax", "study", "run", args.study])
             Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))
-            print(f"wrote {args.slurm}; its first lines say how to submit it")
+            print(f"wrote {printable_path(args.slurm)}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 
 from absl import logging
@@ -14,6 +13,7 @@ from xception_jax.config.shipped import shipped_names
 from xception_jax.environment import program
 from xception_jax.errors import UsageError
 from xception_jax.files import local_directory
+from xception_jax.names import in_shell
 
 EXAMPLES = """\
 examples:
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     summary = train(config, args.workdir)
     print(summary, flush=True)
     if jax.process_index() == 0:
-        workdir = shlex.quote(str(summary.report.parent))
+        workdir = in_shell(summary.report.parent)
         print(
-            f"next:\n  open {shlex.quote(str(summary.report))} in a browser",
+            f"next:\n  open {in_shell(summary.report)} in a browser",
             f"  {program()} predict --weights {workdir} PHOTO.jpg",
             f"  {program()} evaluate {workdir}",
             sep="\n",

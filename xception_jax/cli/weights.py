@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.names import LINE_LENGTH, in_shell, printable, printable_path
 from xception_jax.weights import sources
 from xception_jax.weights.released import KERAS_FILES, RELEASES
 
@@ -69,7 +72,7 @@ def _list(args: argparse.Namespace) -> None:
         cached = "yes" if row["cached"] else "no"
         size = f"{row['size'] / 1e6:.0f} MB"
         print(f"{row['name']:30}{row['network']:14}{size:>8}{top1:>9}  {cached:8}{pins}{doubt}")
-    print(f"cache: {sources.cache_directory()}")
+    print(f"cache: {printable_path(sources.cache_directory())}")
 
 
 def _rows() -> Iterator[dict[str, Any]]:
@@ -83,7 +86,10 @@ def _path(args: argparse.Namespace) -> None:
     source = sources.find(args.name)
     if not source.path.is_file():
         raise InputMissingError("there is no such weight file or name", args.name, "see `xception-jax weights list`")
-    print(source.path)
+    # A program gets the bytes of the path, a person sees it escaped.
+    path = printable_path(source.path) if sys.stdout.isatty() else source.path
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -91,14 +97,14 @@ def _verify(args: argparse.Namespace) -> None:
     cached = [path.with_suffix("") for path in sorted(sources.cache_directory().rglob("*.sha256"))]
     paths = [_existing(text) for text in args.files] or [path for path in cached if path.exists()]
     if not paths:
-        print(f"nothing is in the cache ({sources.cache_directory()})")
+        print(f"nothing is in the cache ({printable_path(sources.cache_directory())})")
     failed = []
     for path in paths:
         name = names.get(path)
         try:
-            print(f"{name or path}: {_verified(path, name)}")
+            print(f"{name or printable_path(path)}: {_verified(path, name)}")
         except BadDataError as error:
-            print(f"{name or path}: {error.what}")
+            print(f"{name or printable_path(path)}: {printable(error.what, LINE_LENGTH)}")
             failed.append(path)
     if failed:
         fix = "remove what is damaged; a name is downloaded again"
@@ -109,7 +115,9 @@ def _existing(text: str) -> Path:
     sources.require_known(text)
     path = sources.cached_path(text) if text in RELEASES and not Path(text).exists() else Path(text)
     if not path.is_file():
-        fix = f"download it: xception-jax weights path {text}" if text in RELEASES else "give a file or a name"
+        fix = (
+            f"download it: xception-jax weights path {in_shell(text)}" if text in RELEASES else "give a file or a name"
+        )
         raise InputMissingError("there is no such file", str(path), fix)
     return path
 

@@ -24,6 +24,7 @@ from xception_jax.data.metadata import FEATURES, INFO, open_builder
 from xception_jax.data.shards import check_shards
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import local_directory
+from xception_jax.names import in_shell
 
 SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
@@ -195,7 +196,7 @@ class TfdsSource:
         """Reads one feature of all examples without decoding their images; None if the dataset does not have it.
 
         Args:
-          name: such as 'label', 'file_name' or 'group'. Bytes are decoded to text.
+          name: such as 'label', 'file_name' or 'group'. Bytes are decoded to text as those of file names.
 
         Raises:
           BadDataError: a record is damaged.
@@ -205,7 +206,7 @@ class TfdsSource:
         if name not in self._columns:
             chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
             values = [record[name] for chunk in chunks for record in self._read_all(chunk)]
-            self._columns[name] = [value.decode() if isinstance(value, bytes) else value for value in values]
+            self._columns[name] = [os.fsdecode(value) if isinstance(value, bytes) else value for value in values]
         return self._columns[name]
 
     def _read_all(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -220,7 +221,7 @@ class TfdsSource:
             raise InputMissingError(
                 f"the dataset is stored as {builder.info.file_format.value}, which does not allow random access",
                 str(self.directory),
-                f"run xception-jax prepare tfrecord --source {self.directory}",
+                f"run xception-jax prepare tfrecord --source {in_shell(self.directory)}",
             )
 
     def _check_split(self, builder: tfds.core.DatasetBuilder) -> None:

@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from xception_jax.errors import BadDataError
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions, load_predictions
+from xception_jax.names import printable_path
 
 RESAMPLES = 10_000
 SEED = 0
@@ -109,7 +110,7 @@ def check_same_images(a: Predictions, b: Predictions, where: str) -> None:
 
 def as_text(comparison: Comparison, name_a: str, name_b: str) -> str:
     """Formats a comparison as text."""
-    c = comparison
+    c, name_a, name_b = comparison, printable_path(name_a), printable_path(name_b)
     width = max(len(name_a), len(name_b)) + 2
 
     def row(letter: str, name: str, share: float, interval: tuple[float, float], only: int) -> str:

@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from xception_jax.names import printable
+
 _DPI = 160
 _CELL = 2.0  # width of an image, in inches
 _CAPTION = 0.62  # height of a caption, in inches
@@ -143,7 +145,11 @@ def installed_fonts() -> list[str]:
 
 
 def shorten(text: str, length: int) -> str:
-    """Shortens a text in the middle, because file names often end in a number. Wide characters count as two."""
+    """Shortens a name in the middle, because file names often end in a number. Wide characters count as two.
+
+    What cannot be drawn is shown escaped.
+    """
+    text = printable(text)
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     length = length * len(text) // (len(text) + wide) if wide else length
     kept = length - 1

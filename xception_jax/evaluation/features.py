@@ -17,6 +17,7 @@ from jaxtyping import Float32
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.files import write_atomically
+from xception_jax.names import csv_cell
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network
@@ -88,7 +89,8 @@ def _as_csv(features: Features) -> str:
     writer.writerow(["path", *["label"] * labelled, *(f"f{i}" for i in range(features.features.shape[1]))])
     for i, (path, row) in enumerate(zip(features.path, features.features, strict=True)):
         # Nine digits identify a float32.
-        writer.writerow([path, *[_label_text(features, i)] * labelled, *(f"{value:.9g}" for value in row)])
+        names = [path, *[_label_text(features, i)] * labelled]
+        writer.writerow([*map(csv_cell, map(str, names)), *(f"{value:.9g}" for value in row)])
     return text.getvalue()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from xception_jax.metrics.judgement import ClassScores, Judgement, OperatingPoint
 from xception_jax.metrics.resampling import Estimate
+from xception_jax.names import printable, printable_path
 
 MOST_CLASSES = 20  # rows of the table
 _MOST_POINTS = 4  # classes whose thresholds are printed
@@ -110,9 +111,9 @@ def _points(judgement: Judgement, names: Sequence[str], split: str) -> str:
     if not judgement.points:
         return ""
     if len({point.threshold.label for point in judgement.points}) > _MOST_POINTS:
-        return f"thresholds chosen on {split}: in --json and --per_class"
+        return f"thresholds chosen on {printable(split)}: in --json and --per_class"
     lines = [
-        f"at thresholds chosen on {split}",
+        f"at thresholds chosen on {printable(split)}",
         f"{'class':<{_NAME}}  {'chosen for':<18}  threshold  {'sensitivity':<24}  specificity",
     ]
     lines += [
@@ -143,7 +144,7 @@ def _mistakes(judgement: Judgement, mistakes: Sequence[dict[str, Any]]) -> str:
     lines = [f"mistakes: {which}{len(mistakes):,}"]
     lines += [
         f"{row['probability']:>8.2%}  {_fit(row['predicted'])}  not {_fit(row['label'])}  "
-        f"{row['file'] or 'image {:,}'.format(row['index'])}"
+        f"{printable_path(row['file'] or 'image {:,}'.format(row['index']))}"
         for row in shown
     ]
     return "\n".join(lines)
@@ -161,7 +162,7 @@ def _number(value: float) -> str:
 def _fit(name: str) -> str:
     """Cuts and pads a name to the width of its column. Wide characters take two cells."""
     cut, width = "", 0
-    for character in name:
+    for character in printable(name):
         cells = 1 + (unicodedata.east_asian_width(character) in "WF")
         if width + cells > _NAME:
             return f"{cut[:-1]}…" + " " * (_NAME - width)

@@ -53,7 +53,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}  # an ordered set
     for argument in map(Path, arguments):
         if not os.path.exists(argument):  # unlike Path.exists, returns False for names that are too long
-            raise InputMissingError("there is no such image or folder", printable(argument), "correct the path")
+            raise InputMissingError("there is no such image or folder", str(argument), "correct the path")
         if not argument.is_dir():
             found[argument] = None
             continue
@@ -61,7 +61,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         if not files:
             suffixes = ", ".join(images.SUFFIXES)
             raise InputMissingError(
-                "there is no image in the folder", printable(argument), f"use images with the suffix {suffixes}"
+                "there is no image in the folder", str(argument), f"use images with the suffix {suffixes}"
             )
         found |= dict.fromkeys(files)
     return list(found)
@@ -135,8 +135,3 @@ def predict(
             else:
                 best = tuple(map(int, classes[row])), tuple(map(float, shares[row]))
                 yield Prediction(path, *best, thumbnail=batch.thumbnails[row])
-
-
-def printable(path: str | Path) -> str:
-    """Returns a path as one line of text, with unprintable characters replaced."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(path))

@@ -16,6 +16,7 @@ from xception_jax.metrics import Metric
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Judgement
 from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
+from xception_jax.names import csv_cell, printable, printable_path
 
 MISTAKES_FIELDS = ("file", "index", "group", "label", "predicted", "probability", "label_probability")
 
@@ -37,11 +38,11 @@ def as_text(metrics: dict[str, Any], prefixes: Sequence[str], measured: Sequence
         "temperature": "temperature",
         "calibration_error_after": "calibration error, scaled",
     }
-    where = metrics["source"] + (f", checkpoint {metrics['step']}" if "step" in metrics else "")
+    where = printable_path(metrics["source"]) + (f", checkpoint {metrics['step']}" if "step" in metrics else "")
     images = f"{metrics['count']:,} images"
     for name, meaning in (("unlabelled", "without a label"), ("damaged", "damaged")):
         images += f", {metrics[name]:,} of them {meaning}" if metrics.get(name) else ""
-    lines = [where, f"{metrics['dataset']}, {metrics['split']}: {images}"]
+    lines = [where, f"{printable(metrics['dataset'])}, {printable(metrics['split'])}: {images}"]
     real_count = next((metrics[f"{prefix}real_count"] for prefix in prefixes if f"{prefix}real_count" in metrics), None)
     if real_count is not None:
         lines.append(f"ReaL labels for {real_count:,} of them")
@@ -120,7 +121,7 @@ def _known(value: float) -> float | None:
 
 
 def write_csv(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str] = ()) -> None:
-    """Writes rows to a CSV file with a header. A field that a row lacks is empty.
+    """Writes rows to a CSV file with a header. A field that a row lacks is empty. Names do not become formulas.
 
     Args:
       path: the file.
@@ -135,7 +136,7 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str] =
         text, fields or list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
     )
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     try:
         write_atomically(path, text.getvalue())
     except OSError as error:

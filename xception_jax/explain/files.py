@@ -16,6 +16,7 @@ from xception_jax.explain.options import METHODS
 from xception_jax.explain.paths import is_file
 from xception_jax.explain.pictures import LONGEST, draw_picture, draw_sheet
 from xception_jax.files import write_atomically
+from xception_jax.names import file_stem
 from xception_jax.weights import Network
 
 MAX_ON_SHEET = 200
@@ -98,7 +99,7 @@ class PictureFolder:
 
     def add(self, explained: Explained) -> None:
         """Writes the picture of an image, under its name."""
-        stem = name = explained.path.stem
+        stem = name = file_stem(explained.path.stem)
         number = 1
         while name in self._names:
             number += 1

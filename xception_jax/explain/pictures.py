@@ -20,7 +20,6 @@ from PIL import Image
 from xception_jax.data.images import Preprocessing
 from xception_jax.evaluation import contact_sheet
 from xception_jax.evaluation.contact_sheet import GREY, INK, TRACK, installed_fonts, shorten
-from xception_jax.evaluation.predict import printable
 from xception_jax.explain.explainer import Explained
 from xception_jax.explain.options import Method
 
@@ -106,7 +105,7 @@ def draw_sheet(explained: Sequence[Explained], labels: Sequence[str], view: Prep
         image = enlarged(each.thumbnail)
         gap = np.full((image.shape[0], max(4, image.shape[1] // 40), 3), 255, np.uint8)
         pair = np.concatenate([image, gap, paint(image, each.heat, view, method)], axis=1)
-        tiles.append(contact_sheet.Tile(pair, printable(each.path.name), label, each.probability))
+        tiles.append(contact_sheet.Tile(pair, each.path.name, label, each.probability))
     legend = contact_sheet.Legend(color_strip(method), *_ends(method))
     return contact_sheet.draw(tiles, legend=legend, cell=3.2, max_columns=5)
 
@@ -148,7 +147,7 @@ def draw_picture(explained: Explained, label: str, view: Preprocessing, method: 
     heading, characters = height - _MARGIN - 0.2, round(11 * panel_width)
     text.text(_MARGIN, heading, shorten(label, characters), size=15, weight="bold", color=INK, **style)
     text.text(right, heading, f"{explained.probability:.1%}", size=15, color=INK, ha="right", **style)
-    name = shorten(printable(explained.path.name), round(14 * panel_width))
+    name = shorten(explained.path.name, round(14 * panel_width))
     text.text(_MARGIN, _MARGIN, name, size=8.5, color=GREY, **style)
     text.text(right, _MARGIN, f"{method.title}, {where}", size=8.5, color=GREY, ha="right", **style)
     buffer = io.BytesIO()

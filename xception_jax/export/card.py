@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import platform
@@ -19,8 +18,10 @@ from xception_jax.export.formats import PLATFORMS, loading_code
 from xception_jax.export.inference import in_float32
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.intervals import wilson_interval
+from xception_jax.metrics.single_label import TopK
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
+from xception_jax.names import NAME_LENGTH, in_markdown
 from xception_jax.weights.network import Network
 
 _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "onnx", "onnxruntime", "safetensors")
@@ -72,11 +73,17 @@ def make_card(
         "batch_norm": "as trained" if format == "safetensors" else "folded into the convolutions",
         "preprocessing": dataclasses.asdict(network.preprocessing),
         "classes": None if network.classes is None else list(network.classes),
-        "evaluation": None if evaluation is None else dict(evaluation),
+        "evaluation": None if evaluation is None else _telling(evaluation, model.num_classes),
         "check": None if difference is None else dataclasses.asdict(difference),
         "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         "load": _code(file, format, images, size),
     }
+
+
+def _telling(evaluation: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """Returns the evaluation without a top-5 accuracy that is 1 for every network; older runs have recorded it."""
+    hidden = () if TopK(5).suits(num_classes) else ("top5", "top5_interval")
+    return {name: value for name, value in evaluation.items() if name not in hidden}
 
 
 def _code(file: str, format: str, dtype: str, size: int) -> str:
@@ -147,9 +154,9 @@ def as_markdown(card: Mapping[str, Any]) -> str:
     size = card["preprocessing"]["size"]
     takes = _INPUTS[card["input"]["dtype"]].format(size=size)
     rows = {
-        "file": f"`{card['file']}`, {card['format']}" + _platforms(card),
+        "file": f"{in_markdown(card['file'])}, {card['format']}" + _platforms(card),
         "SHA-256": f"`{card['sha256']}`",
-        "made from": f"`{card['source']}`, SHA-256 `{card['source_sha256']}`",
+        "made from": f"{in_markdown(card['source'])}, SHA-256 {in_markdown(card['source_sha256'])}",
         "network": f"{card['network']['name']}, {card['parameters']:,} parameters",
         "cost": f"{card['multiply_adds'] / 1e9:.3g} G multiply-adds per image",
         "input": f"`images`: {takes}",
@@ -159,11 +166,17 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         "check": _check_text(card["check"]),
         "versions": ", ".join(f"{name} {version}" for name, version in card["versions"].items()),
     }
-    lines = [f"# {card['file']}", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
+    lines = [
+        f"# {in_markdown(card['file'])}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {text} |" for name, text in rows.items()),
+    ]
     lines += ["", "## Preprocessing", "", _preprocessing_text(card["preprocessing"], card["input"]["dtype"])]
     lines += ["", "## Use", "", "```python", card["load"], "```", "", "## Classes", "", _classes_text(card)]
     fields = ", ".join(f"{name}={value!r}" for name, value in card["network"].items())
-    return "\n".join([*lines, "", "## Network", "", f"`config.model`: `{fields}`", ""])
+    return "\n".join([*lines, "", "## Network", "", f"`config.model`: {in_markdown(fields)}", ""])
 
 
 def _platforms(card: Mapping[str, Any]) -> str:
@@ -179,8 +192,8 @@ def _accuracy_text(evaluation: Mapping[str, Any] | None) -> str:
             interval = evaluation.get(f"{name}_interval")
             between = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
             parts.append(f"{title} {evaluation[name]:.4f}{between}")
-    where = " ".join(filter(None, (evaluation.get("dataset"), evaluation.get("split"))))
-    return f"{', '.join(parts)}; {evaluation['count']:,} images of {where}"
+    where = [in_markdown(evaluation[name]) for name in ("dataset", "split") if evaluation.get(name)]
+    return f"{', '.join(parts)}; {evaluation['count']:,} images of {' '.join(where)}"
 
 
 def _check_text(check: Mapping[str, Any] | None) -> str:
@@ -207,5 +220,5 @@ def _classes_text(card: Mapping[str, Any]) -> str:
     names, number = card["classes"], card["network"]["num_classes"]
     if names is None:
         return f"{number:,} classes without names."
-    shown = ", ".join(f"{index} {html.escape(' '.join(name.split()))}" for index, name in enumerate(names[:20]))
+    shown = ", ".join(f"{index} {in_markdown(name, NAME_LENGTH)}" for index, name in enumerate(names[:20]))
     return f"{number:,}: {shown}" + (f", and {number - 20:,} more in the JSON file." if number > 20 else ".")

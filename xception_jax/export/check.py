@@ -30,7 +30,7 @@ _RUN = """\
 import sys
 import numpy as np
 
-code = open("lines.txt").read()
+code = open("lines.txt", encoding="utf-8").read()
 for number in range(int(sys.argv[1])):
     scope = {"np": np, "number": number}
     exec(code, scope)
@@ -100,7 +100,7 @@ def _run(path: Path, format: str, batches: list[np.ndarray], name: str) -> np.nd
         for number, batch in enumerate(batches):
             np.save(Path(scratch) / f"images{number}.npy", batch)
         code = loading_code(str(path.absolute()), format, 'images = np.load(f"images{number}.npy")')
-        (Path(scratch) / "lines.txt").write_text(code)
+        (Path(scratch) / "lines.txt").write_text(code, encoding="utf-8")
         environment = dict(os.environ)
         environment["JAX_PLATFORMS"] = "cpu"  # an accelerator may be held by this process
         if format == "safetensors":
@@ -127,6 +127,12 @@ def photographs(preprocessing: Preprocessing) -> np.ndarray:
     return np.stack([images.central_view(view, preprocessing.size, preprocessing.crop) for view in views])
 
 
+def checksum_line(digest: str, name: str) -> bytes:
+    """Returns the line of a file that `sha256sum --check` reads, which escapes line breaks and backslashes in names."""
+    plain = name.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r")
+    return os.fsencode(f"{chr(92) * (plain != name)}{digest}  {plain}\n")
+
+
 def check_sha256(path: Path) -> None:
     """Compares a file with the digest in `FILE.sha256`.
 
@@ -135,8 +141,8 @@ def check_sha256(path: Path) -> None:
     """
     beside = Path(f"{path}.sha256")
     try:
-        stored = beside.read_text().split()[0]
-    except (OSError, UnicodeDecodeError, IndexError):
+        stored = os.fsdecode(beside.read_bytes()).split()[0].removeprefix("\\")
+    except (OSError, IndexError):
         raise BadDataError("there is no digest to compare with", str(beside), "export again") from None
     found = sha256(path)
     if found != stored:

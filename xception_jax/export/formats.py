@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from xception_jax.export.inference import make_inference
 from xception_jax.files import write_atomically
+from xception_jax.names import escaped
 from xception_jax.weights.network import Network
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -45,7 +45,13 @@ logits, endpoints = jax.jit(create_model(network.model).apply)(network.variables
 
 def loading_code(file: str, format: str, images: str) -> str:
     """Returns the code that loads a file and runs it on the images that the line `images` makes."""
-    return _LOADING[format].format(file=json.dumps(file, ensure_ascii=False), images=images)
+    return _LOADING[format].format(file=_literal(file), images=images)
+
+
+def _literal(text: str) -> str:
+    """Returns Python code for a text, in double quotes if it has none; what is not visible is escaped."""
+    code = escaped(repr(text))
+    return f'"{code[1:-1]}"' if code[0] == "'" and '"' not in code else code
 
 
 def write_network(network: Network, path: Path, format: str, *, uint8: bool = False) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from xception_jax.names import LINE_LENGTH, printable
+
 _SILENT_SECONDS = 2.0
 
 
@@ -94,9 +96,12 @@ tqdm.get_lock()
 
 
 def say(line: str) -> None:
-    """Prints a line to standard error, above the progress bar if there is one. Errors of the stream are ignored."""
+    """Prints one line to standard error, above the progress bar if there is one. Errors of the stream are ignored.
+
+    A line break or a control character in it, which can only be part of a name, is shown escaped.
+    """
     with contextlib.suppress(OSError, ValueError):  # ValueError if the stream is closed
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line, LINE_LENGTH), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -157,8 +157,9 @@ class StepTrace:
         seconds = time.monotonic() - self._started
         jax.profiler.stop_trace()
         nanoseconds = read_trace(self._directory, self._hlo() or "")
-        self._report(
+        head = (
             f"profile of {traced} steps, {seconds / traced * 1e3:.1f} ms each; the operations of a step sum to "
-            f"{nanoseconds.total() / traced / 1e6:.1f} ms over all threads or devices\n"
-            f"{format_operations(nanoseconds, traced)}\ntrace: {self._directory}"
+            f"{nanoseconds.total() / traced / 1e6:.1f} ms over all threads or devices"
         )
+        for line in (head, *format_operations(nanoseconds, traced).split("\n"), f"trace: {self._directory}"):
+            self._report(line)

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 
 from xception_jax.config import ExperimentConfig, to_dict
 from xception_jax.errors import ConfigError
+from xception_jax.names import printable
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def wandb(config: ExperimentConfig, workdir: Path) -> Tracker:
             id_file.write_text(secrets.token_hex(8))
         run = service.init(
             project=config.logs.wandb_project,
-            name=config.name or workdir.name,
+            name=printable(config.name or workdir.name),
             config=to_dict(config),
             dir=workdir,
             id=id_file.read_text(),

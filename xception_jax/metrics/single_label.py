@@ -39,6 +39,10 @@ class TopK(Metric):
         """Name in reports: 'top-1 accuracy' or 'top-5 accuracy'."""
         return f"top-{self.k} accuracy"
 
+    def suits(self, num_classes: int) -> bool:
+        """Returns whether the metric can be below 1 for every network; top-1 is always measured."""
+        return self.k == 1 or self.k < num_classes
+
     def measure(self, logits: Float[Array, "b c"], labels: Int[Array, " b"], mask: Bool[Array, " b"]) -> State:
         rank = jnp.sum(logits >= _true_logit(logits, labels), axis=-1)  # 1 is the best
         finite = jnp.isfinite(logits).all(axis=-1)

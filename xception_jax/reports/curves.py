@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 
-from xception_jax.reports.style import COLORS, QUIET, ZERO, Readout, Series, draw_svg
+from xception_jax.reports.style import COLORS, QUIET, ZERO, Readout, Series, draw_svg, legend_label
 
 _MAX_POINTS = 400  # a figure this wide cannot show more
 _FEW_POINTS = 12  # each gets a marker
@@ -145,7 +145,13 @@ def share_figure(
         if diagonal:
             axes.plot([0, 1], [0, 1], color=ZERO, linewidth=1, linestyle=(0, (2, 2)))
         for curve, color in zip(curves, COLORS, strict=False):
-            axes.plot(curve.x, curve.y, color=color, linewidth=1.6 if curve.weights is None else 0.8, label=curve.label)
+            axes.plot(
+                curve.x,
+                curve.y,
+                color=color,
+                linewidth=1.6 if curve.weights is None else 0.8,
+                label=legend_label(curve.label),
+            )
             if curve.weights is not None:
                 axes.scatter(curve.x, curve.y, 4 + 90 * curve.weights / curve.weights.max(), color=color, linewidths=0)
         axes.set_xlim(-0.02, 1.02)

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from xception_jax.logs.console import format_count, format_duration
+from xception_jax.names import escaped, in_markdown
 
 _SHARED = Path(__file__).parent  # base.html, style.css and report.js
 
@@ -21,7 +22,7 @@ _SHARED = Path(__file__).parent  # base.html, style.css and report.js
 def make_environment(templates: Path) -> jinja2.Environment:
     """Builds the environment that renders the templates of one report.
 
-    Values are escaped in .html templates and left as they are in Markdown.
+    Texts are escaped in .html templates, invisible characters included. Markdown templates mark names by `| name`.
 
     Args:
       templates: the directory of the templates, which may extend `base.html`.
@@ -30,10 +31,12 @@ def make_environment(templates: Path) -> jinja2.Environment:
         loader=jinja2.FileSystemLoader([templates, _SHARED]),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "name": in_markdown,
         "percent": format_percent,
         "points": format_points,
         "interval": format_interval,
@@ -50,6 +53,11 @@ def make_environment(templates: Path) -> jinja2.Environment:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     return environment
+
+
+def _finalize(value: Any) -> Any:
+    """Escapes invisible characters in a text from outside, whose line breaks a page shows as spaces."""
+    return escaped(value, kept="\n") if type(value) is str else value
 
 
 def format_percent(share: float | None, digits: int = 2) -> str:

@@ -18,6 +18,7 @@ from xception_jax.metrics.predictions import (
     expected_calibration_error,
     most_confused,
 )
+from xception_jax.names import printable, printable_path
 
 MAX_CELL_IMAGES = 6  # of one cell of the confusion matrix
 MAX_IMAGES = 150  # of all cells: about 1 MB
@@ -131,8 +132,8 @@ class Cards:
         heat_map = self._heat_maps.get(index)
         return {
             "index": index,
-            "file": None if predictions.file_name is None else str(predictions.file_name[i]),
-            "group": None if predictions.group is None else str(predictions.group[i]),
+            "file": None if predictions.file_name is None else printable_path(str(predictions.file_name[i])),
+            "group": None if predictions.group is None else printable(predictions.group[i]),
             "source": _data_uri(self._images[index]),
             "heat_map": None if heat_map is None else _data_uri(heat_map),
             "pixelated": max(self._images[index].shape[:2]) <= 64,

@@ -121,7 +121,7 @@ if (live) {
     const minutes = Math.max(0, Math.floor((Date.now() / 1000 - written) / 60));
     const ago = minutes < 1 ? "just now" : minutes < 120 ? `${minutes} min ago` : `${Math.floor(minutes / 60)} h ago`;
     const late = seconds && Date.now() / 1000 > written + 3 * seconds + 60;
-    age.textContent = `Written ${ago}.` + (late ? " The next report is overdue: the run may have stopped." : "");
+    age.textContent = `Written ${ago}.` + (late ? " The next report is overdue: the process no longer writes." : "");
   };
   tell();
   setInterval(tell, 5000);

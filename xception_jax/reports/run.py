@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,15 @@ from xception_jax.metrics import Metric, main_metric, metrics_of
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Judgement
 from xception_jax.metrics.predictions import Predictions
+from xception_jax.names import printable
 from xception_jax.reports.curves import Line, line_figure
 from xception_jax.reports.environment import format_heading, make_environment
 from xception_jax.reports.judgement import judgement_context
 from xception_jax.reports.mistakes import MAX_CELL_IMAGES, MAX_IMAGES, Cards, errors_context
 from xception_jax.reports.style import BLUE, GREY, VERMILION, themed
+
+STOPPED = "This run has stopped: run the same command to resume. This report shows its last evaluation."
+_LIVE_BLOCK = re.compile(rb"<!-- live -->.*?<!-- end of live -->", re.DOTALL)  # as in run.html
 
 
 class RunInfo(TypedDict, total=False):
@@ -102,10 +107,10 @@ def write_report(
     Raises:
       OSError: the report could not be written. An older report is then unchanged.
     """
-    names = [*class_names, *(f"class {i}" for i in range(len(class_names), config.num_classes))]
+    names = [*map(printable, class_names), *(f"class {i}" for i in range(len(class_names), config.num_classes))]
     last_step = max((entry["step"] for entry in metrics), default=0)
     context = {
-        "title": config.name or Path(workdir).resolve().name,
+        "title": printable(config.name or Path(workdir).resolve().name),
         "config": config,
         "config_json": to_json(config),
         "changes": _changes(config),
@@ -132,6 +137,26 @@ def write_report(
     path = Path(workdir) / "report.html"
     write_atomically(path, make_environment(Path(__file__).parent).get_template("run.html").render(context).encode())
     return path
+
+
+def mark_stopped(workdir: str | os.PathLike[str]) -> None:
+    """Replaces the notice of a live report: the run has stopped, and the page does not reload itself again.
+
+    The report of a finished run, or a missing one, is left as it is.
+
+    Args:
+      workdir: the work directory.
+
+    Raises:
+      OSError: the report could not be read or written.
+    """
+    path = Path(workdir) / "report.html"
+    if not path.exists():
+        return
+    notice = f'<p class="notice" id="stopped">{STOPPED}</p>'.encode()
+    stopped, found = _LIVE_BLOCK.subn(lambda block: notice if b'id="live"' in block[0] else b"", path.read_bytes())
+    if found:
+        write_atomically(path, stopped)
 
 
 def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:

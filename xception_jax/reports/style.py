@@ -14,6 +14,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from xception_jax.names import printable
+
 # Okabe and Ito (2008), distinguishable with any kind of colour vision; neighbours in COLORS differ in lightness.
 GREY, BLUE, VERMILION, GREEN = "#8a8a8a", "#0072b2", "#d55e00", "#009e73"
 COLORS = (BLUE, VERMILION, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -39,6 +41,7 @@ _VARIABLES = {
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "xception_jax",  # otherwise ids are random
     "svg.fonttype": "none",  # text stays text, in the font of the page
+    "text.parse_math": False,  # a dollar sign in a name does not start a formula
     "font.size": FONT_SIZE,
     "legend.fontsize": FONT_SIZE,
     "legend.title_fontsize": FONT_SIZE,
@@ -140,6 +143,11 @@ def draw_svg(
         ],
     }
     return text.replace("<svg ", f'<svg data-readout="{html.escape(json.dumps(data))}" ', 1)
+
+
+def legend_label(name: str) -> str:
+    """Returns a name for a legend. Matplotlib leaves out those that begin with an underscore."""
+    return f" {printable(name)}" if name.startswith("_") else printable(name)
 
 
 def themed(svg: str) -> str:

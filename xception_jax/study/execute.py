@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.environment import with_allocator
 from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
-from xception_jax.logs.console import format_count
+from xception_jax.logs.console import format_count, say
+from xception_jax.names import LINE_LENGTH, file_stem, in_shell, printable, printable_path
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import solve_costs
 from xception_jax.study.design import Study
@@ -58,7 +58,7 @@ def run_study(
         tuned = stored.tuned()
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
         for arm in (arm.name for arm in stored.study.arms if arm.name not in tuned):
-            print(f"arm {arm} is left out: no trial of its search has finished", file=sys.stderr)
+            say(f"arm {arm} is left out: no trial of its search has finished")
     _reuse(trained, reuse)
     codes += _run_phase(stored, trained, environment, jobs, retry, later=0)
 
@@ -73,7 +73,7 @@ def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
         pairs = find_equal(cells, [*study.search(), *study.cells()])
         for cell, other in pairs:
             cell.take_over(other)
-        print(f"{len(pairs)} finished cells were taken from {study.root}", file=sys.stderr)
+        say(f"{len(pairs)} finished cells were taken from {study.root}")
 
 
 def _run_phase(
@@ -175,17 +175,17 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
         ]
     lines = [
         "#!/bin/bash",
-        f"# {stored.study.name}: {search} trials of a search, {cells} cells. Submit:",
+        f"# {printable(stored.study.name)}: {search} trials of a search, {cells} cells. Submit:",
         *submit,
-        f"#SBATCH --job-name={stored.study.name}",
+        f"#SBATCH --job-name={file_stem(stored.study.name).replace(' ', '_')}",
         f"#SBATCH --array=0-{last}%{jobs}",
         "#SBATCH --gpus-per-task=1",
         "#SBATCH --cpus-per-task=8",
         "#SBATCH --signal=B:TERM@180",
         "#SBATCH --requeue",
-        f"#SBATCH --output={stored.root}/slurm-%A_%a.txt",
-        f"cd {shlex.quote(os.getcwd())}",
-        f"{command} --workdir {shlex.quote(str(stored.root))} --cell $SLURM_ARRAY_TASK_ID &",
+        f'#SBATCH --output="{printable_path(stored.root)}/slurm-%A_%a.txt"',
+        f"cd {in_shell(os.getcwd())}",
+        f"{command} --workdir {in_shell(stored.root)} --cell $SLURM_ARRAY_TASK_ID &",
         "trap 'kill -TERM $!' TERM",
         "wait $! || { code=$?; wait $!; code=$?; }",
         "# stopped before its end: the next job resumes it",
@@ -204,7 +204,7 @@ def list_cells(study: Study) -> str:
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [
-        f"{study.name}: {study.question}",
+        f"{study.name}: {' '.join(study.question.split())}",
         f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
         + f", after {trials} trials of each arm = {trials * len(study.arms)}" * bool(trials),
         f"  equal {study.control.replace('_', '-')}" if study.control != "width" else "  fixed width",
@@ -219,7 +219,7 @@ def list_cells(study: Study) -> str:
             f"{cost.parameters / reference.parameters - 1:+6.1%} {format_count(cost.multiply_adds):>10} "
             f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%} {cost.channels_per_segment:7.1f}"
         )
-    lines += [f"hypothesis: {study.hypothesis}"]
+    lines += [f"hypothesis: {' '.join(study.hypothesis.split())}"]
     lines += [f"  {c.name}: {c.expected}" for c in study.comparisons]
     lines += [f"  {entry.name} along {study.axis}: {entry.expected}" for entry in study.interactions]
-    return "\n".join(lines)
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)

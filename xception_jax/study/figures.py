@@ -10,7 +10,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from xception_jax.reports.style import BLUE, COLORS, FONT_SIZE, GREEN, MARGIN, QUIET, VERMILION, ZERO, draw_svg
+from xception_jax.names import printable
+from xception_jax.reports.style import (
+    BLUE,
+    COLORS,
+    FONT_SIZE,
+    GREEN,
+    MARGIN,
+    QUIET,
+    VERMILION,
+    ZERO,
+    draw_svg,
+    legend_label,
+)
 from xception_jax.study.results import ArmResult, Results
 
 # Lines differ in colour, marker and dash.
@@ -32,7 +44,7 @@ def forest(results: Results) -> str | None:
     if not shown:
         return None
     margin = 100 * results.stored.study.margin
-    names = [f"{entry.comparison.name}  (n={entry.difference.n})" for entry in shown]
+    names = [f"{printable(entry.comparison.name)}  (n={entry.difference.n})" for entry in shown]
     left, height = 20 + 6.6 * max(map(len, names)), 60 + 24 * len(shown)
     width = left + 440
 
@@ -80,7 +92,9 @@ def over_axis(results: Results) -> str | None:
             # Shift the lines slightly, so that intervals at the same position do not cover each other.
             shift = 1.035 ** (number - 1) if results.logarithmic else 1.0
             x = [arm.x * shift for arm in points]
-            axes.errorbar(x, mean, half, label=line or None, capsize=2.5, markersize=4.5, **_style(number))
+            axes.errorbar(
+                x, mean, half, label=legend_label(line) or None, capsize=2.5, markersize=4.5, **_style(number)
+            )
         _axis(axes, results, [arm.x for arm in arms])
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("test accuracy", color=QUIET)
@@ -106,7 +120,9 @@ def effects(results: Results) -> str | None:
             half = [100 * _half(effect.mean, effect.low) for effect in entry.effects]
             x = [value * shift for value in entry.x]
             style = _style(number + 1)
-            axes.errorbar(x, mean, half, label=entry.interaction.name, capsize=2.5, markersize=4.5, **style)
+            axes.errorbar(
+                x, mean, half, label=legend_label(entry.interaction.name), capsize=2.5, markersize=4.5, **style
+            )
         _axis(axes, results, [x for entry in shown for x in entry.x])
         axes.set_ylabel("paired difference in test accuracy, points", color=QUIET)
         axes.legend()
@@ -135,7 +151,7 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
                 [cost(arm) for arm in points],
                 [arm.accuracy.mean for arm in points],
                 half,
-                label=line or None,
+                label=legend_label(line) or None,
                 capsize=2,
                 markersize=4.5,
                 **style,
@@ -145,7 +161,7 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
             for arm in arms:
                 at, right = (cost(arm), arm.accuracy.mean), cost(arm) > middle
                 axes.annotate(
-                    arm.name,
+                    printable(arm.name),
                     at,
                     (-5 if right else 5, 3),
                     textcoords="offset points",
@@ -176,7 +192,7 @@ def learning_curves(arms: Sequence[ArmResult]) -> str | None:
         for number, arm in enumerate(shown):
             steps, mean, half = arm.curve
             style = _style(number) | {"marker": _MARKERS[number % 7] if len(steps) <= 12 else ""}
-            axes.plot(steps, mean, label=arm.name, markersize=3.5, linewidth=1.4, **style)
+            axes.plot(steps, mean, label=legend_label(arm.name), markersize=3.5, linewidth=1.4, **style)
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
         ends = np.array([arm.curve[1][-1] for arm in shown])
         starts = np.concatenate([arm.curve[1] for arm in shown])

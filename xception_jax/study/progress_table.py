@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from xception_jax.logs.console import format_count, format_duration
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.study.cells import Cell, State, read_outcome, state_of
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study
@@ -67,7 +68,8 @@ class ProgressTable:
         """Shows the current state of the runner."""
         if not self._terminal:
             for cell, code in runner.finished[self._reported :]:
-                self._write(f"{cell.name}: {self._end_line(cell, code)}\n{self.headline(runner)}\n")
+                for line in (f"{cell.name}: {self._end_line(cell, code)}", self.headline(runner)):
+                    self._write(f"{printable(line, LINE_LENGTH)}\n")
             self._reported = len(runner.finished)
             return
         now = time.monotonic()
@@ -163,7 +165,10 @@ class ProgressTable:
             rows.append((any(r.cell.arm == arm for r in runner.running), row))
         if len(rows) > height - 3:
             rows = [entry for entry in rows if entry[0]][: max(height - 3, 1)]
-        return [line[:width] for line in (self.headline(runner), head, *(row for _, row in rows), _LEGEND)]
+        return [
+            printable(line, LINE_LENGTH)[:width]
+            for line in (self.headline(runner), head, *(row for _, row in rows), _LEGEND)
+        ]
 
     def _column(self, cell: Cell) -> str:
         return f"seed {cell.seed}"[-6:] if cell.trial is None else f"try {cell.trial}"

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from xception_jax.config import to_json
 from xception_jax.errors import DivergedError
 from xception_jax.files import write_atomically
+from xception_jax.names import LINE_LENGTH, csv_cell, printable
 from xception_jax.reports.environment import format_interval, format_p, format_points, make_environment
 from xception_jax.reports.style import themed
 from xception_jax.study import figures
@@ -55,7 +56,7 @@ def cells_csv(results: Results) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(results.rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in results.rows)
     return buffer.getvalue()
 
 
@@ -77,7 +78,7 @@ def format_results(results: Results) -> str:
                 f"{_unit(results)}, change of sign: {interaction.trend.flips} ({interaction.outcome})"
             )
     lines.append(f"report: {results.stored.root / 'report.html'}")
-    return "\n".join(lines)
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)
 
 
 def _difference(estimate: Estimate) -> str:

@@ -99,8 +99,9 @@ def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Itera
             if refused:
                 raise ConfigError(
                     f"the study has changed since its first cells: {len(refused)} differences",
-                    "\n    ".join([str(root / STUDY), *refused]),
+                    str(root / STUDY),
                     "undo the changes or choose another study directory; only seeds and arms may be added",
+                    refused,
                 )
         for line in additions:
             report(f"added since the last run here: {line}")

@@ -137,7 +137,8 @@ class Checkpoints:
         except StorageError as lost:
             if error is None:
                 raise
-            self._report(str(lost))
+            for line in str(lost).split("\n"):
+                self._report(line)
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first. They are verified only when they are restored."""
@@ -308,8 +309,9 @@ class Checkpoints:
         if differences:
             raise BadDataError(
                 f"checkpoint {step} holds a different model: {differences} of {len(wanted)} parameters differ",
-                f"{self._path(step)}\n{table}",
+                str(self._path(step)),
                 "use the config that it was trained with, or another work directory",
+                table,
             )
 
     def _refuse_other_dataset(self, step: int, record: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xception_jax.environment import installed_versions
+from xception_jax.names import printable
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -50,21 +51,21 @@ def state_fingerprint(state: Any) -> str:
     return digest.hexdigest()
 
 
-def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows: int = 10) -> tuple[int, str]:
+def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows: int = 10) -> tuple[int, list[str]]:
     """Compares two results of `tree_signature`.
 
     Returns:
-      The number of leaves that differ or exist on one side only, and a table (parameter, stored, wanted) of the first
-      `max_rows` of them.
+      The number of leaves that differ or exist on one side only, and the lines of a table (parameter, stored,
+      wanted) of the first `max_rows` of them.
     """
     names = [name for name in {**wanted, **stored} if stored.get(name) != wanted.get(name)]
     rows = [("parameter", "stored", "wanted")]
-    rows += [(name, stored.get(name, "-"), wanted.get(name, "-")) for name in names[:max_rows]]
+    rows += [(printable(name), printable(stored.get(name, "-")), wanted.get(name, "-")) for name in names[:max_rows]]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines = [f"    {name:{widths[0]}}  {old:{widths[1]}}  {new}" for name, old, new in rows]
+    lines = [f"{name:{widths[0]}}  {old:{widths[1]}}  {new}" for name, old, new in rows]
     if len(names) > max_rows:
-        lines.append(f"    and {len(names) - max_rows} more")
-    return len(names), "\n".join(lines)
+        lines.append(f"and {len(names) - max_rows} more")
+    return len(names), lines
 
 
 def versions() -> dict[str, str]:

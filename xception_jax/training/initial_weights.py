@@ -171,8 +171,9 @@ def _choose(
     if differences:
         raise BadDataError(
             f"the weights are for a different network: {differences} of {len(wanted)} arrays differ",
-            f"{network.source}\n{table}",
+            network.source,
             "set config.model to the values that they were trained with",
+            table,
         )
     return {name: variables[name] for name in wanted if name not in new}, new
 

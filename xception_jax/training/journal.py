@@ -29,6 +29,7 @@ from xception_jax.logs.console import (
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.logs.trackers import Tracker, open_trackers
 from xception_jax.metrics import describe, metrics_of
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.training.experiment import Experiment
 
 # Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
@@ -141,7 +142,9 @@ class Journal:
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
             ("workdir", str(workdir)),
         ]
-        self.message(format_header(config.name or "xception_jax", rows))
+        shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
+        for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
+            self.message(line)
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a finished step. At a log point, writes their mean over the interval."""

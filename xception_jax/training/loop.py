@@ -86,8 +86,11 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         loop = stack.enter_context(contextlib.closing(Loop(experiment, path, checkpoints, journal, preemption)))
         try:
             return loop.run(step, state)
-        except jax.errors.JaxRuntimeError as error:
-            raise out_of_memory(error, config) from error
+        except BaseException as error:
+            loop.mark_report_stopped()
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise out_of_memory(error, config) from error
+            raise
 
 
 def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
@@ -362,6 +365,13 @@ class Loop:
             )
         now = self.journal.seconds_since_start
         self.next_live_report = now + (now - started) / MAX_LIVE_SHARE
+
+    def mark_report_stopped(self) -> None:
+        """Marks the live report, if this directory has one, when the run ends early."""
+        if (self.workdir / "report.html").exists():
+            from xception_jax.training.summary import mark_report_stopped
+
+            mark_report_stopped(self.workdir, self.journal)
 
     def _evaluate_test(self) -> Predictions:
         """Evaluates on the test split and saves the predictions. The journal keeps the first result."""

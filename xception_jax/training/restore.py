@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from xception_jax.config import ExperimentConfig, MeshConfig, from_json
 from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.errors import InputMissingError
 from xception_jax.files import sha256
+from xception_jax.logs.console import say
 from xception_jax.models import create_model
 from xception_jax.parallel import make_mesh
 from xception_jax.training import manifest
@@ -78,7 +78,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
         fix = f"use a weight file, or the work directory of a run, which contains {CONFIG}"
         raise InputMissingError("there is no run", workdir, fix) from None
     abstract = _abstract_state(config)
-    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True, report=lambda line: print(line, file=sys.stderr))
+    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True, report=say)
     with checkpoints:
         if step is None:
             restored = checkpoints.restore_latest(abstract)

@@ -27,8 +27,9 @@ from xception_jax.metrics.judgement import Threshold, choose_thresholds, judge
 from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
 from xception_jax.metrics.resampling import DRAWS
 from xception_jax.metrics.single_label import TopK
+from xception_jax.names import printable_path
 from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbnail
-from xception_jax.reports.run import Judged, Live, RunInfo, write_report
+from xception_jax.reports.run import Judged, Live, RunInfo, mark_stopped, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
 from xception_jax.weights import Network, Preprocessing
@@ -72,7 +73,8 @@ class Summary:
                 details = interval if self.groups is None else f" of {self.groups:,} groups"
                 count = f"{self.metrics['count']:,} images{details}"
                 lines.append(f"{self.metrics['split']} {main.title}{label}: {main.format(value)} ({count})")
-        lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {self.checkpoint}", f"report: {self.report}"]
+        lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {printable_path(self.checkpoint)}"]
+        lines.append(f"report: {printable_path(self.report)}")
         return "\n".join(lines)
 
 
@@ -153,6 +155,16 @@ def write_live_report(
         _write(experiment, workdir, entries, _run_info(experiment, journal, seconds_to_first_step), judged, live)
     except Exception as error:
         journal.message(f"the report was not written, training goes on: {type(error).__name__}: {error}")
+
+
+def mark_report_stopped(workdir: Path, journal: Journal) -> None:
+    """Marks the live report of a run that ends early, on process 0. A failure is reported in one line."""
+    if jax.process_index() != 0:
+        return
+    try:
+        mark_stopped(workdir)
+    except OSError as error:
+        journal.message(f"the report was not marked as stopped: {type(error).__name__}: {error}")
 
 
 def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: float | None) -> RunInfo:

@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import re
-import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import jax
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import write_atomically
+from xception_jax.names import command_line
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -113,7 +113,7 @@ def _hold(lock: int, path: Path) -> None:
     holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "command": shlex.join(sys.orig_argv),
+        "command": command_line(sys.orig_argv),
         "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
     }
     try:
@@ -160,8 +160,9 @@ def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], 
     if refused and has_checkpoints(path):
         raise ConfigError(
             f"the work directory has checkpoints of another experiment: {len(refused)} of its fields differ",
-            "\n    ".join([f"{path} (stored -> now)", *refused]),
+            f"{path} (stored -> now)",
             "restore these fields, or choose another work directory",
+            refused,
         )
     for line in changes.values():
         report(f"changed since the last run in this directory: config.{line}")

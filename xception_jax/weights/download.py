@@ -23,6 +23,7 @@ from urllib3.util import Retry
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
 from xception_jax.files import free_space, sync_directory
+from xception_jax.names import printable
 
 ATTEMPTS = 4  # for one file, if the server is busy or the connection is cut
 MAX_WAIT = 60.0  # seconds that a busy server may make us wait at once
@@ -111,7 +112,7 @@ def _locked(lock: Path, path: Path) -> filelock.AcquireReturnProxy:
     try:
         return file_lock.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"waiting for another process that downloads {path.name}", file=sys.stderr)
+        print(f"waiting for another process that downloads {printable(path.name)}", file=sys.stderr)
         return file_lock.acquire()
 
 
@@ -179,7 +180,7 @@ def _receive(remote: Remote, partial: Path) -> None:
         with (
             partial.open("ab") as file,
             tqdm(
-                desc=f"downloading {partial.stem}",
+                desc=f"downloading {printable(partial.stem)}",
                 initial=start,
                 total=start + length or None,
                 unit="B",

@@ -25,6 +25,7 @@ import numpy as np
 import safetensors
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
+from xception_jax.names import in_shell
 
 COPY_AGAIN = "copy or download the file again"
 
@@ -67,6 +68,12 @@ def hashes(path: Path) -> tuple[str, str]:
     return digests[0].hexdigest(), digests[1].hexdigest()
 
 
+_CONVERT_PICKLE = in_shell(
+    "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in "
+    'torch.load(sys.argv[1], weights_only=True).items()}, "weights.safetensors")'
+)
+
+
 def container_format(path: Path) -> str:
     """Returns 'hdf5', 'zip' or 'safetensors', from the first bytes of the file. Pickles are refused by name."""
     with path.open("rb") as file:
@@ -81,8 +88,7 @@ def container_format(path: Path) -> str:
         raise BadDataError(
             "the file is a pickle; loading it may run any code",
             str(path),
-            'if you trust it: python -c "import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for '
-            f"k, v in torch.load('{path.name}', weights_only=True).items()}}, 'weights.safetensors')\"",
+            f"if you trust it: python -c {_CONVERT_PICKLE} {in_shell(path)}",
         )
     if is_zip:
         return "zip"

@@ -11,6 +11,7 @@ from typing import Any
 from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, UsageError
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.weights import guard, own, sources, tree
 from xception_jax.weights.keras import import_keras
 from xception_jax.weights.network import Imported, Network, Preprocessing
@@ -62,7 +63,7 @@ def load_network(
         size = size or Preprocessing.size
     if path.name in KERAS_FILES.values() and KERAS_FILES.get(md5) != path.name:
         doubt = f"{path.name} is the name of a public file, but this is another one (MD5 {md5})"
-        print(f"warning: {doubt}", file=sys.stderr)
+        print(f"warning: {printable(doubt, LINE_LENGTH)}", file=sys.stderr)
     height, width = imported.image_shape or (Preprocessing.size, Preprocessing.size)
     if size is None and imported.image_shape is None:
         notes.append(f"the file does not specify an image size; assuming {width} (convert --size)")
@@ -112,4 +113,4 @@ def _variables(imported: Imported) -> dict[str, Any]:
 
 def _print(notes: Iterable[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note, LINE_LENGTH)}", file=sys.stderr)

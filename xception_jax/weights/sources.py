@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.files import write_atomically
+from xception_jax.names import printable, printable_path
 from xception_jax.weights.released import CONFIG, PICKLES, RELEASES, WEIGHTS, Release
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def verify(path: Path, pins: Mapping[str, str], *, kept: Path | None = None, tho
             what = f"the SHA-256 cannot be recorded: {error.strerror}"
             if is_new:
                 raise StorageError(what, str(record), "free some space or set XCEPTION_JAX_CACHE") from None
-            print(f"note: {what} ({record})", file=sys.stderr)  # a shared cache may be read-only
+            print(f"note: {what} ({printable_path(record)})", file=sys.stderr)  # a shared cache may be read-only
 
 
 def _download_release(name: str, release: Release, path: Path) -> None:
@@ -252,7 +253,7 @@ def _look_up(file: HubFile, reference: Path) -> tuple[str, dict[str, str]]:
     except (InputMissingError, StorageError) as error:
         if not known:
             raise
-        print(f"note: {error.what}; using the cached commit {known}", file=sys.stderr)
+        print(f"note: {printable(error.what)}; using the cached commit {printable(known)}", file=sys.stderr)
         return known, {}
     _remember(reference, commit)
     return commit, sums
@@ -265,7 +266,7 @@ def _remember(reference: Path, commit: str) -> None:
             reference.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(reference, f"{commit}\n")
     except OSError as error:
-        print(f"note: {reference} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"note: {printable_path(reference)} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _describe(file: HubFile) -> tuple[str, dict[str, str]]:

@@ -26,6 +26,7 @@ from xception_jax.data.sources import (
     resolve_data_dir,
 )
 from xception_jax.errors import InputMissingError
+from xception_jax.names import in_shell, printable_path
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "fashion_mnist": fashion_mnist,
@@ -61,7 +62,7 @@ def open_dataset(data: DataConfig, split: str) -> Source:
     data_dir = resolve_data_dir(data.data_dir)
     directory = find_dataset(data.name, data_dir)
     if directory is None and data.name in SHIPPED:
-        print(f"writing {data.name} to {data_dir} (first use only)", file=sys.stderr)
+        print(f"writing {data.name} to {printable_path(data_dir)} (first use only)", file=sys.stderr)
         directory = write_dataset(SHIPPED[data.name](), data_dir, progress=False).path
     if directory is None:
         fix = f"run {_prepare_command(data.name, data_dir)}"
@@ -76,8 +77,8 @@ def _prepare_command(name: str, data_dir: Path) -> str:
     elif name in DATASETS:
         arguments = f"{name} --source DIR"
     else:
-        arguments = f"image_folder --name {name} --source DIR"
-    return f"xception-jax prepare {arguments} --data_dir {data_dir}"
+        arguments = f"image_folder --name {in_shell(name)} --source DIR"
+    return f"xception-jax prepare {arguments} --data_dir {in_shell(data_dir)}"
 
 
 def find_class_names(data: DataConfig) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ from xception_jax.data.prepare.groups import check_groups, near_duplicates, read
 from xception_jax.data.prepare.splits import DEFAULT_SHARES, TRAIN, divide, divide_groups
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.names import printable
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -78,7 +79,7 @@ class Contents:
         """Returns a table with one row for each class and one column for each split."""
         rows: list[tuple[str, ...]] = [("class", *self.images)]
         for name in classes[: self.CLASSES_SHOWN]:
-            rows.append((name, *(f"{counts[name]:,}" for counts in self.images.values())))
+            rows.append((printable(name), *(f"{counts[name]:,}" for counts in self.images.values())))
         if len(classes) > self.CLASSES_SHOWN:
             rows.append((f"({len(classes) - self.CLASSES_SHOWN:,} more)", *("" for _ in self.images)))
         rows.append(("all classes", *(f"{counts.total():,}" for counts in self.images.values())))

@@ -27,6 +27,7 @@ from xception_jax.data.prepare.writer import (
 )
 from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.names import printable
 
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
@@ -80,7 +81,7 @@ def _copy_split(split: tfds.core.SplitInfo, name: str, partial: Path, progress: 
     count = len(split.shard_lengths)
     shards = zip(split.filepaths, split.shard_lengths, strict=True)
     for shard, (path, length) in enumerate(
-        tqdm(shards, f"{name} {split.name}", count, disable=None if progress else True)
+        tqdm(shards, printable(f"{name} {split.name}"), count, disable=None if progress else True)
     ):
         records = _expect(read_tfrecord(Path(path)), length, path)
         write_array_record(Path(template.sharded_filepath(shard_index=shard, num_shards=count)), records)
