@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xception_jax.config import DataConfig
 from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
@@ -16,6 +17,9 @@ from xception_jax.data.prepare.tfrecord import copy_tfrecord
 from xception_jax.data.prepare.writer import Summary, write_dataset
 from xception_jax.data.sources import resolve_data_dir
 from xception_jax.errors import InputMissingError, UsageError
+
+if TYPE_CHECKING:
+    from xception_jax.data.images import Limits
 
 EXAMPLES = """\
 examples:
@@ -99,8 +103,6 @@ def run(args: argparse.Namespace) -> int:
       BadDataError: an original file is damaged.
       StorageError: the dataset cannot be written.
     """
-    from xception_jax.data import images
-
     data_dir = resolve_data_dir(args.data_dir)
     options = {"overwrite": args.overwrite, "progress": not args.json}
     if args.dataset == "tfrecord":
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             skip_damaged=args.skip_damaged,
             shares=_shares(args),
             groups=args.groups,
-            limits=images.Limits(args.max_pixels, args.max_scans),
+            limits=_limits(args),
         )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.
@@ -135,6 +137,20 @@ def _source(args: argparse.Namespace) -> Path:
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", "--source", "point --source at an existing directory")
     return source
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    """Returns the limits for decoding.
+
+    Raises:
+      UsageError: one is below 1.
+    """
+    from xception_jax.data.images import Limits
+
+    for option, value in (("--max-pixels", args.max_pixels), ("--max-scans", args.max_scans)):
+        if value < 1:
+            raise UsageError(f"{option} is {value}", option, "set it to a whole number of at least 1")
+    return Limits(args.max_pixels, args.max_scans)
 
 
 def _name(args: argparse.Namespace) -> str:
