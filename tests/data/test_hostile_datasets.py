@@ -23,7 +23,7 @@ from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.data.prepare.tfrecord import read_tfrecord
 from xception_jax.data.prepare.writer import write_array_record
 from xception_jax.data.sources import TfdsSource, check_labels
-from xception_jax.errors import BadDataError, DeviceMemoryError, StorageError, UserError
+from xception_jax.errors import BadDataError, DeviceMemoryError, StorageError, UsageError, UserError
 
 ROOT = Path(__file__).parents[2]
 IMAGE = jpeg(photograph(0))
@@ -280,4 +280,6 @@ def test_limits_of_images_are_options(tmp_path):
     arguments = ["image_folder", "--source", folder, "--name", "pictures", "--data_dir", tmp_path]
     with pytest.raises(BadDataError, match="above max_pixels=50"):
         prepare(*arguments, "--max-pixels", 50)
+    with pytest.raises(UsageError, match="--max-scans is 0"):
+        prepare(*arguments, "--max-scans", 0)
     prepare(*arguments)

@@ -16,6 +16,7 @@ from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 
 if TYPE_CHECKING:
+    from xception_jax.data.images import Limits
     from xception_jax.data.prepare.image_folder import Contents, Skipped
     from xception_jax.data.prepare.writer import Summary
 
@@ -102,7 +103,6 @@ def run(args: argparse.Namespace) -> int:
       StorageError: the dataset cannot be written.
     """
     # These import tensorflow_datasets, which takes half a second that --help does not need.
-    from xception_jax.data import images
     from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
     from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
     from xception_jax.data.prepare.tfrecord import copy_tfrecord
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             skip_damaged=args.skip_damaged,
             shares=_shares(args),
             groups=args.groups,
-            limits=images.Limits(args.max_pixels, args.max_scans),
+            limits=_limits(args),
         )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.
@@ -144,6 +144,20 @@ def _source(args: argparse.Namespace) -> Path:
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", "--source", "point --source at an existing directory")
     return source
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    """Returns the limits for decoding.
+
+    Raises:
+      UsageError: one is below 1.
+    """
+    from xception_jax.data.images import Limits
+
+    for option, value in (("--max-pixels", args.max_pixels), ("--max-scans", args.max_scans)):
+        if value < 1:
+            raise UsageError(f"{option} is {value}", option, "set it to a whole number of at least 1")
+    return Limits(args.max_pixels, args.max_scans)
 
 
 def _name(args: argparse.Namespace) -> str:
