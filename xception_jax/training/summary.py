@@ -210,7 +210,8 @@ def _judge(
     if not live:
         chosen |= {index: None for cell in choose_cells(predictions).values() for index in cell}
     judgement = judge(predictions, experiment.config.num_classes, thresholds, draws=0 if live else DRAWS)
-    shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf)
+    limits = images.Limits.of(experiment.config.data)
+    shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf, limits)
     maps = {} if variables is None else _heat_maps(experiment, source, variables, list(shown))
     return Judged(source.info.split, predictions, judgement, shown, maps)
 
@@ -223,14 +224,14 @@ def peak_memory_bytes() -> int:
     return peak_memory()
 
 
-def _decode(source: Source, indices: Iterable[int], seconds: float) -> dict[int, np.ndarray]:
+def _decode(source: Source, indices: Iterable[int], seconds: float, limits: images.Limits) -> dict[int, np.ndarray]:
     """Decodes images of a split, as many as fit into the time."""
     decoded, start = {}, time.monotonic()
     for index in indices:
         if time.monotonic() - start > seconds:
             break
         try:
-            decoded[index] = thumbnail(images.decode(source[index]["image"]))
+            decoded[index] = thumbnail(images.decode(source[index]["image"], limits))
         except images.DamagedImageError:
             continue  # the evaluation used the next image instead; the report shows no image
     return decoded
@@ -246,7 +247,9 @@ def _heat_maps(
         return {}
     view = Preprocessing(size=config.data.image_size, crop=config.data.eval_crop)
     network = Network(config.model, jax.device_get(variables), view, experiment.data.class_names, "", "")
-    return dict(zip(shown, heat_maps(network, [images.decode(source[index]["image"]) for index in shown]), strict=True))
+    limits = images.Limits.of(config.data)
+    pixels = [images.decode(source[index]["image"], limits) for index in shown]
+    return dict(zip(shown, heat_maps(network, pixels), strict=True))
 
 
 @functools.cache

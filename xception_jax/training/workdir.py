@@ -33,13 +33,16 @@ _WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
 # A run cannot resume with different values of these fields. Other fields may change, for example to extend `duration`
 # or to lower the learning rate.
 _IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.frozen|batch_size|seed")
-# Where the images are and how they are read. Raising `max_bad_fraction` allows a run to resume after exit code 65.
+# Where the images are and how they are read. Raising a limit allows a run to resume after exit code 65.
 _NOT_IDENTITY = (
     "data.data_dir",
     "data.threads",
     "data.workers",
     "data.cache",
+    "data.decoding_memory",
     "data.max_bad_fraction",
+    "data.max_pixels",
+    "data.max_scans",
     "data.test_split",
 )
 
