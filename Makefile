@@ -7,6 +7,9 @@ WORKDIR ?= runs/fashion_mnist
 # needs them sets up .venv-peers and .venv-plan.
 PEERS ?=
 PLAN ?=
+# For `make fuzz`: seconds for each target, and one target instead of all.
+SECONDS ?= 60
+TARGET ?=
 
 # The lock files hold exact versions and hashes for one Python and one platform. Elsewhere pip takes the newest versions
 # that requirements*.txt allow.
@@ -28,7 +31,7 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-faults soak test-peers test-plan check format docs lock audit sbom bench clean
+.PHONY: help train smoke test test-kernels test-faults soak test-peers test-plan fuzz check format docs lock audit sbom bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +45,9 @@ smoke: $(VENV)/.installed-dev ## Run the tests marked `smoke`, in less than a mi
 
 test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' selects some
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.installed-dev ## Disturb training from outside: signals, stuck workers, files that cannot be written
+	$(BIN)/python -m pytest -m faults --dist=load $$(grep -rl --include='test_*.py' 'mark\.faults' tests) $(ARGS)
 
 test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/howto/weights.md
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
@@ -57,6 +63,9 @@ soak: ## Kill one run thirty times, and compare its bits with those of a run tha
 
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/howto/plan.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
+
+fuzz: .venv-fuzz/.installed ## Fuzz the readers of strangers' files; SECONDS=600 for each, TARGET=image one of them
+	.venv-fuzz/bin/python -m tests.fuzz --seconds=$(SECONDS) $(if $(TARGET),--target=$(TARGET)) $(ARGS)
 
 check: $(VENV)/.installed-dev ## Format, lint, types, imports that point down, and documentation
 	$(BIN)/ruff format --check .
@@ -88,7 +97,7 @@ bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure 
 	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environments and caches, but not the runs
-	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .venv-fuzz .pytest_cache .ruff_cache .mypy_cache
 
 # The package itself is installed editable: notebooks find it, and changes take effect at once.
 $(VENV)/.installed: requirements.txt $(REQUIREMENTS) $(REQUIREMENTS_BUILD) pyproject.toml setup.py
@@ -109,6 +118,14 @@ $(VENV)/.installed-dev: requirements-dev.txt $(REQUIREMENTS_DEV) $(VENV)/.instal
 .venv-peers/.installed: benchmarks/requirements.txt
 .venv-peers/.installed:
 	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/$(PIP_INSTALL) -r $<
+	touch $@
+
+# Atheris has no wheels for some Pythons and platforms, so it is apart. All else comes from the main environment.
+.venv-fuzz/.installed: tests/fuzz/requirements.txt $(VENV)/.installed-dev
+	$(PYTHON) -m venv $(@D)
+	$(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
 	$(@D)/bin/$(PIP_INSTALL) -r $<
 	touch $@
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
+import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
+from tests.conftest import ROOT
 from xception_jax.cli import COMMANDS, main
-from xception_jax.command_line import read_config, run_main, split_overrides
+from xception_jax.command_line import Parser, read_config, run_main, split_overrides
+from xception_jax.config import FIELDS, resolve
 from xception_jax.config.shipped import shipped_names
-from xception_jax.errors import ConfigError, InputMissingError
+from xception_jax.errors import ConfigError, InputMissingError, UserError
 
 LONG = "long" * 2000
 
@@ -124,3 +131,151 @@ def test_a_variant_that_a_config_does_not_have_is_refused(name):
     with pytest.raises(ConfigError, match=r"nothing|1 was given"):
         read_config(f"{name}:nothing", ["--config.batch_size=8"])
     assert read_config(name, ["--config.batch_size=8"]).batch_size == 8
+
+
+def test_a_work_directory_that_cannot_be_used_is_refused_before_jax_is_imported(run_python, tmp_path):
+    from xception_jax.training.workdir import hold_directory
+
+    (tmp_path / "file").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "lock").symlink_to(tmp_path / "file")
+    places = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "linked", tmp_path / "held"]
+    code = f"""
+import sys
+from xception_jax.cli import main
+from xception_jax.errors import WorkdirError
+for place in {[str(place) for place in places]!r}:
+    sys.argv = ["xception-jax", "train", "--config=fashion_mnist", f"--workdir={{place}}"]
+    try:
+        main()
+    except WorkdirError as error:
+        print(error)
+    assert "jax" not in sys.modules, place
+"""
+    with hold_directory(tmp_path / "held"):
+        process = run_python("-c", code)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("there is a file in its place") == 2
+    assert process.stdout.count("error: ") == len(places)
+    assert f"process {os.getpid()}" in process.stdout
+
+
+VALUES = ("", "-1", "0", "9" * 400, "1e400", "nan", "\x00", "[" * 10_000, "\udc80", "x" * 5000, "=", "None", "a\nb")
+
+
+def three_lines_and_a_code(arguments, capsys, monkeypatch):
+    """Runs a command that must refuse its arguments, in three lines and without a traceback."""
+    code = run_command(*arguments, monkeypatch=monkeypatch)
+    errors = capsys.readouterr().err
+    assert code in (64, 65, 66, 73, 74, 78), (arguments, errors)
+    lines = [line for line in errors.splitlines() if line.startswith(("error: ", "  where: ", "  fix: "))]
+    assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], (arguments, errors)
+
+
+def flags_of(command):
+    """Returns every flag of a command, found in its parser, and the arguments that it needs besides."""
+    parser = Parser()
+    import_module(f"xception_jax.cli.{command}").add_arguments(parser)
+    parsers = [((), parser)]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += [((name,), sub) for name, sub in action.choices.items()]
+    for words, each in parsers:
+        needed = [f"{a.option_strings[0]}=nothing" for a in each._actions if a.required and a.option_strings]
+        places = ["nothing.png" for a in each._actions if not a.option_strings and a.nargs in (None, "+", "*")]
+        for action in each._actions:
+            if action.option_strings and action.nargs != 0:
+                yield action.option_strings[-1], action.nargs or 1, [*words, *places], needed
+
+
+# A file that is missing ends every command early, so that nothing is computed for a value that is accepted.
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_value_of_any_flag_is_accepted_or_refused_in_three_lines(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for flag, count, places, needed in flags_of(command):
+        rest = [argument for argument in needed if not argument.startswith(f"{flag}=")]
+        for value in set(VALUES) - {"\x00"}:  # which no system passes on
+            given = [f"{flag}={value}"] if count == 1 else [flag, *[value] * count]
+            three_lines_and_a_code([command, *places, *rest, *given], capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_value_of_any_field_is_accepted_or_refused(name):
+    for value in VALUES:
+        with contextlib.suppress(UserError):
+            resolve({name: value})
+    for value in VALUES[:4]:
+        with contextlib.suppress(UserError):
+            resolve(read_config("fashion_mnist", [f"--config.{name}={value}"]))
+
+
+@pytest.mark.parametrize("argument", ["--config.=3", "--config.model.=1", "--config.model=3", "--config.a-b=1"])
+def test_an_override_of_no_field_is_refused(argument):
+    with pytest.raises(ConfigError, match=r"there is no field config\.|config.model is a section"):
+        read_config("fashion_mnist", [argument])
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "line"),
+    [
+        ("x = 1", "has no function get_config", ""),
+        ("get_config = 1", "has no function get_config", ""),
+        ("def get_config(): pass", "returns NoneType", ""),
+        ("def get_config():\n    return {}", "returns dict", ""),
+        ("def get_config():\n    raise SystemExit(3)", "SystemExit: 3", ":2"),
+        ("import json\n\ndef get_config():\n    json.loads('{')", "JSONDecodeError", ":4"),
+        ("def get_config():\n    return get_config()", "RecursionError", ":2"),
+        ("def get_config(:", "SyntaxError", ":1"),
+        ("\x00", "null bytes", ""),
+        ("import no_such_module", "ModuleNotFoundError", ":1"),
+        ("def get_config(size):\n    pass", "does not take no argument", ""),
+    ],
+)
+def test_a_config_that_does_not_run_is_blamed_with_its_line(text, words, line, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words) as raised:
+        read_config(str(path), ["--config.batch_size=3"])
+    assert raised.value.where == f"{path}{line}"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["broken.py"]  # no compiled copy that could be stale
+
+
+OUTPUT = """
+import sys
+from xception_jax.process import run_program
+def main():
+    exec(sys.argv[1])
+run_program(main, resumable=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "statement", "code", "lines"),
+    [
+        (">/dev/full", "print(1)", 74, 3),
+        (">/dev/full", "print('x' * 100_000)", 74, 3),
+        (">&-", "print(1)", 74, 3),
+        (">&-", "pass", 0, 0),
+        ("2>/dev/full >/dev/null", "raise KeyError", 1, 0),
+        ("2>&- >/dev/null", "print(1, file=sys.stderr)", 0, 0),
+        ("<&- >/dev/null", "sys.stdin.read()", 0, 0),
+        (">/dev/null", "raise OSError(28, 'No space left on device', 'a/b')", 74, 3),
+        (">/dev/null", "raise PermissionError(13, 'Permission denied', 'a/b')", 74, 3),
+        (">/dev/null", "raise MemoryError", 71, 3),
+        (">/dev/null", "raise KeyboardInterrupt", 130, 0),
+        (">/dev/null", "import os, signal; os.kill(os.getpid(), 15); signal.pause()", 75, 3),
+        (">/dev/null", "import threading; threading.Thread(target=threading.Event().wait).start()", 0, 0),
+        (">/dev/null", "import threading; threading.Thread(target=threading.Event().wait).start(); 1 / 0", 1, None),
+        ("| true", "import time; time.sleep(0.3); print(1)", 141, 0),
+    ],
+)
+def test_a_program_ends_with_a_promised_code_and_no_hang(streams, statement, code, lines, tmp_path):
+    (tmp_path / "program.py").write_text(OUTPUT)
+    shell = f'{sys.executable} {tmp_path}/program.py "$0" {streams}; exit ${{PIPESTATUS[0]}}'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = ["bash", "-c", shell, statement]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    assert process.returncode == code, process.stderr
+    if lines is not None:
+        assert len(process.stderr.splitlines()) == lines, process.stderr
+        assert "Traceback" not in process.stderr

@@ -7,9 +7,16 @@ from xception_jax.environment import restart_with_allocator
 
 def start() -> None:
     """Runs the command given by the arguments and exits with its code: the entry point of all programs."""
-    if {"train", "explain"}.intersection(sys.argv[1:2]):  # they compute gradients
+    command = sys.argv[1:2]
+    if {"train", "explain"}.intersection(command):  # they compute gradients
         restart_with_allocator()
     # After the restart, which takes as long as what was imported before.
+    from xception_jax.process import run_program
+
+    run_program(_run, resumable=command == ["train"])
+
+
+def _run() -> None:
     from xception_jax.cli import main
     from xception_jax.command_line import run_main
 

@@ -207,7 +207,7 @@ def _pixels(image: Image) -> UInt8[np.ndarray, "h w 3"]:
         return pixels
     path = os.fspath(image)
     try:
-        return files.decode(Path(image).read_bytes())
+        return files.decode(files.read(Path(image)))
     except files.DamagedImageError as error:
         fix = "replace it by an intact JPEG, PNG or WebP image"
         raise BadDataError(f"the image cannot be decoded: {error}", path, fix) from None

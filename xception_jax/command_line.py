@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
+import inspect
 import io
 import logging
 import re
@@ -14,18 +14,21 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from xception_jax.config import FIELDS, unknown_field
+from xception_jax.config.fields import MAX_INTEGER
 from xception_jax.config.shipped import find_config
 from xception_jax.environment import SCRIPT, program
-from xception_jax.errors import INTERRUPTED_EXIT_CODE, ConfigError, InputMissingError, UsageError, UserError
+from xception_jax.errors import ConfigError, UsageError, UserError
 from xception_jax.names import printable_lines
+from xception_jax.process import exit_code
 
-_OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)(=.*)?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,26 +45,26 @@ class Parser(argparse.ArgumentParser):
         return _with_program(super().format_help())
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Exits with the code that `main` returns, or with that of the `UserError` that it raises."""
+def at_least(low: int) -> Callable[[str], int]:
+    """Returns the type of an argument that is a whole number of at least `low`."""
+
+    def convert(text: str) -> int:
+        value = int(text)
+        if not low <= value <= MAX_INTEGER:
+            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low:,} to {MAX_INTEGER:,}")
+        return value
+
+    convert.__name__ = "int"  # in the message about what is no number
+    return convert
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Exits with the code that `main` returns, or with that of the error that it raises: see `process.exit_code`."""
     # JAX and its libraries create millions of objects that stay. With Python's threshold of 700, searching them for
     # cycles again and again takes a tenth of the processor time of a short run.
     gc.set_threshold(50_000)
     _protect_output()
-    try:
-        sys.exit(main())
-    except UserError as error:
-        _end(error)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except BrokenPipeError:
-        sys.exit(74)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        # Any path may be too long, and fails where it is first used.
-        where = f"{str(error.filename)[:60]}..."
-        _end(InputMissingError("a path is longer than the system allows", where, "correct or shorten the path"))
+    sys.exit(exit_code(main))
 
 
 class _Record(logging.LogRecord):
@@ -84,12 +87,6 @@ def _protect_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _end(error: UserError) -> NoReturn:
-    if error.is_printed_here:
-        print(_with_program(str(error)), file=sys.stderr)
-    sys.exit(error.exit_code)
 
 
 def _with_program(text: str) -> str:
@@ -128,57 +125,93 @@ def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
         if override and override[1] not in FIELDS and override[1] not in sections:
             raise unknown_field(override[1])
     path, variant = find_config(spec)
-    argv = ["", f"--config={path}{':' * bool(variant)}{variant}", *overrides]
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    config = run_file(path, "get_config", [variant] if variant else [])
+    if not isinstance(config, ConfigDict):
+        fix = "end get_config() with `return config`, where config comes from default_config()"
+        raise ConfigError(f"get_config() returns {type(config).__name__}, not a config", str(path), fix)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the way in which ml_collections runs a file
-            unused = values(argv)[1:]
-    except flags.IllegalFlagValueError as error:
-        raise _illegal_value(str(error), path) from None
-    except flags.Error as error:
-        raise UsageError(str(error).splitlines()[0], " ".join(overrides), "see --help") from None
+        return _with_overrides(config, overrides)
     except UserError:
         raise
-    except Exception as error:  # a config is Python code and may raise any exception
-        raise _broken_config(path, error) from None
-    if unused:
+    except Exception as error:  # the value of a flag may make a parser raise any exception
+        raise _illegal_override(config, overrides, error) from None
+
+
+def _with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    argv, values = ["", *overrides], flags.FlagValues()
+    flag = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    if unused := values(argv)[1:]:
         fix = "write overrides as --config.field=value; see --help"
         raise UsageError(f"unexpected argument {unused[0]!r}", " ".join(overrides), fix)
-    return config.value
+    return flag.value
 
 
-def _illegal_value(message: str, path: Path) -> ConfigError:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if not message.startswith("flag --config."):
-        fix = "correct the file, or the variant after the colon: get_config() takes it as an argument"
-        return ConfigError(f"the config does not run: {lines[-1]}", str(path), fix)
-    name = re.search(r"config\.([\w.]+)=(.*?):", message)
-    if name is None or name[1] not in FIELDS:
-        return ConfigError(lines[0], "the command line", "set one field at a time; see --help")
-    field = FIELDS[name[1]]
-    return ConfigError(
-        f"config.{name[1]} is {name[2]!r}",
-        f"config.{name[1]}",
-        f"set it to {field.expects} (default: {field.default!r})",
-    )
+def _illegal_override(config: ConfigDict, overrides: Sequence[str], error: Exception) -> UserError:
+    for argument in overrides:
+        override = _OVERRIDE.fullmatch(argument)
+        try:
+            _with_overrides(config, [argument])
+        except Exception:
+            name, value = (override[1], (override[2] or "=")[1:]) if override else ("", "")
+            if name in FIELDS:
+                field = FIELDS[name]
+                return ConfigError(
+                    f"config.{name} is {value!r}",
+                    f"config.{name}",
+                    f"set it to {field.expects} (default: {field.default!r})",
+                )
+            if override and isinstance(error, flags.IllegalFlagValueError):
+                return unknown_field(name)
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    return UsageError(what, " ".join(overrides), "set one field at a time; see --help")
 
 
-def _broken_config(path: Path, error: Exception) -> ConfigError:
-    line = failing_line(path, error) or 1
-    message = str(error).splitlines()[0] if str(error) else ""
-    return ConfigError(
-        f"the config does not run: {type(error).__name__}: {message}",
-        f"{path}:{line}",
-        "correct the file; it must define get_config(), which returns a config",
-    )
+def run_file(path: Path, function: str, arguments: Sequence[str]) -> Any:
+    """Runs a Python file of the user, and returns what one of its functions returns.
+
+    Args:
+      path: a config or a study.
+      function: 'get_config' or 'get_study'.
+      arguments: of the function, from the command line.
+
+    Raises:
+      ConfigError: the file does not run, has no such function, or the function does not take these arguments. It names
+        the line that is to blame.
+      UserError: raised by the file itself.
+    """
+    try:
+        module = ModuleType(path.stem)
+        module.__file__ = str(path)
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
+        found = getattr(module, function, None)
+        if not callable(found):
+            fix = f"define {function}(), and return what it builds"
+            raise ConfigError(f"the file has no function {function}()", str(path), fix)
+        try:
+            inspect.signature(found).bind(*arguments)
+        except TypeError as error:
+            what = f"{function}() does not take {', '.join(map(repr, arguments)) or 'no argument'}: {error}"
+            fix = "correct what follows the colon: it is passed to the function"
+            raise ConfigError(what, str(path), fix) from None
+        return found(*arguments)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # it is Python code and may raise anything
+        line = failing_line(path, error)
+        message = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"the file does not run: {type(error).__name__}: {message}",
+            f"{path}:{line}" if line else str(path),
+            "correct the file, or what follows the colon: it is passed to the function",
+        ) from None
 
 
-def failing_line(path: Path, error: Exception) -> int | None:
+def failing_line(path: Path, error: BaseException) -> int | None:
     """Returns the line of a Python file that raised an error or cannot be parsed. None if the error is elsewhere."""
+    if isinstance(error, SyntaxError) and Path(error.filename or "").name == path.name:
+        return error.lineno
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).name == path.name]
-    return getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+    return frames[-1].lineno if frames else None
 
 
 def field_help() -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import resource
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ def restart_with_allocator() -> None:
     environment = with_allocator(os.environ)
     if environment[TUNABLES] == os.environ.get(TUNABLES):
         return
+    # A signal waits until the new program handles it: `process.run_program` lets it through.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     with contextlib.suppress(OSError):  # then the program runs without the settings
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment | {_RESTARTED: "1"})
 

@@ -100,17 +100,23 @@ def _is_alive(pid: int) -> bool:
     return pid > 0
 
 
-def open_regular(path: str | os.PathLike) -> io.BufferedReader:
-    """Opens a regular file for reading. A pipe or a device, which could block for ever, is refused.
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Opens a regular file. A pipe or a device, which could block or go on for ever, is refused.
 
     Raises:
       OSError: the file cannot be opened, or is not a regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null byte
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", os.fspath(path))
+    raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def free_space(directory: str | os.PathLike) -> str:

@@ -97,7 +97,9 @@ def exit_codes() -> str:
     """Returns a table of the exit codes of all commands."""
     meanings = {
         errors.SUCCESS_EXIT_CODE: "The command has finished.",
-        errors.INTERRUPTED_EXIT_CODE: "A second signal, or Ctrl-C before training began.",
+        errors.BUG_EXIT_CODE: "A bug of this package, with a traceback. Please report it.",
+        errors.INTERRUPTED_EXIT_CODE: "A second signal, or Ctrl-C in a command other than `train`.",
+        errors.READER_LEFT_EXIT_CODE: "The program that reads the output has ended, as `head` does.",
     }
     for error in vars(errors).values():
         if inspect.isclass(error) and issubclass(error, errors.UserError) and error is not errors.UserError:

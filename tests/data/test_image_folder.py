@@ -254,7 +254,7 @@ def test_a_group_in_two_split_folders_is_refused_by_name(tmp_path):
         (["--groups", "patient"], UsageError, "has 0 captures"),
         (["--groups", "("], UsageError, "not a regular expression"),
         (["--groups", r"(patienta\d)"], BadDataError, "40 of 80 files have no group"),
-        (["--groups", "missing.csv"], InputMissingError, "there is no file"),
+        (["--groups", "missing.csv"], InputMissingError, "there is no table of groups"),
         (["--splits", "train=0.8,test=0.3"], UsageError, "--splits is"),
         (["--splits", "train=0.8,test"], UsageError, "--splits is"),
         (["--splits", "train=0.8,test=0.1,test=0.1"], UsageError, "--splits is"),

@@ -196,7 +196,7 @@ def test_files_that_are_no_features_are_refused(tmp_path, capsys):
     (tmp_path / "cut.npz").write_bytes(saved(tmp_path / "a.npz").read_bytes()[:-100])
     with pytest.raises(BadDataError, match="cannot be read"):
         run(probe, tmp_path / "cut.npz", tmp_path / "a.npz")
-    with pytest.raises(InputMissingError, match="no features"):
+    with pytest.raises(InputMissingError, match="no file of features"):
         run(probe, tmp_path / "none.npz", tmp_path / "a.npz")
     run(probe, tmp_path / "a.npz", tmp_path / "a.npz")
     assert "60 test images have exactly the features of a training image" in capsys.readouterr().err

@@ -201,7 +201,7 @@ FAULTS = {
         "found, an older step is used",
         ("test_verification.py",),
     ),
-    57: Fault("a foreign or damaged library in the cache", "rebuilt or refused", ("test_private_cache.py",)),
+    57: Fault("a foreign or damaged library in the cache", "rebuilt or refused", ("test_native.py",)),
     58: Fault(
         "files that take for ever or all memory",
         "65 within the limit",

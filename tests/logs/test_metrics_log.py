@@ -44,11 +44,11 @@ def no_file_larger_than(size):
 
 def test_entries_are_one_object_a_line_with_step_and_split(path):
     log = MetricsLog(path)
-    log.write(10, "train", {"loss": np.float32(0.5), "bad_steps": np.int64(2), "note": "warm", "done": True})
+    log.write(10, "train", {"loss": np.float32(0.5), "bad_steps": np.int64(2), "note": [1.5], "done": True})
     log.write(np.int32(20), "dev", {"top1": jnp.asarray(0.25), "loss": jnp.asarray(1.5, jnp.bfloat16)})
     # On the disk as soon as `write` has returned, not at the end.
     assert path.read_text().splitlines() == [
-        '{"step": 10, "split": "train", "loss": 0.5, "bad_steps": 2, "note": "warm", "done": true}',
+        '{"step": 10, "split": "train", "loss": 0.5, "bad_steps": 2, "note": [1.5], "done": true}',
         '{"step": 20, "split": "dev", "top1": 0.25, "loss": 1.5}',
     ]
     log.close()
@@ -130,7 +130,18 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(path):
 
 
 @pytest.mark.parametrize(
-    "line", [b"\0" * 40, b"\xff\xfe", b"[1]", b"3", b'{"step": "x", "split": "train"}', b'{"step": 1}']
+    "line",
+    [
+        b"\0" * 40,
+        b"\xff\xfe",
+        b"[1]",
+        b"3",
+        b'{"step": "x", "split": "train"}',
+        b'{"step": 1}',
+        b'{"step": 1, "split": "dev", "seconds": "abc"}',
+        b'{"step": 1, "split": "dev", "loss": [[1]]}',
+        b"[" * 100_000,
+    ],
 )
 def test_a_damaged_line_in_the_middle_is_left_out(path, line, caplog):
     write_steps(path, [1])
@@ -147,7 +158,7 @@ def test_a_run_that_is_killed_leaves_whole_lines_and_none_twice(path, seconds):
     program = (
         "import sys; from xception_jax.logs.metrics_log import MetricsLog\n"
         "log = MetricsLog(sys.argv[1]); print('ready', flush=True)\n"
-        "for step in range(10**9): log.write(step, 'train', {'loss': 0.1 * step, 'note': 'x' * 300})\n"
+        "for step in range(10**9): log.write(step, 'train', {'loss': 0.1 * step, 'note': [1] * 300})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
     process.stdout.readline()

@@ -29,7 +29,7 @@ def events(workdir) -> list[Event]:
 
 
 def send_everything(tracker) -> None:
-    tracker.write(1, "train", {"loss": np.float32(0.5), "note": "text"})
+    tracker.write(1, "train", {"loss": np.float32(0.5)})
     tracker.images(2, "train/images", IMAGES)
     tracker.histograms(3, {"head/kernel": np.histogram(VALUES, 64)})
 

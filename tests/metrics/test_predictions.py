@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import (
     Predictions,
@@ -50,7 +50,7 @@ def test_predictions_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeyp
     save_predictions(path, saved)
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         save_predictions(path, make_predictions(seed=3)[0])
     assert path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["test.npz"]

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from xception_jax.errors import PreemptedError
+from xception_jax.signals import StopRequested
 from xception_jax.training.preemption import ONE_REQUEST_SECONDS, Preemption
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -22,7 +23,7 @@ LOOP = """
     from xception_jax.errors import PreemptedError
     from xception_jax.training.preemption import Preemption
     try:
-        with Preemption(lambda line: print(line, flush=True)) as preemption:
+        with Preemption(lambda line: print(line, flush=True)) as preemption, preemption.deferred():
             for step in range(1, 1000):
                 print("step", step, flush=True)
                 time.sleep(0.02)
@@ -37,7 +38,7 @@ LOOP = """
 BUSY_IN_C = """
     import hashlib
     from xception_jax.training.preemption import Preemption
-    with Preemption(lambda line: print(line, flush=True)):
+    with Preemption(lambda line: print(line, flush=True)) as preemption, preemption.deferred():
         print("busy", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)
 """
@@ -112,11 +113,15 @@ def test_handlers_and_wakeup_are_restored(signum):
     try:
         lines = []
         with Preemption(lines.append) as preemption:
+            deferred = preemption.deferred()
+            deferred.__enter__()
             assert not preemption.requested
             os.kill(os.getpid(), signum)
             assert preemption.requested
             assert preemption.should_stop(7)
             error = preemption.error(7, "runs/a")
+            with pytest.raises(StopRequested, match=signum.name):  # at its end, because nobody has stopped
+                deferred.__exit__(None, None, None)
         assert isinstance(error, PreemptedError)
         assert str(error).splitlines()[1:] == ["  where: runs/a", "  next:  run the same command to resume"]
         assert received == []
@@ -126,6 +131,43 @@ def test_handlers_and_wakeup_are_restored(signum):
         assert signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_raises_at_once_where_nothing_can_be_lost(signum):
+    lines = []
+    with Preemption(lines.append) as preemption:
+        with preemption.deferred():
+            pass
+        with pytest.raises(StopRequested, match=signum.name) as raised:
+            os.kill(os.getpid(), signum)
+        with pytest.raises(StopRequested), preemption.deferred():  # something on the way has swallowed the first
+            raise AssertionError("nothing may be begun now")
+    error = raised.value.as_error("runs/a")
+    assert error.exit_code == 75
+    assert str(error).startswith(f"stopped by {signum.name}; no trained step is lost\n")
+    assert lines == [f"{signum.name}: stopping; send a second signal to exit now"]
+
+
+def test_a_program_ends_at_once_where_nothing_can_be_lost_also_inside_c():
+    code = """
+        import hashlib
+        from xception_jax.signals import StopSignals, handle_signals
+        handle_signals()
+        with StopSignals(print, "here"):
+            print("busy", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
+    """
+    process = start(code)
+    read_until(process, "busy")
+    start_time = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75, errors
+    assert time.monotonic() - start_time < 5
+    assert errors == (
+        "stopped by SIGTERM; no trained step is lost\n  where: here\n  next:  run the same command to resume\n"
+    )
 
 
 def test_refused_outside_the_main_thread():

@@ -164,5 +164,5 @@ def test_field_that_the_stored_config_does_not_know(tmp_path):
 
 def test_damaged_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not readable as JSON"), open_workdir(tmp_path, config_with()):
+    with pytest.raises(ConfigError, match="config of the run cannot be read"), open_workdir(tmp_path, config_with()):
         pass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 from xception_jax import __version__
@@ -29,10 +31,20 @@ COMMANDS = {
 
 def main() -> int:
     """Runs the command given by the arguments."""
+    args = parse(sys.argv[1:])
+    return import_module(f"xception_jax.cli.{args.command}").run(args)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line. Overrides of config fields, `--config.FIELD=VALUE`, are in `overrides`, still as text.
+
+    Raises:
+      UsageError: it is not valid.
+    """
     parser = Parser(prog=program(), description="Xception and Inception V3 in JAX.")
     parser.add_argument("--version", action="version", version=f"xception_jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    arguments, overrides = split_overrides(sys.argv[1:])
+    arguments, overrides = split_overrides(argv)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)
         if name in arguments[:1]:
@@ -41,4 +53,4 @@ def main() -> int:
     if overrides and "config" not in args:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
-    return import_module(f"xception_jax.cli.{args.command}").run(args)
+    return args

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xception_jax.command_line import at_least
 from xception_jax.config import ModelConfig, from_json, resolve_model
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, ConfigError, UsageError
 from xception_jax.files import sha256
 from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.user_files import parse_json, read_text, reading
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="whose names the tensors get (default: keras for OUT.weights.h5, else ours)"
     )
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument(
         "--model",
         metavar="NAME|FILE",
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="require the classifier, or leave it out; by default it is read if it fits",
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line or as JSON; or 'imagenet'")
-    parser.add_argument("--size", type=int, help="side of the images in pixels, if the file does not specify it")
+    parser.add_argument("--size", type=at_least(1), help="side of the images in pixels, if the file does not say it")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -134,13 +136,9 @@ def _read(args: argparse.Namespace) -> Network:
 def _model(name: str) -> ModelConfig:
     if name in NAMES:
         return resolve_model({"name": name})
-    try:
-        return from_json(Path(name).read_text()).model
-    except FileNotFoundError:
-        fix = f"choose among {', '.join(NAMES)}, or give the config.json of a run"
-        raise InputMissingError(f"there is no model or file {name}", "--model", fix) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadDataError(f"{name} cannot be read: {error}", "--model", "give the config.json of a run") from None
+    fix = f"choose among {', '.join(NAMES)}, or give the config.json of a run"
+    with reading("model or file", name, fix, where="--model", damaged=ConfigError):
+        return from_json(read_text(name)).model
 
 
 def _classes(source: str, network: Network) -> tuple[str, ...]:
@@ -164,20 +162,19 @@ def _read_names(path: Path) -> list[str]:
     The object maps labels to names (or to Keras' [id, name]), or names to labels (Keras' `class_indices`,
     torchvision's `class_to_idx`).
     """
-    if not path.is_file():
-        raise InputMissingError(f"there is no file {path}", "--classes", "give a text file with one name per line")
-    try:
-        text = path.read_text()
+    with reading("list of names", path, "give a text file with one name per line", where="--classes"):
+        text = read_text(path)
         if not text.lstrip().startswith(("[", "{")):
             return [line.strip() for line in text.splitlines() if line.strip()]
-        names = json.loads(text)
+        names = parse_json(text)
         if isinstance(names, dict) and all(isinstance(label, int) for label in names.values()):
             names = {str(label): name for name, label in names.items()}
         if isinstance(names, dict):
             names = [names[str(label)] for label in range(len(names))]
-        return [str(name[-1] if isinstance(name, list) else name) for name in names]
-    except (OSError, ValueError, KeyError, IndexError, RecursionError) as error:
-        raise BadDataError(f"{path} cannot be read: {error}", "--classes", "give one name per line") from None
+        names = [name[-1] if isinstance(name, list) else name for name in names]
+        if not all(isinstance(name, str | int) for name in names):
+            raise TypeError("a name is not text")
+        return list(map(str, names))
 
 
 def _report(args: argparse.Namespace, network: Network) -> None:

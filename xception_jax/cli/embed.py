@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.command_line import at_least
+from xception_jax.errors import BadDataError, UsageError
 from xception_jax.names import printable, printable_path
+from xception_jax.user_files import require_directory
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="*", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--out", required=True, metavar="FILE.npz|FILE.csv", help="where to save the features")
     parser.add_argument("--labels", choices=("folder",), help="label each image with the name of its folder")
     parser.add_argument("--dataset", metavar="NAME", help="embed a split of a dataset with its labels")
@@ -97,8 +99,7 @@ def _check(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError("features are saved as .npz or .csv", args.out, "use a name that ends in .npz or .csv")
-    if not out.absolute().parent.is_dir():
-        raise InputMissingError("there is no such directory", args.out, "create it, or choose another path")
+    require_directory(out)
 
 
 def _embed_files(

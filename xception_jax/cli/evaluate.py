@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
-from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.command_line import at_least
+from xception_jax.errors import UsageError
 from xception_jax.logs.metrics_log import json_ready
+from xception_jax.user_files import require_directory
 from xception_jax.weights.sources import require_known
 
 EXAMPLES = """\
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
     parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
     parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
-    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of the run (default: the newest intact one)")
     parser.add_argument(
         "--data_dir", metavar="DIR", help="directory of the datasets (default: that of the run, or that of TFDS)"
     )
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.at <= 1:
         raise UsageError(f"--at is {args.at:g}", "--at", "set it to a rate above 0 and at most 1, such as 0.95")
     for path in filter(None, (args.predictions, args.per_class, args.mistakes)):
-        _require_directory(path)
+        require_directory(path)
     from xception_jax.cli.evaluate_split import evaluate_split, open_subject  # JAX takes seconds to import
     from xception_jax.evaluation import judgement_text, tables
     from xception_jax.metrics.judgement import as_dict
@@ -111,10 +112,3 @@ def run(args: argparse.Namespace) -> int:
         split = result.values.get("thresholds_split", "")
         print(f"\n{judgement_text.as_text(result.judgement, result.info.class_names, wrong, split)}")
     return 0
-
-
-def _require_directory(path: str) -> None:
-    """Raises InputMissingError if the directory of an output file is missing, to fail before the evaluation."""
-    directory = Path(path).absolute().parent
-    if not directory.is_dir():
-        raise InputMissingError(f"there is no directory {directory}", path, "create it, or choose another path")

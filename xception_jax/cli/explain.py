@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
 from xception_jax.explain.paths import check_output
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--method", choices=METHODS, default="grad_cam", help="default: grad_cam")
     parser.add_argument(
         "--class",

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xception_jax.command_line import at_least
 from xception_jax.errors import InputMissingError, StorageError, UsageError
 from xception_jax.files import free_space, sha256, write_atomically
 from xception_jax.names import printable_path
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="work directory of a run, or a weight file or its name")
     parser.add_argument("out", help="a directory, or a file whose name ends with the format")
     parser.add_argument("--format", choices=("stablehlo", "onnx", "safetensors"), required=True)
-    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of the run (default: the newest intact one)")
     parser.add_argument("--uint8", action="store_true", help="take pixels from 0 to 255, which the file scales itself")
     parser.add_argument("--evaluation", metavar="FILE.json", help="output of `evaluate --json`, for the card")
     parser.add_argument("--no_check", action="store_true", help="do not check the file")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from xception_jax.command_line import read_config
+from xception_jax.command_line import at_least, read_config
 from xception_jax.tools.planning.topology import parse_topology, prepare_environment
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", required=True, help="chips, such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, h100:8"
     )
-    parser.add_argument("--examples", type=int, help="images in an epoch, if the dataset is missing")
+    parser.add_argument("--examples", type=at_least(1), help="images in an epoch, if the dataset is missing")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits (several compilations)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 

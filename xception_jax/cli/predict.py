@@ -12,11 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
+from xception_jax.command_line import at_least
+from xception_jax.errors import BadDataError, UsageError
 from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import printable, printable_path
+from xception_jax.user_files import require_directory, writing
 from xception_jax.weights.sources import require_known
 
 MAX_ON_SHEET = 400
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
-    parser.add_argument("--step", type=int, help="checkpoint of a run (default: the newest intact one)")
+    parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
     parser.add_argument(
@@ -110,8 +112,7 @@ def _check_sheet(path: Path) -> None:
     """Raises a UserError if the contact sheet cannot be written, to fail before the predictions."""
     if path.suffix.lower() != ".png":
         raise UsageError("the contact sheet is a PNG", str(path), "use a name that ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise InputMissingError("there is no such directory", str(path), "create it, or choose another path")
+    require_directory(path)
 
 
 def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[str], total: int) -> None:
@@ -129,9 +130,5 @@ def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[s
         for prediction in predictions
         if prediction.thumbnail is not None
     ]
-    try:
+    with writing("contact sheet", path):
         write_atomically(path, draw(tiles))
-    except OSError as error:
-        raise StorageError(
-            f"the contact sheet cannot be written: {error.strerror}", path, "choose another path"
-        ) from None

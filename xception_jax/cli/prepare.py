@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xception_jax.config import DataConfig
 from xception_jax.data.prepare.names import DATASET_NAMES, SHIPPED_NAMES
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
 from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 
 if TYPE_CHECKING:
+    from xception_jax.data.images import Limits
     from xception_jax.data.prepare.image_folder import Contents, Skipped
     from xception_jax.data.prepare.writer import Summary
 
@@ -71,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="image_folder: name of the dataset, for config.data.name")
     parser.add_argument("--skip-damaged", action="store_true", help="image_folder: skip damaged images")
+    for option, default in (("--max-pixels", DataConfig.max_pixels), ("--max-scans", DataConfig.max_scans)):
+        field = f"config.data.{option[2:].replace('-', '_')}"
+        text = f"image_folder: limit above which an image counts as damaged (default: {default:,}); set {field} as well"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
     parser.add_argument(
         "--splits",
         metavar="NAME=SHARE,...",
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             skip_damaged=args.skip_damaged,
             shares=_shares(args),
             groups=args.groups,
+            limits=_limits(args),
         )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.
@@ -137,6 +144,20 @@ def _source(args: argparse.Namespace) -> Path:
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", "--source", "point --source at an existing directory")
     return source
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    """Returns the limits for decoding.
+
+    Raises:
+      UsageError: one is below 1.
+    """
+    from xception_jax.data.images import Limits
+
+    for option, value in (("--max-pixels", args.max_pixels), ("--max-scans", args.max_scans)):
+        if value < 1:
+            raise UsageError(f"{option} is {value}", option, "set it to a whole number of at least 1")
+    return Limits(args.max_pixels, args.max_scans)
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "The files are written by `embed` with labels: --dataset and --split, or --labels folder."
     parser.add_argument("train", metavar="TRAIN.npz", help="features to fit to")
     parser.add_argument("test", metavar="TEST.npz", help="features to judge by")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of that fifth (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the choice of that fifth (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 

@@ -8,12 +8,14 @@ import os
 import sys
 from pathlib import Path
 
+from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.files import local_directory
+from xception_jax.files import local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
 from xception_jax.study.design import load_study
+from xception_jax.user_files import writing
 from xception_jax.weights.sources import require_known
 
 EXAMPLES = """\
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="another study directory whose finished cells are copied where the config is equal; may be repeated",
     )
-    run.add_argument("--cell", type=int, metavar="N", help="run only cell N, as each job of a job array does")
+    run.add_argument("--cell", type=at_least(0), metavar="N", help="run only cell N, as each job of a job array does")
     run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
     run.add_argument("--print", action="store_true", help="print the arms and their costs without training")
 
@@ -128,7 +130,8 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     with open_study(root, study, say) as stored:
         if args.slurm is not None:
             command = command_line([sys.executable, "-m", "xception_jax", "study", "run", args.study])
-            Path(args.slurm).write_text(slurm_script(stored, command, args.jobs))
+            with writing("job script", args.slurm):
+                write_atomically(args.slurm, slurm_script(stored, command, args.jobs))
             print(f"wrote {printable_path(args.slurm)}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from xception_jax.config.fields import Field, choice
 from xception_jax.config.model import NETWORKS, ModelConfig
 from xception_jax.config.section import Section, check_variant, checked
 from xception_jax.errors import ConfigError
+from xception_jax.user_files import parse_json, read_text, reading
 
 _WITH_VARIANTS = ("model", "optimizer", "schedule")
 
@@ -207,9 +209,18 @@ def from_json(text: str) -> ExperimentConfig:
       ConfigError: the text is not a JSON object, or what it holds is not a valid config.
     """
     try:
-        fields = json.loads(text)
-        if not isinstance(fields, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, TypeError) as error:
+        fields = parse_json(text, dict)
+    except ValueError as error:
         raise ConfigError(f"a saved config cannot be read: {error}", "config", "restore it, or start anew") from None
     return _resolve(ExperimentConfig(), fields, saved=True)
+
+
+def load_config(path: str | os.PathLike[str]) -> ExperimentConfig:
+    """Returns the config in the `config.json` of a run.
+
+    Raises:
+      InputMissingError: there is no such file, or it may not be read.
+      ConfigError: it does not hold a valid config.
+    """
+    with reading("config of the run", path, "restore it from a copy", damaged=ConfigError):
+        return from_json(read_text(path))

@@ -36,11 +36,17 @@ class DataConfig(Section):
     cache_features: bool = flag(
         False, "modern: keep what frozen layers compute on disk, if only the head is trained without augmentation"
     )
+    max_pixels: int = integer(1 << 26, 1, "local: width x height above which an image counts as damaged")
+    max_scans: int = integer(100, 1, "local: scans of a JPEG above which it counts as damaged; encoders write 1 to 20")
+    decoding_memory: int = integer(2048, 1, "local: MiB for all images that are being decoded in a process")
     max_bad_fraction: float = number(0.001, 0.0, 1.0, "local: share of damaged images above which the run stops")
     synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 
     def check(self) -> None:
-        """Refuses an interval that is none."""
+        """Refuses an interval that is none, and a run without images."""
+        if not self.train_split.strip():
+            fix = "set it to a split, such as 'train' or 'train[:98%]'"
+            raise ConfigError("config.data.train_split is empty", "config.data.train_split", fix)
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ConfigError(

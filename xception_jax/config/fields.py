@@ -11,10 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 _DURATION = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s+(step|epoch|example)s?", re.IGNORECASE)
+
+
+MAX_DURATION = 1e15
+MAX_INTEGER = 2**31 - 1  # what an int32 of JAX holds
 
 
 def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
@@ -26,12 +31,14 @@ def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
       num_examples: examples in one epoch.
 
     Raises:
-      ValueError: the duration has another form.
+      ValueError: the duration has another form, or is absurd.
     """
     match = _DURATION.fullmatch(duration.strip())
     if match is None:
         raise ValueError(f"{duration!r} is not a duration")
     number = float(match[1].replace("_", ""))
+    if number > MAX_DURATION:
+        raise ValueError(f"{duration!r} is longer than any run")
     examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2].lower()]
     return round(number * examples_per_unit / batch_size)
 
@@ -90,12 +97,19 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
+def _compile(pattern: str) -> None:
+    """Raises an exception if a text is no regular expression."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about sets in sets
+        re.compile(pattern)
+
+
 def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
     """Declares a whole number of at least `low`."""
 
     def check(value: Any) -> int:
         value = _integer(value)
-        _require(value >= low)
+        _require(low <= value <= MAX_INTEGER)
         return value
 
     return _field(default, check, f"a whole number, at least {low}", source, int, unless)
@@ -132,7 +146,7 @@ def choice_or_integer(
         if value in words:
             return value
         value = _integer(value)
-        _require(value >= low)
+        _require(low <= value <= MAX_INTEGER)
         return value
 
     expects = " or ".join(map(repr, words)) + f", or a whole number of at least {low}"
@@ -164,7 +178,7 @@ def pattern(default: str, source: str) -> Any:
 
     def check(value: Any) -> str:
         _require(isinstance(value, str))
-        re.compile(value)
+        _compile(value)
         return value
 
     expects = "a regular expression over parameter names such as 'block2_sepconv1/kernel'"
@@ -215,7 +229,7 @@ def factors(source: str) -> Any:
         _require(not isinstance(value, str))
         pairs = tuple((pattern, _number(factor)) for pattern, factor in value)
         for pattern, factor in pairs:
-            re.compile(pattern)
+            _compile(pattern)
             _require(factor > 0)
         return pairs
 

@@ -75,7 +75,7 @@ def checked(field: Field, name: str, value: Any) -> Any:
     """
     try:
         return field.check(value)
-    except (ValueError, TypeError, re.error, OverflowError):
+    except (ValueError, TypeError, re.error, OverflowError, RecursionError):  # a pattern may be nested
         raise ConfigError(
             f"config.{name} is {value!r}",
             f"config.{name}",

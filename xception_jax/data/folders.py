@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def entries(folder: Path) -> list[tuple[Path, bool]]:
         raise StorageError(
             f"the folder cannot be read: {error.strerror}", str(folder), "grant read permission or use another folder"
         ) from None
+
+
+def text(path: Path) -> str:
+    r"""Returns a path as text with slashes. A byte that is not UTF-8 becomes an escape such as '\xe9'."""
+    return os.fsencode(path.as_posix()).decode(errors="backslashreplace")
 
 
 def files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

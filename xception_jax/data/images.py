@@ -6,30 +6,57 @@ until it has its final size, because one pass over a full photograph costs more 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 import simplejpeg
 from jaxtyping import Float32, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-MAX_PIXELS = 1 << 26
-"""Limit for decoding, 67 million pixels; the largest image of ImageNet has 61 million."""
+from xception_jax.config import DataConfig
+from xception_jax.data.decoding_memory import DECODING
+from xception_jax.data.image_headers import Header, HeaderError, read_header
+
+MAX_FILE_BYTES = 1 << 30
+"""Limit for the size of an image file; more than any image within the default limits needs."""
+
+MAX_SIDE = 65_535
+"""Limit for width and height, which is that of JPEG. Decoders keep data of each row, even if a row has one pixel."""
 
 Interpolation = Literal["bilinear", "bicubic", "antialiased_bilinear", "antialiased_bicubic"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_ASPECT = 16
 
-_ORIENTATION_TAG = 0x0112
-_APP1, _START_OF_SCAN = b"\xe1", b"\xda"
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
+# Most bytes for each pixel that decoding needs at once: decoder, conversions and result.
+_JPEG_BYTES, _SCANS_BYTES, _PILLOW_BYTES, _WEBP_BYTES = 8, 8, 16, 24
+_PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+}
+"""Pillow's readers. `Image.open` would also try others, and has a limit of its own for pixels."""
+
+_TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda image: cv2.flip(image, 1),
+    3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
+    4: lambda image: cv2.flip(image, 0),
+    5: cv2.transpose,
+    6: lambda image: cv2.rotate(image, cv2.ROTATE_90_CLOCKWISE),
+    7: lambda image: cv2.rotate(cv2.transpose(image), cv2.ROTATE_180),
+    8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
+"""Turns an image upright, by its orientation in Exif data."""
 
 # The pipeline decodes many images in parallel; OpenCV's own threads would only compete with its threads.
 cv2.setNumThreads(0)
@@ -39,7 +66,45 @@ class DamagedImageError(ValueError):
     """The bytes are not a complete image in a supported format: damaged, truncated, of another format or too large."""
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Limits for decoding. Images above the first two are refused from their headers, as if they were damaged.
+
+    Attributes:
+      max_pixels: width x height; `config.data.max_pixels`, the largest image of ImageNet has 61 million.
+      max_scans: passes over the pixels of a JPEG; `config.data.max_scans`. Encoders write 1 to 20.
+      memory: bytes that all images in this process that are being decoded may need; `config.data.decoding_memory`.
+    """
+
+    max_pixels: int = DataConfig.max_pixels
+    max_scans: int = DataConfig.max_scans
+    memory: int = DataConfig.decoding_memory << 20
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Limits:
+        """Returns the limits that `config.data` sets."""
+        return cls(data.max_pixels, data.max_scans, data.decoding_memory << 20)
+
+
+def read(path: Path) -> bytes:
+    """Reads an image file.
+
+    Raises:
+      DamagedImageError: it is larger than `MAX_FILE_BYTES`.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        # Reading a device may never end. Other files are read at once: a limit would cost a second copy.
+        data = file.read(
+            -1 if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES else MAX_FILE_BYTES + 1
+        )
+    if len(data) > MAX_FILE_BYTES:
+        raise DamagedImageError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
+    return data
+
+
+def decode(data: bytes, limits: Limits | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes a JPEG, PNG or WebP image to RGB.
 
     Grey and palette images are expanded, CMYK is converted, 16-bit values keep their upper 8 bits, alpha is dropped (as
@@ -47,58 +112,76 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     is returned.
 
     Raises:
-      DamagedImageError: the image is damaged, truncated or empty, has another format, or has more than `MAX_PIXELS`.
-        The size is read from the header before anything is decoded.
+      DamagedImageError: the image is damaged, truncated or empty, has another format, or exceeds a limit.
     """
+    with decoded(data, limits) as image:
+        return image
+
+
+@contextlib.contextmanager
+def decoded(data: bytes, limits: Limits | None = None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Decodes like `decode`. The image counts as being decoded until the block ends; do not nest such blocks."""
+    limits = limits or _DEFAULT_LIMITS
     try:
-        if data.startswith(b"\xff\xd8\xff"):
-            return _decode_jpeg(data)
-        return _decode_with_pillow(data)
-    except DamagedImageError:
-        raise
-    except UnidentifiedImageError:  # its message shows a Python object
-        raise DamagedImageError("not a JPEG, PNG or WebP image, or damaged at the start") from None
+        header = read_header(data)
     except Exception as error:
-        # Pillow's plugins raise a dozen types for damaged bytes: OSError, SyntaxError, struct.error, ValueError, ...
-        raise DamagedImageError(f"{type(error).__name__}: {error}") from error
+        raise _damage(error) from error
+    _check(header, limits)
+    with DECODING.reserve(header.width * header.height * _bytes_per_pixel(header), limits.memory):
+        try:
+            if header.format == "JPEG" and not header.exif:
+                image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            else:
+                image = _decode_with_pillow(header)
+        except Exception as error:
+            raise _damage(error) from error
+        yield image
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray:
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(width, height)
-    if _has_exif(data):
-        return _decode_with_pillow(data)
-    return simplejpeg.decode_jpeg(data, colorspace="RGB")
+def _damage(error: Exception) -> Exception:
+    """Returns what to raise for an error of a decoder."""
+    if isinstance(error, MemoryError):
+        return error  # the image may be intact
+    # Pillow's plugins raise a dozen types for damaged bytes: OSError, SyntaxError, struct.error, ValueError, ...
+    message = str(error) if isinstance(error, HeaderError) else f"{type(error).__name__}: {error}"
+    return DamagedImageError(" ".join(message.split()))
 
 
-def _has_exif(data: bytes) -> bool:
-    """Returns whether a JPEG has an Exif segment, which may hold an orientation, before its scan."""
-    offset = 2
-    while data[offset : offset + 1] == b"\xff":
-        marker = data[offset + 1 : offset + 2]
-        if marker == b"\xff":  # fill bytes may precede a marker
-            offset += 1
-        elif marker == _START_OF_SCAN or (marker == _APP1 and data.startswith(b"Exif\0\0", offset + 4)):
-            return marker == _APP1
+def _check(header: Header, limits: Limits) -> None:
+    """Raises DamagedImageError if an image exceeds a limit."""
+    if header.width * header.height > limits.max_pixels:
+        what = f"{header.width} x {header.height} pixels, above max_pixels={limits.max_pixels:,}"
+    elif max(header.width, header.height) > MAX_SIDE:
+        what = f"{header.width} x {header.height} pixels; the limit for each side is {MAX_SIDE:,}"
+    elif header.scans > limits.max_scans:
+        what = f"{header.scans:,} scans, above max_scans={limits.max_scans:,}"
+    else:
+        return
+    raise DamagedImageError(f"the header says {what}")
+
+
+def _bytes_per_pixel(header: Header) -> int:
+    if header.format == "WEBP":
+        return _WEBP_BYTES
+    return (_PILLOW_BYTES if header.format == "PNG" or header.exif else _JPEG_BYTES) + (
+        _SCANS_BYTES if header.scans > 1 else 0
+    )
+
+
+def _decode_with_pillow(header: Header) -> np.ndarray:
+    with _PLUGINS[header.format](io.BytesIO(header.content)) as file:
+        if file.size != (header.width, header.height):
+            raise HeaderError(f"two sizes, {header.width} x {header.height} and {file.size[0]} x {file.size[1]}")
+        file.load()
+        if file.mode.startswith("I"):
+            image = np.repeat((np.asarray(file) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         else:
-            offset += 2 + int.from_bytes(data[offset + 2 : offset + 4])
-    return False
+            image = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
+    turn = _TURNED.get(header.orientation)
+    return image if turn is None else turn(image)
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-        _check_size(*image.size)
-        image.load()
-        upright = image if image.getexif().get(_ORIENTATION_TAG, 1) == 1 else ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):
-            grey = (np.asarray(upright) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        return np.asarray(upright.convert("RGB"))
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DamagedImageError(f"the header says {width} x {height} pixels, above the limit of {MAX_PIXELS:,}")
+_DEFAULT_LIMITS = Limits()
 
 
 def resize(

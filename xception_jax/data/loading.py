@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,6 +38,7 @@ class BatchLoader:
 
     def __init__(self, data: DataConfig, source: Source, seed: int | None, view: images.Preprocessing | None = None):
         self._data, self._source, self._seed = data, source, seed
+        self._limits = images.Limits.of(data)
         self._view = view or images.Preprocessing(data.image_size, data.eval_crop)
         self._augment = AUGMENTATIONS[data.augmentation]
         self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")  # starts them on first use
@@ -74,8 +77,8 @@ class BatchLoader:
                 if index == PADDING:
                     batch["image"][row] = 0
                     continue
-                image, label_or_labels, batch["damaged"][row] = self._decode(index, records)
-                self._write_view(image, epoch, index, batch["image"][row])
+                with self._decoded(index, records) as (image, label_or_labels, batch["damaged"][row]):
+                    self._write_view(image, epoch, index, batch["image"][row])
                 if info.multi_label:
                     batch["label"][row, list(label_or_labels)] = 1
                 else:
@@ -91,23 +94,27 @@ class BatchLoader:
         wanted = list({index: None for index in indices if index != PADDING and index not in self._cache})
         return dict(zip(wanted, self._source.__getitems__(wanted), strict=True))
 
-    def _decode(self, index: int, records: dict[int, dict[str, Any]]) -> tuple[np.ndarray, Any, bool]:
-        """Returns (image, label, damaged) of an example; a damaged one is replaced by the next that can be decoded."""
+    @contextlib.contextmanager
+    def _decoded(self, index: int, records: dict[int, dict[str, Any]]) -> Iterator[tuple[np.ndarray, Any, bool]]:
+        """Yields (image, label, damaged) of an example; a damaged one is replaced by the next that can be decoded."""
         info, attempts = self._source.info, min(MAX_DAMAGED_IN_A_ROW, len(self._source))
         for attempt in range(attempts):
             place = (index + attempt) % len(self._source)
             if place in self._cache:
-                return *self._cache[place], attempt > 0
+                yield *self._cache[place], attempt > 0
+                return
             example = records.get(place) or self._source[place]
             check_label(example, info)
-            try:
-                image = images.decode(example["image"])
-            except images.DamagedImageError as error:
-                reason = error
-                continue
-            if self._data.cache:
-                self._cache[place] = image, example["label"]
-            return image, example["label"], attempt > 0
+            with contextlib.ExitStack() as memory:
+                try:
+                    image = memory.enter_context(images.decoded(example["image"], self._limits))
+                except images.DamagedImageError as error:
+                    reason = error
+                    continue
+                if self._data.cache:
+                    self._cache[place] = image, example["label"]
+                yield image, example["label"], attempt > 0
+                return
         raise BadDataError(
             f"{attempts} images in a row cannot be decoded; the last: {reason}",
             f"dataset {info.name}, split {info.split}, from example {index} on",

@@ -47,6 +47,7 @@ from xception_jax.data.loading import PADDING, Batch, BatchLoader
 from xception_jax.data.sources import Source, SourceInfo
 from xception_jax.errors import BadDataError, StorageError, UserError
 
+_CLOSING_SECONDS = 3.0  # Grain would wait for a worker that is stuck, such as on a dead network disk
 _PREFETCHED_BATCHES = 2
 
 
@@ -223,8 +224,10 @@ class BatchIterator:
             ) from error
 
     def close(self) -> None:
-        """Stops threads and workers."""
-        self._iterator.close()
+        """Stops threads and workers. Leaves behind those that do not stop within `_CLOSING_SECONDS`."""
+        closing = threading.Thread(target=self._iterator.close, name="close", daemon=True)
+        closing.start()
+        closing.join(_CLOSING_SECONDS)
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

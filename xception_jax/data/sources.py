@@ -20,6 +20,8 @@ import numpy as np
 import simplejpeg
 import tensorflow_datasets as tfds
 
+from xception_jax.data.metadata import FEATURES, INFO, open_builder
+from xception_jax.data.shards import check_shards
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import local_directory
 from xception_jax.names import in_shell
@@ -106,7 +108,7 @@ def find_dataset(name: str, data_dir: Path) -> Path | None:
 
 def is_complete(directory: Path) -> bool:
     """Returns whether a directory holds a finished dataset."""
-    return (directory / "dataset_info.json").is_file() and (directory / "features.json").is_file()
+    return (directory / INFO).is_file() and (directory / FEATURES).is_file()
 
 
 class TfdsSource:
@@ -124,10 +126,11 @@ class TfdsSource:
 
     def __init__(self, directory: Path, split: str):
         self.directory, self.split = directory, split
-        builder = tfds.builder_from_directory(os.fspath(directory))
+        builder = open_builder(directory)
         self._check_format(builder)
         self._check_split(builder)
         self._label_name, label = label_feature(builder.info.features, directory)
+        check_shards(builder.info.splits[split].file_instructions)
         self._features = frozenset(builder.info.features)
         self._columns: dict[str, list[Any]] = {}
         self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -162,24 +165,32 @@ class TfdsSource:
         return [self._example(index, record) for index, record in zip(indices, self._read_all(indices), strict=True)]
 
     def _example(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        label = record[self._label_name]
-        if self._label_name == OPEN_IMAGES_LABELS:
-            # Confidence 0 means that a person verified the absence of the class.
-            present = zip(label["label"], label["confidence"], strict=True)
-            label = sorted({int(value) for value, confidence in present if confidence > 0})
-        label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
-        return {"image": record["image"], "label": label, "index": index}
+        try:
+            image, label = record["image"], record[self._label_name]
+            if not isinstance(image, bytes):
+                raise TypeError(f"the image is {type(image).__name__}, not bytes")
+            if self._label_name == OPEN_IMAGES_LABELS:
+                # Confidence 0 means that a person verified the absence of the class.
+                present = zip(label["label"], label["confidence"], strict=True)
+                label = sorted({int(value) for value, confidence in present if confidence > 0})
+            label = tuple(int(value) for value in label) if self.info.multi_label else int(label)
+        except (KeyError, TypeError, ValueError) as error:  # a feature is missing or of another type
+            raise self._damaged(index, error) from error
+        return {"image": image, "label": label, "index": index}
 
     def _read(self, index: int) -> dict[str, Any]:
         try:
             return self._records[index]
         except Exception as error:
             # array_record raises RuntimeError, protobuf raises DecodeError, and TFDS passes on any error.
-            raise BadDataError(
-                f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
-                f"{self.directory}, split {self.split}",
-                "copy or prepare the dataset again",
-            ) from error
+            raise self._damaged(index, error) from error
+
+    def _damaged(self, index: int, error: Exception) -> BadDataError:
+        return BadDataError(
+            f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
+            f"{self.directory}, split {self.split}",
+            "copy or prepare the dataset again",
+        )
 
     def column(self, name: str) -> list[Any] | None:
         """Reads one feature of all examples without decoding their images; None if the dataset does not have it.
@@ -242,17 +253,14 @@ def label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tupl
     Raises:
       BadDataError: the dataset has no image with a label (or labels).
     """
-    found = dict(features.items())
-    label = found.get("label")
+    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     if isinstance(found.get("image"), tfds.features.Image):
-        if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
-            return "label", label
-        label = getattr(found.get("labels"), "feature", None)
-        if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
-            return "labels", label
+        several = getattr(found.get("labels"), "feature", None)
         objects = getattr(found.get(OPEN_IMAGES_LABELS), "feature", None)
-        if objects is not None:
-            return OPEN_IMAGES_LABELS, objects["label"]
+        of_objects = dict(objects.items()).get("label") if isinstance(objects, tfds.features.FeaturesDict) else None
+        for name, label in (("label", found.get("label")), ("labels", several), (OPEN_IMAGES_LABELS, of_objects)):
+            if isinstance(label, tfds.features.ClassLabel) and label.num_classes:
+                return name, label
     raise BadDataError(
         f"the dataset has no image with a label; its features are {sorted(found)}",
         str(directory),
@@ -262,7 +270,7 @@ def label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tupl
 
 def _fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("dataset_info.json", "features.json"):
+    for name in (INFO, FEATURES):
         digest.update((directory / name).read_bytes())
     return digest.hexdigest()
 

@@ -6,8 +6,6 @@ import csv
 import dataclasses
 import io
 import os
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.files import write_atomically
 from xception_jax.names import csv_cell
+from xception_jax.user_files import read_arrays, reading, writing
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network
@@ -66,11 +64,8 @@ def save_features(path: str, features: Features) -> None:
       StorageError: the file cannot be written.
     """
     content = _as_csv(features) if Path(path).suffix.lower() == ".csv" else _as_npz(features)
-    try:
+    with writing("file of features", path):
         write_atomically(path, content)
-    except OSError as error:
-        what = f"the features cannot be written: {error.strerror}"
-        raise StorageError(what, path, "free some space, or choose another path") from None
 
 
 def _as_npz(features: Features) -> bytes:
@@ -108,24 +103,18 @@ def load_features(path: str | os.PathLike[str]) -> Features:
       InputMissingError: there is no such file.
       BadDataError: the file is damaged, has a different format, or holds values that are not finite.
     """
-    where = os.fspath(path)
-    try:
-        # Open the file here, because NumPy does not close a damaged one.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            loaded = Features(
-                features=arrays["features"],
-                path=arrays["path"],
-                label=arrays.get("label"),
-                class_names=tuple(map(str, arrays.get("class_names", ()))),
-                weights=str(arrays["weights"]),
-            )
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputMissingError("there are no features", where, "write them with embed --out FILE.npz") from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError) as error:
-        what = f"the features cannot be read ({error})"
-        raise BadDataError(what, where, "write them again with embed --out FILE.npz") from error
-    shape = loaded.features.shape
-    if len(shape) != 2 or not shape[0] or len(loaded.path) != shape[0] or not np.isfinite(loaded.features).all():
-        what = f"features of shape {shape} for {len(loaded.path)} files, or values that are not finite"
-        raise BadDataError(what, where, "write them again with embed --out FILE.npz")
-    return loaded
+    with reading("file of features", path, "write it with embed --out FILE.npz"):
+        arrays = read_arrays(path, ("features", "path", "weights"), ("label", "class_names"))
+        loaded = Features(
+            features=arrays["features"].astype(np.float32),
+            path=arrays["path"],
+            label=arrays.get("label"),
+            class_names=tuple(map(str, arrays.get("class_names", ()))),
+            weights=str(arrays["weights"]),
+        )
+        if loaded.label is not None and loaded.label.dtype.kind not in "biu":
+            raise ValueError(f"the labels are {loaded.label.dtype}")
+        shape = loaded.features.shape
+        if len(shape) != 2 or not shape[0] or len(loaded.path) != shape[0] or not np.isfinite(loaded.features).all():
+            raise ValueError(f"features of shape {shape} for {len(loaded.path)} files, or values that are not finite")
+        return loaded

@@ -75,7 +75,7 @@ def _load(
     """Returns the preprocessed image, an error and an optional thumbnail. An unreadable image is all zeros."""
     pixels = np.zeros((view.size, view.size, 3), np.float32)
     try:
-        image = images.decode(path.read_bytes())
+        image = images.decode(images.read(path))
     except images.DamagedImageError as error:
         return pixels, f"it cannot be decoded: {' '.join(str(error).split())}", None
     except OSError as error:

@@ -7,7 +7,7 @@ The 3,163 images without a label are excluded.
 
 from __future__ import annotations
 
-import json
+import operator
 import os
 import re
 from pathlib import Path
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from xception_jax.data.sources import Source
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, UsageError
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions
+from xception_jax.user_files import read_json, reading
 
 _FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
 _FETCH = "get real.json from github.com/google-research/reassessed-imagenet"
@@ -30,13 +31,8 @@ def load_real_labels(path: str | os.PathLike[str], num_classes: int) -> list[fro
       InputMissingError: there is no such file.
       BadDataError: the file does not contain such labels.
     """
-    try:
-        lists = json.loads(Path(path).read_text())
-        labels = [frozenset(map(int, labels)) for labels in lists]
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputMissingError("there is no such file of ReaL labels", os.fspath(path), _FETCH) from None
-    except (ValueError, TypeError) as error:
-        raise BadDataError(f"the file is not a list of lists of labels: {error}", os.fspath(path), _FETCH) from None
+    with reading("list of lists of ReaL labels", path, _FETCH):
+        labels = [frozenset(map(operator.index, labels)) for labels in read_json(path, list)]
     for number, of_image in enumerate(labels, 1):
         if not all(0 <= label < num_classes for label in of_image):
             what = f"image {number} has the labels {sorted(of_image)}, but the network has {num_classes} classes"

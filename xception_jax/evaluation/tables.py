@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.errors import StorageError
 from xception_jax.files import write_atomically
 from xception_jax.metrics import Metric
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Judgement
 from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
 from xception_jax.names import csv_cell, printable, printable_path
+from xception_jax.user_files import writing
 
 MISTAKES_FIELDS = ("file", "index", "group", "label", "predicted", "probability", "label_probability")
 
@@ -137,7 +137,5 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str] =
     )
     writer.writeheader()
     writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
-    try:
+    with writing("table", path):
         write_atomically(path, text.getvalue())
-    except OSError as error:
-        raise StorageError(f"the table cannot be written: {error.strerror}", path, "choose another path") from None

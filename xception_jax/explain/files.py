@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xception_jax.errors import StorageError
 from xception_jax.evaluation.loading import THUMBNAIL
 from xception_jax.explain.explainer import Explained
 from xception_jax.explain.options import METHODS
@@ -17,6 +16,7 @@ from xception_jax.explain.paths import is_file
 from xception_jax.explain.pictures import LONGEST, draw_picture, draw_sheet
 from xception_jax.files import write_atomically
 from xception_jax.names import file_stem
+from xception_jax.user_files import writing
 from xception_jax.weights import Network
 
 MAX_ON_SHEET = 200
@@ -122,10 +122,8 @@ def make_output(path: str, describer: Describer, total: int) -> Output:
     """
     kind = PictureFile if is_file(path) else PictureFolder
     if kind is PictureFolder:
-        try:
+        with writing("folder of pictures", path):
             Path(path).mkdir(exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"the folder cannot be created: {error.strerror}", path, "choose another one") from None
     return kind(Path(path), describer, total)
 
 
@@ -149,8 +147,5 @@ def save_maps(path: str, explained: Sequence[Explained], method: str, block: str
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with writing("file", path):
         write_atomically(path, content)
-    except OSError as error:
-        what = f"the file cannot be written: {error.strerror}"
-        raise StorageError(what, str(path), "free some space, or choose another path") from None

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.user_files import require_directory
 
 
 def is_file(path: str) -> bool:
@@ -22,5 +23,7 @@ def check_output(path: str, suffix: str) -> None:
     """
     if is_file(path) and Path(path).suffix.lower() != suffix:
         raise UsageError(f"the file is written as {suffix}", path, f"use a name that ends in {suffix}")
-    if not Path(path).absolute().parent.is_dir():
+    if is_file(path):
+        require_directory(path)
+    elif not Path(path).absolute().parent.is_dir():
         raise InputMissingError("there is no such directory", path, "create it, or choose another path")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from xception_jax.config import to_dict
 from xception_jax.environment import installed_versions
-from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.errors import BadDataError
 from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, loading_code
 from xception_jax.export.inference import in_float32
@@ -22,6 +21,7 @@ from xception_jax.metrics.single_label import TopK
 from xception_jax.models import create_model
 from xception_jax.models.cost import count_cost
 from xception_jax.names import NAME_LENGTH, in_markdown
+from xception_jax.user_files import read_json, reading
 from xception_jax.weights.network import Network
 
 _PACKAGES = ("xception_jax", "jax", "jaxlib", "flax", "onnx", "onnxruntime", "safetensors")
@@ -113,15 +113,9 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
       InputMissingError: there is no such file.
       BadDataError: the file has other content, or is about another network.
     """
-    try:
-        metrics = json.loads(path.read_text())
+    with reading("evaluation", path, "write it by `xception-jax evaluate SOURCE --json > FILE.json`"):
+        metrics = read_json(path, dict)
         evaluation = _accuracy(metrics, "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else "")
-    except FileNotFoundError:
-        fix = "write it by `xception-jax evaluate SOURCE --json > FILE.json`"
-        raise InputMissingError("there is no evaluation", str(path), fix) from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        what = f"the evaluation cannot be read: {type(error).__name__}: {error}"
-        raise BadDataError(what, str(path), "name a file with the output of `evaluate --json`") from None
     of = metrics.get("sha256")
     if of and of != network.sha256:
         raise BadDataError(

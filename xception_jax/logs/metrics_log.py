@@ -5,6 +5,8 @@ Numbers that JSON cannot represent (NaN, inf) are written as null and read back 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -15,15 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.errors import WorkdirError
+from xception_jax.errors import InputMissingError, WorkdirError
 from xception_jax.files import write_atomically
+from xception_jax.user_files import parse_json, read_bytes, reading
 
 log = logging.getLogger(__name__)
 
+MAX_METRICS_BYTES = 2 * 2**30  # a run of millions of steps that logs each
+
 
 def _plain(value: Any) -> Any:
-    """Converts a scalar of Python, NumPy or JAX, or a list of them, to JSON-serializable data."""
-    if value is None or isinstance(value, str | bool | int):
+    """Converts a number of Python, NumPy or JAX, or a list of them, to JSON-serializable data."""
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
@@ -49,10 +54,20 @@ def _parse(content: bytes) -> Iterator[dict[str, Any] | None]:
     """Yields the entry of each line, or None if the line is incomplete or damaged."""
     for line in content.splitlines():
         try:
-            entry = json.loads(line)
-            yield entry if isinstance(entry["step"], int) and isinstance(entry["split"], str) else None
-        except (ValueError, TypeError, KeyError):
+            entry = parse_json(line, dict)
+        except ValueError:
             yield None
+        else:
+            yield entry if _is_entry(entry) else None
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Returns whether all values have the types that readers of entries rely on."""
+    if type(entry.get("step")) is not int or not isinstance(entry.get("split"), str):
+        return False
+    values = [value for name, value in entry.items() if name != "split"]
+    numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
+    return all(number is None or isinstance(number, int | float) for number in numbers)
 
 
 def _encode(entry: Mapping[str, Any]) -> bytes:
@@ -63,10 +78,16 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the entries of a metrics.jsonl in order, with null as NaN. A missing file has no entries.
 
     Skips incomplete lines, so it can read the file of a run that is still training.
+
+    Raises:
+      UserError: the file cannot be read, or is too large.
     """
     try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
+        with reading("metrics", path, "restore the file from a copy, or move it away"):
+            content = read_bytes(path, MAX_METRICS_BYTES)
+    except InputMissingError:
+        if os.path.lexists(path):
+            raise
         return []
     entries = [entry for entry in _parse(content) if entry is not None]
     return [{name: _with_nan(value) for name, value in entry.items()} for entry in entries]
@@ -105,9 +126,11 @@ class MetricsLog:
 
     def _repair(self, step: int) -> list[dict[str, Any]]:
         try:
-            content = self._path.read_bytes()
+            content = read_bytes(self._path, MAX_METRICS_BYTES)
         except FileNotFoundError:
             return []
+        except ValueError as error:
+            raise OSError(errno.EFBIG, str(error)) from None
         parsed = list(_parse(content))
         entries = [entry for entry in parsed if entry is not None and entry["step"] <= step]
         repaired = b"".join(map(_encode, entries))
@@ -122,7 +145,7 @@ class MetricsLog:
         return (step, split) in self._written
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Appends one entry. Values are scalars (Python, NumPy or JAX), strings, or lists of them.
+        """Appends one entry. Values are numbers (of Python, NumPy or JAX), or lists of them.
 
         Raises:
           ValueError: a value is an array.
@@ -141,7 +164,8 @@ class MetricsLog:
         except OSError as error:
             self._warn(error)
             # Remove partial lines; all waiting entries will be written again. Truncating a file needs no space.
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
             return False
         self._waiting.clear()
         self._size += len(data)
@@ -173,4 +197,5 @@ class MetricsLog:
         self.sync()
         if self._waiting:
             log.warning("%s: %d entries could not be written", self._path, len(self._waiting))
-        os.close(self._file)
+        with contextlib.suppress(OSError):
+            os.close(self._file)

@@ -136,10 +136,7 @@ class StepTrace:
         if self._steps:
             if self._calls == STEPS_BEFORE:
                 jax.block_until_ready(state)
-                options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # otherwise most of the file would be Python calls
-                jax.profiler.start_trace(self._directory, profiler_options=options)
-                self._started = time.monotonic()
+                self._attempt(self._start)
             self._calls += 1
             if self._calls == STEPS_BEFORE + 1 + self._steps:
                 self.end(state)
@@ -155,6 +152,25 @@ class StepTrace:
             return
         jax.block_until_ready(state)
         seconds = time.monotonic() - self._started
+        self._attempt(self._finish, traced, seconds)
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Runs a part of the trace. Whatever its libraries raise, such as on a full disk, training goes on."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._steps = 0
+            reason = " ".join(str(error).split())[:200]
+            self._report(f"no profile, training goes on: {type(error).__name__}: {reason}")
+
+    def _start(self) -> None:
+        self._directory.mkdir(exist_ok=True)  # the profiler itself would write nothing, and not say so
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # otherwise most of the file would be Python calls
+        jax.profiler.start_trace(self._directory, profiler_options=options)
+        self._started = time.monotonic()
+
+    def _finish(self, traced: int, seconds: float) -> None:
         jax.profiler.stop_trace()
         nanoseconds = read_trace(self._directory, self._hlo() or "")
         head = (

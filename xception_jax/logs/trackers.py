@@ -59,9 +59,9 @@ class Tracker:
             return None
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """Sends the numbers of one entry, named 'split/name'. Strings are skipped."""
+        """Sends the numbers of one entry, named 'split/name'."""
         if self._connection is not None:
-            numbers = {f"{split}/{name}": float(v) for name, v in values.items() if not isinstance(v, str)}
+            numbers = {f"{split}/{name}": float(value) for name, value in values.items()}
             self._attempt(self._connection.numbers, step, numbers)
 
     def images(self, step: int, name: str, pixels: UInt8[np.ndarray, "n h w 3"]) -> None:

@@ -6,15 +6,13 @@ import dataclasses
 import io
 import math
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.files import write_atomically
+from xception_jax.user_files import read_arrays, reading, writing
 
 MAX_CLASSES = 100  # up to which all probabilities are kept: 8 MB for 20,000 images and 100 classes
 
@@ -77,7 +75,7 @@ def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> 
     """Writes predictions to an .npz file, sorted by index, so that the file does not depend on the batches.
 
     Raises:
-      OSError: the file could not be written. An existing file is then unchanged.
+      StorageError: the file could not be written. An existing file is then unchanged.
     """
     order = np.argsort(predictions.index, kind="stable")
     types = _TYPES | ({"label": bool} if predictions.multi_label else {})
@@ -86,7 +84,8 @@ def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> 
     np.savez_compressed(
         buffer, **{name: column[order].astype(types[name]) for name, column in columns.items() if column is not None}
     )
-    write_atomically(path, buffer.getvalue())
+    with writing("file of predictions", path):
+        write_atomically(path, buffer.getvalue())
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
@@ -96,17 +95,30 @@ def load_predictions(path: str | os.PathLike[str]) -> Predictions:
       InputMissingError: there is no such file.
       BadDataError: the file is damaged or has a different format.
     """
-    try:
-        # Open the file here, because NumPy does not close a damaged one.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = [name for name in _TYPES if name in arrays or name not in _OPTIONAL]
-            predictions = Predictions(**{name: arrays[name] for name in names})
-    except FileNotFoundError:
-        raise InputMissingError("there are no predictions", os.fspath(path), "evaluate first") from None
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, TypeError) as error:
-        what = f"the predictions cannot be read ({error})"
-        raise BadDataError(what, os.fspath(path), "evaluate again to replace them") from error
+    with reading("file of predictions", path, "name a file that `evaluate --predictions` wrote"):
+        required = [name for name in _TYPES if name not in _OPTIONAL]
+        predictions = Predictions(**read_arrays(path, required, _OPTIONAL))
+        _check(predictions)
     return predictions
+
+
+def _check(predictions: Predictions) -> None:
+    """Raises ValueError if arrays from a file do not fit each other."""
+    arrays = {name: getattr(predictions, name) for name in _TYPES}
+    n, k = predictions.classes.shape
+    dimensions = {"classes": (2,), "probabilities": (2,), "all_probabilities": (2,), "label": (1, 2)}
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        # Booleans, integers and floats of any size; text only for names.
+        kinds = "U" if _TYPES[name] is np.str_ else "biuf"
+        if len(array) != n or array.ndim not in dimensions.get(name, (1,)) or array.dtype.kind not in kinds:
+            raise ValueError(f"the array {name} is {array.dtype} of shape {array.shape}, for {n:,} images")
+    if predictions.probabilities.shape != (n, k) or not k:
+        raise ValueError(f"there are {k} classes of each image, and {predictions.probabilities.shape} probabilities")
+    width = predictions.label.shape[1] if predictions.multi_label else None
+    if predictions.classes.size and (predictions.classes.min() < 0 or (width and predictions.classes.max() >= width)):
+        raise ValueError("a class is out of range")
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:

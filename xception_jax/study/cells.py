@@ -13,13 +13,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from xception_jax.config import ExperimentConfig, from_json, to_json
+from xception_jax.config import ExperimentConfig, load_config, to_json
 from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, ConfigError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK
+from xception_jax.user_files import read_json
 
 RECORD = "cell.json"
 LOG = "log.txt"
@@ -75,8 +76,8 @@ class Cell:
     def record(self) -> dict[str, Any]:
         """Returns the record of its last end: exit_code, attempts, seconds, reused_from; {} if it has not ended yet."""
         try:
-            return json.loads((self.directory / RECORD).read_text())
-        except (FileNotFoundError, ValueError):
+            return read_json(self.directory / RECORD, dict)
+        except (OSError, ValueError):
             return {}
 
     def state(self) -> State:
@@ -97,7 +98,7 @@ class Cell:
         if not path.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(path, to_json(self.config))
-        elif to_json(from_json(path.read_text())) != to_json(self.config):
+        elif to_json(load_config(path)) != to_json(self.config):
             raise ConfigError(
                 f"cell {self.name} was started with a different config",
                 str(path),

@@ -7,17 +7,15 @@ Python code that is run. A study directory stores the study as data in study.jso
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xception_jax.command_line import failing_line
+from xception_jax.command_line import run_file
 from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, resolve, to_json
 from xception_jax.config.shipped import find_config
-from xception_jax.errors import ConfigError, UserError
+from xception_jax.errors import ConfigError
 
 CONTROLS = ("parameters", "multiply_adds", "width")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
@@ -146,26 +144,9 @@ def load_study(spec: str) -> Study:
       ConfigError: the file does not run, or the study is not valid.
     """
     path, arguments = find_config(spec, "study")
-    try:
-        module_spec = importlib.util.spec_from_file_location("study_file", path)
-        assert module_spec is not None
-        assert module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        get_study = module.get_study
-        given = arguments.split(",") if arguments else []
-        inspect.signature(get_study).bind(*given)
-        study = get_study(*given)
-    except UserError:
-        raise
-    except Exception as error:  # a study is Python and may raise anything
-        line = failing_line(path, error)
-        where = f"{path}:{line}" if line else str(path)
-        raise ConfigError(
-            f"the study does not run: {type(error).__name__}: {error}",
-            where,
-            "correct the file, or the size and control after the colon (see its docstring)",
-        ) from None
+    study = run_file(path, "get_study", arguments.split(",") if arguments else [])
+    if not isinstance(study, Study):
+        raise ConfigError(f"get_study() returns {type(study).__name__}, not a Study", str(path), "return a Study")
     return check_study(dataclasses.replace(study, config=resolve(study.config)), str(path))
 
 

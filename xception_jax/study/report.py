@@ -20,6 +20,7 @@ from xception_jax.study.cells import State, state_of
 from xception_jax.study.results import COLUMNS, Results, collect
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
+from xception_jax.user_files import writing
 
 _MAX_CURVES = 7  # in one figure
 _COSTS = {
@@ -35,19 +36,21 @@ def write_study_report(root: Path) -> Results:
     Raises:
       InputMissingError: there is no study in the directory.
       BadDataError: the study is damaged.
-      OSError: a file could not be written.
+      StorageError: a file could not be written.
     """
     results = collect(read_study(root))
     drawn = _figures(results)
     context = _context(results, drawn)
     environment = make_environment(Path(__file__).parent)
-    for name in ("report.html", "report.md"):
-        write_atomically(root / name, environment.get_template(name).render(context))
-    (root / "figures").mkdir(exist_ok=True)
+    files = {name: environment.get_template(name).render(context) for name in ("report.html", "report.md")}
     for name, figure in drawn.items():
-        on_white = figure["file"].replace("<svg ", '<svg style="background: white" ', 1)
-        write_atomically(root / "figures" / f"{name}.svg", on_white)
-    write_atomically(root / "cells.csv", cells_csv(results))
+        files[f"figures/{name}.svg"] = figure["file"].replace("<svg ", '<svg style="background: white" ', 1)
+    files["cells.csv"] = cells_csv(results)
+    with writing("directory of figures", root / "figures"):
+        (root / "figures").mkdir(exist_ok=True)
+    for name, content in files.items():
+        with writing("report of the study", root / name, "free some space, then run `study report` again"):
+            write_atomically(root / name, content)
     return results
 
 

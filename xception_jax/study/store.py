@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from xception_jax.errors import BadDataError, ConfigError, InputMissingError
+from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, study_cells
 from xception_jax.study.controls import ArmCost, solve_costs
 from xception_jax.study.design import Study, changes, study_from_json, study_to_json
 from xception_jax.training.workdir import hold_directory
+from xception_jax.user_files import read_json, reading
 
 STUDY = "study.json"
 
@@ -63,16 +64,12 @@ def read_study(root: Path) -> StoredStudy:
       BadDataError: study.json is damaged.
     """
     root = root.absolute()
-    try:
-        data = json.loads((root / STUDY).read_text())
+    if not (root / STUDY).exists():
+        raise InputMissingError("there is no study", str(root), "name the --workdir of `xception-jax study run`")
+    with reading("study", root / STUDY, "restore it from a copy"):
+        data = read_json(root / STUDY, dict)
         costs = {name: ArmCost(**cost) for name, cost in data["costs"].items()}
         return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(
-            "there is no study", str(root), "name the --workdir of `xception-jax study run`"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadDataError(f"{STUDY} cannot be read: {error}", str(root / STUDY), "restore it from a copy") from None
 
 
 @contextlib.contextmanager

@@ -14,11 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from absl import logging
-
-from xception_jax.command_line import Parser, run_main
-from xception_jax.config import from_json
-from xception_jax.errors import InputMissingError
+from xception_jax.process import run_program
 
 
 def main() -> None:
@@ -28,6 +24,13 @@ def main() -> None:
       InputMissingError: there is no config.json.
       UserError: as for training.
     """
+    # Imported when signals are handled, see `run_program`.
+    from absl import logging
+
+    from xception_jax.command_line import Parser
+    from xception_jax.config import load_config
+    from xception_jax.errors import InputMissingError
+
     parser = Parser(prog="python -m xception_jax.study.train_cell", description=__doc__)
     parser.add_argument("workdir", type=Path, help="a work directory with config.json")
     parser.add_argument("--cores", help="CPU cores to run on, such as 0,1; by default all")
@@ -37,12 +40,11 @@ def main() -> None:
         threading.Thread(target=_stop_at_end_of_input, name="runner", daemon=True).start()
     if args.cores is not None:  # before JAX is imported: it starts as many threads as there are cores
         os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
-    try:
-        config = from_json((args.workdir / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputMissingError(
-            "there is no config.json", str(args.workdir), "name the work directory of a cell, such as cells/ARM/seed0"
-        ) from None
+    path = args.workdir / "config.json"
+    if not path.exists():
+        fix = "name the work directory of a cell, such as cells/ARM/seed0"
+        raise InputMissingError("there is no config.json", str(args.workdir), fix)
+    config = load_config(path)
 
     logging.set_verbosity(logging.WARNING)
     from xception_jax.training.loop import train
@@ -62,4 +64,4 @@ def _stop_at_end_of_input() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_program(main, resumable=True)

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
+from xception_jax.config.fields import MAX_INTEGER
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, DeviceMemoryError
@@ -175,8 +176,12 @@ def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh:
 
 
 def _check_duration(config: ExperimentConfig, num_examples: int) -> None:
-    """Raises ConfigError if the run would end before its first step."""
-    if duration_in_steps(config.duration, config.batch_size, num_examples) == 0:
+    """Raises ConfigError if the run would end before its first step, or after more steps than an int32 can count."""
+    steps = duration_in_steps(config.duration, config.batch_size, num_examples)
+    if steps > MAX_INTEGER:
+        what = f"config.duration='{config.duration}' is {steps:,} steps"
+        raise ConfigError(what, "config.duration", f"set it to at most {MAX_INTEGER:,} steps")
+    if steps == 0:
         raise ConfigError(
             f"config.duration='{config.duration}' is less than one step of {config.batch_size:,} images: "
             f"an epoch has {num_examples:,}",

@@ -25,7 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from xception_jax.config import ExperimentConfig, ModelConfig, to_dict
+from xception_jax.config import DataConfig, ExperimentConfig, ModelConfig, to_dict
 from xception_jax.data.features import Features, FeatureSource
 from xception_jax.data.pipeline import EvaluationBatches
 from xception_jax.data.sources import Source, resolve_data_dir
@@ -151,6 +151,8 @@ def _digest(config: ExperimentConfig, source: Source, weights: str) -> str:
         "image_size": config.data.image_size,
         "eval_crop": config.data.eval_crop,
     }
+    limits = {name: getattr(config.data, name) for name in ("max_pixels", "max_scans")}
+    parts |= {name: value for name, value in limits.items() if value != getattr(DataConfig, name)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -47,6 +47,6 @@ class Feed:
         return batch, on_devices
 
     def close(self) -> None:
-        """Stops the threads that load batches."""
+        """Stops the threads that load batches, or leaves them behind if they are stuck."""
         self._batches.close()
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -16,7 +16,7 @@ from xception_jax.config import (
     XceptionConfig,
     default_values,
     flatten,
-    from_json,
+    load_config,
     override,
     to_dict,
 )
@@ -60,7 +60,7 @@ def complete_config(config: ExperimentConfig, workdir: Path) -> tuple[Experiment
     if not config.init.weights:
         return config, None
     if has_checkpoints(workdir) and (workdir / CONFIG).is_file():
-        saved = from_json((workdir / CONFIG).read_text())
+        saved = load_config(workdir / CONFIG)
         return _with_model(config, saved.model, saved.model.num_classes), None
     network = _read(config)
     names = find_class_names(config.data)

@@ -26,6 +26,7 @@ from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
 from xception_jax.processes import check_processes, connected, together
 from xception_jax.reports.live import marked_when_stopped
+from xception_jax.signals import StopRequested
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
@@ -63,15 +64,22 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     started = time.monotonic()
     requested = resolve(config)
     path = local_directory(workdir, "--workdir")
+    try:
+        return _train(requested, path, started)
+    except StopRequested as stop:
+        raise stop.as_error(str(path)) from None
+
+
+def _train(requested: ExperimentConfig, path: Path, started: float) -> Summary:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(connected(requested.distributed, workdir))
+        stack.enter_context(connected(requested.distributed, str(path)))
         agree_on_config_and_code(requested)
         config, initial = together("network", lambda: complete_config(requested, path))
         together("work directory", lambda: stack.enter_context(open_workdir(path, config)))
         if jax.process_index() == 0:
             stack.enter_context(marked_when_stopped(path, print_once))
         check_shared(path)
-        preemption = stack.enter_context(Preemption(print_once))
+        preemption = stack.enter_context(Preemption(print_once, str(path)))
         check_processes()
         with announce("reading the data and tracing the network", print_once):
             experiment = together("data", lambda: make_experiment(config))
@@ -175,28 +183,29 @@ class Loop:
                 train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
             trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
-        while True:
-            if self._is_due(evaluation):
-                self._evaluate_dev()
-            if self.step >= total:
-                break
-            if self._is_due(checkpoint):
-                self._save()
-            if self.preemption.should_stop(self.step):
-                self._stop()
-            batch = self._next_batch()
-            before, self.dispatched = self.dispatched, None
-            trace.before_step(self.state)
-            self.state, metrics = train_step(self.state, batch, dropout)
-            self.step += 1
-            self.dispatched = _Dispatched(self.step, metrics)
-            # Read the previous metrics only after dispatching this step, so that the devices always have work.
-            self._read(before)
-            self.checkpoints.poll()
-        if trains:
-            trace.end(self.state)
-        self._save()
-        self.checkpoints.wait()
+        with self.preemption.deferred():  # until the state is saved
+            while True:
+                if self._is_due(evaluation):
+                    self._evaluate_dev()
+                if self.step >= total:
+                    break
+                if self._is_due(checkpoint):
+                    self._save()
+                if self.preemption.should_stop(self.step):
+                    self._stop()
+                batch = self._next_batch()
+                before, self.dispatched = self.dispatched, None
+                trace.before_step(self.state)
+                self.state, metrics = train_step(self.state, batch, dropout)
+                self.step += 1
+                self.dispatched = _Dispatched(self.step, metrics)
+                # Read the previous metrics only after dispatching this step, so that the devices always have work.
+                self._read(before)
+                self.checkpoints.poll()
+            if trains:
+                trace.end(self.state)
+            self._save()
+            self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
         from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 

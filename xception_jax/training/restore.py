@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from xception_jax.config import ExperimentConfig, MeshConfig, from_json
+from xception_jax.config import ExperimentConfig, MeshConfig, load_config
 from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.errors import InputMissingError
 from xception_jax.files import sha256
@@ -72,11 +73,10 @@ def open_run(workdir: str, step: int | None = None) -> Run:
     if hub.read(path / CONFIG) is not None:
         fix = f"use the weight file in it: {path / WEIGHTS}"
         raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
-    try:
-        config = from_json((path / CONFIG).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.lexists(path / CONFIG):
         fix = f"use a weight file, or the work directory of a run, which contains {CONFIG}"
-        raise InputMissingError("there is no run", workdir, fix) from None
+        raise InputMissingError("there is no run", workdir, fix)
+    config = load_config(path / CONFIG)
     abstract = _abstract_state(config)
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True, report=say)
     with checkpoints:

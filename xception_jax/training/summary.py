@@ -18,7 +18,6 @@ import numpy as np
 from xception_jax.data import images
 from xception_jax.data.sources import Source
 from xception_jax.environment import command, installed_versions, peak_memory
-from xception_jax.errors import StorageError
 from xception_jax.evaluation.evaluate import name_examples
 from xception_jax.explain.tiles import heat_maps
 from xception_jax.metrics import Metric, main_metric
@@ -32,6 +31,7 @@ from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbna
 from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
+from xception_jax.user_files import writing
 from xception_jax.weights import Network, Preprocessing
 
 _LIVE_IMAGES_SECONDS = 0.1
@@ -120,11 +120,8 @@ def summarize_run(
         elif development is not None:
             judged = _judge(experiment, "dev", development, variables=variables)
         groups = judged.judgement.groups if judged is not None else None
-        try:
+        with writing("report", report, "free some space and run the same command again: it only writes the report"):
             _write(experiment, workdir, entries, info, judged)
-        except OSError as error:
-            fix = "free some space and run the same command again: it only writes the report"
-            raise StorageError(f"the report cannot be written: {error.strerror}", str(report), fix) from None
     step = experiment.total_steps
     return Summary(
         step, groups, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
@@ -203,7 +200,8 @@ def _judge(
     if not live:
         chosen |= {index: None for cell in choose_cells(predictions).values() for index in cell}
     judgement = judge(predictions, experiment.config.num_classes, thresholds, draws=0 if live else DRAWS)
-    shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf)
+    limits = images.Limits.of(experiment.config.data)
+    shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf, limits)
     maps = {} if variables is None else _heat_maps(experiment, source, variables, list(shown))
     return Judged(source.info.split, predictions, judgement, shown, maps)
 
@@ -216,14 +214,14 @@ def peak_memory_bytes() -> int:
     return peak_memory()
 
 
-def _decode(source: Source, indices: Iterable[int], seconds: float) -> dict[int, np.ndarray]:
+def _decode(source: Source, indices: Iterable[int], seconds: float, limits: images.Limits) -> dict[int, np.ndarray]:
     """Decodes images of a split, as many as fit into the time."""
     decoded, start = {}, time.monotonic()
     for index in indices:
         if time.monotonic() - start > seconds:
             break
         try:
-            decoded[index] = thumbnail(images.decode(source[index]["image"]))
+            decoded[index] = thumbnail(images.decode(source[index]["image"], limits))
         except images.DamagedImageError:
             continue  # the evaluation used the next image instead; the report shows no image
     return decoded
@@ -239,7 +237,9 @@ def _heat_maps(
         return {}
     view = Preprocessing(size=config.data.image_size, crop=config.data.eval_crop)
     network = Network(config.model, jax.device_get(variables), view, experiment.data.class_names, "", "")
-    return dict(zip(shown, heat_maps(network, [images.decode(source[index]["image"]) for index in shown]), strict=True))
+    limits = images.Limits.of(config.data)
+    pixels = [images.decode(source[index]["image"], limits) for index in shown]
+    return dict(zip(shown, heat_maps(network, pixels), strict=True))
 
 
 @functools.cache

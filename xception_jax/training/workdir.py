@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -15,12 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import remove_leftovers, write_atomically
 from xception_jax.names import command_line
+from xception_jax.user_files import parse_json, read_text, reading
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -33,13 +33,16 @@ _WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
 # A run cannot resume with different values of these fields. Other fields may change, for example to extend `duration`
 # or to lower the learning rate.
 _IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.frozen|batch_size|seed")
-# Where the images are and how they are read. Raising `max_bad_fraction` allows a run to resume after exit code 65.
+# Where the images are and how they are read. Raising a limit allows a run to resume after exit code 65.
 _NOT_IDENTITY = (
     "data.data_dir",
     "data.threads",
     "data.workers",
     "data.cache",
+    "data.decoding_memory",
     "data.max_bad_fraction",
+    "data.max_pixels",
+    "data.max_scans",
     "data.test_split",
 )
 
@@ -72,7 +75,10 @@ def open_workdir(
       ConfigError: the directory has checkpoints of a different model, dataset, batch size or seed.
     """
     path = Path(path).absolute()
-    if primary is None:  # process_index() initializes the devices, which takes seconds
+    if primary is None:
+        import jax  # not needed by `check_workdir`
+
+        # process_index() initializes the devices, which takes seconds.
         primary = not jax.distributed.is_initialized() or jax.process_index() == 0
     if not primary:
         yield path
@@ -84,6 +90,44 @@ def open_workdir(
         # Must come after the lock: config.json may belong to another run that is still active.
         _write_config(path, config, report)
         yield path
+
+
+def check_workdir(path: Path, *, alone: bool) -> None:
+    """Refuses a work directory that `open_workdir` would refuse, before JAX is imported.
+
+    Args:
+      path: the absolute path. Nothing is created.
+      alone: whether the run has no other processes, which would hold the lock.
+
+    Raises:
+      WorkdirError: it cannot be created or written, or another run holds the lock.
+    """
+    existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unusable(path, error) from None
+    try:
+        if alone:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _held(path, lock) from None
+    finally:
+        os.close(lock)
+
+
+def _held(path: Path, lock: int) -> WorkdirError:
+    return WorkdirError(
+        "another run holds the work directory",
+        f"{path}: {_describe(os.pread(lock, 1 << 16, 0))}",
+        "wait for that run, stop it, or choose another work directory",
+    )
 
 
 @contextlib.contextmanager
@@ -151,11 +195,7 @@ def _hold(lock: int, path: Path) -> None:
             os.ftruncate(lock, 0)
             os.write(lock, json.dumps(holder).encode() + b"\n")
     except BlockingIOError:
-        raise WorkdirError(
-            "another run holds the work directory",
-            f"{path}: {_describe(os.pread(lock, 1 << 16, 0))}",
-            "wait for that run, stop it, or choose another work directory",
-        ) from None
+        raise _held(path, lock) from None
     except OSError as error:
         raise _unusable(path, error) from None
 
@@ -170,21 +210,14 @@ def _describe(holder: bytes) -> str:
 def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], None]) -> None:
     """Compares config.json with the config of this run, and replaces it."""
     text = to_json(config)
-    try:
-        stored = (path / CONFIG).read_text()
-        if stored == text:
-            return
-        changes = _changes(json.loads(stored), json.loads(text))
-    except FileNotFoundError:
-        changes = {}
-    except ValueError:
-        raise ConfigError(
-            f"{CONFIG} is not readable as JSON",
-            str(path / CONFIG),
-            "delete it if the work directory was created with this config",
-        ) from None
-    except OSError as error:
-        raise _unusable(path, error) from None
+    changes = {}
+    if os.path.lexists(path / CONFIG):
+        fix = "delete it if the work directory was created with this config"
+        with reading("config of the run", path / CONFIG, fix, damaged=ConfigError):
+            stored = read_text(path / CONFIG)
+            if stored == text:
+                return
+            changes = _changes(parse_json(stored, dict), json.loads(text))
     refused = [line for name, line in changes.items() if _IDENTITY.fullmatch(name) and name not in _NOT_IDENTITY]
     # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.
     if refused and has_checkpoints(path):

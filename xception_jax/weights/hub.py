@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from xception_jax.data.images import Preprocessing
-from xception_jax.weights import guard
+from xception_jax.errors import UserError
+from xception_jax.user_files import read_json
+from xception_jax.weights.network import described_preprocessing
 
+_MAX_BYTES = 1 << 20
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
 _FIELDS = {"input_size": "size", "crop_pct": "crop", "interpolation": "interpolation", "mean": "mean", "std": "std"}
 
@@ -36,12 +39,12 @@ def describe(
                 _, height, value = value
                 if height != value:
                     raise ValueError("our images are square")
-            preprocessing = Preprocessing.from_fields(dataclasses.asdict(preprocessing) | {ours: value})
-        except (ValueError, TypeError, KeyError):
+            preprocessing = described_preprocessing(dataclasses.asdict(preprocessing) | {ours: value})
+        except (ValueError, TypeError, KeyError, OverflowError):
             used = getattr(default, ours)
-            notes.append(f"{theirs} {given[theirs]!r} in {path.name} is not supported; using {used}")
+            notes.append(f"{theirs} {_short(given[theirs])} in {path.name} is not supported; using {used}")
     if given.get("crop_mode", "center") != "center":
-        notes.append(f"crop_mode {given['crop_mode']!r} in {path.name} is not supported; using the center")
+        notes.append(f"crop_mode {_short(given['crop_mode'])} in {path.name} is not supported; using the center")
     names = described.get("label_names")
     if not isinstance(names, list) or not num_classes:
         return preprocessing, None, notes
@@ -51,11 +54,14 @@ def describe(
     return preprocessing, None, notes
 
 
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a `config.json` of timm, or None if there is none."""
     try:
-        described = json.loads(path.read_text()) if path.stat().st_size <= guard.SMALL else None
-    except (OSError, ValueError, RecursionError):
+        described = read_json(path, dict, limit=_MAX_BYTES)
+    except (OSError, ValueError, UserError):
         return None
-    is_timm = isinstance(described, dict) and isinstance(described.get("pretrained_cfg"), dict)
-    return described if is_timm else None
+    return described if isinstance(described.get("pretrained_cfg"), dict) else None

@@ -6,7 +6,6 @@ import collections
 import io
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -15,7 +14,8 @@ import numpy as np
 from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.weights import keras_architecture, tree
-from xception_jax.weights.keras_file import KerasFile, Submodel, open_keras, read
+from xception_jax.weights.content import Content
+from xception_jax.weights.keras_file import KerasFile, Submodel, layers_of
 from xception_jax.weights.keras_layers import of_kind, targets
 from xception_jax.weights.keras_match import Backbone, Targets, assign, find_backbone, find_dense
 from xception_jax.weights.network import Imported, Network, Preprocessing
@@ -30,26 +30,27 @@ _GROUPS = {"conv": "conv2d", "separable": "separable_conv2d", "norm": "batch_nor
 _NETWORKS = {name: resolve_model({"name": name}) for name in ("xception", "inception_v3")}
 
 
-def import_keras(path: Path, model: ModelConfig | None, demanded: bool | None) -> Imported:
-    """Reads a network from a Keras file; `demanded` is the `head` of `load_network`."""
-    where = str(path)
-    with open_keras(path) as file:
-        model = _infer(file, where) if model is None else model
-        wanted, shapes = targets(model), tree.shapes(model)
-        epsilon = keras_architecture.epsilon(file.architecture, len(of_kind(wanted, "norm")))
-        if epsilon not in (None, model.batch_norm.epsilon):
-            what = f"BatchNorm in the file has the epsilon {epsilon}, the model {model.batch_norm.epsilon}"
-            raise BadDataError(what, where, f"set config.model.batch_norm.epsilon={epsilon}")
-        backbone = find_backbone(file, wanted, tree.describe(model), where)
-        head, multi_label, notes = _read_head(file, backbone, of_kind(wanted, "dense"), demanded, where)
-        leaves = {name: read(tensor).reshape(shapes[name]) for name, tensor in (backbone.tensors | head).items()}
-        # Keras' loaders resize the whole image, so networks trained on other datasets saw no central crop.
-        default = Preprocessing(crop=1.0) if head and model.num_classes != _IMAGENET_CLASSES else Preprocessing()
-        adapted = of_kind([*backbone.beside, *backbone.outside], "normalization")
-        if adapted and not file.architecture.layers:
-            notes.append("left out: the Normalization layer; without the architecture its place is unknown")
-        values = [read(tensor) for tensor in adapted[0].leaves[:2]] if adapted else None
-        preprocessing, image_shape, told = keras_architecture.read_preprocessing(file.architecture, values, default)
+def import_keras(
+    content: Content[np.ndarray], where: str, model: ModelConfig | None, demanded: bool | None
+) -> Imported:
+    """Reads a network from the content of a Keras file; `demanded` is the `head` of `load_network`."""
+    file = layers_of(content, where)
+    model = _infer(file, where) if model is None else model
+    wanted, shapes = targets(model), tree.shapes(model)
+    epsilon = keras_architecture.epsilon(file.architecture, len(of_kind(wanted, "norm")))
+    if epsilon not in (None, model.batch_norm.epsilon):
+        what = f"BatchNorm in the file has the epsilon {epsilon}, the model {model.batch_norm.epsilon}"
+        raise BadDataError(what, where, f"set config.model.batch_norm.epsilon={epsilon}")
+    backbone = find_backbone(file, wanted, tree.describe(model), where)
+    head, multi_label, notes = _read_head(file, backbone, of_kind(wanted, "dense"), demanded, where)
+    leaves = {name: tensor.reshape(shapes[name]) for name, tensor in (backbone.tensors | head).items()}
+    # Keras' loaders resize the whole image, so networks trained on other datasets saw no central crop.
+    default = Preprocessing(crop=1.0) if head and model.num_classes != _IMAGENET_CLASSES else Preprocessing()
+    adapted = of_kind([*backbone.beside, *backbone.outside], "normalization")
+    if adapted and not file.architecture.layers:
+        notes.append("left out: the Normalization layer; without the architecture its place is unknown")
+    values = adapted[0].leaves[:2] if adapted else None
+    preprocessing, image_shape, told = keras_architecture.read_preprocessing(file.architecture, values, default)
     notes += told
     tree.check(leaves, model, where)
     if model.padding != "same":
@@ -60,7 +61,7 @@ def import_keras(path: Path, model: ModelConfig | None, demanded: bool | None) -
 
 def _read_head(
     file: KerasFile, backbone: Backbone, wanted: Targets, demanded: bool | None, where: str
-) -> tuple[dict[str, h5py.Dataset], bool, list[str]]:
+) -> tuple[dict[str, np.ndarray], bool, list[str]]:
     """Returns the classifier's tensors, or none if it is left out; whether it ends in a sigmoid; notes."""
     beside, outside = (
         [layer.name for layer in layers if layer.kind not in ("dense", "normalization")] for layers in backbone[1:]
@@ -90,11 +91,13 @@ def _infer(file: KerasFile, where: str) -> ModelConfig:
     """Returns the `config.model` that the layers of a file suggest. Whether it fits is checked later."""
     fix = "give the model that the file belongs to (--model)"
     largest = max(file.submodels, key=lambda each: len(of_kind(each.layers, "norm")), default=Submodel("", []))
+    elements = sum(leaf.size for layer in largest.layers for leaf in layer.leaves)
     norms, convolutions, separable = (of_kind(largest.layers, kind) for kind in ("norm", "conv", "separable"))
     if not norms:
         raise BadDataError("the file holds no convolutional network", where, fix)
     if len(separable) > _XCEPTION_ENTRY_AND_EXIT:
-        model: dict[str, Any] = {"name": "xception", "middle_blocks": (len(separable) - _XCEPTION_ENTRY_AND_EXIT) // 3}
+        blocks = (len(separable) - _XCEPTION_ENTRY_AND_EXIT) // 3
+        model: dict[str, Any] = {"name": "xception", "middle_blocks": tree.middle_blocks(blocks, elements)}
     elif len(convolutions) >= _INCEPTION_V3:
         has_bias = any(len(layer.leaves) == 2 for layer in convolutions)
         model = {"name": "inception_v3_2016" if has_bias else "inception_v3"}
@@ -109,9 +112,9 @@ def _infer(file: KerasFile, where: str) -> ModelConfig:
     if dense := find_dense(largest.layers, outside):
         model["num_classes"] = dense[-1].shapes[0][1]
         widths = {layer.shapes[0][1] for layer in dense[:-1]}
-        if len(widths) == 1:
+        if len(widths) == 1 and len(dense) <= tree.MAX_HIDDEN:
             model |= {"fc_layers": len(dense) - 1, "fc_width": widths.pop()}
-    return resolve_model(model)
+    return tree.resolve_inferred(model, where)
 
 
 def save_keras(path: str | os.PathLike, network: Network) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from xception_jax.data.images import Preprocessing
 from xception_jax.weights import tree
+from xception_jax.weights.network import MAX_SIDE
 
 # Layers that do nothing in evaluation; those of the first tuple can also precede the network.
 _NEUTRAL = ("InputLayer", "Dropout", "GaussianNoise", "Identity")
@@ -31,7 +32,9 @@ _OPERATIONS: dict[str, Callable] = {
     "multiply": np.multiply,
     "add": np.add,
 }
-_MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+_MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+_LARGEST = 1e9  # integers in JSON can be too large for a float
+_MAX_STEPS = 10_000  # layers between the network and the output
 
 
 class LayerConfig(NamedTuple):
@@ -70,7 +73,7 @@ def epsilon(architecture: LayerConfig, count: int) -> float | None:
     found: list[list[float]] = []
     for model in (architecture, *architecture.flat()):
         norms = (layer.config.get("epsilon") for layer in model.layers if layer.class_name == "BatchNormalization")
-        found.append([value for value in norms if isinstance(value, int | float)])
+        found.append([value for value in norms if isinstance(value, int | float) and abs(value) < _LARGEST])
     values = max(found, key=lambda each: (len(each) == count, len(each)))
     return float(collections.Counter(values).most_common(1)[0][0]) if values else None
 
@@ -102,14 +105,15 @@ def read_preprocessing(
         # RandomCrop also crops in evaluation.
         elif name not in _NEUTRAL and (not name.startswith("Random") or name == "RandomCrop"):
             try:
-                pixels = _scale(layer, pixels, adapted)
+                with np.errstate(all="ignore"):  # values that are not finite are left out below
+                    pixels = _scale(layer, pixels, adapted)
             except _MALFORMED:
                 unknown.append(layer.name)
         match shape:
-            case [_, int(height), int(width), 1 | 3 | 4]:
+            case [_, int(height), int(width), 1 | 3 | 4] if 0 < min(height, width) <= max(height, width) <= MAX_SIDE:
                 image_shape = height, width
     black, white = pixels
-    if pixels is not black_and_white and np.isfinite(pixels).all() and (white > black).all():
+    if pixels is not black_and_white and (np.abs(pixels) < _LARGEST).all() and (white - black > 1 / _LARGEST).all():
         std = 1 / (white - black)  # the network receives (pixels / 255 - mean) / std
         changes["mean"], changes["std"] = (tuple(np.round(each, 9).tolist()) for each in (-black * std, std))
     notes = [f"the effect of {tree.listed(unknown)} on images is unknown; it is left out"] if unknown else []
@@ -158,7 +162,8 @@ def compare_head(architecture: LayerConfig, count: int) -> tuple[str, bool]:
     steps: list[str] = []
     at_network = False
     with contextlib.suppress(*_MALFORMED):  # several inputs or outputs, or a damaged config
-        for layer in _downwards(architecture):
+        # A damaged config can lead through nested models again and again.
+        for layer in itertools.islice(_downwards(architecture), _MAX_STEPS):
             is_end = layer.class_name in _NETWORK_ENDS
             at_network = is_end and _POOLING in steps
             steps = steps if at_network else [*_steps(layer), *steps]

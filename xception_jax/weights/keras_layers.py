@@ -36,7 +36,7 @@ _C = "3x3dbl_0 . 3x3_0 3x3dbl_1 . . 3x3_1x3 3x3_3x1 3x3dbl_1x3 3x3dbl_3x1 1x1_0 
 _INCEPTION_MODULES = (_A, _A, _A, _A_TO_B, _B, _B, _B, _B, _B_TO_C, _C, _C)  # mixed0, ..., mixed10
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no equality
 class KerasLayer(Generic[Leaf]):
     """A layer with weights as Keras stores it: one in a file, or one of ours.
 
@@ -66,7 +66,7 @@ def of_kind(layers: Sequence[KerasLayer[Leaf]], *kinds: str) -> list[KerasLayer[
 
 def natural(name: str) -> list[int | str]:
     """Splits a name into a sort key that puts 'conv2d_9' before 'conv2d_10', and 'conv2d' before both."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def targets(model: ModelConfig) -> list[KerasLayer[str]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import h5py
+import numpy as np
 
 from xception_jax.errors import BadDataError
 from xception_jax.weights import tree
@@ -16,11 +16,15 @@ from xception_jax.weights.keras_layers import BACKBONE, KerasLayer, of_kind
 
 Targets = Sequence[KerasLayer[str]]
 
+# States of the search for the order in a row of tensors, for a whole file. A network with n layers needs at most n * n.
+_MAX_STATES = 200_000
+_MAX_CHAIN = 256  # Dense layers that are put into order
+
 
 class Backbone(NamedTuple):
     """The network below its classifier, and all other layers of the file in order."""
 
-    tensors: dict[str, h5py.Dataset]  # by the name of our variable
+    tensors: dict[str, np.ndarray]  # by the name of our variable
     beside: list[FileLayer]  # in the same submodel
     outside: list[FileLayer]  # in other submodels
 
@@ -28,7 +32,8 @@ class Backbone(NamedTuple):
 def find_backbone(file: KerasFile, targets: Targets, network: str, where: str) -> Backbone:
     """Finds the one submodel whose layers have the shapes of the targets; `network` describes it in messages."""
     wanted = of_kind(targets, *BACKBONE)
-    found = [(submodel, layers) for submodel in file.submodels if (layers := _match(submodel, wanted))]
+    states = iter(range(_MAX_STATES))
+    found = [(submodel, layers) for submodel in file.submodels if (layers := _match(submodel, wanted, states))]
     if not found:
         raise _not_found(file, wanted, network, where)
     if len(found) > 1:
@@ -42,7 +47,7 @@ def find_backbone(file: KerasFile, targets: Targets, network: str, where: str) -
     return Backbone(assign(wanted, layers), beside, outside)
 
 
-def assign(targets: Targets, layers: Sequence[FileLayer]) -> dict[str, h5py.Dataset]:
+def assign(targets: Targets, layers: Sequence[FileLayer]) -> dict[str, np.ndarray]:
     """Returns the tensors of the layers by the names of the targets' variables."""
     pairs = zip(targets, layers, strict=True)
     return {name: tensor for target, layer in pairs for name, tensor in zip(target.leaves, layer.leaves, strict=True)}
@@ -54,6 +59,8 @@ def find_dense(beside: Sequence[FileLayer], outside: Sequence[FileLayer]) -> lis
     A subclassed model stores its layers by attribute, in another order. Layers that form no chain keep their order.
     """
     dense = of_kind(beside, "dense") or of_kind(outside, "dense")
+    if len(dense) > _MAX_CHAIN:
+        return dense
     widths = [layer.shapes[0] for layer in dense]
     starts = collections.Counter(width for width, _ in widths) - collections.Counter(width for _, width in widths)
     width = next(iter(starts), None)
@@ -69,10 +76,10 @@ def find_dense(beside: Sequence[FileLayer], outside: Sequence[FileLayer]) -> lis
     return chain
 
 
-def _match(submodel: Submodel, wanted: Targets) -> list[FileLayer] | None:
+def _match(submodel: Submodel, wanted: Targets, states: Iterator[int]) -> list[FileLayer] | None:
     """Returns layers with the shapes of the targets, in their order, or None."""
     if submodel.splits:
-        merges = (_merge(trainable, others, wanted) for trainable, others in submodel.splits)
+        merges = (_merge(trainable, others, wanted, states) for trainable, others in submodel.splits)
         return next((merged for merged in merges if merged and _numbers_agree(merged)), None)
     found: dict[str, FileLayer] = {}
     for kind in BACKBONE:
@@ -93,19 +100,26 @@ def _neighbours(layers: Sequence[FileLayer], places: Targets) -> Sequence[FileLa
     return None
 
 
-def _merge(trainable: Sequence[FileLayer], others: Sequence[FileLayer], wanted: Targets) -> list[FileLayer] | None:
+def _merge(
+    trainable: Sequence[FileLayer], others: Sequence[FileLayer], wanted: Targets, states: Iterator[int]
+) -> list[FileLayer] | None:
     """Merges two parts of one order so that the shapes are those of the targets, by depth-first search.
 
     A layer in both parts (a trainable BatchNorm, whose running averages are among the others) must be next in both. If
-    either part can continue, the one that supplied the previous layer does, as frozen layers are mostly a range.
+    either part can continue, the one that supplied the previous layer does, as frozen layers are mostly a range. The
+    search takes one of `states` for each state, and gives up without any.
     """
     both = {layer.name for layer in trainable} & {layer.name for layer in others}
     visited = set()
-    stack: list[tuple[int, int, bool, tuple[FileLayer, ...]]] = [(0, 0, True, ())]
-    while stack:
-        i, j, is_frozen, merged = stack.pop()
+    merged: list[FileLayer] = []
+    # Positions in both parts, whether the layer before is frozen, the number of layers before it, and that layer.
+    stack: list[tuple[int, int, bool, int, FileLayer | None]] = [(0, 0, True, 0, None)]
+    while stack and next(states, None) is not None:
+        i, j, is_frozen, before, last = stack.pop()
+        if last is not None:
+            merged[before:] = [last]
         if len(merged) == len(wanted):
-            return list(merged)
+            return merged
         if (i, j) in visited:
             continue
         visited.add((i, j))
@@ -116,7 +130,7 @@ def _merge(trainable: Sequence[FileLayer], others: Sequence[FileLayer], wanted: 
             steps = [(i + 1, j + 1, False, one[0])]
         steps.sort(key=lambda step: step[2] == is_frozen)  # the last entry of the stack is tried first
         fitting = [step for step in steps if step[3].shapes == wanted[len(merged)].shapes]
-        stack += [(i, j, is_frozen, (*merged, layer)) for i, j, is_frozen, layer in fitting]
+        stack += [(i, j, is_frozen, len(merged), layer) for i, j, is_frozen, layer in fitting]
     return None
 
 

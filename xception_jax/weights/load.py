@@ -6,13 +6,18 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.names import LINE_LENGTH, printable
-from xception_jax.weights import guard, own, sources, tree
+from xception_jax.weights import own, sources, tree
+from xception_jax.weights.content import SAFETENSORS, Content
+from xception_jax.weights.isolation import open_weights
 from xception_jax.weights.keras import import_keras
 from xception_jax.weights.network import Imported, Network, Preprocessing
 from xception_jax.weights.released import KERAS_FILES
@@ -44,16 +49,16 @@ def load_network(
     """
     source, model = sources.find(path), None if model is None else resolve_model(model)
     path = source.path
-    sha256, md5 = guard.hashes(path)
-    is_keras = guard.container_format(path) != "safetensors"
-    tensors, metadata = ({}, {}) if is_keras else guard.read_safetensors(path)
-    if own.METADATA in metadata:
-        network = own.from_tensors(tensors, metadata, str(path), sha256)
+    with open_weights(path) as reader:
+        sha256, md5 = reader.hashes()  # while the process that will read the file starts
+        content = reader.content()
+    if content.format == SAFETENSORS and own.METADATA in content.texts:
+        network = own.from_tensors(content.tensors, content.texts, str(path), sha256)
         if model is not None and tree.describe(model) != tree.describe(network.model):
             what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
             raise UsageError(what, str(path), "leave the model out: the file describes itself")
         return _finished(network, source.name, size or network.preprocessing.size)
-    imported = import_keras(path, model, head) if is_keras else import_timm(tensors, path, model, head)
+    imported = import_content(content, path, model, head)
     network, notes = dataclasses.replace(imported.network, sha256=sha256), imported.notes
     if source.release is not None or md5 in KERAS_FILES:
         imagenet = tuple(class_names())
@@ -86,8 +91,10 @@ def load_keras(path: str | os.PathLike, model: ModelConfig, *, head: bool | None
       {'params', 'batch_stats'}, NumPy arrays with the dtypes of the file; `params` has no 'head' if none is read.
     """
     path = sources.find(path).path
-    guard.require_file(path)
-    return _variables(import_keras(path, resolve_model(model), head))
+    content = _content(path)
+    if content.format == SAFETENSORS:
+        raise BadDataError("the file is not a Keras file", str(path), "read safetensors with load_timm or load_network")
+    return _variables(import_keras(content, str(path), resolve_model(model), head))
 
 
 def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None = None) -> dict[str, Any]:
@@ -100,10 +107,22 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
     timm publishes `legacy_xception` only as a pickle, which is not read here. Convert it first (docs/howto/weights.md).
     """
     path = sources.find(path).path
-    guard.require_file(path)
-    if guard.container_format(path) != "safetensors":
+    content = _content(path)
+    if content.format != SAFETENSORS:
         raise BadDataError("the file is not a safetensors file", str(path), "read Keras files with load_keras")
-    return _variables(import_timm(guard.read_safetensors(path)[0], path, resolve_model(model), head))
+    return _variables(import_timm(content.tensors, path, resolve_model(model), head))
+
+
+def _content(path: Path) -> Content[np.ndarray]:
+    with open_weights(path) as reader:
+        return reader.content()
+
+
+def import_content(content: Content[np.ndarray], path: Path, model: ModelConfig | None, head: bool | None) -> Imported:
+    """Reads a network of another library from the content of a file."""
+    if content.format == SAFETENSORS:
+        return import_timm(content.tensors, path, model, head)
+    return import_keras(content, str(path), model, head)
 
 
 def _variables(imported: Imported) -> dict[str, Any]:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from xception_jax.config import ModelConfig
 from xception_jax.data.images import Preprocessing
+
+MAX_SIDE = 4096
+"""Largest side of a network's input, in pixels, that a file may ask for: images are allocated before they are read."""
+
+
+def described_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
+    """Builds the preprocessing that a file describes.
+
+    Raises:
+      ValueError, TypeError, OverflowError: a field is unknown, has the wrong type or is out of range.
+    """
+    preprocessing = Preprocessing.from_fields(fields)
+    if preprocessing.size > MAX_SIDE:
+        raise ValueError(f"images of {preprocessing.size} pixels are larger than {MAX_SIDE}")
+    return preprocessing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,20 +11,26 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import safetensors.numpy
 
-from xception_jax.config import resolve_model, to_dict
+from xception_jax.config import ModelConfig, resolve_model, to_dict
 from xception_jax.errors import BadDataError, StorageError, UserError
 from xception_jax.files import free_space, write_atomically
 from xception_jax.weights import tree
-from xception_jax.weights.guard import COPY_AGAIN
-from xception_jax.weights.network import Network, Preprocessing, both_names
+from xception_jax.weights.limits import COPY_AGAIN
+from xception_jax.weights.network import Network, both_names, described_preprocessing
+from xception_jax.weights.untrusted_json import parse_object
 
 METADATA = "xception_jax"
 _VERSION = 1
+_BLOCKS_BESIDE_THE_MIDDLE = 6  # of Xception: four before the middle flow and two after it
+_MAX_KERNEL = 21  # the time to build a network grows with the square of the elements of a kernel; the paper has 3
+_MAX_REASON = 300  # characters
+_MAX_CLASSES = 1 << 24  # where no tensor shows them
 
 
 def save_network(path: str | os.PathLike, network: Network) -> None:
@@ -71,15 +77,17 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     Raises:
       BadDataError: the description or a tensor is damaged, or they do not fit each other.
     """
+    description = parse_object(metadata[METADATA], path)
     try:
-        description = json.loads(metadata[METADATA])
         model = resolve_model(description["model"])
-        preprocessing = Preprocessing.from_fields(description["preprocessing"])
+        preprocessing = described_preprocessing(description["preprocessing"])
         classes = None if description["classes"] is None else tuple(map(str, description["classes"]))
         multi_label = bool(description.get("multi_label", False))  # older files lack this key
         digest = description["tensors_sha256"]
-    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise BadDataError(f"the description of the weights cannot be read: {error}", path, COPY_AGAIN) from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
+        reason = " ".join((error.what if isinstance(error, UserError) else str(error)).split())[:_MAX_REASON]
+        raise BadDataError(f"the description of the weights cannot be read: {reason}", path, COPY_AGAIN) from None
+    _require_shown(model, tensors, path)
     network = Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
     if network.has_single_logit and classes is not None:  # older files name only the second class
         classes = both_names(classes)
@@ -91,6 +99,33 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     if _digest(tensors) != digest:
         raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
     return network
+
+
+def _require_shown(model: ModelConfig, tensors: Mapping[str, np.ndarray], path: str) -> None:
+    """Checks that a network is no larger than the tensors beside its description, before it is built.
+
+    Names of the tensors tell how many blocks and hidden layers there are; their sides tell the size of kernels and the
+    number of channels and classes. A description without the tensors can be of any size, and takes as long to build.
+    """
+    sides = [side for tensor in tensors.values() if tensor.size for side in tensor.shape]
+    kernels = [max(tensor.shape[:2]) for tensor in tensors.values() if tensor.ndim == 4 and tensor.size]
+    most = dict.fromkeys(
+        ("segments", "group_width", "depth_multiplier", "num_classes", "fc_width"), max(sides, default=0)
+    )
+    most["middle_blocks"] = _count(r"params/(block\d+)_.+", tensors) - _BLOCKS_BESIDE_THE_MIDDLE
+    most["kernel_size"] = min(max(kernels, default=0), _MAX_KERNEL)
+    most["fc_layers"] = _count(r"params/(head/fc\d+)/.+", tensors)
+    if not any(name.startswith(tree.HEAD) for name in tensors):
+        most |= {"num_classes": _MAX_CLASSES, "fc_width": _MAX_CLASSES, "fc_layers": tree.MAX_HIDDEN}
+    defaults = to_dict(resolve_model({"name": model.name}))
+    for field, value in to_dict(model).items():
+        if field in most and isinstance(value, int) and value > most[field] and value != defaults[field]:
+            what = f"it describes a network with {field}={value}, but its tensors show at most {max(0, most[field])}"
+            raise BadDataError(f"the description does not fit the file: {what}", path, COPY_AGAIN)
+
+
+def _count(pattern: str, names: Iterable[str]) -> int:
+    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
 def _digest(leaves: Mapping[str, np.ndarray]) -> str:

@@ -148,7 +148,8 @@ def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> 
     model = _NETWORKS["xception" if _LANDMARKS["xception"] in tensors else "inception_v3"]
     if isinstance(model, XceptionConfig):
         blocks = {name.split(".")[0] for name in tensors if re.match(r"block\d+\.", name)}
-        model = model.replace(middle_blocks=max(0, len(blocks) - 4))
+        elements = sum(tensor.size for tensor in tensors.values())
+        model = model.replace(middle_blocks=tree.middle_blocks(len(blocks) - 4, elements))
     if classifier is None or classifier.ndim != 2:
         return model
     return model.replace(num_classes=classifier.shape[0])

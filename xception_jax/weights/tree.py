@@ -16,13 +16,18 @@ from xception_jax.config import ModelConfig, resolve_model, to_dict
 from xception_jax.config import flatten as flatten_fields
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.models import create_model
-from xception_jax.weights.guard import COPY_AGAIN
+from xception_jax.weights.limits import COPY_AGAIN
 
 HEAD = "params/head/"
 HIDDEN = ("fc_layers", "fc_width")  # fields of the hidden layers of a head
 # Fields that change neither shapes below the classifier nor what a network computes in evaluation.
 _FREE = ("num_classes", "dropout_rate", "dtype", "batch_norm.momentum", "batch_norm.statistics")
 _MAX_LISTED = 5  # names in one message
+# Hidden layers of a classifier that a file may describe; the paper has two.
+MAX_HIDDEN = 16
+# Elements of the pointwise kernels in a block of Xception's middle flow.
+_MIDDLE_BLOCK = 3 * 728 * 728
+_FEW_BLOCKS = 8  # are built whatever the file holds, so that the message can tell what is missing
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +84,23 @@ def check(
             raise BadDataError(f"{name} holds {leaf.dtype}, not floating-point numbers", where, COPY_AGAIN)
         if not np.isfinite(leaf).all() or (name.endswith("/var") and leaf.min() < 0):
             raise BadDataError(f"{name} holds non-finite values or a negative variance", where, COPY_AGAIN)
+
+
+def middle_blocks(counted: int, elements: int) -> int:
+    """Returns a number of blocks that were counted by name, but no more than fit into the elements of all tensors.
+
+    A network that is inferred from a file has the width of the paper. It is built to compare its shapes with the file,
+    and thousands of blocks with a few numbers each would take minutes.
+    """
+    return max(0, min(counted, max(_FEW_BLOCKS, elements // _MIDDLE_BLOCK)))
+
+
+def resolve_inferred(model: Mapping[str, Any], where: str) -> ModelConfig:
+    """Resolves a `config.model` that was inferred from a file; what is out of range is the fault of the file."""
+    try:
+        return resolve_model(model)
+    except ConfigError as error:
+        raise BadDataError(f"the file holds no network: {error.what}", where, COPY_AGAIN) from None
 
 
 def require_network(model: ModelConfig, theirs: Mapping[str, ModelConfig], library: str, free: Collection[str]) -> None:

@@ -10,9 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import tensorflow_datasets as tfds
-
 from xception_jax.config import DataConfig
+from xception_jax.data.metadata import open_builder
 from xception_jax.data.prepare.fashion_mnist import fashion_mnist, fashion_mnist_scenes, fashion_mnist_subset
 from xception_jax.data.prepare.imagenet import imagenet2012
 from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
@@ -94,7 +93,7 @@ def find_class_names(data: DataConfig) -> tuple[str, ...] | None:
         return SyntheticSource(1, "train").info.class_names
     directory = find_dataset(data.name, resolve_data_dir(data.data_dir))
     if directory is not None:
-        features = tfds.builder_from_directory(directory).info.features
+        features = open_builder(directory).info.features
     elif data.name in SHIPPED:
         directory, features = Path(data.name), SHIPPED[data.name]().features
     else:

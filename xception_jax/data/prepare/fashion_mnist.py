@@ -8,7 +8,9 @@ Xiao, Rasul and Vollgraf, "Fashion-MNIST", arXiv 1708.07747; MIT licence, Zaland
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ SCENE_SIZE = 64
 NUM_SCENES = {"train": 5000, "test": 1000}
 MAX_GARMENTS = 4
 _FILE_PREFIXES = {"train": "train", "test": "t10k"}
+_MAX_BYTES = 64 << 20  # of a file; the largest has 47 MB
 _PADDING = ((0, 0), (2, 2), (2, 2))  # 28 x 28 to 32 x 32
 
 
@@ -125,7 +128,8 @@ def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     compressed = path.with_name(path.name + ".gz")
     try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(compressed.read_bytes())
+        with open(path, "rb") if path.exists() else gzip.open(compressed) as file:
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputMissingError(
             f"{compressed.name} is missing",
@@ -133,11 +137,11 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
             "point --source at the four files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist, then "
             "--source /usr/share/datasets/fashion-mnist)",
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadDataError(f"the file is damaged: {error}", str(compressed), "download it again") from error
     header = struct.Struct(f">HBB{num_dimensions}I")
     if len(data) >= header.size:
         zero, kind, dimensions, *shape = header.unpack_from(data)
-        if (zero, kind, dimensions) == (0, 8, num_dimensions) and len(data) == header.size + int(np.prod(shape)):
+        if (zero, kind, dimensions) == (0, 8, num_dimensions) and len(data) == header.size + math.prod(shape):
             return np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
     raise BadDataError("the file is not a complete idx file of bytes", str(path), "download it again")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import collections
 import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, UsageError
+from xception_jax.user_files import read_text, reading
 
 NUMBERED = r"([^/]+?)[-_. ]?\d+\.\w+$"
 """Captures the name of a file without its last number: 'patient12' of 'train/cat/patient12_003.jpg'."""
@@ -48,17 +50,12 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
 
 
 def _from_csv(path: Path) -> dict[str, str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if not set(_COLUMNS) <= set(reader.fieldnames or ()):
-                raise ValueError(f"its columns are {', '.join(reader.fieldnames or ())}")
-            return {Path(row["file"]).as_posix(): row["group"] for row in reader}
-    except FileNotFoundError:
-        raise InputMissingError(f"there is no file {path}", "--groups", "correct the path") from None
-    except (ValueError, TypeError, csv.Error, OSError) as error:
-        fix = "write a first line 'file,group', then one line for each file, with its path relative to --source"
-        raise BadDataError(f"the groups cannot be read: {error}", str(path), fix) from None
+    fix = "write a first line 'file,group', then one line for each file, with its path relative to --source"
+    with reading("table of groups", path, fix):
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        if not set(_COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError(f"its columns are {', '.join(reader.fieldnames or ())}")
+        return {Path(row["file"]).as_posix(): row["group"] for row in reader}
 
 
 def _from_pattern(groups: str, keys: Sequence[str]) -> dict[str, str]:

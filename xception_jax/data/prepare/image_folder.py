@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from xception_jax.data import folders, images
+from xception_jax.data.metadata import check_class_names
 from xception_jax.data.prepare.groups import check_groups, near_duplicates, read_groups
 from xception_jax.data.prepare.splits import DEFAULT_SHARES, TRAIN, divide, divide_groups
 from xception_jax.data.prepare.writer import Dataset
@@ -42,7 +43,7 @@ class Skipped:
 
     def add(self, reason: str, path: Path) -> None:
         """Adds a file or folder."""
-        self.files.setdefault(reason, []).append(str(path))
+        self.files.setdefault(reason, []).append(folders.text(path))
 
     def lines(self) -> list[str]:
         """Returns one line for each reason, with the number of files and the first ten."""
@@ -108,6 +109,7 @@ def image_folder(
     skip_damaged: bool = False,
     shares: Mapping[str, float] | None = None,
     groups: str = "",
+    limits: images.Limits | None = None,
 ) -> Dataset:
     """Builds the dataset of a folder.
 
@@ -119,19 +121,21 @@ def image_folder(
       skip_damaged: skips damaged images instead of raising an error.
       shares: the share of each split, for a folder without split folders; by default `DEFAULT_SHARES`.
       groups: a regular expression or a CSV file that says which files belong together, see `read_groups`.
+      limits: limits above which an image counts as damaged.
 
     Raises:
       InputMissingError: the folder is missing or has no images.
       UsageError: `shares` are given, but the folder has split folders; or `groups` is not valid.
-      BadDataError: two folders stand for the same split, a class of another split is missing in 'train', a file has no
-        group, or a group is in two split folders. While the examples are read: an image is damaged, or all images of a
-        class in 'train' are.
+      BadDataError: a class has no valid name, two folders stand for the same split, a class of another split is missing
+        in 'train', a file has no group, or a group is in two split folders. While the examples are read: an image is
+        damaged, or all images of a class in 'train' are.
     """
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
     contents = contents or Contents()
     files = _divided_files(source, skipped, contents, shares, groups)
     classes = sorted({file.label for file in files})
+    check_class_names(classes, str(source))
     if all(class_name.isdecimal() for class_name in classes):
         classes.sort(key=int)  # the names are labels: 2 comes before 10
     by_split: dict[str, list[_File]] = collections.defaultdict(list)
@@ -155,6 +159,7 @@ def image_folder(
                 contents,
                 skipped if skip_damaged else None,
                 needed=classes if split == TRAIN else (),
+                limits=limits,
             )
             for split, of_split in by_split.items()
         },
@@ -182,7 +187,7 @@ def _divided_files(
             str(source),
             f"put them into train/CLASS/ or CLASS/ in this folder, with names that end in {', '.join(images.SUFFIXES)}",
         )
-    keys = [path.relative_to(source).as_posix() for path in paths]
+    keys = [folders.text(path.relative_to(source)) for path in paths]
     labels = [label for files in found.values() for label in files.values()]
     group_of = read_groups(groups, keys) if groups else None
     shares = shares or DEFAULT_SHARES
@@ -263,16 +268,17 @@ def _examples(
     contents: Contents,
     skipped: Skipped | None,
     needed: Iterable[str],
+    limits: images.Limits | None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     missing, number = set(needed), {name: label for label, name in enumerate(classes)}
     for file in files:
-        data = file.path.read_bytes()
         try:
-            images.decode(data)
+            data = images.read(file.path)
+            images.decode(data, limits)
         except images.DamagedImageError as error:
             if skipped is None:
                 raise BadDataError(
-                    f"an image cannot be decoded: {error}", str(file.path), "remove it or pass --skip-damaged"
+                    f"an image cannot be decoded: {error}", folders.text(file.path), "remove it or pass --skip-damaged"
                 ) from error
             skipped.add("damaged", file.path)
             continue

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from xception_jax.data import folders, images
 from xception_jax.data.imagenet_classes import class_names
-from xception_jax.data.prepare.imagenet import members, unexpected
+from xception_jax.data.prepare.archives import members, unexpected
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
 
@@ -83,7 +83,7 @@ def _from_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise BadDataError("the folder contains a file that is not part of ImageNet-V2", str(path), fix)
         if path.suffix.lower() not in images.SUFFIXES:
             raise BadDataError("the folder contains a file without the name of an image", str(path), "remove it")
-        yield _example(path.parent.name, path.name, path.read_bytes())
+        yield _example(path.parent.name, folders.text(Path(path.name)), path.read_bytes())
 
 
 def _example(folder: str, name: str, image: bytes) -> tuple[str, dict[str, Any]]:

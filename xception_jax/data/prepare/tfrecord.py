@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_info as tfds_dataset_info
 from tqdm import tqdm
 
+from xception_jax.data.metadata import open_builder
 from xception_jax.data.prepare.writer import (
     Summary,
     existing,
@@ -53,7 +54,7 @@ def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, prog
             str(source),
             "point --source at the directory of one version, such as tensorflow_datasets/imagenet2012/5.1.0",
         )
-    info = tfds.builder_from_directory(os.fspath(source)).info
+    info = open_builder(source).info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
         raise UsageError(
             f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), "use it without a copy"
@@ -118,10 +119,13 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
     except FileNotFoundError:
         raise InputMissingError("a file of the dataset is missing", str(path), "copy the dataset again") from None
     with file:
+        size = os.fstat(file.fileno()).st_size
         while header := file.read(_LENGTH.size):
             at = file.tell() - len(header)
             _verify(header, file.read(_CHECKSUM.size), path, at)
             (length,) = _LENGTH.unpack(header)
+            if length > size - file.tell():
+                raise BadDataError(f"the record at byte {at:,} ends after the file", str(path), "copy the file again")
             record = file.read(length)
             _verify(record, file.read(_CHECKSUM.size), path, at)
             yield record

@@ -26,6 +26,7 @@ from tensorflow_datasets.core import dataset_info as tfds_dataset_info
 from tensorflow_datasets.core.utils import shard_utils
 from tqdm import tqdm
 
+from xception_jax.data.metadata import check_features, open_builder
 from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, StorageError
 
@@ -70,7 +71,7 @@ class Summary:
 
 def existing(directory: Path) -> Summary:
     """Returns the summary of a dataset that existed before."""
-    splits = tfds.builder_from_directory(os.fspath(directory)).info.splits
+    splits = open_builder(directory).info.splits
     return Summary(directory, {name: split.num_examples for name, split in splits.items()}, already_there=True)
 
 
@@ -120,13 +121,14 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
       progress: shows progress on standard error.
 
     Raises:
-      BadDataError: two examples of a split have the same key, or a label is out of range.
+      BadDataError: two examples of a split have the same key, a label is out of range, or a class has no valid name.
       StorageError: the disk is full, or the directory cannot be written.
     """
     name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
     target = data_dir / name / dataset.version
     if is_complete(target) and not overwrite:
         return existing(target)
+    check_features(dataset.features, f"dataset {dataset.name}")
     with incomplete_directory(data_dir, name, dataset.version, overwrite=overwrite) as partial:
         if partial is None:
             return existing(target)

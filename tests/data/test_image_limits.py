@@ -1,0 +1,235 @@
+"""Tests the limits that are checked before an image is decoded, and the memory that decoding may use."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.conftest import write_images
+from tests.data.small_imagenet import encoded, jpeg, photograph
+from xception_jax.data import images
+from xception_jax.data.decoding_memory import SMALL, DecodingMemory
+from xception_jax.data.image_headers import orientation, read_header
+from xception_jax.data.pipeline import EvaluationBatches
+from xception_jax.data.prepare.datasets import open_dataset
+
+PHOTOGRAPH = photograph(0)
+PROGRESSIVE = encoded(PHOTOGRAPH, "JPEG", progressive=True)
+BOMB = zlib.compress(bytes(1 << 26), 9)
+
+
+def with_scans(data: bytes, count: int) -> bytes:
+    """Repeats the last scan of a progressive JPEG."""
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, extra: bytes = b"", depth: int = 8, interlaced: int = 0) -> bytes:
+    """Encodes a black grey image, with other chunks before its pixels."""
+    pixels = zlib.compress(bytes((1 + width * depth // 8) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, interlaced)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def exif(value: int, entries: int = 1) -> bytes:
+    """Encodes Exif data in which each entry but the orientation refers to all bytes."""
+    size = 14 + 12 * entries
+    others = b"".join(struct.pack("<HHII", 0x8000 + n % 0x7000, 7, size - 8, 8) for n in range(entries - 1))
+    return (
+        b"II*\0\x08\0\0\0" + struct.pack("<H", entries) + others + struct.pack("<HHII", 0x112, 3, 1, value) + bytes(4)
+    )
+
+
+def peak_of(data: bytes) -> int:
+    """Returns the most bytes that Python's allocator has for decoding an image."""
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        images.decode(data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (with_scans(PROGRESSIVE, 3000), "3,010 scans, above max_scans=100"),
+        (with_scans(encoded(PHOTOGRAPH, "JPEG", progressive=True, exif=Image.Exif()), 91), "101 scans"),
+        (png(1, 70_000), "1 x 70000 pixels; the limit for each side is 65,535"),
+        (png(70_000, 1), "70000 x 1 pixels"),
+        (jpeg(PHOTOGRAPH)[:2] + b"\xff\xec\0\2" * 70_000 + jpeg(PHOTOGRAPH)[2:], "more than 65,536 segments"),
+        (jpeg(PHOTOGRAPH)[:2] + b"\xff" * 70_000 + jpeg(PHOTOGRAPH)[2:], "more than 65,536 segments"),
+        (png(8, 8, chunk(b"abCd", b"") * 70_000), "more than 65,536 chunks"),
+        (png(8, 8, chunk(b"IDAT", b"") * 70_000), "more than 65,536 chunks"),
+        (png(8, 8)[:-26], "runcated|broken|not enough"),
+        (png(8, 8, struct.pack(">I", 1 << 31) + b"tEXtabcd"), "ends after the file"),
+        (png(8, 8, chunk(b"tEXt", b"a\0b")[:-1] + b"x"), "checksum of the chunk"),
+    ],
+    ids=lambda value: "image" if isinstance(value, bytes) else None,
+)
+def test_a_limit_is_found_in_the_header_and_named(data, what):
+    start = time.perf_counter()
+    with pytest.raises(images.DamagedImageError, match=what):
+        images.decode(data)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("marker", [0x01, 0xD0, 0xD7, 0x00, 0xC8, 0xF0])
+def test_no_marker_hides_scans_from_the_count(marker):
+    scans = with_scans(PROGRESSIVE, 200)
+    for before in (bytes((0xFF, marker)), bytes((0xFF, marker, 0xFF, 0xFF)), b"\xff\xfe\0\1", b"x"):
+        with pytest.raises(images.DamagedImageError):
+            images.decode(scans[:2] + before + scans[2:])
+
+
+def test_limits_can_be_raised():
+    with pytest.raises(images.DamagedImageError, match="above max_pixels=100"):
+        images.decode(jpeg(PHOTOGRAPH), images.Limits(max_pixels=100))
+    data = with_scans(encoded(np.zeros((16, 16, 3), np.uint8), "JPEG", progressive=True), 0)
+    with pytest.raises(images.DamagedImageError, match="max_scans=3"):
+        images.decode(data, images.Limits(max_scans=3))
+    assert images.decode(data).shape == (16, 16, 3)
+
+
+def test_a_png_without_its_last_bytes_is_whole():
+    for missing in (1, 4, 8, 12):
+        assert images.decode(png(8, 8)[:-missing]).shape == (8, 8, 3)
+
+
+def test_ordinary_files_are_far_below_the_limits():
+    assert read_header(jpeg(PHOTOGRAPH)).scans == 1
+    assert 5 < read_header(PROGRESSIVE).scans < 20
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 2 + len(PROGRESSIVE)) + PROGRESSIVE  # scans in metadata do not count
+    assert read_header(PROGRESSIVE[:2] + thumbnail * 20 + PROGRESSIVE[2:]).scans == read_header(PROGRESSIVE).scans
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"name\0\0" + BOMB) * 40,
+        chunk(b"iCCP", b"name\0\0" + BOMB),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB),
+        chunk(b"eXIf", exif(1, entries=50_000)),
+        chunk(b"acTL", struct.pack(">II", 1 << 30, 0)) + chunk(b"fcTL", bytes(26)),
+    ],
+    ids=["zTXt", "iCCP", "iTXt", "eXIf", "acTL"],
+)
+def test_metadata_of_a_png_is_not_expanded(extra):
+    data = png(8, 8, extra)
+    np.testing.assert_array_equal(images.decode(data), np.zeros((8, 8, 3)))
+    assert peak_of(data) < len(data) + (1 << 20)
+
+
+def test_metadata_of_a_jpeg_is_not_expanded():
+    part = exif(6, entries=5_000)
+    data = encoded(PHOTOGRAPH, "JPEG", exif=exif(6))
+    segment = b"\xff\xe1" + struct.pack(">H", 8 + len(part)) + b"Exif\0\0" + part
+    assert images.decode(data[:2] + segment * 20 + data[2:]).shape == PHOTOGRAPH.swapaxes(0, 1).shape
+    assert peak_of(data[:2] + segment * 20 + data[2:]) < 20 * len(part) * 2 + (1 << 20)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_the_orientation_is_read_in_every_format(image_format):
+    buffer = io.BytesIO()
+    Image.fromarray(PHOTOGRAPH).save(buffer, image_format, lossless=True, exif=exif(6))
+    np.testing.assert_array_equal(images.decode(buffer.getvalue()), np.rot90(PHOTOGRAPH, -1))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (exif(8), 8),
+        (exif(9), 1),
+        (exif(3)[:-9], 1),
+        (b"", 1),
+        (b"II*\0", 1),
+        (b"II*\0\xff\xff\xff\xff", 1),
+        (b"Exif\0\0" + exif(5), 5),
+        (b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0", 6),
+    ],
+)
+def test_exif_data_of_all_kinds(data, expected):
+    assert orientation(data) == expected
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
+    (tmp_path / "large").write_bytes(bytes(1001))
+    for path in (tmp_path / "large", "/dev/zero"):
+        with pytest.raises(images.DamagedImageError, match="more than 1,000 bytes"):
+            images.read(path)
+
+
+def test_decoding_waits_for_memory_in_the_order_of_arrival():
+    memory, order, holding = DecodingMemory(), [], threading.Event()
+    release = threading.Event()
+
+    def work(number: int, amount: int) -> None:
+        with memory.reserve(amount * SMALL * 2, limit=20 * SMALL):
+            order.append(number)
+            assert memory.used <= 20 * SMALL or amount > 10
+            holding.set()
+            release.wait(10)
+
+    threads = []
+    for number, amount in enumerate((6, 30, 1, 5)):  # the second is above the limit and waits until it is alone
+        threads.append(threading.Thread(target=work, args=(number, amount), daemon=True))
+        threads[-1].start()
+        assert holding.wait(5)
+        time.sleep(0.05)
+    assert order == [0]
+    release.set()
+    for thread in threads:
+        thread.join(5)
+    assert order[:2] == [0, 1]
+    assert sorted(order) == [0, 1, 2, 3]
+    assert memory.used == 0
+    with memory.reserve(SMALL, limit=1):  # small amounts never wait
+        assert memory.used == 0
+
+
+def test_an_interrupted_wait_leaves_the_queue():
+    memory = DecodingMemory()
+    with memory.reserve(2 * SMALL, 1):
+        waiting = memory.reserve(2 * SMALL, 1)
+        memory._fits = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            waiting.__enter__()
+        del memory._fits
+    with memory.reserve(2 * SMALL, 1):
+        assert memory.used == 2 * SMALL
+
+
+def test_many_large_images_in_many_threads_stay_within_the_memory(data, tmp_path, monkeypatch):
+    """Every image needs more than the limit: all are decoded, one after the other."""
+    write_images(tmp_path, "large", [encoded(photograph(n).repeat(4, 0).repeat(4, 1), "PNG") for n in range(12)])
+    from xception_jax.data import decoding_memory
+
+    most = []
+    fits = DecodingMemory._fits
+    monkeypatch.setattr(DecodingMemory, "_fits", lambda self, *a: most.append(self.used) or fits(self, *a))
+    config = data.replace(name="large", data_dir=str(tmp_path), threads=8, decoding_memory=1)
+    batches = EvaluationBatches(config, open_dataset(config, "train"), batch_size=12)
+    (batch,) = list(batches)
+    assert not batch["damaged"].any()
+    assert max(most) == 480 * 360 * 16  # never two
+    assert decoding_memory.DECODING.used == 0
+
+
+def test_images_above_a_limit_count_as_damaged(data, tmp_path):
+    write_images(tmp_path, "scans", [PROGRESSIVE, jpeg(PHOTOGRAPH)])
+    config = data.replace(name="scans", data_dir=str(tmp_path), max_scans=2)
+    (batch,) = list(EvaluationBatches(config, open_dataset(config, "train"), batch_size=2))
+    assert batch["damaged"].tolist() == [True, False]
