@@ -1,0 +1,116 @@
+"""Orbax on gs://, killed after each of its writes: every prefix of the writes of three saves is opened again.
+
+No step that is only partly written or partly deleted may be taken for whole, and no step that was reported as saved
+may be lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.storage.conftest import BUCKET
+from tests.storage.gcs_objects import Mutation, Objects
+from xception_jax.storage import checkpoint_directory
+
+STEPS = (10, 20, 30)
+KEPT = 2
+DIRECTORY = f"gs://{BUCKET}/run/checkpoints"
+
+
+@dataclasses.dataclass
+class Recording:
+    """The writes of a run, and after how many of them each step was reported as saved."""
+
+    mutations: list[Mutation]
+    reported: dict[int, int]
+
+
+def state_of(step: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(step)
+    return {
+        "kernel": jnp.asarray(rng.standard_normal((37, 11), np.float32)),
+        "bias": jnp.asarray(rng.standard_normal(11, np.float32)),
+        "step": jnp.int32(step),
+    }
+
+
+def open_manager(read_only: bool = False) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        read_only=read_only,
+        max_to_keep=KEPT,
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
+    directory = checkpoint_directory(DIRECTORY, "--workdir")
+    return ocp.CheckpointManager(directory, options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+
+@pytest.fixture(scope="module")
+def recording(gcs_process) -> Recording:
+    """Saves three steps, of which the first is deleted again, and records all writes."""
+    gcs_process.objects = Objects([BUCKET])
+    gcs_process.control = lambda request: None
+    reported = {}
+    with gcs_process.as_default(), open_manager() as manager:
+        for step in STEPS:
+            manager.save(step, args=ocp.args.StandardSave(state_of(step)))
+            manager.wait_until_finished()
+            reported[step] = len(gcs_process.mutations)
+    return Recording(list(gcs_process.mutations), reported)
+
+
+def check_prefix(gcs, recording: Recording, count: int) -> None:
+    """Opens what a run that was killed after `count` writes has left, as a reader and as the next run."""
+    saved = [step for step, position in recording.reported.items() if position <= count]
+    for read_only in (True, False):
+        gcs.objects = Objects([BUCKET], recording.mutations[:count])
+        with open_manager(read_only) as manager:
+            steps = sorted(manager.all_steps())
+            assert set(steps) <= set(STEPS)
+            # Every step that is listed can be restored to the last bit: none is torn.
+            for step in steps:
+                expected = state_of(step)
+                restored = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(np.zeros_like, expected)))
+                jax.tree.map(np.testing.assert_array_equal, restored, expected)
+            # The newest step that was reported is there. Those before it may have been deleted.
+            assert not saved or max(saved) in steps, (count, saved, steps)
+            if not read_only:  # the next run goes on, and its save is whole
+                manager.save(40, args=ocp.args.StandardSave(state_of(40)))
+                manager.wait_until_finished()
+                assert max(manager.all_steps()) == 40
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def test_a_commit_is_one_object_written_last(recording):
+    """Otherwise the replay below would prove less than it seems to."""
+    names = [mutation.name for mutation in recording.mutations if mutation.stored is not None]
+    for step in STEPS:
+        of_step = [name for name in names if name.startswith(f"run/checkpoints/{step}/")]
+        assert of_step[-1].endswith("commit_success.txt")
+    assert len(recording.mutations) > 40
+    deleted = [mutation.name for mutation in recording.mutations if mutation.stored is None]
+    assert any(name.startswith(f"run/checkpoints/{STEPS[0]}/") for name in deleted)
+
+
+def test_a_sample_of_the_prefixes(gcs, recording):
+    around = [position + offset for position in recording.reported.values() for offset in (-1, 0)]
+    for count in sorted({0, *around, *range(7, len(recording.mutations), 23)}):
+        check_prefix(gcs, recording, count)
+
+
+@pytest.mark.faults
+def test_every_prefix(gcs, recording):
+    for count in range(len(recording.mutations) + 1):
+        check_prefix(gcs, recording, count)
