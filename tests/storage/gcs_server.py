@@ -193,6 +193,8 @@ def _json(content: Any, status: int = 200) -> Answer:
 
 
 def _upload(server: GcsServer, request: Request, bucket: str) -> Answer:
+    if "upload_id" in request.query:  # gcsfs sends the bytes of a resumable upload with POST
+        return _continue_upload(server, request, bucket)
     return _UPLOADS[request.query["uploadType"]](server, request, bucket)
 
 
