@@ -110,6 +110,8 @@ class GcsServer:
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "GOOGLE_CLOUD_PROJECT": "test",
+            # gcsfs otherwise asks a service over gRPC, which has no emulator, for the kind of the bucket.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
 
     @contextlib.contextmanager
@@ -179,6 +181,7 @@ class _Upload:
     query: Mapping[str, str]
     attributes: dict[str, Any]
     content: bytearray = dataclasses.field(default_factory=bytearray)
+    stored: Stored | None = None  # at the end. A client that lost the answer asks again
 
 
 def _error(status: int, message: str) -> Answer:
@@ -243,6 +246,8 @@ def _continue_upload(server: GcsServer, request: Request, bucket: str) -> Answer
     upload = server.uploads.get(request.query["upload_id"])
     if upload is None:
         raise Refused(404, "There is no such upload.")
+    if upload.stored is not None:
+        return _json(upload.stored.resource())
     total = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)", request.headers.get("content-range", "bytes */*"))
     assert total, request.headers
     begin = int(total[1] or len(upload.content))
@@ -254,9 +259,8 @@ def _continue_upload(server: GcsServer, request: Request, bucket: str) -> Answer
     elif total[3] == "*" or len(upload.content) < int(total[3]):
         return 308, {"Range": f"bytes=0-{len(upload.content) - 1}"} if upload.content else {}, b""
     name, content = upload.attributes["name"], bytes(upload.content)
-    stored = server.objects.put(upload.bucket, name, content, upload.query, upload.attributes)
-    del server.uploads[request.query["upload_id"]]
-    return _json(stored.resource())
+    upload.stored = server.objects.put(upload.bucket, name, content, upload.query, upload.attributes)
+    return _json(upload.stored.resource())
 
 
 def _get(server: GcsServer, request: Request, bucket: str, name: str) -> Answer:

@@ -7,7 +7,7 @@ may be lost.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import random
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import pytest
 
 from tests.storage.conftest import BUCKET
 from tests.storage.gcs_objects import Mutation, Objects
+from tests.storage.gcs_server import Fault
 from xception_jax.storage import checkpoint_directory
 
 STEPS = (10, 20, 30)
@@ -88,9 +89,29 @@ def check_prefix(gcs, recording: Recording, count: int) -> None:
                 assert max(manager.all_steps()) == 40
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.getLogger("absl").setLevel(logging.ERROR)
+def deletions(recording: Recording) -> list[Mutation]:
+    return [mutation for mutation in recording.mutations if mutation.stored is None]
+
+
+def refuses_torn_deletion(gcs, recording: Recording, gone: list[Mutation]) -> bool:
+    """Opens a directory in which some objects of the first step have been deleted.
+
+    Returns whether the step is listed and cannot be restored. If it can be restored, it is checked to the last bit.
+    """
+    refused = False
+    written = [mutation for mutation in recording.mutations if mutation.stored is not None]
+    gcs.objects = Objects([BUCKET], [*written, *gone])
+    with open_manager(read_only=True) as manager:
+        for step in manager.all_steps():
+            expected = state_of(step)
+            try:
+                restored = manager.restore(step, args=ocp.args.StandardRestore(jax.tree.map(np.zeros_like, expected)))
+            except Exception:  # of several kinds. A step that cannot be restored is not taken for whole
+                assert step == STEPS[0]
+                refused = True
+            else:
+                jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    return refused
 
 
 def test_a_commit_is_one_object_written_last(recording):
@@ -100,14 +121,41 @@ def test_a_commit_is_one_object_written_last(recording):
         of_step = [name for name in names if name.startswith(f"run/checkpoints/{step}/")]
         assert of_step[-1].endswith("commit_success.txt")
     assert len(recording.mutations) > 40
-    deleted = [mutation.name for mutation in recording.mutations if mutation.stored is None]
-    assert any(name.startswith(f"run/checkpoints/{STEPS[0]}/") for name in deleted)
+    assert {mutation.name.split("/")[2] for mutation in deletions(recording)} == {str(STEPS[0])}
 
 
 def test_a_sample_of_the_prefixes(gcs, recording):
     around = [position + offset for position in recording.reported.values() for offset in (-1, 0)]
     for count in sorted({0, *around, *range(7, len(recording.mutations), 23)}):
         check_prefix(gcs, recording, count)
+
+
+def test_a_deletion_in_any_order_is_never_taken_for_whole(gcs, recording):
+    """gcsfs deletes many objects at once. Here, what says that the step is whole is deleted last."""
+    gone = sorted(deletions(recording), key=lambda mutation: "commit_success" in mutation.name)
+    assert any([refuses_torn_deletion(gcs, recording, gone[:count]) for count in range(1, len(gone), 3)])
+
+
+@pytest.mark.faults
+def test_a_deletion_of_one_object_or_all_but_one_is_never_taken_for_whole(gcs, recording):
+    gone = deletions(recording)
+    assert any([refuses_torn_deletion(gcs, recording, [mutation]) for mutation in gone])
+    for mutation in gone:
+        refuses_torn_deletion(gcs, recording, [other for other in gone if other is not mutation])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(3))
+def test_saves_survive_a_store_that_fails_now_and_then(gcs, seed):
+    rng = random.Random(seed)
+    kinds = [Fault(status=503), Fault(status=429), Fault(cut=True), Fault(lost=True), Fault(delay=2)]
+    gcs.control = lambda request: rng.choice(kinds) if rng.random() < 0.03 else None
+    with open_manager() as manager:
+        for step in STEPS:
+            manager.save(step, args=ocp.args.StandardSave(state_of(step)))
+            manager.wait_until_finished()
+    gcs.control = lambda request: None
+    check_prefix(gcs, Recording(list(gcs.mutations), dict.fromkeys(STEPS, 0)), len(gcs.mutations))
 
 
 @pytest.mark.faults
