@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 import urllib.request
 
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.conftest import ROOT
 from tests.storage.gcs_objects import Objects
 from tests.storage.gcs_server import GcsServer
 from xception_jax.storage import Patience, Store, open_store
@@ -15,6 +20,13 @@ BRISK = Patience(retries=3, first_delay=0.05, longest_delay=0.1, total=5)
 """Fails in less than a second where every request fails, and in five where there is no answer."""
 
 _numbers = itertools.count(1)
+
+
+def run_child(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a Python program, and waits for it to end."""
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    variables = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture(scope="session")

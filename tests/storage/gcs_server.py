@@ -20,45 +20,11 @@ import re
 import socket
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tests.storage.gcs_objects import Mutation, Objects, Refused, Stored
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """What goes wrong with one request.
-
-    Attributes:
-      status: the answer, instead of doing what was asked for.
-      delay: seconds before anything happens.
-      cut: the connection ends in the middle of the body of the answer.
-      lost: the request is carried out, but the connection ends without an answer.
-    """
-
-    status: int = 0
-    delay: float = 0
-    cut: bool = False
-    lost: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A request: method, unquoted path, parameters, headers and body."""
-
-    method: str
-    path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes
-
-    @property
-    def changes(self) -> bool:
-        """Whether it may change a bucket."""
-        return self.method != "GET"
-
+from tests.storage.gcs_requests import ACCOUNT, Fault, Request, Tokens, parse_request
 
 Answer = tuple[int, dict[str, str], bytes]
 Control = Callable[[Request], Fault | None]
@@ -130,8 +96,8 @@ class GcsServer:
 
     def answer(self, request: Request) -> Answer:
         """Carries out a request."""
-        if self.tokens is not None and request.path.startswith(_ACCOUNT):
-            return _json(self.tokens.metadata(request.path.removeprefix(_ACCOUNT)))
+        if self.tokens is not None and request.path.startswith(ACCOUNT):
+            return _json(self.tokens.metadata(request.path.removeprefix(ACCOUNT)))
         if self.tokens is not None and not self.tokens.accepts(request.headers.get("authorization", "")):
             return _error(401, "Invalid Credentials")
         for method, pattern, action in _ROUTES:
@@ -142,35 +108,6 @@ class GcsServer:
                 except Refused as refused:
                     return _error(refused.status, refused.message)
         return _error(501, f"{request.method} {request.path} is not part of this server")
-
-
-_ACCOUNT = "/computeMetadata/v1/instance/service-accounts/"
-
-
-class Tokens:
-    """Access tokens as a virtual machine gets them from its metadata server. Each is valid for a while.
-
-    Args:
-      promised: seconds of validity that clients are told.
-      valid: seconds of validity.
-    """
-
-    def __init__(self, promised: float, valid: float) -> None:
-        self.promised, self.valid = promised, valid
-        self.issued: dict[str, float] = {}
-
-    def metadata(self, path: str) -> dict[str, Any]:
-        """Returns a new token, or the description of the account."""
-        if not path.endswith("/token"):
-            return {"email": "test@test", "scopes": ["https://www.googleapis.com/auth/cloud-platform"]}
-        token = f"token{len(self.issued)}"
-        self.issued[token] = time.monotonic()
-        return {"access_token": token, "expires_in": self.promised, "token_type": "Bearer"}
-
-    def accepts(self, authorization: str) -> bool:
-        """Returns whether a header has a token that is still valid."""
-        begin = self.issued.get(authorization.removeprefix("Bearer "))
-        return begin is not None and time.monotonic() - begin < self.valid
 
 
 @dataclasses.dataclass
@@ -352,13 +289,6 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
     ("PATCH", r"/storage/v1/b/([^/]+)/o/(.+)", _patch),
     ("POST", r"/batch(?:/storage/v1)?", _batch),
 )
-
-
-def parse_request(method: str, target: str, headers: Mapping[str, str], body: bytes) -> Request:
-    """Builds a request from the first line of HTTP, its headers (names in lower case) and its body."""
-    parts = urllib.parse.urlsplit(target)
-    query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-    return Request(method, urllib.parse.unquote(parts.path), query, headers, body)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.storage.conftest import BRISK
-from tests.storage.gcs_server import Fault
+from tests.storage.gcs_requests import Fault
 from xception_jax.errors import StorageError, WorkdirError
 from xception_jax.storage import hold, open_store
 

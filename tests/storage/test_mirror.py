@@ -5,17 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.storage.conftest import BUCKET
+from tests.storage.conftest import BUCKET, run_child
 from tests.storage.gcs_objects import Objects
-from tests.storage.gcs_server import Fault
+from tests.storage.gcs_requests import Fault
 from xception_jax.errors import StorageError, WorkdirError
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.storage import Mirror
@@ -175,7 +171,6 @@ def test_a_full_local_disk_is_named(gs_store):
         except Exception as error:
             print(error.exit_code, error)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = run_child(program)
     assert process.stdout.startswith("74 "), process.stderr
     assert "TMPDIR" in process.stdout
