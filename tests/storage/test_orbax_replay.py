@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from tests.storage.conftest import BUCKET
 from tests.storage.gcs_objects import Mutation, Objects
@@ -124,6 +125,10 @@ def refuses_torn_deletion(gcs, recording: Recording, gone: list[Mutation]) -> bo
     return refused
 
 
+def live_names(gcs) -> list[str]:
+    return [item["name"] for item in gcs.objects.list(BUCKET, {})["items"]]
+
+
 def test_a_reader_that_polls_sees_no_listing_of_the_past(gcs, recording):
     """gcsfs caches listings by default."""
     step_30 = recording.reported[20]
@@ -135,6 +140,8 @@ def test_a_reader_that_polls_sees_no_listing_of_the_past(gcs, recording):
             reader.reload()
             with open_manager(read_only=True) as fresh:
                 assert sorted(reader.all_steps()) == sorted(fresh.all_steps())
+            names = {name.split("/")[2] for name in live_names(gcs)}
+            assert {path.name for path in epath.Path(DIRECTORY).iterdir()} == names
 
 
 def test_a_commit_is_one_object_written_last(recording):

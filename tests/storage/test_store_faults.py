@@ -13,7 +13,7 @@ from tests.storage.gcs_objects import Objects
 from tests.storage.gcs_requests import Fault, Request, Tokens
 from tests.storage.gcs_server import GcsServer
 from xception_jax.errors import InputMissingError, StorageError, UserError, WorkdirError
-from xception_jax.storage import ABSENT, open_store
+from xception_jax.storage import ABSENT, Patience, open_store
 
 
 def test_a_listing_has_all_pages(gcs, gs_store):
@@ -93,6 +93,17 @@ def test_a_fault_that_passes_is_not_noticed(gcs, gs_store, operation, fault):
         assert result == expected[operation]
     gcs.control = lambda request: None
     assert gs_store.read("x") == {"put": b"new", "delete": None}.get(operation, b"old")
+
+
+def test_an_operation_that_has_failed_is_not_repeated_in_the_background(gcs, gs_place):
+    patience = Patience(retries=100, first_delay=0.1, longest_delay=0.1, total=0.5)
+    store = open_store(gs_place, "--workdir", patience=patience)
+    gcs.control = lambda request: Fault(status=503)
+    with pytest.raises(StorageError, match="took too long"):
+        store.put("x", "late")
+    gcs.control = lambda request: None
+    time.sleep(0.5)
+    assert not gcs.mutations
 
 
 def test_latency_is_waited_for(gcs, gs_store):
