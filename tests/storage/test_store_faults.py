@@ -99,11 +99,12 @@ def test_an_operation_that_has_failed_is_not_repeated_in_the_background(gcs, gs_
     patience = Patience(retries=100, first_delay=0.1, longest_delay=0.1, total=0.5)
     store = open_store(gs_place, "--workdir", patience=patience)
     gcs.control = lambda request: Fault(status=503)
-    with pytest.raises(StorageError, match="took too long"):
+    with pytest.raises(StorageError, match="took too long") as error:
         store.put("x", "late")
     gcs.control = lambda request: None
     time.sleep(0.5)
     assert not gcs.mutations
+    assert error.traceback  # it refers to the operation, which would otherwise end with it
 
 
 def test_latency_is_waited_for(gcs, gs_store):
