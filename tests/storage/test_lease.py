@@ -16,7 +16,8 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tests.storage.conftest import BRISK
+from tests.storage.conftest import BRISK, BUCKET
+from tests.storage.gcs_objects import Objects
 from tests.storage.gcs_requests import Fault
 from xception_jax.errors import StorageError, WorkdirError
 from xception_jax.storage import hold, open_store
@@ -187,6 +188,17 @@ def test_a_write_that_arrives_after_its_time_costs_no_lease(gcs, gs_place):
         while store.entry("lease").generation == before:
             time.sleep(0.05)
         lease.renew()
+
+
+def test_a_store_that_ignores_conditions_is_refused(gcs, gs_store):
+    class Careless(Objects):
+        def _find(self, bucket, name, query, prefix, status):
+            return super()._find(bucket, name, {}, prefix, status)
+
+    gcs.objects = Careless([BUCKET])
+    with pytest.raises(WorkdirError, match="ignores the conditions"):
+        with hold(gs_store, "lease"):
+            pass
 
 
 def writes(count: int, fault: Fault):

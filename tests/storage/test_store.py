@@ -101,6 +101,7 @@ def test_a_directory_that_cannot_be_read_is_not_taken_for_empty(tmp_path):
         import os, sys
         from xception_jax.errors import WorkdirError
         from xception_jax.storage import open_store
+        import tensorstore
         os.setuid(65534)
         for operation in (lambda store: store.list(), lambda store: store.read("x"), lambda store: store.put("x", "")):
             try:

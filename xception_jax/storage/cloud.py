@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import UserError, WorkdirError
 from xception_jax.files import local_directory
@@ -14,22 +16,26 @@ if TYPE_CHECKING:
     from xception_jax.storage.store import Patience
 
 
-def list_gs(bucket: str, prefix: str, patience: Patience) -> list[str]:
-    """Lists the objects of a bucket of Google Cloud Storage, without any cache.
+def gs_lister(bucket: str, patience: Patience) -> Callable[[str], list[str]]:
+    """Returns a function that lists the objects of a bucket in gs:// whose names begin with a prefix, without a cache.
 
     Not with TensorStore: its listing of gs:// takes an answer of 401, 403 or 404 for an empty page (0.1.86). A run
-    without permission to list, or whose token expires between two pages, would find no checkpoints.
-
-    Raises:
-      Exception: those of google-cloud-storage, for `translate`.
+    without permission to list, or whose token expires between two pages, would find no checkpoints. The function
+    raises the errors of google-cloud-storage, for `translate`.
     """
-    from google.cloud import storage
-    from google.cloud.storage.retry import DEFAULT_RETRY
 
-    retry = DEFAULT_RETRY.with_delay(initial=patience.first_delay, maximum=patience.longest_delay, multiplier=2)
-    client = storage.Client()
-    try:
-        blobs = client.list_blobs(
+    @functools.cache
+    def client() -> Any:
+        from google.cloud import storage
+
+        return storage.Client()
+
+    def names(prefix: str) -> list[str]:
+        cloud = client()
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        retry = DEFAULT_RETRY.with_delay(initial=patience.first_delay, maximum=patience.longest_delay, multiplier=2)
+        blobs = cloud.list_blobs(
             bucket,
             prefix=prefix,
             fields="items(name),nextPageToken",
@@ -37,8 +43,8 @@ def list_gs(bucket: str, prefix: str, patience: Patience) -> list[str]:
             retry=retry.with_timeout(min(patience.delays, patience.total)),
         )
         return [blob.name for blob in blobs]
-    finally:
-        client.close()
+
+    return names
 
 
 def checkpoint_directory(path: str, where: str, unusable: type[UserError] = WorkdirError) -> str:

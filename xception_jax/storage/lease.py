@@ -191,6 +191,12 @@ def _acquire(
     generation = _put_if(store, name, content, entry.generation)
     if generation is None:
         raise _held(store, store.entry(name))
+    if store.put_if(name, content, ABSENT) is not None:
+        raise WorkdirError(
+            "the store ignores the conditions of conditional writes, so two runs could use the same directory",
+            store.root,
+            "use a store with conditional writes (If-Match and If-None-Match in s3://), or a local directory",
+        )
     return generation
 
 

@@ -47,6 +47,7 @@ class Mirror:
     def __init__(self, store: Store, skipped: Iterable[str] = ()) -> None:
         self._store, self._skipped = store, tuple(skipped)
         self._pushed: dict[str, _Pushed] = {}
+        self._warned: set[str] = set()
         self._lock = threading.Lock()
         self._temporary = tempfile.TemporaryDirectory(prefix="xception_jax.")
         self.directory = Path(self._temporary.name)
@@ -138,8 +139,13 @@ class Mirror:
             for file in sorted(files):
                 path = Path(folder, file)
                 name = path.relative_to(self.directory).as_posix()
-                if not self._skips(name) and not path.is_symlink() and path.is_file():
+                if self._skips(name) or path.is_symlink() or not path.is_file():
+                    continue
+                if name.isprintable():  # bytes that are not UTF-8 are surrogates here, which are not printable
                     yield name, path
+                elif name not in self._warned:
+                    self._warned.add(name)
+                    log.warning("%r is not mirrored, because no object can have this name", name)
 
     def _skips(self, name: str) -> bool:
         directories = tuple(entry for entry in self._skipped if entry.endswith("/"))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
-
-import tensorstore
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import StorageError, UserError, WorkdirError
 from xception_jax.files import local_directory
-from xception_jax.storage.cloud import list_gs
+from xception_jax.storage.cloud import gs_lister
 from xception_jax.storage.failures import translate
 from xception_jax.storage.paths import Place, is_url, join, parse
+
+if TYPE_CHECKING:
+    import tensorstore  # takes a quarter of a second, also for commands that only look at an address
 
 ABSENT = b"\x02"
 """The generation of an object that does not exist, as TensorStore encodes it."""
@@ -229,17 +230,17 @@ def open_store(
     if not is_url(path):
         directory = local_directory(path, where)
         objects = _open({"driver": "file", "path": f"{directory}/"}, patience)
-        return Store(str(directory), objects, lambda prefix: _list(objects, prefix, patience), patience, unusable)
+        return Store(str(directory), objects, _lister(objects, patience), patience, unusable)
     place = parse(path, where)
     objects = _open(_SPECS[place.scheme](place), patience)
-    store = Store(
-        place.url, objects, lambda prefix: _LISTS[place.scheme](objects, prefix, patience), patience, unusable
-    )
+    store = Store(place.url, objects, _LISTERS[place.scheme](objects, patience), patience, unusable)
     store.check()
     return store
 
 
 def _open(spec: dict[str, Any], patience: Patience) -> tensorstore.KvStore:
+    import tensorstore
+
     retries = {
         "max_retries": patience.retries,
         "initial_delay": f"{patience.first_delay}s",
@@ -255,15 +256,20 @@ def _after(prefix: str) -> bytes:
     return encoded[:-1] + bytes([encoded[-1] + 1]) if encoded else b""  # UTF-8 has no byte 255
 
 
-def _list(objects: tensorstore.KvStore, prefix: str, patience: Patience) -> list[str]:
-    """Lists names with TensorStore, which has no cache."""
-    beginning = tensorstore.KvStore.KeyRange(prefix, _after(prefix))
-    return [name.decode() for name in objects.list(beginning).result(timeout=patience.total)]
+def _lister(objects: tensorstore.KvStore, patience: Patience) -> Callable[[str], list[str]]:
+    """Returns a function that lists names with TensorStore, which has no cache."""
+    import tensorstore
+
+    def names(prefix: str) -> list[str]:
+        beginning = tensorstore.KvStore.KeyRange(prefix, _after(prefix))
+        return [name.decode() for name in objects.list(beginning).result(timeout=patience.total)]
+
+    return names
 
 
-def _list_gs(objects: tensorstore.KvStore, prefix: str, patience: Patience) -> list[str]:
-    bucket = objects.spec().to_json()["bucket"]
-    return [name[len(objects.path) :] for name in list_gs(bucket, objects.path + prefix, patience)]
+def _gs_lister(objects: tensorstore.KvStore, patience: Patience) -> Callable[[str], list[str]]:
+    names = gs_lister(objects.spec().to_json()["bucket"], patience)
+    return lambda prefix: [name[len(objects.path) :] for name in names(objects.path + prefix)]
 
 
-_LISTS = {"gs": _list_gs, "s3": _list}
+_LISTERS = {"gs": _gs_lister, "s3": _lister}
