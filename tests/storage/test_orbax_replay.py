@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from etils import epath
 from tests.storage.conftest import BUCKET
 from tests.storage.gcs_objects import Mutation, Objects
 from tests.storage.gcs_requests import Fault
-from xception_jax.storage import checkpoint_directory
+from xception_jax.errors import WorkdirError
+from xception_jax.storage import checkpoint_directory, translate
 
 # When a restore fails, Orbax closes its event loop with tasks in it. Python notices when it collects them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -53,6 +55,12 @@ def state_of(step: int) -> dict[str, jax.Array]:
     }
 
 
+def save(manager: ocp.CheckpointManager, step: int) -> None:
+    """Saves a step, and returns when Orbax reports it as saved."""
+    manager.save(step, args=ocp.args.StandardSave(state_of(step)))
+    manager.wait_until_finished()
+
+
 def open_manager(read_only: bool = False) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         read_only=read_only,
@@ -73,8 +81,7 @@ def recording(gcs_process) -> Recording:
     reported = {}
     with gcs_process.as_default(), open_manager() as manager:
         for step in STEPS:
-            manager.save(step, args=ocp.args.StandardSave(state_of(step)))
-            manager.wait_until_finished()
+            save(manager, step)
             reported[step] = len(gcs_process.mutations)
     return Recording(list(gcs_process.mutations), reported)
 
@@ -95,8 +102,7 @@ def check_prefix(gcs, recording: Recording, count: int) -> None:
             # The newest step that was reported is there. Those before it may have been deleted.
             assert not saved or max(saved) in steps, (count, saved, steps)
             if not read_only:  # the next run goes on, and its save is whole
-                manager.save(40, args=ocp.args.StandardSave(state_of(40)))
-                manager.wait_until_finished()
+                save(manager, 40)
                 assert max(manager.all_steps()) == 40
 
 
@@ -182,10 +188,26 @@ def test_saves_survive_a_store_that_fails_now_and_then(gcs, seed):
     gcs.control = lambda request: rng.choice(kinds) if rng.random() < 0.03 else None
     with open_manager() as manager:
         for step in STEPS:
-            manager.save(step, args=ocp.args.StandardSave(state_of(step)))
-            manager.wait_until_finished()
+            save(manager, step)
     gcs.control = lambda request: None
     check_prefix(gcs, Recording(list(gcs.mutations), dict.fromkeys(STEPS, 0)), len(gcs.mutations))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_store_that_is_away_ends_the_save_and_loses_nothing(gcs, recording, status):
+    """Orbax raises the errors of gcsfs, after its own repetitions."""
+    gcs.objects = Objects([BUCKET], recording.mutations[: recording.reported[20]])
+    with open_manager() as manager:
+        gcs.control = lambda request: Fault(status=status)
+        begin = time.monotonic()
+        with pytest.raises(Exception, match="injected") as error:
+            save(manager, 30)
+        assert time.monotonic() - begin < 120
+        failure = translate(error.value, DIRECTORY, "saving", WorkdirError)
+        assert failure.exit_code == 74
+        gcs.control = lambda request: None
+    check_prefix(gcs, Recording(list(gcs.mutations), {10: 0, 20: 0}), len(gcs.mutations))
 
 
 @pytest.mark.faults

@@ -45,6 +45,14 @@ def test_a_listing_is_current_and_sorted(store):
         store.delete_prefix("")
 
 
+def test_a_prefix_is_renamed(store):
+    for name in ("1/commit", "1/a/b", "10/a"):
+        store.put(name, name)
+    store.move_prefix("1/", "1.corrupt/", first="commit")
+    assert store.list() == ["1.corrupt/a/b", "1.corrupt/commit", "10/a"]
+    assert store.read("1.corrupt/a/b") == b"1/a/b"
+
+
 def test_stores_of_one_bucket_are_apart(place, store):
     other = open_store(join(place, "sub"), "--workdir", patience=BRISK)
     neighbour = open_store(f"{place}2", "--workdir", patience=BRISK)

@@ -233,3 +233,19 @@ def test_every_prefix_of_the_writes_can_be_served_again(gcs, gs_store):
 def test_a_server_can_be_used_as_a_context():
     with GcsServer() as server, server.as_default():
         assert os.environ["STORAGE_EMULATOR_HOST"] == server.url
+
+
+def test_after_each_write_of_a_renaming_one_of_both_is_complete(gcs, gs_store):
+    for name in ("a", "b/c", "z"):
+        gs_store.put(f"1/{name}", name)
+    gs_store.put("1/done", "")
+    begin = len(gcs.mutations)
+    gs_store.move_prefix("1/", "2/", first="done")
+    recorded = list(gcs.mutations)
+    assert len(recorded) == begin + 8
+    for count in range(begin, len(recorded) + 1):
+        gcs.objects = Objects([BUCKET], recorded[:count])
+        complete = [prefix for prefix in ("1/", "2/") if gs_store.exists(f"{prefix}done")]
+        assert complete
+        for prefix in complete:
+            assert [gs_store.read(f"{prefix}{name}") for name in ("a", "b/c", "z")] == [b"a", b"b/c", b"z"]

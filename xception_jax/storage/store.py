@@ -160,16 +160,40 @@ class Store:
         """
         self._wait(name, "deleting", lambda: self._objects.write(name, None))
 
-    def delete_prefix(self, prefix: str) -> None:
+    def delete_prefix(self, prefix: str, first: str = "") -> None:
         """Deletes all objects whose names begin with a prefix, one after the other.
+
+        Args:
+          prefix: not empty.
+          first: the rest of a name that is deleted before all others, because it says that they are complete.
 
         Raises:
           UserError: they cannot be listed, or one cannot be deleted.
         """
         if not prefix:
             raise ValueError("this would delete the whole directory")
-        for name in self.list(prefix):
+        for name in sorted(self.list(prefix), key=lambda name: name != prefix + first):
             self.delete(name)
+
+    def move_prefix(self, prefix: str, target: str, first: str = "") -> None:
+        """Renames all objects whose names begin with a prefix.
+
+        No store does this at once. The objects are copied first, so that they are complete under at least one of both
+        prefixes at any time. What an interrupted call has copied is replaced by the next.
+
+        Args:
+          prefix: not empty.
+          target: replaces the prefix in the names.
+          first: the rest of a name that is deleted before all others, and copied after them.
+
+        Raises:
+          UserError: they cannot be read, written or deleted.
+        """
+        for name in sorted(self.list(prefix), key=lambda name: name == prefix + first):
+            content = self.read(name)
+            if content is not None:
+                self.put(target + name.removeprefix(prefix), content)
+        self.delete_prefix(prefix, first)
 
     def _wait(self, name: str, action: str, start: Callable[[], Any]) -> Any:
         try:
