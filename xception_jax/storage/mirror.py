@@ -33,19 +33,19 @@ class _Pushed:
 
 
 class Mirror:
-    """A new local directory with the files of a store, which `push` writes back.
+    """A new local directory, whose files `push` writes to a store.
 
-    Use it as a context manager: it pulls all files at the start, pushes at the end, and deletes the local directory.
-    Files are never deleted from the store. `push` may be called from any thread.
+    Use it as a context manager: it pulls files at the start, pushes at the end, and deletes the local directory. Files
+    are never deleted from the store. `push` may be called from any thread.
 
     Args:
       store: where the files are kept.
-      skipped: names that are not mirrored; those that end with a slash are directories. Checkpoints, for example,
-        which Orbax writes itself.
+      pulled: names of the files that a resumed run goes on with, if they exist; those that end with a slash are
+        directories. Not everything is pulled: checkpoints may be there, or other runs.
     """
 
-    def __init__(self, store: Store, skipped: Iterable[str] = ()) -> None:
-        self._store, self._skipped = store, tuple(skipped)
+    def __init__(self, store: Store, pulled: Iterable[str] = ()) -> None:
+        self._store, self._names_to_pull = store, tuple(pulled)
         self._pushed: dict[str, _Pushed] = {}
         self._warned: set[str] = set()
         self._lock = threading.Lock()
@@ -53,9 +53,9 @@ class Mirror:
         self.directory = Path(self._temporary.name)
 
     def __enter__(self) -> Mirror:
-        """Pulls all files."""
+        """Pulls files."""
         try:
-            self.pull()
+            self._pull()
         except BaseException:
             self._temporary.cleanup()
             raise
@@ -74,8 +74,8 @@ class Mirror:
         finally:
             self._temporary.cleanup()
 
-    def pull(self) -> None:
-        """Replaces local files by those of the store.
+    def _pull(self) -> None:
+        """Reads files from the store.
 
         Names that lead out of the directory, or that no file can have, are left alone with a warning.
 
@@ -83,27 +83,32 @@ class Mirror:
           UserError: the store cannot be read.
           StorageError: the local disk is full.
         """
-        for name in self._store.list():
-            if self._skips(name) or name.endswith("/"):  # some clients create such objects to show empty directories
-                continue
-            path = _local_path(self.directory, name)
-            content = self._store.read(name) if path else None
-            if path is None or content is None:
-                log.warning("%s: %r is not mirrored", self._store.root, name)
-                continue
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            except (FileExistsError, NotADirectoryError, IsADirectoryError):  # a store can have both `a` and `a/b`
-                log.warning("%s: %r is not mirrored, because it is a directory as well", self._store.root, name)
-            except OSError as error:
-                raise StorageError(
-                    f"the local copy cannot be written: {error.strerror}",
-                    f"{path}; {free_space(self.directory)}",
-                    "set TMPDIR to a directory with more space",
-                ) from None
-            else:
-                self._pushed[name] = _Pushed(hashlib.sha256(content).digest(), None)
+        for entry in self._names_to_pull:
+            for name in self._store.list(entry) if entry.endswith("/") else [entry]:
+                if not name.endswith("/"):  # some clients create such objects to show empty directories
+                    self._pull_file(name)
+
+    def _pull_file(self, name: str) -> None:
+        path = _local_path(self.directory, name)
+        if path is None:
+            log.warning("%s: %r is not mirrored", self._store.root, name)
+            return
+        content = self._store.read(name)
+        if content is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError):  # a store can have both `a` and `a/b`
+            log.warning("%s: %r is not mirrored, because it is a directory as well", self._store.root, name)
+        except OSError as error:
+            raise StorageError(
+                f"the local copy cannot be written: {error.strerror}",
+                f"{path}; {free_space(self.directory)}",
+                "set TMPDIR to a directory with more space",
+            ) from None
+        else:
+            self._pushed[name] = _Pushed(hashlib.sha256(content).digest(), None)
 
     def push(self) -> None:
         """Writes the files that have changed since the last call, each as a whole.
@@ -139,17 +144,14 @@ class Mirror:
             for file in sorted(files):
                 path = Path(folder, file)
                 name = path.relative_to(self.directory).as_posix()
-                if self._skips(name) or path.is_symlink() or not path.is_file():
+                # `.tmp` are those of `write_atomically`.
+                if name.endswith(".tmp") or path.is_symlink() or not path.is_file():
                     continue
                 if name.isprintable():  # bytes that are not UTF-8 are surrogates here, which are not printable
                     yield name, path
                 elif name not in self._warned:
                     self._warned.add(name)
                     log.warning("%r is not mirrored, because no object can have this name", name)
-
-    def _skips(self, name: str) -> bool:
-        directories = tuple(entry for entry in self._skipped if entry.endswith("/"))
-        return name in self._skipped or name.startswith(directories) or name.endswith(".tmp")
 
 
 def _signature(path: Path) -> tuple[int, int, int]:
