@@ -27,6 +27,10 @@ def requirements(name: str) -> list[Requirement]:
     return found
 
 
+def lines(name: str) -> list[str]:
+    return (ROOT / name).read_text().splitlines()
+
+
 def locked(name: str) -> dict[str, tuple[str, int]]:
     """Returns {package: (version, number of hashes)} of a lock file."""
     entries = re.split(r"\n(?=\w)", re.sub(r"^#.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE).strip())
@@ -51,8 +55,9 @@ def test_a_lock_file_pins_every_requirement(name):
 def test_the_packages_that_tests_of_extras_use_are_those_of_the_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = {extra: set(packages) for extra, packages in project["optional-dependencies"].items()}
-    assert set(extras) == {"cuda12", "tpu", "onnx", "tensorboard", "wandb"}
-    assert extras["onnx"] <= set((ROOT / "requirements-dev.txt").read_text().splitlines())
+    assert set(extras) == {"cloud", "cuda12", "tpu", "onnx", "tensorboard", "wandb"}
+    assert extras["cloud"] == {line for line in lines("requirements-cloud.txt") if ">" in line}
+    assert {"-r requirements-cloud.txt", *extras["onnx"]} <= set(lines("requirements-dev.txt"))
     jax = next(requirement for requirement in requirements("requirements.txt") if requirement.name == "jax")
     for extra in ("cuda12", "tpu"):
         assert extras[extra] == {f"jax[{extra}]{jax.specifier}"}

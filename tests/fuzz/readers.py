@@ -57,11 +57,28 @@ def image(data: bytes) -> None:
 
 
 def weights(data: bytes, suffix: str) -> None:
-    """Loads a weight file of any kind."""
+    """Loads a weight file of any kind, as users do: HDF5 is parsed in a process of its own, which may hang or crash."""
     from xception_jax.weights import load_network
 
     with file(data, f"weights{suffix}") as path, contextlib.redirect_stderr(io.StringIO()):
         load_network(path)
+
+
+def safetensors(data: bytes) -> None:
+    """Loads our safetensors or timm's in this process, so that its lines guide the mutations."""
+    from xception_jax.weights import own
+    from xception_jax.weights.content import SAFETENSORS
+    from xception_jax.weights.load import import_content
+    from xception_jax.weights.parse import parse_file
+
+    with file(data, "weights.safetensors") as path:
+        content = parse_file(path)
+        if content.format != SAFETENSORS:
+            return
+        if own.METADATA in content.texts:
+            own.from_tensors(content.tensors, content.texts, str(path), "")
+        else:
+            import_content(content, path, None, None)
 
 
 def config(data: bytes) -> None:

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+import urllib.request
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.storage.gcs_objects import Objects
+from tests.storage.gcs_server import GcsServer
+from xception_jax.storage import Patience, Store, open_store
+
+BUCKET = "bucket"
+BRISK = Patience(retries=3, first_delay=0.05, longest_delay=0.1, total=5)
+"""Fails in less than a second where every request fails, and in five where there is no answer."""
+
+_numbers = itertools.count(1)
+
+
+def run_child(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a Python program, and waits for it to end."""
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    variables = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def gcs_process():
+    with GcsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs(gcs_process, monkeypatch) -> GcsServer:
+    """Returns a server with one empty bucket, which clients in this process and its children use."""
+    gcs_process.objects = Objects([BUCKET])
+    gcs_process.control = lambda request: None
+    gcs_process.tokens = None
+    gcs_process.requests.clear()
+    for name, value in gcs_process.environment().items():
+        monkeypatch.setenv(name, value)
+    return gcs_process
+
+
+@pytest.fixture(scope="session")
+def moto():
+    """Starts a server for S3. It is not among the requirements: its versions of other packages do not fit theirs."""
+    server = pytest.importorskip("moto.server", reason="needs moto[server]").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(moto, monkeypatch, tmp_path_factory) -> str:
+    """Returns the name of an empty bucket of a server for S3, which clients in this process and its children use."""
+    empty = tmp_path_factory.mktemp("aws") / "config"
+    empty.touch()
+    variables = {
+        "AWS_ENDPOINT_URL_S3": moto,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(empty),
+        "AWS_SHARED_CREDENTIALS_FILE": str(empty),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{next(_numbers)}"
+    urllib.request.urlopen(urllib.request.Request(f"{moto}/{name}", method="PUT")).close()
+    return name
+
+
+@pytest.fixture
+def file_place(tmp_path) -> str:
+    return str(tmp_path / "run")
+
+
+@pytest.fixture
+def gs_place(gcs) -> str:
+    return f"gs://{BUCKET}/run"
+
+
+@pytest.fixture
+def s3_place(s3_bucket) -> str:
+    return f"s3://{s3_bucket}/run"
+
+
+@pytest.fixture(params=["file", "gs", "s3"])
+def place(request) -> str:
+    """Returns an empty directory of each kind."""
+    return request.getfixturevalue(f"{request.param}_place")
+
+
+@pytest.fixture
+def store(place) -> Store:
+    return open_store(place, "--workdir", patience=BRISK)
+
+
+@pytest.fixture
+def gs_store(gs_place) -> Store:
+    return open_store(gs_place, "--workdir", patience=BRISK)
