@@ -56,7 +56,7 @@ def start_distributed(distributed: DistributedConfig) -> None:
     Raises:
       ConfigError: a launcher started several processes, but they cannot find each other.
     """
-    if distributed.start == "off":
+    if distributed.start == "off" or jax.distributed.is_initialized():
         return
     evidence = several_processes(os.environ)
     given = {
