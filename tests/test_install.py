@@ -95,6 +95,7 @@ restart_with_allocator()
 print(os.getpid() == before, sys.argv[1:], sys.flags.isolated, repr(sys.stdin.read()), lacks_allocator())
 print(os.environ.get(TUNABLES), sorted(name for name in os.environ if "RESTARTED" in name))
 print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, flush=True)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # as the program does once it handles signals
 os.kill(os.getpid(), signal.SIGTERM)
 """
 

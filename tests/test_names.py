@@ -52,7 +52,8 @@ from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
 from xception_jax.study.runner import Runner
 from xception_jax.training.fingerprint import compare_signatures
-from xception_jax.weights import Network, Preprocessing, guard, load_network, save_network
+from xception_jax.weights import Network, Preprocessing, load_network, save_network
+from xception_jax.weights.parse import parse_file
 
 NASTY = [
     "x\nerror: forged\n  where: forged\n  fix:   forged",
@@ -215,7 +216,7 @@ def test_advice_can_be_pasted(tmp_path, monkeypatch):
     assert raised.value.fix.endswith(names.in_shell(odd))
     (odd / "weights.pt").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(BadDataError) as raised:
-        guard.container_format(odd / "weights.pt")
+        parse_file(odd / "weights.pt")
     command = raised.value.fix.partition(": ")[2]
     printed = subprocess.run(
         ["bash", "-c", command.replace("python", "printf '%s\\0'", 1)], capture_output=True, check=True, cwd=tmp_path

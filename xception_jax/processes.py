@@ -173,7 +173,7 @@ def gather(name: str, value: str) -> list[str]:
     """
     if not jax.distributed.is_initialized():
         return [value]
-    client, prefix = _store(), f"{_PREFIX}gather/{name}/"
+    client, prefix = _store(), f"{_PREFIX}gather/{name.replace('/', '-')}/"
     client.key_value_set(f"{prefix}{jax.process_index()}", value)
     client.wait_at_barrier(f"{prefix}barrier", _WAIT_MILLISECONDS)
     values = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(prefix)}

@@ -114,7 +114,7 @@ def test_a_damaged_image_is_named_and_left_out(weights, photos, tmp_path, capsys
         (["--dataset", "d", "--split", "test", "--labels", "folder"], UsageError, "remove --labels"),
         (["photos", "--batch_size", "0"], UsageError, "at least 1"),
         (["photos", "--out", "x.parquet"], UsageError, "ends in .npz or .csv"),
-        (["photos", "--out", "no/such/x.npz"], InputMissingError, "create it"),
+        (["photos", "--out", "no/such/x.npz"], InputMissingError, "create the directory"),
     ],
 )
 def test_wrong_arguments_of_embed(options, error, words):

@@ -117,8 +117,8 @@ def test_any_block_can_be_asked_for(weights, photos, tmp_path):
         (["--class", "4"], UsageError, "a number from 0 to 3"),
         (["--batch_size", "0"], UsageError, "at least 1"),
         (["--out", "x.jpg"], UsageError, "ends in .png"),
-        (["--out", "no/such/x.png"], InputMissingError, "create it"),
-        (["--npz", "no/such/x.npz"], InputMissingError, "create it"),
+        (["--out", "no/such/x.png"], InputMissingError, "create the directory"),
+        (["--npz", "no/such/x.npz"], InputMissingError, "create the directory"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_computed(weights, photos, options, error, words):

@@ -146,5 +146,5 @@ def test_there_is_no_study(tmp_path):
     with pytest.raises(InputMissingError, match="there is no study"):
         read_study(tmp_path)
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(BadDataError, match=r"study\.json cannot be read"):
+    with pytest.raises(BadDataError, match=r"the study cannot be read"):
         read_study(tmp_path)

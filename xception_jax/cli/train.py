@@ -31,7 +31,17 @@ it after a save.
 
 
 # Environment variables of clusters, on which JAX may find other processes of the run. They share the work directory.
-_CLUSTER = ("SLURM_", "OMPI_", "PMI_", "MEGASCALE_", "TPU_", "JAX_NUM_", "JAX_COORD", "KUBERNETES_")
+_CLUSTER = (
+    "SLURM_",
+    "OMPI_",
+    "PMI_",
+    "MEGASCALE_",
+    "TPU_WORKER_",
+    "TPU_PROCESS_",
+    "JAX_NUM_",
+    "JAX_COORD",
+    "KUBERNETES_",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

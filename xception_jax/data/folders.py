@@ -29,7 +29,10 @@ def entries(folder: Path) -> list[tuple[Path, bool]]:
 
 def text(path: Path) -> str:
     r"""Returns a path as text with slashes. A byte that is not UTF-8 becomes an escape such as '\xe9'."""
-    return os.fsencode(path.as_posix()).decode(errors="backslashreplace")
+    try:
+        return os.fsencode(path.as_posix()).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # no path of a disk
+        return path.as_posix().encode(errors="backslashreplace").decode()
 
 
 def files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
