@@ -145,7 +145,20 @@ def local_directory(path: str, where: str) -> Path:
     if not path or "://" in path:
         what = "is not supported: locks and renames need a file system" if path else "is empty"
         raise ConfigError(f"the directory {path!r} {what}", where, "use a local directory")
+    return expanded(path, where).absolute()
+
+
+def expanded(path: str, where: str) -> Path:
+    """Returns a path with the home directory in place of ~ or ~USER.
+
+    Args:
+      path: a path.
+      where: the flag or field that gave it, for the error.
+
+    Raises:
+      ConfigError: there is no such user, or this user has no home directory, as in a container that runs as a number.
+    """
     try:
-        return Path(path).expanduser().absolute()
+        return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(f"there is no home directory for {path!r}", where, "give the whole path") from None

@@ -13,11 +13,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
-from xception_jax.files import open_regular
+from xception_jax.files import expanded, open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,9 +271,10 @@ def require_directory(path: str | os.PathLike[str]) -> None:
 
     Raises:
       InputMissingError: the directory of the file is missing.
+      ConfigError: the path begins with ~, and there is no such home.
       StorageError: there is a directory in the place of the file, or it may not be written.
     """
-    target = Path(path).expanduser().absolute()
+    target = expanded(os.fspath(path), "the path of an output").absolute()
     fix = "create the directory, or choose another path"
     with writing("file", target, "choose another path"):
         if not target.parent.is_dir():

@@ -13,6 +13,7 @@ from xception_jax.config import DataConfig
 from xception_jax.data.prepare.names import DATASET_NAMES, SHIPPED_NAMES
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
 from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.files import expanded
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _source(args: argparse.Namespace) -> Path:
     if not args.source:
         fix = "see the example in xception-jax prepare --help"
         raise UsageError(f"prepare {args.dataset} needs --source", "--source", fix)
-    source = Path(args.source).expanduser()
+    source = expanded(args.source, "--source")
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", "--source", "point --source at an existing directory")
     return source

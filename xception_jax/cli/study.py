@@ -11,7 +11,7 @@ from pathlib import Path
 from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.files import local_directory, write_atomically
+from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
 from xception_jax.study.design import load_study
@@ -106,7 +106,9 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     if args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to 1 or more")
     if args.data_dir is not None:
-        environment["TFDS_DATA_DIR"] = os.environ["TFDS_DATA_DIR"] = str(Path(args.data_dir).expanduser().absolute())
+        environment["TFDS_DATA_DIR"] = os.environ["TFDS_DATA_DIR"] = str(
+            expanded(args.data_dir, "--data_dir").absolute()
+        )
     if args.workdir is None and not args.print:
         raise UsageError("--workdir is missing", "the command line", "add --workdir=DIRECTORY")
     if args.reuse and (args.cell is not None or args.slurm is not None):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.errors import BadDataError, UsageError
+from xception_jax.files import expanded
 from xception_jax.user_files import read_text, reading
 
 NUMBERED = r"([^/]+?)[-_. ]?\d+\.\w+$"
@@ -36,7 +37,7 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
       InputMissingError: there is no such CSV file.
       BadDataError: a file has no group, or the CSV file has other columns.
     """
-    found = _from_csv(Path(groups).expanduser()) if groups.endswith(".csv") else _from_pattern(groups, keys)
+    found = _from_csv(expanded(groups, "--groups")) if groups.endswith(".csv") else _from_pattern(groups, keys)
     missing = [key for key in keys if not found.get(key)]
     if missing:
         raise BadDataError(
