@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at any moment of its life, ends with the bits of one that was left alone."""
+"""Kills a run repeatedly at random moments, and compares its final state with that of an undisturbed run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _STATISTICS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
 
 
 class Result(NamedTuple):
-    """What a target has shown: executions, covered edges, inputs in its corpus, finds of this run and earlier ones."""
+    """Holds the results of a target: executions, covered edges, size of its corpus, and finds."""
 
     executions: int
     coverage: int

@@ -108,7 +108,7 @@ def manifest(data: bytes) -> None:
 
     with file(data, f"checkpoint/{manifest.NAME}") as path:
         with contextlib.suppress(manifest.DamagedError):
-            manifest.read(path.parent)
+            manifest.compare_files(path.parent, manifest.read_content(path)["files"])
 
 
 def masked_crc(data: bytes) -> bytes:

@@ -76,7 +76,7 @@ class GcsServer:
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "GOOGLE_CLOUD_PROJECT": "test",
-            # gcsfs otherwise asks a service over gRPC, which has no emulator, for the kind of the bucket.
+            # Otherwise gcsfs asks for the type of the bucket over gRPC, which this server does not have.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
 

@@ -142,6 +142,7 @@ def test_a_config_of_the_hub_that_no_network_has(tmp_path):
         assert preprocessing == Preprocessing()
         assert len(notes) == 1
         assert len(notes[0]) < 300
+    assert config_of(tmp_path, crop_pct=10**400) == (Preprocessing(), None, [])  # no number of JSON that we read
 
 
 def model_of(*layers: dict) -> LayerConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 
@@ -12,6 +11,7 @@ import safetensors.numpy
 from released import assert_same, config
 
 from xception_jax.cli import convert as command
+from xception_jax.command_line import Parser
 from xception_jax.config import to_dict
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError, UserError
 from xception_jax.runs import open_network
@@ -115,7 +115,7 @@ def test_another_model_is_not_silently_ignored(path):
 
 
 def convert(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     command.add_arguments(parser)
     return command.run(parser.parse_args(list(map(str, arguments))))
 
@@ -214,6 +214,7 @@ def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
         (["x.safetensors", "y.safetensors", "--classes", "none.txt"], 66),
         (["x.safetensors", "y.safetensors", "--classes", "imagenet"], 65),
         (["x.safetensors", "y.safetensors", "--classes", "x.safetensors"], 65),
+        (["x.safetensors", "y.safetensors", "--size", "0"], 64),
         (["x.safetensors", "none/y.safetensors"], 74),
     ],
 )

@@ -38,7 +38,7 @@ class HeaderError(ValueError):
 
 
 class Header(NamedTuple):
-    """What the headers of an image say.
+    """Describes an image by its headers.
 
     Attributes:
       format: 'JPEG', 'PNG' or 'WEBP'.

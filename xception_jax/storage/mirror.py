@@ -26,7 +26,12 @@ _SETTLED_NS = 2_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class _Pushed:
-    """What the store has of a file: its digest, and what `stat` said about it, or None if that proves nothing."""
+    """Describes the copy of a file in the store.
+
+    Attributes:
+      sha256: its digest.
+      signature: what `stat` returned for the local file, or None if a later change could have the same.
+    """
 
     sha256: bytes
     signature: tuple[int, int, int] | None

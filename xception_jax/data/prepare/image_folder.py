@@ -126,9 +126,9 @@ def image_folder(
     Raises:
       InputMissingError: the folder is missing or has no images.
       UsageError: `shares` are given, but the folder has split folders; or `groups` is not valid.
-      BadDataError: a class has no valid name, two folders stand for the same split, a class of another split is missing
-        in 'train', a file has no group, or a group is in two split folders. While the examples are read: an image is
-        damaged, or all images of a class in 'train' are.
+      BadDataError: the name of a class is not valid, two folders stand for the same split, 'train' lacks a class of
+        another split, a file has no group, or a group is in two split folders. Also raised while the examples are read,
+        if an image is damaged, or all images of a class in 'train' are.
     """
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
