@@ -61,3 +61,10 @@ def readers(path: Path) -> list[int]:
         if b"weights.child" in command and str(path).encode() in command:
             found.append(int(directory.name))
     return found
+
+
+def is_limited(process: int) -> bool:
+    """Returns whether a process has limited its time, which a reader does just before it reads; only on Linux."""
+    return "unlimited" not in next(
+        line for line in Path(f"/proc/{process}/limits").read_text().splitlines() if line.startswith("Max cpu time")
+    )

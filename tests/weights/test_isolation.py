@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 import pytest
 import safetensors.numpy
-from hostile import hanging, readers, strings_that_share_one
+from hostile import hanging, is_limited, readers, strings_that_share_one
 
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UserError
-from xception_jax.weights import hub, load_network, parse
+from xception_jax.weights import hub, isolation, load_network, parse
 from xception_jax.weights.content import decode
 from xception_jax.weights.isolation import open_weights
 from xception_jax.weights.limits import VARIABLE, Limits
@@ -181,15 +181,37 @@ def test_a_reader_that_crashes(tmp_path, signum):
     hanging(path)
 
     def crash() -> None:
-        while not (found := readers(path)):
+        while not (found := [each for each in readers(path) if is_limited(each)]):
             time.sleep(0.01)
-        time.sleep(0.3)  # it installs nothing for these signals, so any moment will do
         os.kill(found[0], signum)
 
     thread = threading.Thread(target=crash)
     thread.start()
     assert signum.name in refusal(path)
     thread.join()
+
+
+@linux
+def test_a_reader_that_is_killed_before_it_reads(tmp_path):
+    path = tmp_path / "x.h5"
+    hanging(path)
+    with open_weights(path) as reader:
+        os.kill(readers(path)[0], signal.SIGKILL)
+        with pytest.raises(StorageError, match=r"does not start: it was ended by SIGKILL"):
+            reader.content()
+    assert not readers(path)
+
+
+@linux
+def test_a_reader_that_does_not_get_ready(tmp_path, monkeypatch):
+    path = tmp_path / "x.h5"
+    hanging(path)
+    monkeypatch.setattr(isolation, "_START_SECONDS", 0.1)
+    with open_weights(path) as reader:
+        os.kill(readers(path)[0], signal.SIGSTOP)
+        with pytest.raises(StorageError, match=r"does not start: it is not ready after 0\.1 seconds"):
+            reader.content()
+    assert not readers(path)
 
 
 @linux

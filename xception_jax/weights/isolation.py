@@ -141,8 +141,12 @@ class _Child:
 
     def answer(self) -> bytes:
         """Lets the process read the file, and returns its answer."""
-        if self._receive(READY, _START_SECONDS) != READY:
-            raise self._did_not_start(self._last_line())
+        try:
+            ready = self._receive(READY, _START_SECONDS)
+        except _TimeIsUp:
+            raise self._did_not_start(f"it is not ready after {_START_SECONDS:,} seconds") from None
+        if ready != READY:
+            raise self._did_not_start(self._end())
         with contextlib.suppress(BrokenPipeError):  # the answer will be missing
             cast(BinaryIO, self._process.stdin).write(b"\n")
         deadline = time.monotonic() + self.limits.wall
@@ -201,6 +205,13 @@ class _Child:
                     if len(received) > 8 * self.limits.text:  # escapes take up to six bytes
                         raise self.failed("gives too long an answer")
         return bytes(received)
+
+    def _end(self) -> str:
+        """Says how a process that did not get ready has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its output, and lives on
+            if (code := self._process.wait(1)) < 0:
+                return f"it was ended by {signal.Signals(-code).name}"
+        return self._last_line()
 
     def _last_line(self) -> str:
         return (self._stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1][:500]
