@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -52,6 +53,13 @@ def refusal(path: Path) -> str:
     if sys.platform == "linux":
         assert not readers(path)
     return str(caught.value)
+
+
+def next_reader(path: Path, condition: Callable[[int], bool] = lambda process: True) -> int:
+    """Waits for a process that reads the file and that a condition holds for."""
+    while not (found := [each for each in readers(path) if condition(each)]):
+        time.sleep(0.01)
+    return found[0]
 
 
 @pytest.fixture
@@ -181,9 +189,7 @@ def test_a_reader_that_crashes(tmp_path, signum):
     hanging(path)
 
     def crash() -> None:
-        while not (found := [each for each in readers(path) if is_limited(each)]):
-            time.sleep(0.01)
-        os.kill(found[0], signum)
+        os.kill(next_reader(path, is_limited), signum)
 
     thread = threading.Thread(target=crash)
     thread.start()
@@ -196,7 +202,7 @@ def test_a_reader_that_is_killed_before_it_reads(tmp_path):
     path = tmp_path / "x.h5"
     hanging(path)
     with open_weights(path) as reader:
-        os.kill(readers(path)[0], signal.SIGKILL)
+        os.kill(next_reader(path), signal.SIGKILL)
         with pytest.raises(StorageError, match=r"does not start: it was ended by SIGKILL"):
             reader.content()
     assert not readers(path)
@@ -208,7 +214,7 @@ def test_a_reader_that_does_not_get_ready(tmp_path, monkeypatch):
     hanging(path)
     monkeypatch.setattr(isolation, "_START_SECONDS", 0.1)
     with open_weights(path) as reader:
-        os.kill(readers(path)[0], signal.SIGSTOP)
+        os.kill(next_reader(path), signal.SIGSTOP)
         with pytest.raises(StorageError, match=r"does not start: it is not ready after 0\.1 seconds"):
             reader.content()
     assert not readers(path)
@@ -224,9 +230,7 @@ def test_a_signal_while_the_reader_hangs_ends_both(tmp_path, shared_environment,
     before = set(os.listdir(tmp_path))
     environment = shared_environment | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", READ, path], env=environment, start_new_session=True) as process:
-        while not readers(path):
-            time.sleep(0.01)
-        time.sleep(0.5)
+        next_reader(path, is_limited)
         os.killpg(process.pid, signum)  # as a terminal does
         assert process.wait(5) == code
     deadline = time.monotonic() + 5
@@ -242,9 +246,7 @@ def test_ctrl_c_of_a_command(tmp_path, shared_environment):
     hanging(path)
     command = [sys.executable, "-m", "xception_jax", "convert", path, tmp_path / "y.safetensors"]
     with subprocess.Popen(command, env=shared_environment, stderr=subprocess.PIPE) as process:
-        while not readers(path):
-            time.sleep(0.05)
-        time.sleep(0.5)
+        next_reader(path, is_limited)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
         assert process.stderr is not None
