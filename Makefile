@@ -46,9 +46,6 @@ smoke: $(VENV)/.installed-dev ## Run the tests marked `smoke`, in less than a mi
 test: $(VENV)/.installed-dev ## Run the tests; ARGS='tests/models -k parity' selects some
 	$(BIN)/python -m pytest $(ARGS)
 
-test-faults: $(VENV)/.installed-dev ## Disturb training from outside: signals, stuck workers, files that cannot be written
-	$(BIN)/python -m pytest -m faults --dist=load $$(grep -rl --include='test_*.py' 'mark\.faults' tests) $(ARGS)
-
 test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Compare with timm itself; see docs/howto/weights.md
 	PEERS=$(abspath $(or $(PEERS),.venv-peers/bin/python)) $(BIN)/python -m pytest tests/peers $(ARGS)
 
