@@ -160,6 +160,7 @@ def test_kill_minus_9_and_sigterm_and_the_same_command_end_with_the_same_bits(
     assert journal(tmp_path) == journal(uninterrupted[0])  # each entry once, none lost
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
