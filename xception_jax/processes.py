@@ -25,6 +25,7 @@ from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError, PreemptedError, UserError
 from xception_jax.launchers import from_environment, several_processes
 from xception_jax.roll_call import RollCall
+from xception_jax.signals import StopRequested
 
 _PREFIX = "xception_jax/"  # of our keys in the coordinator's store
 _WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
@@ -123,6 +124,9 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
     except UserError as error:
         peers.leave(error.exit_code)
         raise
+    except StopRequested:
+        peers.leave(PreemptedError.exit_code)
+        raise
     except Exception:
         peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
         peers.leave(1)
@@ -148,6 +152,16 @@ def gather(name: str, value: str) -> list[str]:
     client.wait_at_barrier(f"{prefix}barrier", _WAIT_MILLISECONDS)
     values = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(prefix)}
     return [values[number] for number in sorted(values)]
+
+
+def publish(name: str) -> None:
+    """Sets a flag that `is_published` returns in all processes."""
+    _store().key_value_set(f"{_PREFIX}{name}/flag", "set", allow_overwrite=True)
+
+
+def is_published(name: str) -> bool:
+    """Returns whether a process has set a flag."""
+    return bool(_store().key_value_dir_get(f"{_PREFIX}{name}/"))
 
 
 def together(name: str, prepare: Callable[[], T]) -> T:

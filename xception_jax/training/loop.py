@@ -191,9 +191,9 @@ class Loop:
                     break
                 if self._is_due(checkpoint):
                     self._save()
-                if self.preemption.should_stop(self.step):
-                    self._stop()
                 batch = self._next_batch()
+                if self.preemption.should_stop():
+                    self._stop()
                 before, self.dispatched = self.dispatched, None
                 trace.before_step(self.state)
                 self.state, metrics = train_step(self.state, batch, dropout)
@@ -207,9 +207,10 @@ class Loop:
             self._save()
             self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
+        fingerprint = state_fingerprint(self.state)
         from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 
-        with announce("writing the report", print_once):
+        with announce("writing the report", print_once), self.preemption.ending():
             return summarize_run(
                 self.experiment,
                 self.workdir,
@@ -217,7 +218,7 @@ class Loop:
                 self.dev_predictions,
                 predictions,
                 list(self.state.all_variables().values())[-1],
-                fingerprint=state_fingerprint(self.state),
+                fingerprint=fingerprint,
                 seconds_to_first_step=self.seconds_to_first_step,
             )
 
@@ -329,7 +330,8 @@ class Loop:
 
         def poll(batch: Batch) -> None:
             self._note_damaged(split, batch)
-            self._stop_if_requested()
+            if self.preemption.should_stop():
+                self._stop()
 
         variables = self.state.all_variables()
         start = time.monotonic()
