@@ -31,7 +31,7 @@ from xception_jax.training.agreement import agree_on_config_and_code, agree_on_d
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
-from xception_jax.training.feed import Feed
+from xception_jax.training.feed import Feed, polled
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
@@ -341,7 +341,7 @@ class Loop:
                 self.evaluation_step,
                 self.metrics,
                 variables,
-                iterator,
+                polled(iterator, self._stop_if_requested),
                 len(source),
                 to_devices=self._to_devices,
                 poll=poll,
