@@ -10,11 +10,12 @@ import sys
 from absl import logging
 
 from xception_jax.command_line import field_help, read_config
-from xception_jax.config import ExperimentConfig, resolve
+from xception_jax.config import resolve
 from xception_jax.config.shipped import shipped_names
 from xception_jax.environment import program
 from xception_jax.errors import UsageError
 from xception_jax.files import local_directory
+from xception_jax.launchers import may_have_peers
 from xception_jax.names import in_shell
 from xception_jax.training.workdir import check_workdir
 
@@ -28,20 +29,6 @@ The same command resumes a run that was stopped. The exit code is 0 if the run h
 it after a save.
 
 """
-
-
-# Environment variables of clusters, on which JAX may find other processes of the run. They share the work directory.
-_CLUSTER = (
-    "SLURM_",
-    "OMPI_",
-    "PMI_",
-    "MEGASCALE_",
-    "TPU_WORKER_",
-    "TPU_PROCESS_",
-    "JAX_NUM_",
-    "JAX_COORD",
-    "KUBERNETES_",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO
     config = resolve(read_config(args.config, args.overrides))
-    check_workdir(local_directory(args.workdir, "--workdir"), alone=not _may_have_peers(config))
+    on_tpu = importlib.util.find_spec("libtpu") is not None
+    alone = not may_have_peers(config.distributed, os.environ, on_tpu=on_tpu)
+    check_workdir(local_directory(args.workdir, "--workdir"), alone=alone)
     # Mistakes in the arguments are reported before JAX is imported.
     from xception_jax.logs.console import announce
 
@@ -94,9 +83,3 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
-
-
-def _may_have_peers(config: ExperimentConfig) -> bool:
-    on_tpu = importlib.util.find_spec("libtpu") is not None  # the hosts of a slice need no variable
-    variables = any(name.startswith(_CLUSTER) for name in os.environ)
-    return bool(config.distributed.coordinator) or variables or on_tpu

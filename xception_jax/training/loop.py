@@ -31,7 +31,7 @@ from xception_jax.training.agreement import agree_on_config_and_code, agree_on_d
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
-from xception_jax.training.feed import Feed
+from xception_jax.training.feed import Feed, polled
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
@@ -191,9 +191,9 @@ class Loop:
                     break
                 if self._is_due(checkpoint):
                     self._save()
-                if self.preemption.should_stop(self.step):
-                    self._stop()
                 batch = self._next_batch()
+                if self.preemption.should_stop():
+                    self._stop()
                 before, self.dispatched = self.dispatched, None
                 trace.before_step(self.state)
                 self.state, metrics = train_step(self.state, batch, dropout)
@@ -207,9 +207,10 @@ class Loop:
             self._save()
             self.checkpoints.wait()
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
+        fingerprint = state_fingerprint(self.state)
         from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 
-        with announce("writing the report", print_once):
+        with announce("writing the report", print_once), self.preemption.ending():
             return summarize_run(
                 self.experiment,
                 self.workdir,
@@ -217,7 +218,7 @@ class Loop:
                 self.dev_predictions,
                 predictions,
                 list(self.state.all_variables().values())[-1],
-                fingerprint=state_fingerprint(self.state),
+                fingerprint=fingerprint,
                 seconds_to_first_step=self.seconds_to_first_step,
             )
 
@@ -329,7 +330,8 @@ class Loop:
 
         def poll(batch: Batch) -> None:
             self._note_damaged(split, batch)
-            self._stop_if_requested()
+            if self.preemption.should_stop():
+                self._stop()
 
         variables = self.state.all_variables()
         start = time.monotonic()
@@ -339,7 +341,7 @@ class Loop:
                 self.evaluation_step,
                 self.metrics,
                 variables,
-                iterator,
+                polled(iterator, self._stop_if_requested),
                 len(source),
                 to_devices=self._to_devices,
                 poll=poll,
