@@ -223,6 +223,16 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
     raise error(message, different[0], fix).printed_by(jax.process_index() == 0)
 
 
+def publish(name: str, value: str) -> None:
+    """Lets the other processes read a value of this one with `published`, in place of an earlier value."""
+    _store().key_value_set(f"{_PREFIX}{name}/{jax.process_index()}", value, allow_overwrite=True)
+
+
+def published(name: str) -> dict[int, str]:
+    """Returns the latest value of each process that has published one, by process. Does not wait for the others."""
+    return {int(key.rsplit("/", 1)[1]): value for key, value in _store().key_value_dir_get(f"{_PREFIX}{name}/")}
+
+
 def _store() -> Any:
     """Returns the client of the coordinator's key-value store, which JAX has no public name for."""
     from jax._src.distributed import global_state

@@ -200,6 +200,7 @@ FAULTS = {
         ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
     ),
     50: Fault("processes that are not connected", "refused with the remedy", ("test_start.py",)),
+    55: Fault("no step ends", "75, with the stacks of all threads", ("test_watchdog.py",)),
     56: Fault(
         "steps are exchanged, renamed or copied",
         "found, an older step is used",
@@ -217,7 +218,6 @@ FAULTS = {
 NOT_YET = {
     49: "a signal to one host in an evaluation, a wait or the report",
     **dict.fromkeys(range(51, 55), "a bucket as work directory"),
-    55: "a step that does not end",
 }
 """Faults of docs/explanation/reliability.md that no test injects yet, by number."""
 

@@ -78,7 +78,11 @@ def sha256(process) -> str:
 
 def entries(workdir, split):
     return [
-        {name: value for name, value in entry.items() if name not in ("seconds", "images_per_second", "input_share")}
+        {
+            name: value
+            for name, value in entry.items()
+            if not re.match("seconds|images_per_second|input_share|time", name)
+        }
         for entry in read_metrics(workdir / "metrics.jsonl")
         if entry["split"] == split
     ]

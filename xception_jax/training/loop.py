@@ -19,6 +19,7 @@ from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, 
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.files import local_directory
+from xception_jax.logs import goodput
 from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
@@ -29,6 +30,7 @@ from xception_jax.reports.live import marked_when_stopped
 from xception_jax.signals import StopRequested
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
+from xception_jax.training.compilation import use_compilation_cache
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
 from xception_jax.training.feed import Feed, polled
@@ -37,6 +39,7 @@ from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
 from xception_jax.training.state import DROPOUT, TrainState, seed_bits
+from xception_jax.training.watchdog import Watchdog
 from xception_jax.training.workdir import open_workdir
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ def _train(requested: ExperimentConfig, path: Path, started: float) -> Summary:
     with contextlib.ExitStack() as stack:
         stack.enter_context(connected(requested.distributed, str(path)))
         agree_on_config_and_code(requested)
+        together("compilation cache", lambda: use_compilation_cache(requested.compilation_cache))
         config, initial = together("network", lambda: complete_config(requested, path))
         together("work directory", lambda: stack.enter_context(open_workdir(path, config)))
         if jax.process_index() == 0:
@@ -92,6 +96,7 @@ def _train(requested: ExperimentConfig, path: Path, started: float) -> Summary:
             step, state = restored if restored else (0, first_state(experiment, print_once, initial))
         journal = stack.enter_context(Journal(experiment, path, step, started))
         journal.header(path, step)
+        stack.enter_context(Watchdog(config.watchdog, journal.stopwatch, journal.throughput, path))
         if config.data.cache_features:
 
             def stop_if_requested() -> None:
@@ -183,7 +188,8 @@ class Loop:
                 train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
             trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
-        with self.preemption.deferred():  # until the state is saved
+        doing = self.journal.stopwatch.during
+        with self.preemption.deferred(), doing(goodput.STEPS):  # until the state is saved
             while True:
                 if self._is_due(evaluation):
                     self._evaluate_dev()
@@ -195,7 +201,8 @@ class Loop:
                 if self.preemption.should_stop():
                     self._stop()
                 before, self.dispatched = self.dispatched, None
-                trace.before_step(self.state)
+                with doing(goodput.EVALUATION):
+                    trace.before_step(self.state)
                 self.state, metrics = train_step(self.state, batch, dropout)
                 self.step += 1
                 self.dispatched = _Dispatched(self.step, metrics)
@@ -203,14 +210,14 @@ class Loop:
                 self._read(before)
                 self.checkpoints.poll()
             if trains:
-                trace.end(self.state)
-            self._save()
-            self.checkpoints.wait()
+                with doing(goodput.EVALUATION):
+                    trace.end(self.state)
+            self._save(wait=True)
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
         fingerprint = state_fingerprint(self.state)
         from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 
-        with announce("writing the report", print_once), self.preemption.ending():
+        with announce("writing the report", print_once), doing(goodput.EVALUATION), self.preemption.ending():
             return summarize_run(
                 self.experiment,
                 self.workdir,
@@ -248,7 +255,7 @@ class Loop:
     def _next_batch(self) -> DeviceBatch:
         """Waits for the next batch, or until a signal arrives."""
         assert self.feed is not None
-        with self.journal.throughput.waiting():
+        with self.journal.waiting():
             batch, on_devices = self.feed.next(self._stop_if_requested)
         self._note_damaged("train", batch)
         if batch["image"].ndim == 4 and self.step % self.experiment.every(self.config.evaluation.every) == 0:
@@ -286,7 +293,10 @@ class Loop:
         the data still depends only on the step, and an interrupted run recovers in the same way.
         """
         has_recovered = self.journal.has_recovered
-        restored = None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
+        with self.journal.stopwatch.during(goodput.START):
+            restored = (
+                None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
+            )
         if restored is None:
             raise DivergedError(
                 f"the loss was not finite for {self.config.max_bad_steps} steps in a row, "
@@ -308,11 +318,13 @@ class Loop:
         """Returns whether an event that happens every `every` steps, and at the last step, is due now."""
         return self.step > 0 and (self.step % every == 0 or self.step == self.experiment.total_steps)
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         self._flush()
         self.journal.sync()
-        with self.journal.pause():
+        with self.journal.pause(goodput.SAVING):
             self.checkpoints.save(self.step, self.state, self.dev_metrics)
+            if wait:
+                self.checkpoints.wait()
         self.dev_metrics = {}
 
     def _stop_if_requested(self) -> None:
@@ -321,8 +333,7 @@ class Loop:
 
     def _stop(self) -> None:
         """Saves a checkpoint and ends the run with a PreemptedError."""
-        self._save()
-        self.checkpoints.wait()
+        self._save(wait=True)
         raise self.preemption.error(self.step, self.workdir)
 
     def _evaluate(self, split: str) -> tuple[dict[str, float], Predictions]:
@@ -336,7 +347,8 @@ class Loop:
         variables = self.state.all_variables()
         start = time.monotonic()
         announced = announce(f"evaluating on {split}: {len(source):,} images", print_once)
-        with announced, self.journal.pause(), contextlib.closing(iter(self.evaluation_batches[split])) as iterator:
+        batches = contextlib.closing(iter(self.evaluation_batches[split]))
+        with announced, self.journal.pause(goodput.EVALUATION), batches as iterator:
             metrics, predictions = evaluate(
                 self.evaluation_step,
                 self.metrics,
@@ -371,7 +383,7 @@ class Loop:
         from xception_jax.training.summary import write_live_report  # imports matplotlib, which takes a second
 
         started = self.journal.seconds_since_start
-        with self.journal.pause():
+        with self.journal.pause(goodput.EVALUATION):
             write_live_report(
                 self.experiment,
                 self.workdir,

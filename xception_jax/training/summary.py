@@ -51,6 +51,7 @@ class Summary:
       state_sha256: fingerprint of the final state.
       report: path of report.html.
       checkpoint: path of the last checkpoint.
+      time_spent: seconds of each of `goodput.ACTIVITIES` since the first start of the run, on process 0.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Summary:
     state_sha256: str
     report: Path
     checkpoint: Path
+    time_spent: dict[str, float]
 
     def __str__(self) -> str:
         """Returns the lines that are printed at the end of a run."""
@@ -124,7 +126,14 @@ def summarize_run(
             _write(experiment, workdir, entries, info, judged)
     step = experiment.total_steps
     return Summary(
-        step, groups, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
+        step,
+        groups,
+        final,
+        main_metric(experiment.config),
+        fingerprint,
+        report,
+        workdir / "checkpoints" / str(step),
+        journal.stopwatch.seconds(),
     )
 
 
@@ -162,6 +171,7 @@ def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: f
         "total_steps": experiment.total_steps,
         "steps_per_epoch": len(experiment.sources["train"]) / experiment.config.batch_size,
         "wall_seconds": journal.seconds,
+        "time_spent": journal.stopwatch.seconds(),
         "peak_memory_bytes": peak_memory_bytes(),
         "command": command(),
         "commit": _commit(),
