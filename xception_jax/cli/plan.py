@@ -64,6 +64,10 @@ def format_plan(plan: Plan) -> str:
     lines = [
         f"{data['config'] or plan.config.model.name} on {topology.name}: {topology.size} x {chip.name}",
         _row("batch", f"{plan.config.batch_size:,} images, {plan.batch_per_chip} per chip, {data['dtype']}"),
+        _row(
+            "network", f"{data['parameters']:,} parameters, {data['multiply_adds'] / 1e9:.3g} G multiply-adds per image"
+        ),
+        _row("live", f"{data['live_parameters']:,} parameters, {data['live_multiply_adds'] / 1e9:.3g} G multiply-adds"),
         _row("run", f"{plan.steps:,} steps ({plan.config.duration} of {plan.epoch_examples:,} images)"),
         _row("FLOPs", f"{plan.flops / 1e12:.2f} TFLOP per chip and step, counted from the layers"),
     ]

@@ -19,7 +19,7 @@ from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.single_label import TopK
 from xception_jax.models import create_model
-from xception_jax.models.cost import count_cost
+from xception_jax.models.cost import COSTS, count_cost
 from xception_jax.names import NAME_LENGTH, in_markdown
 from xception_jax.user_files import read_json, reading
 from xception_jax.weights.network import Network
@@ -67,8 +67,7 @@ def make_card(
         "source": network.source,
         "source_sha256": network.sha256,
         "network": to_dict(model),
-        "parameters": cost.parameters,
-        "multiply_adds": cost.multiply_adds,
+        **{name: getattr(cost, name) for name in COSTS},
         "input": {"name": "images", "dtype": images, "shape": ["b", size, size, 3]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["b", model.num_classes]},
         "probabilities": network.probabilities,
@@ -165,6 +164,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         "made from": f"{in_markdown(card['source'])}, SHA-256 {in_markdown(card['source_sha256'])}",
         "network": f"{card['network']['name']}, {card['parameters']:,} parameters",
         "cost": f"{card['multiply_adds'] / 1e9:.3g} G multiply-adds per image",
+        "live": f"{card['live_parameters']:,} parameters, {card['live_multiply_adds'] / 1e9:.3g} G multiply-adds, "
+        "without weights that meet only padding and without products of padding",
         "input": f"`images`: {takes}",
         "output": f"`logits`: float32 [b, {card['network']['num_classes']}]; probabilities: {card['probabilities']}",
         "BatchNorm": card["batch_norm"],

@@ -150,6 +150,7 @@ class Journal:
                 f"{config.model.name}, {cost.parameters:,} parameters, "
                 f"{format_count(cost.multiply_adds)} multiply-adds per image at {config.data.image_size}",
             ),
+            ("live", f"{cost.live_parameters:,} parameters, {format_count(cost.live_multiply_adds)} multiply-adds"),
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),

@@ -167,7 +167,9 @@ def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: f
     info: RunInfo = {
         "devices": f"{experiment.mesh.size} x {_device_name()}",
         "parameters": experiment.cost.parameters,
+        "live_parameters": experiment.cost.live_parameters,
         "multiply_adds": experiment.cost.multiply_adds,
+        "live_multiply_adds": experiment.cost.live_multiply_adds,
         "total_steps": experiment.total_steps,
         "steps_per_epoch": len(experiment.sources["train"]) / experiment.config.batch_size,
         "wall_seconds": journal.seconds,

@@ -20,7 +20,7 @@ from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SyntheticSource
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
-from xception_jax.models.cost import Cost, count_cost
+from xception_jax.models.cost import COSTS, Cost, count_cost
 from xception_jax.parallel import check_batch, make_mesh
 from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives
 from xception_jax.tools.planning.roofline import StepTime, Traffic, count_traffic, step_time
@@ -91,6 +91,7 @@ class Plan:
       flops: of one step on one chip, counted from the layers: 6 per multiply-add of the forward pass.
       compiled: None for GPUs, which are not compiled for.
       time: of one step.
+      cost: of the network, for one image.
     """
 
     topology: Topology
@@ -100,6 +101,7 @@ class Plan:
     flops: float
     compiled: Compiled | None
     time: StepTime
+    cost: Cost
 
     @property
     def batch_per_chip(self) -> int:
@@ -122,6 +124,7 @@ class Plan:
             "dtype": self.config.model.dtype,
             "epoch_examples": self.epoch_examples,
             "steps": self.steps,
+            **{name: getattr(self.cost, name) for name in COSTS},
             "flops_per_chip": self.flops,
             "seconds": {
                 "step": seconds,
@@ -201,7 +204,7 @@ def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | N
         dtype=config.model.dtype,
     )
     steps = duration_in_steps(config.duration, config.batch_size, num_examples)
-    return Plan(topology, config, num_examples, steps, flops, compiled, time_of_step)
+    return Plan(topology, config, num_examples, steps, flops, compiled, time_of_step, cost)
 
 
 def _epoch_examples(config: ExperimentConfig) -> int:
