@@ -251,8 +251,9 @@ def test_nodes_start_again_after_the_right_codes():
     recovery = task["resources"]["job_recovery"]
     assert set(recovery["recover_on_exit_codes"]) == {PreemptedError.exit_code, INTERRUPTED_EXIT_CODE}
     assert recovery["max_restarts_on_errors"] == 0
-    words = [Template(word).substitute(task["envs"]) for word in shlex.split(task["run"])]
+    words = shlex.split(Template(task["run"]).substitute(task["envs"] | {"ARGS": "--config.seed=5"}))
     assert words[:2] == ["exec", "xception-jax"]
+    assert words[-1] == "--config.seed=5"
     check_arguments(words[2:])
 
 

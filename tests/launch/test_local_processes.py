@@ -12,7 +12,7 @@ from tests.conftest import NEWER_CODE, ROOT
 from tests.tiny_run import TINY
 
 
-@pytest.mark.faults
+@pytest.mark.launch
 def test_two_processes_here_train_one_network(shared_environment, command_folder, tmp_path):
     variables = {
         "PATH": f"{command_folder}:{os.environ['PATH']}",
