@@ -80,10 +80,11 @@ def test_shellcheck_finds_nothing():
 
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="the Google Cloud CLI is not installed")
 def test_gcloud_has_the_options(tmp_path):
-    script = (LAUNCH / "tpu_vm.sh").read_text().replace("\\\n", " ")
-    script = script.replace('"$CAPACITY"', "--spot").replace('"$1"', "true").replace('"$NAME:"', "name:")
-    commands = [re.sub(r'"\$\w+"', "x", text) for text in re.findall(r"gcloud compute [^;|&)\n]+", script)]
-    commands = [re.sub(r"2>.*|x:", "", text).strip() for text in commands]
+    script = (LAUNCH / "tpu_vm.sh").read_text().replace("\\\n", " ").replace("'value(state.state)'", "x")
+    script = script.replace('"$CAPACITY"', "--spot").replace('"$NAME:"', "x:").replace('"$1"', "x").replace(" 2>&1", "")
+    commands = [
+        " ".join(re.sub(r'"\$\w+"', "x", text).split()) for text in re.findall(r"gcloud compute [^;|&)\n]+", script)
+    ]
     assert len(commands) == 5
     for command in commands:
         process = run("gcloud", "meta", "lint-gcloud-commands", f"--command-string={command}",
