@@ -37,7 +37,8 @@ printf '%s\\n' "$@" --end >> "$NOTES/arguments"
 code="$(sed -n "$((${JAX_PROCESS_ID:-0} + 1))p" "$NOTES/codes")"
 [[ -n "${JAX_PROCESS_ID:-}" ]] || sed -i 1d "$NOTES/codes"
 [[ -z "$code" ]] || exit "$code"
-while true; do sleep 0.1; done
+for _ in {1..300}; do sleep 0.1; done
+exit 99
 """,
     # Options start with --, so the command begins with the first word that does not.
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
