@@ -6,6 +6,7 @@ with the codes of a list, one after the other, and note how they were called.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -83,6 +84,7 @@ class Launch:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._groups = list[int]()
         programs = folder / "programs"
         programs.mkdir()
         for name, text in STUBS.items():
@@ -94,14 +96,23 @@ class Launch:
     def start(self, name: str, codes: list[int], *arguments: str, **variables: str) -> subprocess.Popen:
         """Starts a script. The program ends with `codes`, and then runs until it gets SIGTERM."""
         (self.folder / "codes").write_text("".join(f"{code}\n" for code in codes))
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", LAUNCH / name, *arguments],
             cwd=ROOT,
             env=self._environment | VARIABLES[name] | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
+        self._groups.append(process.pid)
+        return process
+
+    def end(self) -> None:
+        """Kills whatever is left of the scripts, for example after a failed test."""
+        for group in self._groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
     def __call__(self, name: str, codes: list[int], *arguments: str, **variables: str) -> tuple[int, str]:
         """Returns the exit code and the output of a script."""
@@ -123,7 +134,9 @@ class Launch:
 
 @pytest.fixture
 def launch(tmp_path):
-    return Launch(tmp_path)
+    launch = Launch(tmp_path)
+    yield launch
+    launch.end()
 
 
 def check_arguments(arguments: list[str]) -> None:
