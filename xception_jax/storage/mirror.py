@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -47,15 +47,19 @@ class Mirror:
       store: where the files are kept.
       pulled: names of the files that a resumed run goes on with, if they exist; those that end with a slash are
         directories. Not everything is pulled: checkpoints may be there, or other runs.
+      permit: called before files are pushed; raises a UserError if they may not be. At the end of the context, this
+        error is not raised again if it is the one that ends the context.
     """
 
-    def __init__(self, store: Store, pulled: Iterable[str] = ()) -> None:
-        self._store, self._names_to_pull = store, tuple(pulled)
+    def __init__(self, store: Store, pulled: Iterable[str] = (), permit: Callable[[], None] = lambda: None) -> None:
+        self._store, self._names_to_pull, self._permit = store, tuple(pulled), permit
         self._pushed: dict[str, _Pushed] = {}
         self._warned: set[str] = set()
         self._lock = threading.Lock()
         self._temporary = tempfile.TemporaryDirectory(prefix="xception_jax.")
-        self.directory = Path(self._temporary.name)
+        # Under the name that it has in the store, which trackers show.
+        self.directory = Path(self._temporary.name, store.root.rpartition("/")[2][:100])
+        self.directory.mkdir()
 
     def __enter__(self) -> Mirror:
         """Pulls files."""
@@ -75,7 +79,8 @@ class Mirror:
         except UserError as lost:
             if error is None:
                 raise
-            log.warning("%s", lost)
+            if str(lost) != str(error):
+                log.warning("%s", lost)
         finally:
             self._temporary.cleanup()
 
@@ -124,6 +129,7 @@ class Mirror:
           UserError: the store cannot be written. Files that were not yet written are tried by the next call.
         """
         with self._lock:
+            self._permit()
             for name, path in self._files():
                 self._push(name, path)
 
