@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import logging
 import math
 import os
 import shutil
@@ -30,18 +29,18 @@ from jax.experimental import multihost_utils
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError, WorkdirError
 from xception_jax.parallel import from_primary
-from xception_jax.storage import checkpoint_directory, is_url, translate
+from xception_jax.storage import checkpoint_directory, is_url
 from xception_jax.training import digest, manifest
-from xception_jax.training.digest import DigestArgs, DigestHandler, host_parts
+from xception_jax.training.digest import DigestArgs, host_parts
 from xception_jax.training.fingerprint import tree_fingerprint, tree_signature, versions
 from xception_jax.training.manifest import DamagedError
+from xception_jax.training.orbax_manager import open_manager
 from xception_jax.training.preservation import LatestOrBest
-from xception_jax.training.save_errors import save_failed, store_errors
+from xception_jax.training.save_errors import all_damaged, cannot_open, save_failed, seconds_to_save, store_errors
 from xception_jax.training.step_files import COMMITTED, delete, delete_step, prepare_bucket, step_path
 from xception_jax.training.verification import (
     damage_on_all_processes,
-    find_run_id,
-    keep_run_id,
+    identify_run,
     read_reason,
     refuse_other_dataset,
     refuse_other_model,
@@ -51,17 +50,6 @@ from xception_jax.training.verification import (
 
 if TYPE_CHECKING:
     from xception_jax.training.run_directory import Bucket
-
-# Orbax logs each error with its traceback before raising it, and warns about files that it did not write. This module
-# raises everything that concerns the user, as a UserError.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-
-
-IN_BUCKET_SECONDS, IN_BUCKET_BYTES_PER_SECOND = 300.0, 2e6
-"""The time that a save into a bucket may take, and the speed at which its bytes add to it.
-
-If only the writes of TensorStore fail, it repeats them for a longer time.
-"""
 
 
 @dataclasses.dataclass
@@ -138,56 +126,29 @@ class Checkpoints:
         self._hangs = False  # whether a save did not end in time
         self._policy = LatestOrBest(keep_latest, keep_best if best_metric else 0, regular_every, {})
         self._deleted: set[int] = set()  # from a bucket, see _delete_old
-        options = ocp.CheckpointManagerOptions(
-            read_only=read_only,  # also disables the next option
-            cleanup_tmp_directories=not self._in_bucket,  # left behind by a killed process
-            preservation_policy=None if self._in_bucket else self._policy,  # see _delete_old
-            lightweight_initialize=True,  # does not read metrics, see LatestOrBest
-            # A directory on a disk must be created at once: if it is read-only, the exit is delayed by 300 seconds.
-            # In a bucket, creating it takes many requests, for which training should not wait.
-            file_options=ocp.options.FileOptions(**({"skip_sync_file_validations": True} if self._in_bucket else {})),
-            async_options=ocp.AsyncOptions(
-                create_directories_asynchronously=self._in_bucket,
-                # Orbax calls this on process 0, just before it commits a step.
-                post_finalization_callback=bucket.before_commit if bucket else None,
-            ),
-        )
-        # In this order: the digest covers the files of the state.
-        handlers = {digest.STATE: ocp.StandardCheckpointHandler(), digest.ITEM: DigestHandler()}
         try:
             if self._in_bucket:
                 self._prepare_bucket()
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
-            self._run = self._identify()
+            self._manager = open_manager(
+                self._directory,
+                self._policy,
+                read_only=read_only,
+                before_commit=bucket.before_commit if bucket else None,
+            )
+            self._run = identify_run(self._directory, self.steps(), write=not read_only)
         except self._errors as error:
-            if self._in_bucket:
-                raise translate(error, str(self._directory), "opening", unusable) from error
-            raise StorageError(
-                f"the checkpoint directory cannot be used: {getattr(error, 'strerror', None) or error}",
-                str(self._directory),
-                "make it a directory that you can write to",
-            ) from error
+            raise cannot_open(self._directory, error, unusable) from error
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
         for step in self.steps():
             with contextlib.suppress(DamagedError):
                 self._score(step, manifest.read(self._path(step)).get("metrics", {}))
 
     def _prepare_bucket(self) -> None:
-        """Deletes what killed saves left, on process 0 and before any process lists the directory.
-
-        Orbax would do so while it lists the directory, and fails if that ceases to exist with its last object.
-        """
+        """Deletes what killed saves left, before any process lists it. Orbax would do so while it lists, and fail."""
         if self._primary and not self._read_only:
             self._renew()
             prepare_bucket(self._directory)
         from_primary(0)  # the other processes wait
-
-    def _identify(self) -> str:
-        """Returns the identifier of the run on all processes, a new one for a new directory."""
-        run = find_run_id(self._directory, self.steps()) if self._primary else ""
-        if self._primary and not self._read_only:
-            run = keep_run_id(self._directory, run)
-        return f"{number:032x}" if (number := from_primary(int(run or "0", 16))) else ""
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -253,8 +214,8 @@ class Checkpoints:
         except self._errors as error:
             raise self._save_failed(step, num_bytes, error) from error
         future = self._background.submit(self._finish, record)
-        seconds = IN_BUCKET_SECONDS + num_bytes / IN_BUCKET_BYTES_PER_SECOND if self._in_bucket else math.inf
-        self._pending = _Pending(step, num_bytes, future, time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds_to_save(self._directory, num_bytes)
+        self._pending = _Pending(step, num_bytes, future, deadline)
         self._held_step = step
 
     def poll(self) -> None:
@@ -331,11 +292,7 @@ class Checkpoints:
         # Include what an earlier run has set aside. Otherwise a second attempt would silently start from step 0.
         damaged |= {path.name: read_reason(path) for path in sorted(self._directory.glob("*.corrupt-*"))}
         if damaged:
-            raise BadDataError(
-                "every checkpoint is damaged",
-                f"{self._directory}: " + "; ".join(f"{name}: {reason}" for name, reason in damaged.items()),
-                "restore one from a backup, or delete these directories to start again from step 0",
-            )
+            raise all_damaged(self._directory, damaged)
         return None
 
     def restore(self, step: int, abstract_state: Any) -> Any:

@@ -16,8 +16,7 @@ from xception_jax.errors import InputMissingError
 from xception_jax.logs.console import say
 from xception_jax.models import create_model
 from xception_jax.parallel import make_mesh
-from xception_jax.storage import is_url, join
-from xception_jax.storage.paths import SCHEMES
+from xception_jax.storage import join, names_object_store
 from xception_jax.training import manifest
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.optimizers import make_optimizer, make_schedule
@@ -51,7 +50,7 @@ def is_run(source: str) -> bool:
 
     Anything else is considered a weight file.
     """
-    return source.partition("://")[0].lower() in SCHEMES if is_url(source) else Path(source).is_dir()
+    return names_object_store(source) or Path(source).is_dir()
 
 
 def run_network(source: str, run: Run) -> Network:
@@ -75,7 +74,7 @@ def open_run(workdir: str, step: int | None = None) -> Run:
       InputMissingError: there is no run, or no such checkpoint.
       BadDataError: the checkpoint `step`, or every checkpoint, is damaged.
     """
-    if is_url(workdir):
+    if names_object_store(workdir):
         store = open_run_store(workdir)
         return _restored(store.root, read_config(store), step)
     path = Path(workdir)

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.names import printable
+from xception_jax.parallel import from_primary
 from xception_jax.storage import is_url
 from xception_jax.training import digest, manifest
 from xception_jax.training.digest import Digest
@@ -95,6 +96,21 @@ def refuse_other_dataset(directory: Path, record: dict[str, Any], now: str | Non
             str(directory),
             "restore the dataset, use another work directory, or set config.checkpoint.allow_dataset_change=True",
         )
+
+
+def identify_run(directory: Path, steps: Iterable[int], *, write: bool) -> str:
+    """Returns the identifier of the run on all processes, if `write` a new one for a new directory.
+
+    Raises:
+      OSError: it cannot be written.
+      UserError: the store cannot be read or written.
+    """
+    run, primary = "", jax.process_index() == 0
+    if primary:
+        run = find_run_id(directory, steps)
+    if primary and write:
+        run = keep_run_id(directory, run)
+    return f"{number:032x}" if (number := from_primary(int(run or "0", 16))) else ""
 
 
 def find_run_id(directory: Path, steps: Iterable[int]) -> str:
