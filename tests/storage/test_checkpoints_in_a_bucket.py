@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
+import json
+import threading
+import time
 
 import jax
 import numpy as np
@@ -14,8 +18,11 @@ from tests.storage.conftest import BUCKET
 from tests.storage.gcs_objects import Mutation, Objects
 from tests.storage.gcs_requests import Fault
 from tests.storage.test_orbax_replay import STEPS, state_of
-from xception_jax.errors import BadDataError, UserError
+from xception_jax.errors import BadDataError, StorageError, UserError, WorkdirError
+from xception_jax.storage import Mirror, hold, open_store
+from xception_jax.training import save_errors
 from xception_jax.training.checkpoint import Checkpoints
+from xception_jax.training.run_directory import LEASE, Bucket
 
 DIRECTORY = f"gs://{BUCKET}/run/checkpoints"
 ABSTRACT = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state_of(0))
@@ -68,7 +75,7 @@ def check_prefix(gcs, recording: Recording, count: int) -> None:
 
 def test_a_sample_of_the_prefixes(gcs, recording):
     around = [position + offset for position in recording.reported.values() for offset in (-1, 0)]
-    for count in sorted({0, 1, *around, *range(9, len(recording.mutations), 17)}):
+    for count in sorted({0, 1, *around, *range(9, len(recording.mutations), 29)}):
         check_prefix(gcs, recording, count)
 
 
@@ -159,3 +166,99 @@ def test_a_store_that_fails_after_any_request_is_not_taken_for_damage(gcs, recor
 @pytest.mark.parametrize("after", [0, 20, 40])
 def test_a_store_that_is_away_is_not_taken_for_damage(gcs, recording, after):
     assert restore_from_failing_store(gcs, recording, 503, after) == 74
+
+
+def test_a_deletion_begins_with_what_makes_a_step_look_complete(recording):
+    later = recording.mutations[recording.reported[20] :]
+    deleted = [mutation.name for mutation in later if mutation.stored is None]
+    of_step = [name for name in deleted if name.startswith("run/checkpoints/10/")]
+    assert of_step[0] == "run/checkpoints/10/commit_success.txt"
+    assert "run/checkpoints/10/manifest.json" in of_step
+
+
+def test_a_save_waits_for_no_answer_of_the_store(gcs):
+    """Training goes on as soon as the state has been copied."""
+    with Checkpoints(DIRECTORY, report=lambda line: None) as checkpoints:
+        for step in (10, 20):
+            answers, kept_waiting = threading.Event(), []
+            gcs.control = lambda request, answers=answers, late=kept_waiting: late.append(not answers.wait(30)) or None
+            checkpoints.save(step, state_of(step))
+            assert not kept_waiting
+            answers.set()
+            checkpoints.wait()
+            assert not any(kept_waiting)
+        gcs.control = lambda request: None
+        assert checkpoints.steps() == [10, 20]
+
+
+def test_a_save_that_hangs_fails_in_time(gcs, monkeypatch):
+    monkeypatch.setattr(save_errors, "IN_BUCKET_SECONDS", 1.0)
+    checkpoints = Checkpoints(DIRECTORY, report=lambda line: None)
+    gcs.control = lambda request: Fault(status=503) if request.changes and is_of_an_array(request) else None
+    checkpoints.save(10, state_of(10))
+    with pytest.raises(StorageError, match="took too long"):
+        poll_for_ever(checkpoints)
+    checkpoints.close()  # does not wait either
+    gcs.control = lambda request: None
+    checkpoints._background.shutdown()  # what is still written must not reach the next test
+
+
+def poll_for_ever(checkpoints: Checkpoints) -> None:
+    while True:
+        checkpoints.poll()
+        time.sleep(0.05)
+
+
+def is_of_an_array(request) -> bool:
+    return "/default/ocdbt.process_0/" in request.path + request.query.get("name", "")
+
+
+def open_bucket(stack: contextlib.ExitStack) -> tuple[Bucket, Mirror]:
+    store = open_store(f"gs://{BUCKET}/run", "--workdir")
+    lease = stack.enter_context(hold(store, LEASE))
+    mirror = stack.enter_context(Mirror(store, permit=lease.prove))
+    return Bucket(lease, mirror), mirror
+
+
+def test_files_are_pushed_before_a_step_is_committed(gcs):
+    with contextlib.ExitStack() as stack:
+        bucket, mirror = open_bucket(stack)
+        checkpoints = stack.enter_context(Checkpoints(DIRECTORY, bucket=bucket, report=lambda line: None))
+        (mirror.directory / "metrics.jsonl").write_text("step 10\n")
+        checkpoints.save(10, state_of(10))
+        checkpoints.wait()
+        names = [mutation.name for mutation in gcs.mutations]
+        committed = names.index("run/checkpoints/10/commit_success.txt")
+        assert names.index("run/metrics.jsonl") < committed
+        assert f"run/{LEASE}" in names[committed - 2 : committed + 1]  # the metadata of the step may come after it
+        assert names.index("run/checkpoints/10/digest/digest.json") < committed - 2
+        manifest = json.loads(gcs.objects.get(BUCKET, "run/checkpoints/10/manifest.json", {}).content)
+        assert manifest["record"]["lease"] == bucket.owner
+
+
+@pytest.mark.parametrize("moment", ["10/digest/process_0.json", "10/default/_METADATA", "10/commit_success.txt"])
+def test_a_run_that_was_taken_over_writes_no_more(gcs, moment):
+    other = json.dumps({"nonce": "other", "pid": 7, "host": "elsewhere"}).encode()
+    taken = []
+
+    def control(request):
+        if request.changes and moment in request.path + request.query.get("name", "") and not taken:
+            gcs.objects.put(BUCKET, f"run/{LEASE}", other, {})
+            taken.append(len(gcs.mutations))
+
+    with contextlib.ExitStack() as stack:
+        bucket, mirror = open_bucket(stack)
+        checkpoints = Checkpoints(DIRECTORY, bucket=bucket, report=lambda line: None)
+        (mirror.directory / "metrics.jsonl").write_text("step 10\n")
+        gcs.control = control
+        checkpoints.save(10, state_of(10))
+        with pytest.raises(WorkdirError, match="has taken over"):
+            checkpoints.wait()
+        with pytest.raises(WorkdirError, match="has taken over"):
+            checkpoints.poll()
+        with pytest.raises(WorkdirError, match="has taken over"):
+            stack.close()
+    names = [mutation.name for mutation in gcs.mutations[taken[0] :]]
+    assert "run/checkpoints/10/manifest.json" not in names
+    assert (moment == "10/commit_success.txt") == ("run/checkpoints/10/commit_success.txt" in names)
+    assert gcs.objects.get(BUCKET, f"run/{LEASE}", {}).content == other

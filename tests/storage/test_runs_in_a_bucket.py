@@ -110,6 +110,7 @@ def test_a_run_has_the_bits_and_files_of_one_on_a_disk(finished, recording, conf
     assert json.loads(finished.objects.get(BUCKET, f"runs/first/{LEASE}", {}).content)["released"]
 
 
+@pytest.mark.faults
 def test_the_finished_run_is_not_trained_again(finished, recording, config):
     before = metrics_of_run(RUN)
     assert train(config, RUN).state_sha256 == recording.summary.state_sha256
@@ -210,6 +211,7 @@ def taken_over(gcs, config, name: str) -> WorkdirError:
     return error.value
 
 
+@pytest.mark.faults
 def test_a_run_that_was_taken_over_commits_nothing(gcs, config):
     taken_over(gcs, config, "checkpoints/2/digest/process_0.json")
     assert "checkpoints/2/commit_success.txt" not in names_in(gcs)

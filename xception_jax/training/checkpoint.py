@@ -146,7 +146,7 @@ class Checkpoints:
     def _prepare_bucket(self) -> None:
         """Deletes what killed saves left, before any process lists it. Orbax would do so while it lists, and fail."""
         if self._primary and not self._read_only:
-            self._renew()
+            self._prove()
             prepare_bucket(self._directory)
         from_primary(0)  # the other processes wait
 
@@ -203,7 +203,7 @@ class Checkpoints:
         try:
             if step in self.steps():
                 if self._in_bucket and self._primary:  # a deletion that is cut short must not look like a step
-                    self._renew()
+                    self._prove()
                     delete(self._path(step) / COMMITTED)
                 self._manager.delete(step)
             self._deleted.discard(step)
@@ -334,7 +334,7 @@ class Checkpoints:
         if not verified.has_manifest and not self._read_only:
             self._report(f"checkpoint {step} had no manifest; its content matches its digest, so a manifest is added")
             if self._primary:
-                self._renew()
+                self._prove()
                 with contextlib.suppress(OSError):  # the disk is full; the next run verifies the step again
                     manifest.write(self._path(step), verified.record)
         self._held_step = step
@@ -346,7 +346,7 @@ class Checkpoints:
         name = str(step) if self._read_only else f"{step}.corrupt-{now:%Y%m%dT%H%M%SZ}"
         if not self._read_only:
             if self._primary:
-                self._renew()
+                self._prove()
                 set_aside(self._path(step), self._directory / name, reason)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"set aside {step}")
@@ -364,17 +364,18 @@ class Checkpoints:
         if math.isfinite(score):
             self._policy.scores[step] = self._sign * score
 
-    def _renew(self) -> None:
+    def _prove(self) -> None:
         """Proves that this run still owns its directory in a bucket, before it changes anything there."""
         if self._bucket is not None:
-            self._bucket.renew()
+            self._bucket.prove()
 
     def _finish(self, record: dict[str, Any]) -> None:
         """Waits until Orbax has committed a step and writes its manifest. Runs in the background thread."""
         self._manager.wait_until_finished()
         if self._primary:
             path = self._path(record["step"])
-            self._renew()
+            if self._bucket is not None:
+                self._bucket.renew()
             known = {name: entry for name, entry in digest.read(path).files.items() if name.startswith(digest.STATE)}
             manifest.write(path, record, known)
         if self._in_bucket:
@@ -385,7 +386,7 @@ class Checkpoints:
         steps = self.steps()
         for step in set(steps) - self._policy.kept(steps):
             if self._primary:
-                self._renew()
+                self._prove()
                 delete_step(self._path(step))
             self._deleted.add(step)
 

@@ -59,12 +59,16 @@ class Bucket:
             self._lease.renew()
 
     def renew(self) -> None:
-        """Proves that this run still owns the directory. Must be called before anything is written into it.
+        """Proves that this run still owns the directory. Must be called before a checkpoint is reported.
 
         Raises:
           WorkdirError: another run has taken over.
           StorageError: the store does not answer, so nobody knows.
         """
+        self._lease.renew()
+
+    def prove(self) -> None:
+        """Does the same as `renew`, unless this was proved within the last second: before all other changes."""
         self._lease.prove()
 
     def before_commit(self) -> None:
