@@ -154,16 +154,6 @@ def gather(name: str, value: str) -> list[str]:
     return [values[number] for number in sorted(values)]
 
 
-def publish(name: str) -> None:
-    """Sets a flag that `is_published` returns in all processes."""
-    _store().key_value_set(f"{_PREFIX}{name}/flag", "set", allow_overwrite=True)
-
-
-def is_published(name: str) -> bool:
-    """Returns whether a process has set a flag."""
-    return bool(_store().key_value_dir_get(f"{_PREFIX}{name}/"))
-
-
 def together(name: str, prepare: Callable[[], T]) -> T:
     """Returns `prepare()`, or raises the same error on all processes if it fails with a UserError on any of them.
 

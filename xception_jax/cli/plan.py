@@ -95,8 +95,8 @@ def format_plan(plan: Plan, data: dict[str, Any]) -> str:
             *_collectives(data["compiled"]["collectives"]),
         ]
     else:
-        memory = f"at least {_gib(data['least_memory'])} of {_gib(chip.hbm_bytes)} GiB per chip: state and activations"
-        lines.append(_row("memory", memory))
+        least, most = _gib(data["least_memory"]), _gib(chip.hbm_bytes)
+        lines.append(_row("memory", f"at least {least} of {most} GiB per chip: state and activations"))
     lines += [
         _row("step", f"{_range(seconds['step'], 1e3)} ms"),
         _row("", f"arithmetic {seconds['compute'] * 1e3:.1f} ms at {chip.peak_flops / 1e12:.0f} TFLOP/s"),

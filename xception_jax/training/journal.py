@@ -134,7 +134,7 @@ class Journal:
         if self._writes:
             say(text)
 
-    def header(self, workdir: Path, step: int) -> None:
+    def header(self, workdir: str, step: int) -> None:
         """Prints a summary of the run before it starts, so that mistakes in the config are visible."""
         experiment = self._experiment
         config, cost, data = experiment.config, experiment.cost, experiment.data
@@ -155,7 +155,7 @@ class Journal:
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
-            ("workdir", str(workdir)),
+            ("workdir", workdir),
         ]
         shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
         for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
