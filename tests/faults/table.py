@@ -155,7 +155,7 @@ FAULTS = {
     37: Fault(
         "a process never starts",
         "75 within the timeout",
-        ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
+        ("test_all_that_wait_name_those_that_never_start",),
     ),
     38: Fault(
         "SIGTERM to one of two processes",
@@ -201,7 +201,7 @@ FAULTS = {
     48: Fault(
         "one host never starts",
         "75 within the timeout",
-        ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
+        ("test_all_that_wait_name_those_that_never_start",),
     ),
     50: Fault("processes that are not connected", "refused with the remedy", ("test_start.py",)),
     51: Fault(
