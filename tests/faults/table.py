@@ -239,7 +239,11 @@ FAULTS = {
         "never a state that is not there",
         ("test_a_reader_that_polls_sees_no_listing_of_the_past",),
     ),
-    55: Fault("no step ends", "75, with the stacks of all threads", ("test_watchdog.py",)),
+    55: Fault(
+        "no step ends",
+        "75, with the stacks of all threads",
+        ("test_watchdog.py", "test_a_collective_that_waits_for_ever"),
+    ),
     56: Fault(
         "steps are exchanged, renamed or copied",
         "found, an older step is used",

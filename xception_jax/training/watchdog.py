@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import threading
 import time
@@ -120,6 +121,8 @@ class Watchdog:
         if self._process == 0:
             with contextlib.suppress(OSError):
                 mark_stopped(self._workdir)
+        for worker in multiprocessing.active_children():  # one that is frozen would stay
+            worker.kill()
         if self._count > 1:
             time.sleep(max(0.0, began + _OTHERS_SECONDS - time.monotonic()))
         os._exit(PreemptedError.exit_code)
