@@ -154,16 +154,6 @@ def gather(name: str, value: str) -> list[str]:
     return [values[number] for number in sorted(values)]
 
 
-def publish(name: str) -> None:
-    """Sets a flag that `is_published` returns in all processes."""
-    _store().key_value_set(f"{_PREFIX}{name}/flag", "set", allow_overwrite=True)
-
-
-def is_published(name: str) -> bool:
-    """Returns whether a process has set a flag."""
-    return bool(_store().key_value_dir_get(f"{_PREFIX}{name}/"))
-
-
 def together(name: str, prepare: Callable[[], T]) -> T:
     """Returns `prepare()`, or raises the same error on all processes if it fails with a UserError on any of them.
 
@@ -221,6 +211,16 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
     listed = ", ".join(f"{key} is {first.get(key)!r} and {second.get(key)!r}" for key in different[:3])
     message = f"processes 0 and {other} have different {what}: {listed}"
     raise error(message, different[0], fix).printed_by(jax.process_index() == 0)
+
+
+def publish(name: str, value: str) -> None:
+    """Lets the other processes read a value of this one with `published`, in place of an earlier value."""
+    _store().key_value_set(f"{_PREFIX}{name}/{jax.process_index()}", value, allow_overwrite=True)
+
+
+def published(name: str) -> dict[int, str]:
+    """Returns the latest value of each process that has published one, by process. Does not wait for the others."""
+    return {int(key.rsplit("/", 1)[1]): value for key, value in _store().key_value_dir_get(f"{_PREFIX}{name}/")}
 
 
 def _store() -> Any:

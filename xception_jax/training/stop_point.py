@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 
-from xception_jax.processes import gather, is_published, publish
+from xception_jax.processes import gather, publish, published
 
 _REQUEST = "stop"
 _POLL = 0.5  # seconds
@@ -38,7 +38,7 @@ class StopPoint:
     def request() -> None:
         """Asks all processes to stop."""
         with contextlib.suppress(Exception):  # if the coordinator is lost, this process ends anyway
-            publish(_REQUEST)
+            publish(_REQUEST, "yes")
 
     def close(self) -> None:
         """Ends the thread. At the end of Python, a thread in a library would end the process."""
@@ -69,7 +69,7 @@ class StopPoint:
 
     def _run(self) -> None:
         with contextlib.suppress(Exception):  # as in `request`
-            while not is_published(_REQUEST):
+            while not published(_REQUEST):
                 if self._closed.wait(_POLL):
                     return
             with self._lock:
