@@ -260,6 +260,11 @@ FAULTS = {
     ),
     59: Fault("zero steps, images or classes", "78 or 66", ("test_bad_input_costs_three_lines",)),
     60: Fault("hostile names", "shown escaped", ("test_names.py",)),
+    61: Fault(
+        "prepare is killed or interrupted",
+        "the same command goes on from the finished files, to the same bytes",
+        ("test_prepare_resumes.py",),
+    ),
 }
 NOT_YET: dict[int, str] = {}
 """Faults of docs/explanation/reliability.md that no test injects yet, by number."""
