@@ -32,7 +32,7 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-faults soak test-peers test-launch test-slurm test-plan fuzz check format docs lock audit sbom bench clean
+.PHONY: help train smoke test test-slow test-kernels test-faults soak test-peers test-launch test-slurm test-plan fuzz check format docs lock audit sbom bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Com
 
 test-kernels: $(VENV)/.installed-dev ## Test the CPU kernels from clang++, for AVX2, and with an address sanitizer
 	$(BIN)/python -m pytest -m kernels --dist=load tests/ops $(ARGS)
+
+test-slow: $(VENV)/.installed-dev ## Run the tests that take ten seconds or more; `make test` leaves them out
+	$(BIN)/python -m pytest -m slow $$(grep -rl --include='test_*.py' 'mark\.slow' tests) $(ARGS)
 
 test-faults: $(VENV)/.installed-dev ## Inject the faults of docs/explanation/reliability.md; ARGS='1 44' selects some
 	$(BIN)/python -m tests.faults $(ARGS)

@@ -182,7 +182,11 @@ FAULTS = {
         "71",
         ("test_too_little_address_space_ends_with_71_instead_of_waiting_for_ever",),
     ),
-    44: Fault("thirty random kills of one run", "the same hash", ("test_thirty_kills_end_with_the_same_hash",)),
+    44: Fault(
+        "thirty random kills of one run",
+        "the same hash",
+        ("test_thirty_kills_end_with_the_same_hash", "test_thirty_kills_in_a_bucket_end_with_the_same_hash"),
+    ),
     45: Fault(
         "hosts that differ in config, data or directory",
         "one code, before training",
@@ -200,6 +204,42 @@ FAULTS = {
         ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
     ),
     50: Fault("processes that are not connected", "refused with the remedy", ("test_start.py",)),
+    51: Fault(
+        "a run in a bucket is killed after any of its writes",
+        "no torn step is used, no saved step is lost, its metrics are there, the same hash",
+        (
+            "test_orbax_replay.py",
+            "test_checkpoints_in_a_bucket.py",
+            "test_runs_in_a_bucket.py",
+            "test_a_run_that_is_killed_is_resumed_at_once_on_the_same_machine",
+            "test_thirty_kills_in_a_bucket_end_with_the_same_hash",
+        ),
+    ),
+    52: Fault(
+        "a bucket answers 503, 429, late, in part, or refuses",
+        "bounded repetitions, then 74; the next run has the same hash",
+        (
+            "test_store_faults.py",
+            "test_a_store_that_fails_now_and_then_costs_only_time",
+            "test_a_store_that_goes_away_ends_the_run_and_the_next_resumes",
+            "test_a_save_that_hangs_fails_in_time",
+        ),
+    ),
+    53: Fault(
+        "two runs want one directory in a bucket; an owner is frozen and taken over",
+        "one wins, the other ends with 73; the frozen one commits nothing",
+        (
+            "test_lease.py",
+            "test_two_runs_race_for_one_directory",
+            "test_a_frozen_run_that_was_taken_over_stops_before_its_next_commit",
+        ),
+    ),
+    54: Fault(
+        "listings of a bucket that are out of date",
+        "never a state that is not there",
+        ("test_a_reader_that_polls_sees_no_listing_of_the_past",),
+    ),
+    55: Fault("no step ends", "75, with the stacks of all threads", ("test_watchdog.py",)),
     56: Fault(
         "steps are exchanged, renamed or copied",
         "found, an older step is used",
@@ -216,8 +256,6 @@ FAULTS = {
 }
 NOT_YET = {
     49: "a signal to one host in an evaluation, a wait or the report",
-    **dict.fromkeys(range(51, 55), "a bucket as work directory"),
-    55: "a step that does not end",
 }
 """Faults of docs/explanation/reliability.md that no test injects yet, by number."""
 

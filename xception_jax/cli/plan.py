@@ -73,6 +73,10 @@ def format_plan(plan: Plan, data: dict[str, Any]) -> str:
     lines = [
         f"{data['config'] or plan.config.model.name} on {topology.name}: {topology.size} x {chip.name}",
         _row("batch", f"{plan.config.batch_size:,} images, {plan.batch_per_chip} per chip, {data['dtype']}"),
+        _row(
+            "network", f"{data['parameters']:,} parameters, {data['multiply_adds'] / 1e9:.3g} G multiply-adds per image"
+        ),
+        _row("live", f"{data['live_parameters']:,} parameters, {data['live_multiply_adds'] / 1e9:.3g} G multiply-adds"),
         _row("run", f"{plan.steps:,} steps ({plan.config.duration} of {plan.epoch_examples:,} images)"),
         _row("FLOPs", f"{plan.flops / 1e12:.2f} TFLOP per chip and step, counted from the layers"),
     ]
@@ -91,8 +95,8 @@ def format_plan(plan: Plan, data: dict[str, Any]) -> str:
             *_collectives(data["compiled"]["collectives"]),
         ]
     else:
-        memory = f"at least {_gib(data['least_memory'])} of {_gib(chip.hbm_bytes)} GiB per chip: state and activations"
-        lines.append(_row("memory", memory))
+        least, most = _gib(data["least_memory"]), _gib(chip.hbm_bytes)
+        lines.append(_row("memory", f"at least {least} of {most} GiB per chip: state and activations"))
     lines += [
         _row("step", f"{_range(seconds['step'], 1e3)} ms"),
         _row("", f"arithmetic {seconds['compute'] * 1e3:.1f} ms at {chip.peak_flops / 1e12:.0f} TFLOP/s"),

@@ -20,7 +20,7 @@ from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SyntheticSource
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
-from xception_jax.models.cost import Cost, count_cost
+from xception_jax.models.cost import COSTS, Cost, count_cost
 from xception_jax.parallel import check_batch, make_mesh
 from xception_jax.tools.planning import around
 from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives
@@ -91,6 +91,7 @@ class Plan:
       flops: of one step on one chip, counted from the layers: 6 per multiply-add of the forward pass.
       compiled: None for GPUs, which are not compiled for.
       time: of one step.
+      cost: of the network, for one image.
       state_bytes: of the training state.
       least_memory: bytes that the activations and the state take at least on a chip.
       bandwidth: bytes per second that one host writes to storage.
@@ -103,6 +104,7 @@ class Plan:
     flops: float
     compiled: Compiled | None
     time: StepTime
+    cost: Cost
     state_bytes: int
     least_memory: float
     bandwidth: float
@@ -132,6 +134,7 @@ class Plan:
             "dtype": self.config.model.dtype,
             "epoch_examples": self.epoch_examples,
             "steps": self.steps,
+            **{name: getattr(self.cost, name) for name in COSTS},
             "flops_per_chip": self.flops,
             "least_memory": self.least_memory,
             "seconds": {
@@ -243,6 +246,7 @@ def make_plan(
         flops,
         compiled,
         time_of_step,
+        cost,
         num_bytes,
         num_bytes / config.mesh.fsdp + activations,
         bandwidth,
