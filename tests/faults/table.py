@@ -270,8 +270,6 @@ FAULTS = {
         ("test_prepare_resumes.py",),
     ),
 }
-NOT_YET: dict[int, str] = {}
-"""Faults of docs/explanation/reliability.md that no test injects yet, by number."""
 
 
 @functools.cache
