@@ -215,7 +215,8 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
 
 def publish(name: str, value: str) -> None:
     """Lets the other processes read a value of this one with `published`, in place of an earlier value."""
-    _store().key_value_set(f"{_PREFIX}{name}/{jax.process_index()}", value, allow_overwrite=True)
+    number = _distributed().process_id  # jax.process_index() may wait for the other processes
+    _store().key_value_set(f"{_PREFIX}{name}/{number}", value, allow_overwrite=True)
 
 
 def published(name: str) -> dict[int, str]:
@@ -224,10 +225,15 @@ def published(name: str) -> dict[int, str]:
 
 
 def _store() -> Any:
-    """Returns the client of the coordinator's key-value store, which JAX has no public name for."""
+    """Returns the client of the coordinator's key-value store."""
+    return _distributed().client
+
+
+def _distributed() -> Any:
+    """Returns what JAX knows of the processes. There is no public name for it."""
     from jax._src.distributed import global_state
 
-    return global_state.client
+    return global_state
 
 
 def _named(numbers: Sequence[int]) -> str:

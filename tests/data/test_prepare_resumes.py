@@ -60,7 +60,7 @@ def test_killed_between_two_shards(small, tmp_path, capsys):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments(small, tmp_path, seed):
+def test_a_preparation_that_is_killed_at_random_moments(small, tmp_path, seed):
     """Each process gets a little further than the one before, or begins to read again."""
     rng, kills = random.Random(seed), 0
     while True:

@@ -110,7 +110,9 @@ FAULTS = {
     ),
     24: Fault("a mesh or batch that does not fit", "78 with the nearest", ("test_bad_input_costs_three_lines",)),
     25: Fault(
-        "saved on 8 devices, resumed on fewer", "the same state", ("test_save_on_eight_devices_restore_on_fewer",)
+        "saved on 8 devices, resumed on fewer or more, in more or fewer processes",
+        "the same state, batches and losses",
+        ("test_save_on_eight_devices_restore_on_fewer", "test_a_run_that_moves_is_the_run_that_stays"),
     ),
     26: Fault(
         "damaged and unusual images",
@@ -154,8 +156,8 @@ FAULTS = {
     36: Fault("the coordinator is killed or frozen", "the same", ("test_the_others_end_resumable_and_name_it",)),
     37: Fault(
         "a process never starts",
-        "75 within the timeout",
-        ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
+        "75 within the timeout, naming it",
+        ("test_a_process_that_never_starts_is_named", "test_all_that_wait_name_those_that_never_start"),
     ),
     38: Fault(
         "SIGTERM to one of two processes",
@@ -200,8 +202,13 @@ FAULTS = {
     47: Fault("any host is killed or frozen", "75, naming it", ("test_the_others_end_resumable_and_name_it",)),
     48: Fault(
         "one host never starts",
-        "75 within the timeout",
-        ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
+        "75 within the timeout, naming it",
+        ("test_a_process_that_never_starts_is_named", "test_all_that_wait_name_those_that_never_start"),
+    ),
+    49: Fault(
+        "SIGTERM to one host in a step, an evaluation, a wait for input, the report",
+        "75 on all, after the same step",
+        ("test_stopping_pair.py",),
     ),
     50: Fault("processes that are not connected", "refused with the remedy", ("test_start.py",)),
     51: Fault(
@@ -239,7 +246,11 @@ FAULTS = {
         "never a state that is not there",
         ("test_a_reader_that_polls_sees_no_listing_of_the_past",),
     ),
-    55: Fault("no step ends", "75, with the stacks of all threads", ("test_watchdog.py",)),
+    55: Fault(
+        "no step ends",
+        "75, with the stacks of all threads",
+        ("test_watchdog.py", "test_a_collective_that_waits_for_ever"),
+    ),
     56: Fault(
         "steps are exchanged, renamed or copied",
         "found, an older step is used",
@@ -253,11 +264,12 @@ FAULTS = {
     ),
     59: Fault("zero steps, images or classes", "78 or 66", ("test_bad_input_costs_three_lines",)),
     60: Fault("hostile names", "shown escaped", ("test_names.py",)),
+    61: Fault(
+        "prepare is killed or interrupted",
+        "the same command goes on from the finished files, to the same bytes",
+        ("test_prepare_resumes.py",),
+    ),
 }
-NOT_YET = {
-    49: "a signal to one host in an evaluation, a wait or the report",
-}
-"""Faults of docs/explanation/reliability.md that no test injects yet, by number."""
 
 
 @functools.cache

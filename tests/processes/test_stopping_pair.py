@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 
 import pytest
 
@@ -21,12 +22,15 @@ def read_until(process, text):
     raise AssertionError(process.stderr.read())
 
 
-def stop_stalled(train_pair, *stalls, victim, arguments=()):
-    """Starts two hosts that stall, and signals one of them when those that do have stalled."""
+def stop_stalled(train_pair, *stalls, victim, arguments=(), ready=lambda: True):
+    """Starts two hosts that stall, and signals one of them when those that do have stalled, and `ready` is true."""
     pair = train_pair(*([*EVALUATION, *arguments, stall] for stall in stalls), program=STALLING)
     for process, stall in zip(pair, stalls, strict=True):
         if stall != "never":
             read_until(process, "stalled")
+    while not ready():
+        assert all(process.poll() is None for process in pair), ended(pair)
+        time.sleep(0.05)
     pair[victim].send_signal(signal.SIGTERM)
     return pair
 
@@ -53,7 +57,15 @@ def test_in_an_evaluation_whose_input_does_not_come(train_pair, tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", [0, 1])
 def test_in_a_wait_for_input(train_pair, tmp_path, victim):
-    pair = stop_stalled(train_pair, "train:7", "train:7", victim=victim)
+    metrics = tmp_path / "run/metrics.jsonl"
+    pair = stop_stalled(
+        train_pair,
+        "train:7",
+        "train:7",
+        victim=victim,
+        arguments=["--config.log_every=1 steps"],
+        ready=lambda: any(entry["step"] == 5 for entry in read_metrics(metrics)),  # recorded when step 6 is under way
+    )
     assert assert_stopped_alike(pair, victim) == 6
     assert (tmp_path / "run/checkpoints/6/manifest.json").exists()
 

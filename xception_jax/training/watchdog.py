@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import threading
 import time
@@ -121,6 +122,8 @@ class Watchdog:
         if self._process == 0:
             with contextlib.suppress(OSError):
                 mark_stopped(self._directory.files)
+        for worker in multiprocessing.active_children():  # one that is frozen would stay
+            worker.kill()
         with contextlib.suppress(Exception):  # the store is away, or another run has taken over
             self._directory.push()
         if self._count > 1:
