@@ -172,6 +172,7 @@ def test_kill_minus_9_and_sigterm_and_the_same_command_end_with_the_same_bits(
     assert "since the first start: steps" in process.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

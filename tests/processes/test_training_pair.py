@@ -4,39 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import NEWER_CODE, ROOT
-from tests.tiny_run import TINY
-
-
-@pytest.fixture
-def train_pair(shared_environment, tmp_path):
-    """Returns a function that starts two hosts with arguments of their own, and a work directory that they share."""
-    environment = shared_environment | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-
-    def start(*arguments_of_hosts):
-        pair = []
-        for number, arguments in enumerate(arguments_of_hosts):
-            distributed = {"coordinator": address, "num_processes": 2, "process_id": number, "heartbeat": 8}
-            fields = [f"--config.distributed.{name}={value}" for name, value in distributed.items()]
-            command = [sys.executable, "train.py", *TINY, f"--workdir={tmp_path / 'run'}", *fields, *arguments]
-            options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            pair.append(subprocess.Popen(command, text=True, **options))
-        return pair
-
-    return start
-
-
-def ended(pair):
-    return [(*process.communicate(timeout=200), process.returncode) for process in pair]
+from tests.processes.conftest import ended
 
 
 def assert_told_once(outcomes, code):

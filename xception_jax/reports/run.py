@@ -33,7 +33,9 @@ class RunInfo(TypedDict, total=False):
 
     devices: str  # '8 x NVIDIA H100'
     parameters: int
+    live_parameters: int  # without weights that meet only padding
     multiply_adds: int  # of a forward pass on one image
+    live_multiply_adds: int  # without products of padding
     total_steps: int
     steps_per_epoch: float
     wall_seconds: float  # total over all starts of the run

@@ -134,7 +134,7 @@ class Journal:
         if self._writes:
             say(text)
 
-    def header(self, workdir: Path, step: int) -> None:
+    def header(self, workdir: str, step: int) -> None:
         """Prints a summary of the run before it starts, so that mistakes in the config are visible."""
         experiment = self._experiment
         config, cost, data = experiment.config, experiment.cost, experiment.data
@@ -150,11 +150,12 @@ class Journal:
                 f"{config.model.name}, {cost.parameters:,} parameters, "
                 f"{format_count(cost.multiply_adds)} multiply-adds per image at {config.data.image_size}",
             ),
+            ("live", f"{cost.live_parameters:,} parameters, {format_count(cost.live_multiply_adds)} multiply-adds"),
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
-            ("workdir", str(workdir)),
+            ("workdir", workdir),
         ]
         shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
         for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
