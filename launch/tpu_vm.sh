@@ -16,9 +16,12 @@ RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}" # v4: tpu-ubuntu2204-base, v5p: v2-alp
 CAPACITY="${CAPACITY:---spot}"            # or --guaranteed, --reserved
 CONFIG="${CONFIG:-imagenet}"
 WORKDIR="${WORKDIR:?such as gs://my-bucket/xception; the disks of the workers end with the slice}"
-DATA_DIR="${DATA_DIR:-}"
+DATA_DIR="${DATA_DIR:-}" # where every worker finds the dataset
+SETUP="${SETUP:-true}"   # what every new worker runs once, such as 'gcsfuse --implicit-dirs my-data-bucket /data'
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
 POLL_SECONDS="${POLL_SECONDS:-30}"
+
+trap 'exit 130' INT TERM # stops this script, but neither the run nor the slice
 
 state() { # of the queued resource
   local answer
@@ -61,7 +64,7 @@ install() { # the commit that is checked out here, with a Python that is new eno
     { gcloud compute tpus tpu-vm scp "$archive" "$NAME:" --zone="$ZONE" --worker=all || return 255; } &&
     on_all_workers "pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --clear --python=3.12 ~/venv &&
       ~/.local/bin/uv pip install --quiet --python ~/venv/bin/python \"xception_jax[tpu,cloud] @ file://\$HOME/xception_jax.tar.gz\" &&
-      touch ~/installed"
+      $SETUP && touch ~/installed"
 }
 
 archive="$(mktemp -d)/xception_jax.tar.gz"

@@ -197,7 +197,7 @@ def test_the_reference_has_every_field_command_and_exit_code():
     assert all(f"| `{name}` |" in fields for name in FIELDS)
     assert all(f"## {name}\n" in named for name in COMMANDS)
     assert "### study run\n" in named
-    assert re.search(r"\| 75 \| The run was asked to stop\..*\| yes \|", reference_pages.exit_codes())
+    assert re.search(r"\| 75 \| The run was asked to stop,.*\| yes \|", reference_pages.exit_codes())
 
 
 @pytest.mark.slow

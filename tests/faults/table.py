@@ -246,7 +246,11 @@ FAULTS = {
         "never a state that is not there",
         ("test_a_reader_that_polls_sees_no_listing_of_the_past",),
     ),
-    55: Fault("no step ends", "75, with the stacks of all threads", ("test_watchdog.py",)),
+    55: Fault(
+        "no step ends",
+        "75, with the stacks of all threads",
+        ("test_watchdog.py", "test_a_collective_that_waits_for_ever"),
+    ),
     56: Fault(
         "steps are exchanged, renamed or copied",
         "found, an older step is used",
@@ -266,8 +270,6 @@ FAULTS = {
         ("test_prepare_resumes.py",),
     ),
 }
-NOT_YET: dict[int, str] = {}
-"""Faults of docs/explanation/reliability.md that no test injects yet, by number."""
 
 
 @functools.cache

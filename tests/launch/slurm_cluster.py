@@ -55,6 +55,8 @@ class SlurmCluster:
         libraries = packages / "usr" / "lib" / "x86_64-linux-gnu"
         plugins = libraries / "slurm-wlm"
         self._plugins = plugins
+        # JAX connects to the first node by its name, so that is the name of this machine.
+        self._nodes = (socket.gethostname(), f"{socket.gethostname()}x")
         self.environment = os.environ | {
             "PATH": f"{packages}/usr/bin:{packages}/usr/sbin:{os.environ['PATH']}",
             "LD_LIBRARY_PATH": f"{libraries}:{plugins}",
@@ -74,7 +76,7 @@ class SlurmCluster:
         self._daemon(stack, "munged", "--foreground", "--force", *flags)
         self._wait("munge", lambda: (self._folder / "munge.socket").exists())
         self._daemon(stack, "slurmctld-wlm", "-D", "-c")
-        for node in ("node1", "node2"):
+        for node in self._nodes:
             self._daemon(stack, "slurmd-wlm", "-D", "-N", node, "-d", f"{self._packages}/usr/sbin/slurmstepd-wlm")
         self._wait("both nodes", lambda: self.run("sinfo", "--noheader", "--format=%T %D") == "idle 2")
 
@@ -83,6 +85,14 @@ class SlurmCluster:
         defaults = {"env": self.environment, "capture_output": True, "text": True, "timeout": 60}
         process = subprocess.run(command, **(defaults | options))
         return process.stdout.strip() if process.returncode == 0 else f"error: {process.stderr}"
+
+    def cancel_jobs(self) -> None:
+        """Kills what the jobs have started, which would outlive the daemons."""
+        self.run("scancel", "--signal=KILL", "--full", f"--user={getpass.getuser()}")
+        self.run("scancel", f"--user={getpass.getuser()}")
+        self._wait(
+            "an empty queue", lambda: self.run("squeue", "--noheader", "--states=all", "--format=%T").count("ING") == 0
+        )
 
     def logs(self) -> str:
         """Returns the last lines of the logs of the daemons."""
@@ -99,15 +109,14 @@ class SlurmCluster:
         deadline = time.monotonic() + SECONDS_TO_START
         while not is_there():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{what} did not start:\n{self.logs()}")
+                raise RuntimeError(f"waited for {what} in vain:\n{self.logs()}")
             time.sleep(0.1)
 
     def _write_configuration(self) -> None:
         controller, first, second = _free_ports(3)
         host, user, folder = socket.gethostname(), getpass.getuser(), self._folder
-        for name in ("state", "spool.node1", "spool.node2"):
+        for name in ("state", *(f"spool.{node}" for node in self._nodes)):
             (folder / name).mkdir()
-        # The first node is found by its name, which must not be localhost. The second is never addressed by name.
         node = f"NodeHostname={host} NodeAddr={host} CPUs=1 RealMemory=1 State=UNKNOWN"
         (folder / "slurm.conf").write_text(f"""\
 ClusterName=test
@@ -133,9 +142,9 @@ InactiveLimit=0
 KillWait=60
 SchedulerParameters=bf_interval=1,sched_interval=1
 MinJobAge=600
-NodeName=node1 {node} Port={first}
-NodeName=node2 {node} Port={second}
-PartitionName=all Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+NodeName={self._nodes[0]} {node} Port={first}
+NodeName={self._nodes[1]} {node} Port={second}
+PartitionName=all Nodes={",".join(self._nodes)} Default=YES MaxTime=INFINITE State=UP
 """)
 
 
@@ -145,7 +154,10 @@ def running(packages: Path, folder: Path) -> Iterator[SlurmCluster]:
     cluster = SlurmCluster(packages, folder)
     with contextlib.ExitStack() as stack:
         cluster.start(stack)
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            cluster.cancel_jobs()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -234,6 +234,17 @@ def test_a_script_that_is_stopped_waits_for_the_run_and_starts_none(launch, name
     assert len(launch.starts()) == 1
 
 
+def test_a_stopped_script_leaves_the_slice_alone(launch):
+    process = launch.start("tpu_vm.sh", [])
+    while not launch.starts():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "delete" not in launch.calls("gcloud")
+
+
 def test_all_local_processes_are_started_and_the_first_error_is_returned(launch):
     code, _ = launch("local_processes.sh", [0, 78, 78], PROCESSES="3")
     assert (code, len(launch.starts())) == (78, 3)

@@ -77,7 +77,7 @@ def test_the_search_for_the_largest_batch(monkeypatch, start, largest, kept):
     """
     compiled = []
 
-    def make_plan(config, topology, *, examples):
+    def make_plan(config, topology, **_):
         batch = config.batch_size // topology.size
         compiled.append(batch)
         if batch > largest:

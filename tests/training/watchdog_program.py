@@ -10,13 +10,14 @@ from pathlib import Path
 from xception_jax.config import WatchdogConfig
 from xception_jax.logs.console import Throughput
 from xception_jax.logs.goodput import EVALUATION, INPUT, SAVING, STEPS, Stopwatch
+from xception_jax.training.run_directory import RunDirectory
 from xception_jax.training.watchdog import Watchdog
 
 LIMIT = 2
 
 workdir, moment = Path(sys.argv[1]), sys.argv[2]
 stopwatch, throughput = Stopwatch(time.monotonic()), Throughput(1)
-with Watchdog(WatchdogConfig(factor=20, min_seconds=LIMIT), stopwatch, throughput, workdir):
+with Watchdog(WatchdogConfig(factor=20, min_seconds=LIMIT), stopwatch, throughput, RunDirectory(str(workdir), workdir)):
     time.sleep(1.5 * LIMIT)  # compiling
     with stopwatch.during(STEPS):
         for step in range(3):

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from xception_jax.errors import WorkdirError
 from xception_jax.files import expanded
+from xception_jax.storage import is_url, open_store
 
 _FIELD = "config.compilation_cache"
 _CHECKED = ".checked"  # its time of modification is that of the last check
@@ -28,12 +29,15 @@ def use_compilation_cache(directory: str) -> None:
         JAX_COMPILATION_CACHE_DIR.
 
     Raises:
-      ConfigError: the path begins with ~ and there is no such home.
-      WorkdirError: the directory cannot be created or read.
+      ConfigError: the path or the address is not valid.
+      WorkdirError: the directory cannot be created or read; credentials, bucket or package are missing.
+      StorageError: the bucket does not answer.
     """
     if not directory:
         return
-    remote = "://" in directory
+    remote = is_url(directory)
+    if remote:
+        open_store(directory, _FIELD)  # checks what JAX would only warn about
     path = directory if remote else str(expanded(directory, _FIELD).absolute())
     try:
         epath.Path(path).mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def use_compilation_cache(directory: str) -> None:
             _remove_torn(Path(path))
     except Exception as error:  # each kind of storage has its own
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".partition("\n")[0]
-        fix = "name a directory that all hosts can read; gs:// needs `pip install 'xception_jax[cloud]'`"
+        fix = "name a directory on a file system or in gs:// that all hosts can read"
         raise WorkdirError(f"compiled programs cannot be kept: {reason}", f"{_FIELD}={directory}", fix) from error
     jax.config.update("jax_compilation_cache_dir", path)
     compilation_cache.reset_cache()  # in a notebook, JAX may have opened another one

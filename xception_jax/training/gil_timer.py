@@ -67,8 +67,9 @@ class GilTimer:
             _Event(signo=dump, notify=_SIGEV_SIGNAL),
             _Event(value=code, notify=_SIGEV_THREAD, function=end),
         )
-        with contextlib.suppress(AttributeError, ValueError):  # no such function; no standard error
-            faulthandler.register(dump, all_threads=True)
+        with contextlib.suppress(AttributeError):  # an older C library has them elsewhere
+            _timers()
+            faulthandler.register(dump, file=2, all_threads=True)
             for event in events:
                 timer = ctypes.c_void_p()
                 if _timers().timer_create(_CLOCK_THREAD_CPUTIME_ID, ctypes.byref(event), ctypes.byref(timer)) == 0:

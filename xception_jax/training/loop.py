@@ -97,7 +97,7 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
             step, state = restored if restored else (0, first_state(experiment, print_once, initial))
         journal = stack.enter_context(Journal(experiment, directory.files, step, started))
         journal.header(address, step)
-        stack.enter_context(Watchdog(config.watchdog, journal.stopwatch, journal.throughput, directory.files))
+        stack.enter_context(Watchdog(config.watchdog, journal.stopwatch, journal.throughput, directory))
         if config.data.cache_features:
 
             def stop_if_requested() -> None:

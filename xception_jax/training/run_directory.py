@@ -71,6 +71,10 @@ class Bucket:
         """Does the same as `renew`, unless this was proved within the last second: before all other changes."""
         self._lease.prove()
 
+    def push(self) -> None:
+        """Pushes the files of the run, as `before_commit` does."""
+        self._mirror.push()
+
     def before_commit(self) -> None:
         """Pushes the files of the run, in the order that must hold: a run that resumes from the step needs them.
 
@@ -101,6 +105,15 @@ class RunDirectory:
     def checkpoints(self) -> str:
         """The directory of the checkpoints, for `Checkpoints`."""
         return join(self.shown, CHECKPOINTS)
+
+    def push(self) -> None:
+        """Pushes the files of a run in a bucket, for a run that is about to end abruptly.
+
+        Raises:
+          UserError: another run has taken over, or the files cannot be written.
+        """
+        if self.bucket is not None:
+            self.bucket.push()
 
     def path(self, *names: str) -> Path:
         """Returns the path or address of a file, for messages."""

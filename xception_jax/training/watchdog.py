@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import multiprocessing
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from xception_jax.logs.goodput import ACTIVITIES, INPUT, STEPS, Stopwatch
 from xception_jax.processes import publish, published
 from xception_jax.reports.live import mark_stopped
 from xception_jax.training.gil_timer import GilTimer
+from xception_jax.training.run_directory import RunDirectory
 
 _TICK = 0.5  # seconds
 _WATCHED = (STEPS, INPUT)
@@ -43,11 +45,11 @@ class Watchdog:
       config: `config.watchdog`.
       stopwatch: knows what the main thread does, and how many steps have ended.
       throughput: knows the median step.
-      workdir: directory for `stacks_<process>.txt`.
+      directory: where `stacks_<process>.txt` is written.
     """
 
-    def __init__(self, config: WatchdogConfig, stopwatch: Stopwatch, throughput: Throughput, workdir: Path):
-        self._config, self._stopwatch, self._throughput, self._workdir = config, stopwatch, throughput, workdir
+    def __init__(self, config: WatchdogConfig, stopwatch: Stopwatch, throughput: Throughput, directory: RunDirectory):
+        self._config, self._stopwatch, self._throughput, self._directory = config, stopwatch, throughput, directory
         self._process, self._count = jax.process_index(), jax.process_count()
         self._stop = threading.Event()
 
@@ -108,18 +110,22 @@ class Watchdog:
         guard.daemon = True
         guard.start()
         began = time.monotonic()
-        path = self._workdir / f"stacks_{self._process}.txt"
+        name = f"stacks_{self._process}.txt"
         which = f" (process {self._process} of {self._count})" if self._count > 1 else ""
         fix = "run the same command to resume from the last checkpoint; this file has the stacks of all threads"
-        message = f"{PreemptedError(self._describe(seconds) + which, str(path), fix)}\n".encode()
+        message = f"{PreemptedError(self._describe(seconds) + which, str(self._directory.path(name)), fix)}\n".encode()
         with contextlib.suppress(OSError):
             os.write(2, message)
             faulthandler.dump_traceback(2, all_threads=True)
         with contextlib.suppress(OSError):
-            _append(path, message)
+            _append(self._directory.files / name, message)
         if self._process == 0:
             with contextlib.suppress(OSError):
-                mark_stopped(self._workdir)
+                mark_stopped(self._directory.files)
+        for worker in multiprocessing.active_children():  # one that is frozen would stay
+            worker.kill()
+        with contextlib.suppress(Exception):  # the store is away, or another run has taken over
+            self._directory.push()
         if self._count > 1:
             time.sleep(max(0.0, began + _OTHERS_SECONDS - time.monotonic()))
         os._exit(PreemptedError.exit_code)
