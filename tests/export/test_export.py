@@ -72,7 +72,6 @@ VARIANTS = {
         "head_width": 20,
         "strides": (1, 2, 2, 1),
     },
-    "slope": {"intermediate_activation": "leaky_relu", "intermediate_slope": 0.3},
     "inception module": {"module": "inception", "dtype": "bfloat16", "batch_norm.statistics": "device"},
     "inception_v3": {"name": "inception_v3", "aux_head": True, "middle_blocks": 8},
     "inception_v3_2016": {"name": "inception_v3_2016", "middle_blocks": 8, "padding": "symmetric"},
