@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
@@ -14,9 +15,12 @@ from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
-from xception_jax.study.design import load_study
+from xception_jax.study.design import as_study, run_study_file
 from xception_jax.user_files import writing
 from xception_jax.weights.sources import require_known
+
+if TYPE_CHECKING:
+    from xception_jax.study.dial.design import DialStudy
 
 EXAMPLES = """\
 examples:
@@ -82,9 +86,14 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, environment)
     if args.action == "report":
         _require_directory(args.workdir)
+        root = local_directory(args.workdir, "workdir")
+        from xception_jax.study.dial.records import is_dial
+
+        if is_dial(root):
+            return _report_dial(root, args.json)
         from xception_jax.study.report import format_results, write_study_report
 
-        results = write_study_report(local_directory(args.workdir, "workdir"))
+        results = write_study_report(root)
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
     require_known(args.source)
@@ -114,7 +123,14 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     if args.reuse and (args.cell is not None or args.slurm is not None):
         fix = "remove --reuse, or first copy the cells by `study run --reuse` without these options"
         raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
-    study = load_study(args.study) if args.cell is None else None
+    study = None
+    if args.cell is None:
+        from xception_jax.study.dial.design import DialStudy
+
+        described, path = run_study_file(args.study)
+        if isinstance(described, DialStudy):
+            return _run_dial(args, described, path, environment)
+        study = as_study(described, path)
     for directory in args.reuse:
         _require_directory(directory)
     from xception_jax.study.execute import check_datasets, list_cells, run_cell, run_study, slurm_script
@@ -137,3 +153,35 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
             print(f"wrote {printable_path(args.slurm)}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)
+
+
+# Options of `study run` that mean nothing for a dial study, and the values that they have if they are not given.
+_NOT_FOR_DIAL = {"--jobs": 1, "--reuse": [], "--slurm": None, "--retry": False}
+
+
+def _run_dial(args: argparse.Namespace, study: DialStudy, path: str, environment: dict[str, str]) -> int:
+    """Runs a dial study: in this process, on the accelerator if there is one."""
+    for option, default in _NOT_FOR_DIAL.items():
+        if getattr(args, option.removeprefix("--")) != default:
+            what = f"{option} does not work with this study, whose cells run one after another in one process"
+            raise UsageError(what, option, f"remove {option}")
+    from xception_jax.study.dial.design import check_dial
+    from xception_jax.study.dial.execute import list_dial, run_dial
+
+    study = check_dial(study, path)
+    if args.print:
+        print(list_dial(study))
+        return 0
+    if "JAX_PLATFORMS" in environment:
+        os.environ["JAX_PLATFORMS"] = environment["JAX_PLATFORMS"]
+    else:
+        del os.environ["JAX_PLATFORMS"]
+    return run_dial(study, local_directory(args.workdir, "--workdir"))
+
+
+def _report_dial(root: Path, as_json: bool) -> int:
+    from xception_jax.study.dial.report import format_dial, write_dial_report
+
+    report = write_dial_report(root)
+    print(json.dumps(report.to_json(), indent=1) if as_json else format_dial(report))
+    return 0
