@@ -1,4 +1,4 @@
-"""`xception-jax study`: runs and reports studies, and analyses the kernels of trained networks."""
+"""`xception-jax study`: runs and reports studies, and measures the separability of kernels and of images."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ examples:
   xception-jax study run studies/spectrum:cifar,multiply_adds --workdir W --slurm spectrum.sh
   xception-jax study report runs/spectrum
   xception-jax study kernels runs/kernels
+  xception-jax study separability photos/
 """
 
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compares networks over seeds, at equal cost, with hypotheses stated beforehand."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | kernels")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | kernels | separability")
 
     run = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
     run.add_argument(
@@ -73,9 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("source", help="work directory of a run, study directory or weight file")
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
+    patches = actions.add_parser(
+        "separability", help="measure how separable the patches of images are into channels and space"
+    )
+    patches.add_argument("source", help="folder of images, at any depth, or directory or name of a prepared dataset")
+    patches.add_argument("--split", default="train", help="split of a prepared dataset (default: %(default)s)")
+    patches.add_argument(
+        "--patches", type=at_least(100), default=28_000, help="number of patches that are read (default: %(default)s)"
+    )
+    patches.add_argument("--side", type=at_least(2), default=3, help="side of a patch in pixels (default: %(default)s)")
+    patches.add_argument("--seed", type=at_least(0), default=0, help="of places and turns (default: %(default)s)")
+    patches.add_argument("--json", action="store_true", help="print the results as JSON")
+
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one of the three actions.
+    """Runs one of the actions.
 
     Raises:
       UserError: see the functions that it calls.
@@ -95,6 +108,12 @@ def run(args: argparse.Namespace) -> int:
 
         results = write_study_report(root)
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
+        return 0
+    if args.action == "separability":
+        from xception_jax.study.patch_covariance import format_patches, measure_patches
+
+        found = measure_patches(args.source, split=args.split, patches=args.patches, side=args.side, seed=args.seed)
+        print(json.dumps(found.to_json(), indent=1) if args.json else format_patches(found))
         return 0
     require_known(args.source)
     from xception_jax.study.separability import analyse, format_separability
