@@ -104,7 +104,7 @@ def _bank_record(study: DialStudy, spec: BankSpec, seed: int, root: Path) -> Rec
         if record_key(BANKS, row) == wanted:
             return row
     bank = make_bank(spec, seed)
-    strength = task.match_strength(bank, task.stream(seed, task.BAYES))
+    strength = task.match_strength(bank, task.stream(seed, task.BAYES), count=min(study.bayes_images, 40_960))
     key = task.stream(seed, task.CHECK)
     bayes = task.bayes_accuracy(bank, strength, key, study.bayes_images)
     from_means, from_sums = task.marginal_accuracies(bank, strength, key)

@@ -110,8 +110,10 @@ def bayes_accuracy(bank: Float[np.ndarray, "k s s c"], strength: float, key: Arr
 
 @jax.jit
 def _check(keys: Array, bank: Array, strength: Array) -> Array:
+    templates = _of_templates(bank)
+
     def chunk(key: Array) -> Array:
-        return _largest_posterior(*_correlations(key, bank), strength, bank)
+        return _largest_posterior(*_of_noise(key, bank), templates, strength, bank)
 
     return jax.lax.map(chunk, keys)
 
@@ -129,11 +131,10 @@ def match_strength(
 
 @jax.jit
 def _bisect(keys: Array, bank: Array, target: Array) -> Array:
-    noise, signal = jax.lax.map(partial(_correlations, bank=bank), keys)
+    noise, templates = jax.lax.map(partial(_of_noise, bank=bank), keys), _of_templates(bank)
 
     def accuracy(strength: Array) -> Array:
-        chunks = jax.lax.map(lambda chunk: _largest_posterior(*chunk, strength, bank).mean(), (noise, signal))
-        return chunks.mean()
+        return jax.lax.map(lambda chunk: _largest_posterior(*chunk, templates, strength, bank).mean(), noise).mean()
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -145,33 +146,42 @@ def _bisect(keys: Array, bank: Array, target: Array) -> Array:
     return (low + high) / 2
 
 
-def _correlations(key: Array, bank: Array) -> tuple[Float[Array, "n k p"], Float[Array, "n k p"]]:
-    """Returns the correlations of all templates with noise, and with a template of a random class, at all places.
-
-    The template stands at one place: noise on a torus looks the same from everywhere.
-    """
+def _of_noise(key: Array, bank: Array) -> tuple[Float[Array, "n k p"], Int[Array, " n"]]:
+    """Returns the correlations of noise with all templates at all places, and the classes of the images."""
     of_label, of_noise = jax.random.split(key)
-    side, channels = bank.shape[2:]
     labels = jax.random.randint(of_label, (_CHUNK,), 0, len(bank))
-    noise = correlate(jax.random.normal(of_noise, (_CHUNK, WIDTH, WIDTH, channels)), bank)
+    return _flat(correlate(jax.random.normal(of_noise, (_CHUNK, WIDTH, WIDTH, bank.shape[-1])), bank)), labels
+
+
+def _of_templates(bank: Array) -> Float[Array, "k k p"]:
+    """Returns the correlations of each template, alone in an image, with all templates at all places.
+
+    It stands at one place: noise on a torus looks the same from everywhere.
+    """
+    side, channels = bank.shape[2:]
     alone = jnp.zeros((len(bank), WIDTH, WIDTH, channels)).at[:, :side, :side].set(bank)
-    flat = (jnp.moveaxis(part, -1, 1).reshape(len(part), len(bank), -1) for part in (noise, correlate(alone, bank)))
-    of_noise_, of_template = flat
-    return of_noise_, of_template[labels]
+    return _flat(correlate(alone, bank))
 
 
-def _largest_posterior(noise: Array, signal: Array, strength: Array, bank: Array) -> Float[Array, " n"]:
-    norms = jnp.square(bank).sum((1, 2, 3))
-    scores = logsumexp(strength * (noise + strength * signal), axis=-1) - strength**2 * norms / 2
-    return jax.nn.softmax(scores).max(-1)
+def _flat(correlation: Float[Array, "b h w k"]) -> Float[Array, "b k p"]:
+    return jnp.moveaxis(correlation, -1, 1).reshape(len(correlation), correlation.shape[-1], -1)
+
+
+def _scores(correlation: Float[Array, "b k p"], strength: Array | float, bank: Array) -> Float[Array, "b k"]:
+    return logsumexp(strength * correlation, axis=-1) - strength**2 * jnp.square(bank).sum((1, 2, 3)) / 2
+
+
+def _largest_posterior(
+    noise: Array, labels: Array, templates: Array, strength: Array, bank: Array
+) -> Float[Array, " n"]:
+    return jax.nn.softmax(_scores(noise + strength * templates[labels], strength, bank)).max(-1)
 
 
 def bayes_scores(
     images: Float[Array, "b 12 12 c"], bank: Float[Array, "k 3 3 c"], strength: float
 ) -> Float[Array, "b k"]:
     """Returns the scores of the Bayes classifier for given images, up to a constant of each image."""
-    correlation = jnp.moveaxis(correlate(images, bank), -1, 1).reshape(len(images), len(bank), -1)
-    return logsumexp(strength * correlation, axis=-1) - strength**2 * jnp.square(bank).sum((1, 2, 3)) / 2
+    return _scores(_flat(correlate(images, bank)), strength, bank)
 
 
 def marginal_accuracies(bank: Float[np.ndarray, "k 3 3 c"], strength: float, key: Array) -> tuple[float, float]:
@@ -185,11 +195,12 @@ def marginal_accuracies(bank: Float[np.ndarray, "k 3 3 c"], strength: float, key
     means = jnp.asarray(strength * bank.sum((1, 2)) / WIDTH, jnp.float32)
     channels = bank.shape[-1]
     from_sums = bayes_accuracy(bank.sum(-1, keepdims=True) / np.sqrt(channels), strength, of_sums, 20_480)
-    return float(_accuracy_of_means(of_means, means)), from_sums.value
+    return float(accuracy_of_means(of_means, means)), from_sums.value
 
 
 @jax.jit
-def _accuracy_of_means(key: Array, means: Float[Array, "k c"]) -> Array:
+def accuracy_of_means(key: Array, means: Float[Array, "k c"]) -> Array:
+    """Returns the accuracy of the Bayes classifier of classes with these means and noise of variance one."""
     of_label, of_noise = jax.random.split(key)
     labels = jax.random.randint(of_label, (102_400,), 0, len(means))
     seen = means[labels] + jax.random.normal(of_noise, (len(labels), means.shape[-1]))

@@ -23,7 +23,7 @@ from xception_jax.study.dial.network import DialArm, DialNetwork
 
 _CHUNK = 50  # steps of one call
 _TEST_BATCH = 1024
-_PULLED = 4096  # images over which templates are pulled back
+_PULLED, _PULL_BATCH = 4096, 256  # images over which templates are pulled back
 _CURVE = 8  # points of the learning curve
 
 State = Any  # variables of the network, and the momentum of its parameters
@@ -138,7 +138,7 @@ class _Programs:
     def _steps(
         self, state: State, key: Array, bank: Array, strength: Array, rate: Array, first: Array
     ) -> tuple[State, Float[Array, "2 steps"]]:
-        """Trains for `_CHUNK` steps; those after the last one change nothing, because their rate is zero."""
+        """Trains for a chunk of steps; those after the last one change nothing, because their rate is zero."""
         recipe = self._recipe
 
         def loss_of(params: Any, statistics: Any, images: Array, labels: Array) -> tuple[Array, tuple[Array, Any]]:
@@ -160,7 +160,7 @@ class _Programs:
             params = jax.tree.map(lambda value, change: value - now * change, variables["params"], momentum)
             return ({"params": params, "batch_stats": statistics}, momentum), jnp.stack([loss, right])
 
-        state, values = jax.lax.scan(step, state, first + jnp.arange(_CHUNK))
+        state, values = jax.lax.scan(step, state, first + jnp.arange(min(_CHUNK, recipe.steps)))
         return state, values.T
 
     def _test(self, variables: Any, key: Array, bank: Array, strength: Array, batches: int) -> Array:
@@ -182,8 +182,9 @@ class _Programs:
             return (jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] - logits.mean(-1)).sum()
 
         def batch(key: Array) -> Array:
-            images, labels, places = task.draw(key, bank, strength, 256)
+            images, labels, places = task.draw(key, bank, strength, _PULL_BATCH)
             windows = task.crop(jax.grad(centred)(images, labels), places, SIDE)
             return jnp.einsum("bk,bijc->kijc", jax.nn.one_hot(labels, CLASSES), windows)
 
-        return jax.lax.map(batch, jax.random.split(key, _PULLED // 256)).sum(0)
+        count = min(_PULLED, self._recipe.test_images)
+        return jax.lax.map(batch, jax.random.split(key, -(-count // _PULL_BATCH))).sum(0)
