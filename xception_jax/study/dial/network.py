@@ -9,6 +9,7 @@ are live.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -141,6 +142,7 @@ def count(arm: DialArm, widths: tuple[int, ...]) -> DialCost:
     return DialCost(widths, weights, weights + parameters + read + CLASSES, weights * WIDTH * WIDTH + read)
 
 
+@functools.cache
 def solve(arm: DialArm, control: str, target: int) -> DialCost:
     """Chooses the widths of an arm such that it costs as much as the reference.
 
