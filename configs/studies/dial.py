@@ -51,7 +51,7 @@ SIZES = {
     "smoke": {
         "rows": rows((BASE, ENDS)),
         "seeds": (0, 1),
-        "recipe": Recipe(steps=10, batch_size=32, test_images=1024),
+        "recipe": Recipe(steps=10, batch_size=32, test_images=512),
         "tuning": Tuning((0.01,), ENDS[:1]),
         "reference_width": 6,
         "bayes_images": 2048,

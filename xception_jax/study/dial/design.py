@@ -11,7 +11,7 @@ from typing import Any
 from xception_jax.errors import ConfigError
 from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.network import CONTROLS, FORMS, DialArm, DialCost, count, solve
-from xception_jax.study.dial.training import Recipe
+from xception_jax.study.dial.training import CURVE, Recipe
 
 TUNING, COUNTED = "tune", "test"
 REGULAR = "regular"
@@ -180,6 +180,8 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
     if len(study.seeds) < 2 or len(set(study.seeds)) < len(study.seeds):
         yield "there are fewer than two different seeds, or a seed repeats", "list at least two, each once"
+    if study.recipe.steps < CURVE:
+        yield f"cells have {study.recipe.steps} steps", f"set at least {CURVE}"
     if study.tuning.seed in study.seeds:
         yield "the tuning shares a seed with the study", "give it its own seed"
     for depth in {row.arm.depth for row in study.rows}:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.errors import SUCCESS_EXIT_CODE
+from xception_jax.errors import SUCCESS_EXIT_CODE, PreemptedError
 from xception_jax.logs.console import format_count, format_duration, say
+from xception_jax.signals import StopRequested, StopSignals
 from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS
@@ -48,18 +49,27 @@ def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say) 
       WorkdirError: another process runs this study, or the directory cannot be written.
       ConfigError: the directory holds cells of another design.
       StorageError: a record cannot be written.
+      PreemptedError: on SIGTERM or SIGINT.
     """
-    with hold_directory(root):
-        state(root, study)
-        cells = tuning_cells(study)
-        planned = len(cells) + len(counted_cells(study, {}))
-        _run_cells(study, cells, root, planned, report)
-        rates = chosen_rates(study, read_records(root, CELLS))
-        _run_cells(study, counted_cells(study, rates), root, planned, report)
+    try:
+        with StopSignals(report, str(root)), hold_directory(root):
+            return _run(study, root, report)
+    except StopRequested as stop:
+        what = f"stopped by {stop}; finished cells are saved, and the running one starts again"
+        raise PreemptedError(what, str(root), "run the same command to resume") from None
 
-        from xception_jax.study.dial.report import format_dial, write_dial_report
 
-        print(format_dial(write_dial_report(root)))
+def _run(study: DialStudy, root: Path, report: Callable[[str], None]) -> int:
+    state(root, study)
+    cells = tuning_cells(study)
+    planned = len(cells) + len(counted_cells(study, {}))
+    _run_cells(study, cells, root, planned, report)
+    rates = chosen_rates(study, read_records(root, CELLS))
+    _run_cells(study, counted_cells(study, rates), root, planned, report)
+
+    from xception_jax.study.dial.report import format_dial, write_dial_report
+
+    print(format_dial(write_dial_report(root)))
     return SUCCESS_EXIT_CODE
 
 
@@ -107,7 +117,7 @@ def _bank_record(study: DialStudy, spec: BankSpec, seed: int, root: Path) -> Rec
     strength = task.match_strength(bank, task.stream(seed, task.BAYES), count=min(study.bayes_images, 40_960))
     key = task.stream(seed, task.CHECK)
     bayes = task.bayes_accuracy(bank, strength, key, study.bayes_images)
-    from_means, from_sums = task.marginal_accuracies(bank, strength, key)
+    from_means, from_sums = task.marginal_accuracies(bank, strength, key, min(study.bayes_images, 20_480))
     dial = dataclasses.asdict(measure(bank))
     row = {"bank": spec.name, "seed": seed, "strength": strength, "bayes_accuracy": bayes.value}
     row |= {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}

@@ -27,7 +27,7 @@ WIDTH = 12
 TARGET = 0.97
 """Accuracy of the Bayes classifier on each bank, to which `match_strength` sets the strength."""
 
-_CHUNK = 2048  # images whose correlations are in memory at a time
+_CHUNK = 1024  # images whose correlations are in memory at a time
 _LOWEST, _HIGHEST = 1.0, 17.0  # strengths
 _HALVINGS = 14
 
@@ -184,7 +184,9 @@ def bayes_scores(
     return _scores(_flat(correlate(images, bank)), strength, bank)
 
 
-def marginal_accuracies(bank: Float[np.ndarray, "k 3 3 c"], strength: float, key: Array) -> tuple[float, float]:
+def marginal_accuracies(
+    bank: Float[np.ndarray, "k 3 3 c"], strength: float, key: Array, count: int = 20_480
+) -> tuple[float, float]:
     """Returns what the best classifiers reach that see only one marginal of an image.
 
     Returns:
@@ -194,7 +196,7 @@ def marginal_accuracies(bank: Float[np.ndarray, "k 3 3 c"], strength: float, key
     # The mean over n pixels has noise of variance 1 / n. In units of it, a class adds this to the channels.
     means = jnp.asarray(strength * bank.sum((1, 2)) / WIDTH, jnp.float32)
     channels = bank.shape[-1]
-    from_sums = bayes_accuracy(bank.sum(-1, keepdims=True) / np.sqrt(channels), strength, of_sums, 20_480)
+    from_sums = bayes_accuracy(bank.sum(-1, keepdims=True) / np.sqrt(channels), strength, of_sums, count)
     return float(accuracy_of_means(of_means, means)), from_sums.value
 
 

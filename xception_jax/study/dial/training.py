@@ -22,9 +22,11 @@ from xception_jax.study.dial.banks import CHANNELS, CLASSES, SIDE, Dial, measure
 from xception_jax.study.dial.network import DialArm, DialNetwork
 
 _CHUNK = 50  # steps of one call
-_TEST_BATCH = 1024
+_TEST_BATCH = 512
 _PULLED, _PULL_BATCH = 4096, 256  # images over which templates are pulled back
-_CURVE = 8  # points of the learning curve
+
+CURVE = 8
+"""Points of the learning curve, and the fewest steps."""
 
 State = Any  # variables of the network, and the momentum of its parameters
 
@@ -107,8 +109,8 @@ def train(
     batches = -(-recipe.test_images // _TEST_BATCH)
     accuracy = float(programs.test(variables, task.stream(seed, test_part), templates, strength_, batches))
     pulled = programs.pull(variables, task.stream(seed, task.PULL), templates, strength_)
-    curve = tuple(float(part.mean()) for part in np.array_split(right, _CURVE))
-    last_loss = float(np.array_split(loss, _CURVE)[-1].mean())
+    curve = tuple(float(part.mean()) for part in np.array_split(right, CURVE))
+    last_loss = float(np.array_split(loss, CURVE)[-1].mean())
     dial = measure(np.asarray(pulled)) if np.isfinite(pulled).all() else Dial(np.nan, np.nan, 0, 0)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
     return Outcome(accuracy, curve[-1], last_loss, curve, dial, round(seconds, 1), round(cpu_seconds, 1))
