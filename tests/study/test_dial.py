@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 from scipy.special import logsumexp, softmax
 
+from configs.studies.dial import get_study
 from tests.study.simulated_dial import simulate
 from xception_jax.cli import main
 from xception_jax.errors import BadDataError, ConfigError, UsageError
@@ -19,11 +20,11 @@ from xception_jax.study.design import load_study, run_study_file
 from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
-from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial
+from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells
 from xception_jax.study.dial.execute import chosen_rates, run_dial
 from xception_jax.study.dial.gates import Gate, check_gates
 from xception_jax.study.dial.network import CONTROLS, DialArm, DialNetwork, count, solve
-from xception_jax.study.dial.records import CELLS, read_dial, read_records, state
+from xception_jax.study.dial.records import CELLS, add_record, done, read_dial, read_records, state
 from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
@@ -199,15 +200,11 @@ def _change(**columns):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_gate_fails_when_it_must_and_then_nothing_is_interpreted(tmp_path, change, words):
-    report = write_dial_report(simulate(tmp_path, expected, seeds=(0, 1), **change))
-    failed = [gate.name for gate in report.gates if not gate.passed]
+def test_a_gate_fails_when_it_must(tmp_path, change, words):
+    gates = check_gates(collect_dial(simulate(tmp_path, expected, seeds=(0, 1), **change)))
+    failed = [gate.name for gate in gates if not gate.passed]
     assert failed
     assert any(words in name for name in failed), failed
-    assert report.claims == ()
-    text = (tmp_path / "report.md").read_text()
-    assert "interprets nothing" in text
-    assert "supported" not in text
 
 
 def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
@@ -217,6 +214,10 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
     report = write_dial_report(root)
     assert not report.passed
     assert report.gates[0].detail.startswith("107 of 108")
+    assert report.claims == ()
+    text = (root / "report.md").read_text()
+    assert "interprets nothing" in text
+    assert "supported" not in text
     assert not Gate("x", float("nan"), 1.0).passed
     (root / CELLS).write_text("arm,seed\nx,1\n")
     with pytest.raises(BadDataError, match="other columns"):
@@ -248,6 +249,7 @@ TINY = DialStudy(
 )
 
 
+@pytest.mark.faults
 def test_a_study_runs_resumes_to_the_same_values_and_refuses_another_design(tmp_path):
     said = []
     assert run_dial(TINY, tmp_path, said.append) == 0
@@ -265,11 +267,25 @@ def test_a_study_runs_resumes_to_the_same_values_and_refuses_another_design(tmp_
     assert [{k: v for k, v in row.items() if k not in varying} for row in again] == [
         {k: v for k, v in row.items() if k not in varying} for row in rows
     ]
+
+
+def test_a_study_with_cells_takes_further_seeds_and_no_other_design(tmp_path):
+    study = dataclasses.replace(get_study(), seeds=(0, 1))
+    state(tmp_path, dataclasses.replace(study, margin=0.02))  # without cells, the design may still change
+    simulate(tmp_path, expected, seeds=(0, 1))
+    assert read_dial(tmp_path)[0] == study
+    cells = counted_cells(study, {})
+    assert {cell.key for cell in cells} == done(tmp_path)
     with pytest.raises(ConfigError) as error:
-        state(tmp_path, dataclasses.replace(TINY, margin=0.02, seeds=(1, 2)))
+        state(tmp_path, dataclasses.replace(study, margin=0.02, seeds=(1, 2)))
     assert error.value.details == ("margin", "seed 0 was removed")
-    state(tmp_path, dataclasses.replace(TINY, seeds=(0, 1, 2)))
+    more = dataclasses.replace(study, seeds=(0, 1, 2))
+    state(tmp_path, more)
     assert [entry["change"] for entry in read_dial(tmp_path)[1]] == ["stated", "added seeds [2]"]
+    assert len([cell for cell in counted_cells(more, {}) if cell.key not in done(tmp_path)]) == len(cells) / 2
+    add_record(tmp_path, CELLS, read_records(tmp_path, CELLS)[3] | {"accuracy": 0.5})  # replaced, not added
+    rows = read_records(tmp_path, CELLS)
+    assert (len(rows), rows[-1]["accuracy"]) == (len(cells), "0.5")
 
 
 def test_the_best_rate_is_chosen_and_a_diverged_one_is_not():
