@@ -27,7 +27,6 @@ def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=
     state(root, study)
     rng = np.random.default_rng(0)
     banks, cells = {}, []
-    costs = {row.arm.name: cell_record(study, counted_cells(study, {row.arm.name: 0.01})[0], {}) for row in study.rows}
     for cell in counted_cells(study, {row.arm.name: 0.01 for row in study.rows}):
         key = cell.bank.name, cell.seed
         if key not in banks:
@@ -43,7 +42,7 @@ def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=
             "accuracy": accuracy, "train_accuracy": accuracy, "loss": 0.1, "curve": (0.5, accuracy), "seconds": 1.0,
             "cpu_seconds": 2.0, "pulled_within": dial["within"] + 0.02, "pulled_across": dial["across"] + 0.02,
         }  # fmt: skip
-        row = costs[cell.arm] | values | {"bank": cell.bank.name, "seed": cell.seed, "arm": cell.arm}
+        row = cell_record(study, cell, values)
         (cell_change or dict)(row)
         cells.append(row)
     for name, columns, rows in ((BANKS, BANK_COLUMNS, banks.values()), (CELLS, CELL_COLUMNS, cells)):

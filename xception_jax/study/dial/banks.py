@@ -44,6 +44,12 @@ class BankSpec:
             return "free"
         return f"{self.family}_{'rank' if self.unit == 'rank' else ''}{self.dial:g}"
 
+    @property
+    def is_valid(self) -> bool:
+        """Returns whether there is such a bank."""
+        dials = {"angle": 0 <= self.dial <= FREE, "rank": self.dial in range(1, _TAPS + 1)}
+        return self.family in _OF_RANK and dials.get(self.unit, False)
+
 
 def make_bank(spec: BankSpec, seed: int) -> Bank:
     """Draws a bank. Every template has a norm of one.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xception_jax.errors import ConfigError
-from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.network import CONTROLS, FORMS, DialArm, DialCost, count, solve
+from xception_jax.study.dial.banks import CHANNELS, BankSpec
+from xception_jax.study.dial.network import CONTROLS, DEPTHWISE, FORMS, DialArm, DialCost, count, solve
 from xception_jax.study.dial.training import CURVE, Recipe
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DEEPEST, _WIDEST = 64, 256
+_SEGMENTS = tuple(n for n in range(1, CHANNELS + 1) if CHANNELS % n == 0)
 
 TUNING, COUNTED = "tune", "test"
 REGULAR = "regular"
@@ -174,6 +179,13 @@ def check_dial(study: DialStudy, where: str) -> DialStudy:
 def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
     """Yields (what is wrong, how to fix it)."""
     names = [row.arm.name for row in study.rows]
+    if not names or not all(isinstance(seed, int) for seed in study.seeds):
+        yield "there are no arms, or a seed is not a whole number", "list arms and seeds"
+    if not 1 <= study.reference_width <= _WIDEST:
+        yield f"the reference has {study.reference_width} channels", f"set 1 to {_WIDEST}"
+    for bank in {*study.tuning.banks, *(bank for row in study.rows for bank in row.banks)}:
+        if not bank.is_valid:
+            yield f"the bank {bank.name!r} is not valid", "set 'within' or 'across', and an angle or a rank"
     if len(set(names)) < len(names):
         yield "two arms have the same name", "give each arm its own name"
     if study.control not in CONTROLS:
@@ -188,6 +200,11 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         if not any(row.arm.form == REGULAR and row.arm.depth == depth for row in study.rows):
             yield f"there is no regular arm of depth {depth}, on which a gate relies", "add one"
     for row in study.rows:
+        if not _NAME.fullmatch(row.arm.name):
+            yield f"an arm is called {row.arm.name!r}", "name arms with letters, digits, _ . and -"
+        if not 1 <= row.arm.depth <= _DEEPEST or row.arm.segments not in (DEPTHWISE, *_SEGMENTS):
+            fix = f"set 1 to {_DEEPEST} blocks, and segments that divide {CHANNELS} channels"
+            yield f"{row.arm.name} has {row.arm.depth} blocks with {row.arm.segments} segments", fix
         if row.arm.form not in FORMS:
             yield f"the form of {row.arm.name} is {row.arm.form!r}", f"set it to one of {', '.join(FORMS)}"
         if not row.banks:

@@ -12,6 +12,7 @@ import numpy as np
 
 from xception_jax.errors import SUCCESS_EXIT_CODE, PreemptedError
 from xception_jax.logs.console import format_count, format_duration, say
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.signals import StopRequested, StopSignals
 from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import BankSpec, make_bank, measure
@@ -172,4 +173,4 @@ def list_dial(study: DialStudy) -> str:
     lines += [f"{code}: {text}" for code, text in study.hypotheses.items()]
     untested = [code for code, claim in CLAIMS.items() if not set(claim.arms) <= set(costs)]
     lines += [f"not tested, because arms are missing: {', '.join(untested)}"] * bool(untested)
-    return "\n".join(lines)
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)

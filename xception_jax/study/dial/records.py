@@ -39,6 +39,8 @@ BANK_COLUMNS = (
 )  # fmt: skip
 _KEYS = {CELLS: ("stage", "arm", "bank", "seed"), BANKS: ("bank", "seed")}
 
+_TEXTS = {"stage", "arm", "bank", "form", "ends", "widths", "curve", "design"}  # columns that are not numbers
+
 Record = dict[str, str]
 
 
@@ -132,7 +134,8 @@ def read_records(root: Path, name: str) -> list[Record]:
         for row in rows:
             if tuple(row) != columns or None in row.values():
                 raise ValueError(f"a row has other columns than {', '.join(columns)}")
-            float(row["seed"])
+            for column in set(columns) - _TEXTS:
+                float(row[column])
         return rows
 
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from xception_jax.files import write_atomically
+from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.reports.environment import format_percent, format_points, make_environment
 from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label
 from xception_jax.study.dial.banks import BankSpec
@@ -154,7 +155,7 @@ def format_dial(report: DialReport) -> str:
         lines.append("  a gate is not passed, so nothing is interpreted")
     lines += [f"  {tested.code} {tested.verdict}" for tested in report.claims]
     lines.append(f"report: {results.root / 'report.md'}")
-    return "\n".join(lines)
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)
 
 
 def _mean(values: np.ndarray) -> str:
