@@ -109,7 +109,6 @@ def test_a_run_whose_data_workers_are_frozen(shared_environment, run_python, tmp
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
     assert re.search(r"no step has ended for .* in: waiting for input", text)
-    assert workers
     while any(os.path.exists(f"/proc/{worker}/exe") for worker in workers):  # frozen ones would never end
         time.sleep(0.05)
     assert "feed.py" in (tmp_path / "run" / "stacks_0.txt").read_text()
