@@ -61,6 +61,7 @@ class StopSignals:
         self._signal: signal.Signals | None = None
         self._acknowledged = ""  # name of the first signal, known also while the main thread is in C
         self._deferred = False
+        self._was_deferred = False  # when the first signal came
 
     def __enter__(self: _Self) -> _Self:
         """Installs the handlers."""
@@ -128,6 +129,7 @@ class StopSignals:
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.Signals(signum)
+            self._was_deferred = not self._immediate
             if self._immediate and not self._owns_process:
                 raise StopRequested(self._signal.name)
 
@@ -149,7 +151,7 @@ class StopSignals:
                         os._exit(PreemptedError.exit_code)
                     first, first_time = name, time.monotonic()
                     self._acknowledged = name
-                    when = "" if self._immediate else " after this step"
+                    when = " after this step" if self._was_deferred or not self._immediate else ""
                     self._report(f"{name}: stopping{when}; send a second signal to exit now")
 
 
