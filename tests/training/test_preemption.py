@@ -55,7 +55,7 @@ def start(code: str, *arguments: str) -> subprocess.Popen:
 
 
 def read_until(process: subprocess.Popen, word: str) -> None:
-    deadline = threading.Timer(30, process.kill)
+    deadline = threading.Timer(120, process.kill)
     deadline.start()
     try:
         for line in process.stdout:
@@ -221,7 +221,7 @@ def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum, 
     try:
         read_until(processes[1], ready)
         processes[1].send_signal(signum)
-        outcomes = [process.communicate(timeout=30) for process in processes]
+        outcomes = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
