@@ -156,6 +156,8 @@ OTHER_PARSERS = {
     "export/check.py": "a digest, and arrays of our own process",
     "reports/environment.py": "a file of the package",
     "study/design.py": "what was written by json.dumps",
+    "study/dial/design.py": "what was written by json.dumps",
+    "study/dial/records.py": "text that user_files has read",
     "study/runner.py": "a log, whose damaged bytes are replaced",
     "study/cells.py": "what was written by json.dumps",
     "training/checkpoint.py": "a record and a reason in a checkpoint, see tests/training",

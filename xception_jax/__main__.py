@@ -8,7 +8,7 @@ from xception_jax.environment import restart_with_allocator
 def start() -> None:
     """Runs the command given by the arguments and exits with its code: the entry point of all programs."""
     command = sys.argv[1:2]
-    if {"train", "explain"}.intersection(command):  # they compute gradients
+    if {"train", "explain"}.intersection(command) or sys.argv[1:3] == ["study", "run"]:  # they compute gradients
         restart_with_allocator()
     # After the restart, which takes as long as what was imported before.
     from xception_jax.process import run_program

@@ -1,4 +1,4 @@
-"""`xception-jax study`: runs and reports studies, and analyses the kernels of trained networks."""
+"""`xception-jax study`: runs and reports studies, and measures the separability of kernels and of images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
@@ -14,9 +15,12 @@ from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
-from xception_jax.study.design import load_study
+from xception_jax.study.design import as_study, run_study_file
 from xception_jax.user_files import writing
 from xception_jax.weights.sources import require_known
+
+if TYPE_CHECKING:
+    from xception_jax.study.dial.design import DialStudy
 
 EXAMPLES = """\
 examples:
@@ -26,6 +30,7 @@ examples:
   xception-jax study report runs/spectrum
   xception-jax study power runs/pilot --margin 0.003
   xception-jax study kernels runs/kernels
+  xception-jax study separability photos/
 """
 
 
@@ -34,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compares networks over seeds, at equal cost, with hypotheses stated beforehand."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | power | kernels")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="run | report | power | kernels | separability"
+    )
 
     run = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
     run.add_argument(
@@ -77,6 +84,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels.add_argument("source", help="work directory of a run, study directory or weight file")
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
+    patches = actions.add_parser(
+        "separability", help="measure how separable the patches of images are into channels and space"
+    )
+    patches.add_argument("source", help="folder of images, at any depth, or directory or name of a prepared dataset")
+    patches.add_argument("--split", default="train", help="split of a prepared dataset (default: %(default)s)")
+    patches.add_argument(
+        "--patches", type=at_least(100), default=28_000, help="number of patches that are read (default: %(default)s)"
+    )
+    patches.add_argument("--side", type=at_least(2), default=3, help="side of a patch in pixels (default: %(default)s)")
+    patches.add_argument("--seed", type=at_least(0), default=0, help="of places and turns (default: %(default)s)")
+    patches.add_argument("--json", action="store_true", help="print the results as JSON")
+
 
 def run(args: argparse.Namespace) -> int:
     """Runs one of the actions.
@@ -90,13 +109,24 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, environment)
     if args.action == "report":
         _require_directory(args.workdir)
+        root = local_directory(args.workdir, "workdir")
+        from xception_jax.study.dial.records import is_dial
+
+        if is_dial(root):
+            return _report_dial(root, args.json)
         from xception_jax.study.report import format_results, write_study_report
 
-        results = write_study_report(local_directory(args.workdir, "workdir"))
+        results = write_study_report(root)
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
     if args.action == "power":
         return _power(args)
+    if args.action == "separability":
+        from xception_jax.study.patch_covariance import format_patches, measure_patches
+
+        found = measure_patches(args.source, split=args.split, patches=args.patches, side=args.side, seed=args.seed)
+        print(json.dumps(found.to_json(), indent=1) if args.json else format_patches(found))
+        return 0
     require_known(args.source)
     from xception_jax.study.separability import analyse, format_separability
 
@@ -147,7 +177,14 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     if args.reuse and (args.cell is not None or args.slurm is not None):
         fix = "remove --reuse, or first copy the cells by `study run --reuse` without these options"
         raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
-    study = load_study(args.study) if args.cell is None else None
+    study = None
+    if args.cell is None:
+        from xception_jax.study.dial.design import DialStudy
+
+        described, path = run_study_file(args.study)
+        if isinstance(described, DialStudy):
+            return _run_dial(args, described, path, environment)
+        study = as_study(described, path)
     for directory in args.reuse:
         _require_directory(directory)
     from xception_jax.study.execute import check_datasets, list_cells, run_cell, run_study, slurm_script
@@ -170,3 +207,35 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
             print(f"wrote {printable_path(args.slurm)}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)
+
+
+# Options of `study run` that mean nothing for a dial study, and the values that they have if they are not given.
+_NOT_FOR_DIAL = {"--jobs": 1, "--reuse": [], "--slurm": None, "--retry": False}
+
+
+def _run_dial(args: argparse.Namespace, study: DialStudy, path: str, environment: dict[str, str]) -> int:
+    """Runs a dial study: in this process, on the accelerator if there is one."""
+    for option, default in _NOT_FOR_DIAL.items():
+        if getattr(args, option.removeprefix("--")) != default:
+            what = f"{option} does not work with this study, whose cells run one after another in one process"
+            raise UsageError(what, option, f"remove {option}")
+    from xception_jax.study.dial.design import check_dial
+    from xception_jax.study.dial.execute import list_dial, run_dial
+
+    study = check_dial(study, path)
+    if args.print:
+        print(list_dial(study))
+        return 0
+    if "JAX_PLATFORMS" in environment:
+        os.environ["JAX_PLATFORMS"] = environment["JAX_PLATFORMS"]
+    else:
+        del os.environ["JAX_PLATFORMS"]
+    return run_dial(study, local_directory(args.workdir, "--workdir"))
+
+
+def _report_dial(root: Path, as_json: bool) -> int:
+    from xception_jax.study.dial.report import format_dial, write_dial_report
+
+    report = write_dial_report(root)
+    print(json.dumps(report.to_json(), indent=1) if as_json else format_dial(report))
+    return 0

@@ -15,12 +15,12 @@ from xception_jax.errors import BadDataError
 from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, loading_code
 from xception_jax.export.inference import in_float32
-from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.single_label import TopK
 from xception_jax.models import create_model
 from xception_jax.models.cost import COSTS, count_cost
 from xception_jax.names import NAME_LENGTH, in_markdown
+from xception_jax.training.run_directory import metrics_of_run
 from xception_jax.user_files import read_json, reading
 from xception_jax.weights.network import Network
 
@@ -92,15 +92,15 @@ def _code(file: str, format: str, dtype: str, size: int) -> str:
     return "import numpy as np\n" + loading_code(file, format, example)
 
 
-def run_evaluation(workdir: Path, step: int, prefix: str) -> dict[str, Any] | None:
+def run_evaluation(workdir: str, step: int, prefix: str) -> dict[str, Any] | None:
     """Returns the accuracy of a checkpoint on the test split, or else on the development split; None if not measured.
 
     Args:
-      workdir: work directory of the run.
+      workdir: work directory of the run, or its address.
       step: of the checkpoint.
       prefix: of the metrics of the exported variables, '' or 'ema_'.
     """
-    entries = {entry["split"]: entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["step"] == step}
+    entries = {entry["split"]: entry for entry in metrics_of_run(workdir) if entry["step"] == step}
     entry = entries.get("test") or entries.get("dev")
     return _accuracy(entry, prefix) if entry else None
 

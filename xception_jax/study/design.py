@@ -186,14 +186,39 @@ def load_study(spec: str) -> Study:
       InputMissingError: there is no such file.
       ConfigError: the file does not run, or the study is not valid.
     """
+    return as_study(*run_study_file(spec))
+
+
+def run_study_file(spec: str) -> tuple[Any, str]:
+    """Returns what the `get_study` of a file returns, of any kind of study, and the file.
+
+    Args:
+      spec: as for `load_study`.
+
+    Raises:
+      InputMissingError: there is no such file.
+      ConfigError: the file does not run.
+    """
     path, arguments = find_config(spec, "study")
-    study = run_file(path, "get_study", arguments.split(",") if arguments else [])
+    return run_file(path, "get_study", arguments.split(",") if arguments else []), str(path)
+
+
+def as_study(study: Any, where: str) -> Study:
+    """Returns what a file describes, with its config resolved.
+
+    Args:
+      study: what `get_study` returned.
+      where: the file, for messages.
+
+    Raises:
+      ConfigError: it is not a study, or not a valid one.
+    """
     if not isinstance(study, Study):
-        raise ConfigError(f"get_study() returns {type(study).__name__}, not a Study", str(path), "return a Study")
+        raise ConfigError(f"get_study() returns {type(study).__name__}, not a Study", where, "return a Study")
     study = dataclasses.replace(study, config=resolve(study.config))
     if study.search is not None:  # a stored study keeps its trials, whatever later releases try by default
         study = dataclasses.replace(study, search=dataclasses.replace(study.search, trials=study.trials))
-    return check_study(study, str(path))
+    return check_study(study, where)
 
 
 def check_study(study: Study, where: str) -> Study:

@@ -1,0 +1,90 @@
+"""Measures what separable convolutions cost on a task whose truth is known: templates in noise, on two dials.
+
+    xception-jax study run studies/dial --workdir runs/dial
+
+A kernel can be separable within its filters (one spatial pattern a filter: the Inception hypothesis, which a pointwise
+convolution in front represents exactly) or across them (one spatial filter a channel: Xception's layer, spatial first).
+The paper calls the order unimportant (section 2). Here the templates that have to be found are separable in one way,
+in the other, or in neither, by a dial, and the best possible accuracy is the same on all of them.
+
+Sizes: smoke (seconds, interprets nothing), cpu (default: a night of two cores), full (one GPU); controls: multiply_adds
+(default), live_parameters: studies/dial:cpu,live_parameters. Design, gates and claims: docs/studies/dial.md.
+"""
+
+from xception_jax.errors import ConfigError
+from xception_jax.study.dial.banks import FREE, BankSpec
+from xception_jax.study.dial.claims import CLAIMS
+from xception_jax.study.dial.design import DialStudy, Row, Tuning
+from xception_jax.study.dial.network import DEPTHWISE, DialArm
+from xception_jax.study.dial.training import Recipe
+
+ANGLES = (0, 22, 45, 67)
+FREE_BANK = BankSpec("across", FREE)
+ENDS = (BankSpec("within", 0), BankSpec("across", 0), FREE_BANK)
+ACROSS = (*(BankSpec("across", angle) for angle in ANGLES), FREE_BANK)
+ALL = (*(BankSpec("within", angle) for angle in ANGLES), *ACROSS)
+THREE = (BankSpec("across", 0), BankSpec("across", 45), FREE_BANK)
+RANKS = tuple(BankSpec(family, rank, "rank") for family in ("within", "across") for rank in (1, 2, 4, 8))
+TUNING_BANKS = (BankSpec("within", 45), BankSpec("across", 45))
+
+BASE = (
+    DialArm("regular", "regular"),
+    DialArm("depthwise_first", "depthwise_first"),
+    DialArm("pointwise_first", "pointwise_first"),
+)
+SEGMENTS = tuple(DialArm(f"segments_{n}", "depthwise_first", segments=n) for n in (1, 2, 4))
+POINTWISE_SEGMENTS = tuple(DialArm(f"pointwise_segments_{n}", "pointwise_first", segments=n) for n in (1, 2, 4))
+BOTH_ENDS = tuple(DialArm(f"{form}_ends", form, ends=True) for form in ("depthwise_first", "pointwise_first"))
+
+
+def deep(depth: int) -> tuple[DialArm, ...]:
+    """Returns the base arms at another depth."""
+    return tuple(DialArm(f"{arm.name}_{depth}", arm.form, depth, DEPTHWISE) for arm in BASE)
+
+
+def rows(*groups: tuple[tuple[DialArm, ...], tuple[BankSpec, ...]]) -> tuple[Row, ...]:
+    """Returns a row for each arm."""
+    return tuple(Row(arm, banks) for arms, banks in groups for arm in arms)
+
+
+SIZES = {
+    "smoke": {
+        "rows": rows((BASE, ENDS)),
+        "seeds": (0, 1),
+        "recipe": Recipe(steps=10, batch_size=32, test_images=512),
+        "tuning": Tuning((0.01,), ENDS[:1]),
+        "reference_width": 6,
+        "bayes_images": 2048,
+        "budget": "under two minutes of two cores; shows that the study runs",
+    },
+    "cpu": {
+        "rows": rows((BASE, ALL), (SEGMENTS, ACROSS), (BOTH_ENDS, ENDS), (deep(8)[:2], THREE)),
+        "seeds": (0, 1, 2, 3, 4),
+        "recipe": Recipe(steps=3000),
+        "tuning": Tuning((0.003, 0.01, 0.03), TUNING_BANKS),
+        "budget": "a night of two cores",
+    },
+    "full": {
+        "rows": rows(
+            (BASE, ALL + RANKS), (SEGMENTS, ALL), (POINTWISE_SEGMENTS, ALL), (BOTH_ENDS, ALL),
+            (deep(4), ALL), (deep(8), ALL),
+        ),
+        "seeds": tuple(range(10)),
+        "recipe": Recipe(steps=6000),
+        "tuning": Tuning((0.003, 0.01, 0.03), TUNING_BANKS),
+        "budget": "not measured; for one GPU",
+    },
+}  # fmt: skip
+
+
+def get_study(size: str = "cpu", control: str = "multiply_adds") -> DialStudy:
+    if size not in SIZES:
+        raise ConfigError(f"there is no size {size!r}", "the study, after its colon", f"choose {', '.join(SIZES)}")
+    return DialStudy(
+        name=f"dial-{size}-{control}",
+        question="Which order and how many segments of a separable convolution fit kernels that are separable within "
+        "filters, across filters, or not at all?",
+        hypotheses={code: claim.text for code, claim in CLAIMS.items()},
+        control=control,
+        **SIZES[size],
+    )

@@ -1,0 +1,340 @@
+"""The task whose truth is known: banks, Bayes classifier, networks at equal cost, gates and claims."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import logsumexp, softmax
+
+from configs.studies.dial import get_study
+from tests.study.simulated_dial import simulate
+from xception_jax.cli import main
+from xception_jax.errors import BadDataError, ConfigError, UsageError
+from xception_jax.study.design import load_study, run_study_file
+from xception_jax.study.dial import task
+from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
+from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
+from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells
+from xception_jax.study.dial.execute import chosen_rates, run_dial
+from xception_jax.study.dial.gates import Gate, check_gates
+from xception_jax.study.dial.network import CONTROLS, DialArm, DialNetwork, count, solve
+from xception_jax.study.dial.records import CELLS, add_record, done, read_dial, read_records, state
+from xception_jax.study.dial.report import write_dial_report
+from xception_jax.study.dial.results import collect_dial
+from xception_jax.study.dial.training import Recipe
+
+FILE = Path(__file__).parents[2] / "configs/studies/dial.py"
+REGULAR = DialArm("regular", "regular")
+ARMS = [
+    REGULAR,
+    DialArm("depthwise_first", "depthwise_first"),
+    DialArm("pointwise_first", "pointwise_first"),
+    DialArm("segments_4", "depthwise_first", segments=4),
+    DialArm("pointwise_segments_2", "pointwise_first", segments=2),
+    DialArm("depthwise_first_ends", "depthwise_first", ends=True),
+    DialArm("pointwise_first_ends", "pointwise_first", ends=True),
+    DialArm("depthwise_first_8", "depthwise_first", depth=8),
+]
+
+
+@pytest.mark.parametrize("family", ["within", "across"])
+@pytest.mark.parametrize("rank", [1, 2, 4, 8])
+def test_a_bank_has_its_rank(family, rank):
+    bank = make_bank(BankSpec(family, rank, "rank"), seed=3)
+    np.testing.assert_allclose(np.square(bank).sum((1, 2, 3)), 1)
+    dial = measure(bank)
+    ranks = {"within": dial.rank_within, "across": dial.rank_across}
+    assert ranks.pop(family) == rank
+    assert ranks.popitem()[1] == 9  # the other way of being separable is not touched
+    if family == "within":
+        assert dial.within == pytest.approx(1 - 1 / rank)  # equal singular values
+
+
+@pytest.mark.parametrize("family", ["within", "across"])
+def test_the_dial_rises_from_separable_to_the_free_bank_of_both_families(family):
+    banks = [make_bank(BankSpec(family, angle), seed=5) for angle in (0, 22, 45, 67, FREE)]
+    dials = [getattr(measure(bank), family) for bank in banks]
+    assert dials[0] < 1e-9
+    assert (np.diff(dials) > 0).all()
+    np.testing.assert_array_equal(banks[-1], make_bank(BankSpec("within", FREE), seed=5))
+    assert not np.allclose(banks[0], make_bank(BankSpec(family, 0), seed=6))
+
+
+def test_a_template_stands_at_its_place_on_the_torus():
+    bank = make_bank(BankSpec("across", FREE), seed=0)
+    images, labels, places = task.draw(task.stream(0, task.TEST), bank.astype(np.float32), 100.0, 64)
+    assert len(set(map(tuple, np.asarray(places).tolist()))) > 40
+    assert np.asarray(places).max() == 11  # so that some templates reach across the edge
+    found = task.crop(images, places, 3) / 100
+    np.testing.assert_allclose(found, bank[np.asarray(labels)], atol=0.06)
+    assert float(jnp.std(images)) < 5  # 100 times a template of norm one, over 1,728 values
+
+
+def test_bayes_scores_are_those_of_a_brute_force_posterior():
+    rng = np.random.default_rng(0)
+    bank = rng.normal(0, 0.5, (2, 3, 3, 2))  # two classes of different norms
+    image = rng.normal(size=(1, 12, 12, 2))
+    likelihoods = np.zeros((2, 12, 12))
+    for label in range(2):
+        for row in range(12):
+            for column in range(12):
+                mean = np.zeros((12, 12, 2))
+                mean[:3, :3] = 1.5 * bank[label]
+                mean = np.roll(mean, (row, column), (0, 1))
+                likelihoods[label, row, column] = -np.square(image[0] - mean).sum() / 2
+    expected = softmax(logsumexp(likelihoods, axis=(1, 2)))
+    scores = task.bayes_scores(jnp.asarray(image, jnp.float32), jnp.asarray(bank, jnp.float32), 1.5)
+    np.testing.assert_allclose(softmax(np.asarray(scores[0], float)), expected, atol=1e-5)
+
+
+def test_the_accuracy_of_two_classes_without_a_place_is_the_closed_form():
+    means = jnp.array([[0.3, 0.0, 1.0], [0.0, 0.9, 0.2]])
+    distance = float(jnp.linalg.norm(means[0] - means[1]))
+    found = task.accuracy_of_means(jax.random.key(0), means)
+    assert float(found) == pytest.approx(stats.norm.cdf(distance / 2), abs=0.002)
+
+
+def test_bisection_hits_its_target_and_the_posterior_is_as_often_right():
+    bank = make_bank(BankSpec("across", 0), seed=2)
+    strength = task.match_strength(bank, task.stream(2, task.BAYES), target=0.9, count=2048)
+    found = task.bayes_accuracy(bank, strength, task.stream(2, task.CHECK), 2048)
+    assert found.value == pytest.approx(0.9, abs=4 * 1.5 * found.error)
+    bank = bank.astype(np.float32)
+    images, labels, _ = task.draw(task.stream(2, task.TEST), bank, strength, 1024)
+    right = float((task.bayes_scores(images, bank, strength).argmax(-1) == labels).mean())
+    assert right == pytest.approx(0.9, abs=4 * (0.09 / 1024) ** 0.5)
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_costs_are_those_of_the_network_and_equal(arm):
+    reference = count(dataclasses.replace(REGULAR, depth=arm.depth), (24,) * arm.depth)
+    for control in CONTROLS:
+        cost = solve(arm, control, getattr(reference, control))
+        assert getattr(cost, control) == pytest.approx(getattr(reference, control), rel=0.015)
+        network = DialNetwork(arm, cost.widths)
+        shapes = jax.eval_shape(lambda n=network: n.init(jax.random.key(0), jnp.zeros((1, 12, 12, 12)), False))
+        leaves = jax.tree.leaves(shapes["params"])
+        assert sum(leaf.size for leaf in leaves) == cost.live_parameters
+        assert sum(leaf.size for leaf in leaves if leaf.ndim == 4) == cost.weights
+
+
+@pytest.mark.parametrize("arm", [ARMS[4], ARMS[5]], ids=lambda arm: arm.name)
+def test_a_network_keeps_the_variance_and_does_not_see_the_place(arm):
+    images = jax.random.normal(jax.random.key(1), (16, 12, 12, 12))
+    network = DialNetwork(arm, (24, 24))
+    variables = network.init(jax.random.key(2), images, False)
+    _, state = network.apply(variables, images, True, mutable=["batch_stats"])
+    seen = state["batch_stats"]["block1_bn"]["var"]  # after one step from 1, with momentum 0.99
+    assert float(1 + (seen.mean() - 1) / 0.01) == pytest.approx(1.0, abs=0.45)
+    moved = jnp.roll(images, (5, 8), (1, 2))
+    np.testing.assert_allclose(
+        network.apply(variables, moved, False), network.apply(variables, images, False), atol=1e-4
+    )
+
+
+def expected(arm, bank, dial):
+    """Accuracies as the claims expect them."""
+    if arm.startswith("regular"):
+        return 0.963
+    if arm.endswith("_ends"):
+        return 0.93
+    if arm == "pointwise_first":
+        return 0.95 if bank == "within_0" else 0.92
+    if arm.startswith("segments"):  # 4 segments are best in the middle, 1 at the free end
+        best = {"across_22": "4", "across_45": "4"}.get(bank, "1" if bank != "across_0" else "none")
+        return 0.96 if arm[-1] == best else 0.85
+    if bank == "within_0":
+        return 0.82
+    return 0.962 - (0.05 if arm.endswith("_8") else 0.4) * dial
+
+
+def against(arm, bank, dial):
+    """Both orders equal, and no price of separability."""
+    return 0.93 if arm.endswith("pointwise_first_ends") else 0.96
+
+
+def test_claims_are_supported_by_what_they_expect_and_contradicted_by_the_opposite(tmp_path):
+    results = collect_dial(simulate(tmp_path / "expected", expected))
+    found = {tested.code: tested.verdict for tested in evaluate_claims(results)}
+    assert found == dict.fromkeys(CLAIMS, "supported")
+    assert all(gate.passed for gate in check_gates(results)), check_gates(results)
+    results = collect_dial(simulate(tmp_path / "against", against))
+    found = {tested.code: tested.verdict for tested in evaluate_claims(results)}
+    assert found["H1"] == found["H5"] == "contradicted"
+    assert "supported" not in found.values()
+
+
+def test_a_part_without_enough_seeds_is_open():
+    part = Part("x", np.array([0.02, np.nan]), "above", 0.01)
+    assert part.state == "open"
+    assert np.isnan(part.p)
+    assert Part("x", np.array([0.02, 0.021, 0.019]), "above", 0.01).state == "holds"
+    assert Part("x", np.array([0.02, 0.021, 0.019]), "within", 0.01).state == "fails"
+    assert Part("x", np.array([0.02, 0.021, 0.0]), "below", 0.01).state == "open"
+
+
+def _change(**columns):
+    def change(row):
+        if row["bank"] == "across_45":
+            row |= {name: row[name] + by for name, by in columns.items()}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bank_change": _change(bayes_accuracy=0.005)}, "range of the Bayes accuracy"),
+        ({"cell_change": _change(accuracy=0.02)}, "range of the accuracy of regular"),
+        ({"bank_change": _change(rank_across=-5)}, "measured rank"),
+        ({"bank_change": _change(across=0.5)}, "measured rank"),  # more than the free bank's
+        ({"bank_change": _change(from_means=0.3)}, "only the channel means"),
+        ({"bank_change": _change(from_sums=0.3)}, "only the channel sums"),
+        ({"cell_change": _change(pulled_across=0.2)}, "pulled back"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_gate_fails_when_it_must(tmp_path, change, words):
+    gates = check_gates(collect_dial(simulate(tmp_path, expected, seeds=(0, 1), **change)))
+    failed = [gate.name for gate in gates if not gate.passed]
+    assert failed
+    assert any(words in name for name in failed), failed
+
+
+def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
+    root = simulate(tmp_path, expected, seeds=(0, 1))
+    lines = (root / CELLS).read_text().splitlines(keepends=True)
+    (root / CELLS).write_text("".join(lines[:-1]))
+    report = write_dial_report(root)
+    assert not report.passed
+    assert report.gates[0].detail.startswith("107 of 108")
+    assert report.claims == ()
+    text = (root / "report.md").read_text()
+    assert "interprets nothing" in text
+    assert "supported" not in text
+    assert not Gate("x", float("nan"), 1.0).passed
+    (root / CELLS).write_text("arm,seed\nx,1\n")
+    with pytest.raises(BadDataError, match="other columns"):
+        write_dial_report(root)
+    (root / CELLS).write_text("".join(lines).replace("0.01,regular", "x,regular", 1))
+    with pytest.raises(BadDataError, match="could not convert"):
+        write_dial_report(root)
+    (root / CELLS).unlink()
+    for change in ({"rows": 3}, {"seeds": [1, "x"], "rows": []}, {"reference_width": 10**9}):
+        data = json.loads((root / "study.json").read_text())
+        data["study"] |= change
+        (root / "study.json").write_text(json.dumps(data))
+        with pytest.raises((BadDataError, ConfigError)):
+            write_dial_report(root)
+
+
+def test_the_report_says_what_is_equal_and_what_came_out(tmp_path, monkeypatch, capsys):
+    root = simulate(tmp_path, expected)
+    monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "report", str(root), "--json"])
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out)["claims"][0]["verdict"] == "supported"
+    text = (root / "report.md").read_text()
+    assert "equal multiply-adds, but not equal live parameters (depthwise_first +17%" in text
+    assert "**H5: supported**" in text
+    for name in ("across", "within", "segments", "price"):
+        assert (root / "figures" / f"{name}.svg").read_text().startswith("<svg")
+
+
+TINY = DialStudy(
+    name="tiny",
+    question="Does it run?",
+    hypotheses={},
+    rows=(Row(REGULAR, (BankSpec("across", 0),)),),
+    seeds=(0, 1),
+    recipe=Recipe(steps=8, batch_size=8, test_images=16),
+    tuning=Tuning((0.01,), (BankSpec("across", 0),)),
+    reference_width=2,
+    bayes_images=64,
+)
+
+
+@pytest.mark.faults
+def test_a_study_runs_resumes_to_the_same_values_and_refuses_another_design(tmp_path):
+    said = []
+    assert run_dial(TINY, tmp_path, said.append) == 0
+    rows = read_records(tmp_path, CELLS)
+    assert [row["stage"] for row in rows] == ["tune", "test", "test"]
+    assert "%" not in said[-1]  # accuracies of counted cells stay hidden while the study runs
+    assert read_dial(tmp_path)[0] == TINY
+    lines = (tmp_path / CELLS).read_text().splitlines(keepends=True)
+    (tmp_path / CELLS).write_text("".join(lines[:-1]))
+    said.clear()
+    run_dial(TINY, tmp_path, said.append)
+    assert len(said) == 1
+    varying = ("seconds", "cpu_seconds")
+    again = read_records(tmp_path, CELLS)
+    assert [{k: v for k, v in row.items() if k not in varying} for row in again] == [
+        {k: v for k, v in row.items() if k not in varying} for row in rows
+    ]
+
+
+def test_a_study_with_cells_takes_further_seeds_and_no_other_design(tmp_path):
+    study = dataclasses.replace(get_study(), seeds=(0, 1))
+    state(tmp_path, dataclasses.replace(study, margin=0.02))  # without cells, the design may still change
+    simulate(tmp_path, expected, seeds=(0, 1))
+    assert read_dial(tmp_path)[0] == study
+    cells = counted_cells(study, {})
+    assert {cell.key for cell in cells} == done(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        state(tmp_path, dataclasses.replace(study, margin=0.02, seeds=(1, 2)))
+    assert error.value.details == ("margin", "seed 0 was removed")
+    more = dataclasses.replace(study, seeds=(0, 1, 2))
+    state(tmp_path, more)
+    assert [entry["change"] for entry in read_dial(tmp_path)[1]] == ["stated", "added seeds [2]"]
+    assert len([cell for cell in counted_cells(more, {}) if cell.key not in done(tmp_path)]) == len(cells) / 2
+    add_record(tmp_path, CELLS, read_records(tmp_path, CELLS)[3] | {"accuracy": 0.5})  # replaced, not added
+    rows = read_records(tmp_path, CELLS)
+    assert (len(rows), rows[-1]["accuracy"]) == (len(cells), "0.5")
+
+
+def test_the_best_rate_is_chosen_and_a_diverged_one_is_not():
+    rows = [
+        {"stage": "tune", "arm": "regular", "rate": rate, "accuracy": accuracy}
+        for rate, accuracy in (("0.001", "0.5"), ("0.01", "0.5"), ("0.1", "nan"))
+    ]
+    study = dataclasses.replace(TINY, tuning=Tuning((0.1, 0.01, 0.001), TINY.tuning.banks))
+    assert chosen_rates(study, rows) == {"regular": 0.001}
+
+
+@pytest.mark.parametrize("spec", ["", ":smoke", ":full", ":cpu,live_parameters"])
+def test_the_shipped_study_is_valid_and_can_be_listed(spec, monkeypatch, capsys):
+    study, path = run_study_file(f"{FILE}{spec}")
+    assert check_dial(study, path) is study
+    assert set(study.hypotheses) == set(CLAIMS)
+    assert "xception-jax study run studies/dial " in FILE.read_text()
+    monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "run", f"studies/dial{spec}", "--print"])
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert "regular" in out
+    assert ("not tested" in out) == (spec == ":smoke")
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="not a Study"):
+        load_study(str(FILE))
+    with pytest.raises(ConfigError, match="no size"):
+        run_study_file(f"{FILE}:huge")
+    with pytest.raises(ConfigError, match="control"):
+        check_dial(dataclasses.replace(TINY, control="width"), "here")
+    with pytest.raises(ConfigError, match="7 steps"):
+        check_dial(dataclasses.replace(TINY, recipe=Recipe(steps=7)), "here")
+    for bank in (BankSpec("both", 0), BankSpec("within", 91), BankSpec("within", 0, "rank")):
+        with pytest.raises(ConfigError, match="bank"):
+            check_dial(dataclasses.replace(TINY, rows=(Row(REGULAR, (bank,)),)), "here")
+    deep = Row(ARMS[-1], (BankSpec("across", 0),))
+    with pytest.raises(ConfigError, match="no regular arm of depth 8"):
+        check_dial(dataclasses.replace(TINY, rows=(*TINY.rows, deep)), "here")
+    monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "run", "studies/dial", "--workdir=x", "--jobs=2"])
+    with pytest.raises(UsageError, match="--jobs does not work"):
+        main()

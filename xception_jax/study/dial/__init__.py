@@ -1,0 +1,1 @@
+"""The dial study: templates in noise, whose separability and Bayes error are known."""

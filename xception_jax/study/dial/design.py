@@ -1,0 +1,211 @@
+"""Defines the dial study: its arms, banks and cells, and what is claimed beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xception_jax.errors import ConfigError
+from xception_jax.study.dial.banks import CHANNELS, BankSpec
+from xception_jax.study.dial.network import CONTROLS, DEPTHWISE, FORMS, DialArm, DialCost, count, solve
+from xception_jax.study.dial.training import CURVE, Recipe
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DEEPEST, _WIDEST = 64, 256
+_SEGMENTS = tuple(n for n in range(1, CHANNELS + 1) if CHANNELS % n == 0)
+
+TUNING, COUNTED = "tune", "test"
+REGULAR = "regular"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm and the banks on which it is trained.
+
+    Attributes:
+      arm: kind of network.
+      banks: the banks.
+    """
+
+    arm: DialArm
+    banks: tuple[BankSpec, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The choice of a learning rate for each arm, with the same rates, banks and seed for all arms.
+
+    Attributes:
+      rates: the rates that are tried.
+      banks: the banks on which they are tried; the mean accuracy over these decides.
+      seed: of banks, images and networks; it must not be one of the study's seeds.
+    """
+
+    rates: tuple[float, ...]
+    banks: tuple[BankSpec, ...]
+    seed: int = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DialStudy:
+    """The study.
+
+    Attributes:
+      name: names the study.
+      question: in one sentence.
+      hypotheses: the claims by code, as in `claims.CLAIMS`, stated before anything is measured.
+      rows: the arms and their banks. The regular arm of each depth is the reference for the cost of this depth.
+      seeds: each draws banks, images and networks of its own.
+      recipe: how cells are trained.
+      tuning: how the rate of an arm is chosen.
+      margin: the smallest difference in accuracy that matters, as a share.
+      control: which cost is equal at each depth, see `network.CONTROLS`.
+      reference_width: channels of the regular arm in each block.
+      bayes_images: draws for the accuracy of the Bayes classifier.
+      budget: the cost of the study in words.
+    """
+
+    name: str
+    question: str
+    hypotheses: Mapping[str, str]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    tuning: Tuning
+    margin: float = 0.01
+    control: str = "multiply_adds"
+    reference_width: int = 24
+    bayes_images: int = 61_440
+    budget: str = ""
+
+    def costs(self) -> dict[str, DialCost]:
+        """Returns the widths and the cost of each arm, by name."""
+        found = {}
+        for row in self.rows:
+            arm = row.arm
+            reference = count(DialArm(REGULAR, REGULAR, arm.depth), (self.reference_width,) * arm.depth)
+            is_reference = arm.form == REGULAR and not arm.ends
+            found[arm.name] = reference if is_reference else solve(arm, self.control, getattr(reference, self.control))
+        return found
+
+    def arm(self, name: str) -> DialArm:
+        """Returns the arm with this name."""
+        return next(row.arm for row in self.rows if row.arm.name == name)
+
+    def design(self) -> dict[str, Any]:
+        """Returns the study as plain data."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def design_hash(self) -> str:
+        """Returns the first 16 hexadecimal digits of the SHA-256 of the design without seeds and budget."""
+        kept = {name: value for name, value in self.design().items() if name not in ADDABLE}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+ADDABLE = ("seeds", "budget")
+"""Fields that may change after the first cells: seeds may be added."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DialCell:
+    """One training run.
+
+    Attributes:
+      stage: `TUNING` or `COUNTED`.
+      arm: name of its arm.
+      bank: the bank.
+      seed: its seed.
+      rate: the learning rate; None if it is still to be chosen.
+    """
+
+    stage: str
+    arm: str
+    bank: BankSpec
+    seed: int
+    rate: float | None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Returns what identifies its row in cells.csv."""
+        rate = f"{self.rate:g}" if self.stage == TUNING else ""
+        return self.stage, self.arm, self.bank.name, str(self.seed), rate
+
+
+def tuning_cells(study: DialStudy) -> list[DialCell]:
+    """Returns the cells that choose the rates."""
+    tuning = study.tuning
+    return [
+        DialCell(TUNING, row.arm.name, bank, tuning.seed, rate)
+        for row in study.rows
+        for bank in tuning.banks
+        for rate in tuning.rates
+    ]
+
+
+def counted_cells(study: DialStudy, rates: Mapping[str, float]) -> list[DialCell]:
+    """Returns the cells that count, seed by seed, so that an unfinished study has complete seeds.
+
+    Args:
+      study: the study.
+      rates: the chosen rate of each arm; arms without one are planned with None.
+    """
+    return [
+        DialCell(COUNTED, row.arm.name, bank, seed, rates.get(row.arm.name))
+        for seed in study.seeds
+        for row in study.rows
+        for bank in row.banks
+    ]
+
+
+def check_dial(study: DialStudy, where: str) -> DialStudy:
+    """Returns the study if it is consistent.
+
+    Args:
+      study: the study.
+      where: the file that describes it, for messages.
+
+    Raises:
+      ConfigError: names repeat, a reference is missing, or another part of the study is not valid.
+    """
+    for what, fix in _problems(study):
+        raise ConfigError(what, where, fix)
+    return study
+
+
+def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it)."""
+    names = [row.arm.name for row in study.rows]
+    if not names or not all(isinstance(seed, int) for seed in study.seeds):
+        yield "there are no arms, or a seed is not a whole number", "list arms and seeds"
+    if not 1 <= study.reference_width <= _WIDEST:
+        yield f"the reference has {study.reference_width} channels", f"set 1 to {_WIDEST}"
+    for bank in {*study.tuning.banks, *(bank for row in study.rows for bank in row.banks)}:
+        if not bank.is_valid:
+            yield f"the bank {bank.name!r} is not valid", "set 'within' or 'across', and an angle or a rank"
+    if len(set(names)) < len(names):
+        yield "two arms have the same name", "give each arm its own name"
+    if study.control not in CONTROLS:
+        yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
+    if len(study.seeds) < 2 or len(set(study.seeds)) < len(study.seeds):
+        yield "there are fewer than two different seeds, or a seed repeats", "list at least two, each once"
+    if study.recipe.steps < CURVE:
+        yield f"cells have {study.recipe.steps} steps", f"set at least {CURVE}"
+    if study.tuning.seed in study.seeds:
+        yield "the tuning shares a seed with the study", "give it its own seed"
+    for depth in {row.arm.depth for row in study.rows}:
+        if not any(row.arm.form == REGULAR and row.arm.depth == depth for row in study.rows):
+            yield f"there is no regular arm of depth {depth}, on which a gate relies", "add one"
+    for row in study.rows:
+        if not _NAME.fullmatch(row.arm.name):
+            yield f"an arm is called {row.arm.name!r}", "name arms with letters, digits, _ . and -"
+        if not 1 <= row.arm.depth <= _DEEPEST or row.arm.segments not in (DEPTHWISE, *_SEGMENTS):
+            fix = f"set 1 to {_DEEPEST} blocks, and segments that divide {CHANNELS} channels"
+            yield f"{row.arm.name} has {row.arm.depth} blocks with {row.arm.segments} segments", fix
+        if row.arm.form not in FORMS:
+            yield f"the form of {row.arm.name} is {row.arm.form!r}", f"set it to one of {', '.join(FORMS)}"
+        if not row.banks:
+            yield f"arm {row.arm.name} has no banks", "list some"

@@ -1,0 +1,176 @@
+"""Runs a dial study: chooses the rates, trains the cells that are left, and writes the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xception_jax.errors import SUCCESS_EXIT_CODE, PreemptedError
+from xception_jax.logs.console import format_count, format_duration, say
+from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.signals import StopRequested, StopSignals
+from xception_jax.study.dial import task
+from xception_jax.study.dial.banks import BankSpec, make_bank, measure
+from xception_jax.study.dial.claims import CLAIMS
+from xception_jax.study.dial.design import TUNING, DialCell, DialStudy, counted_cells, tuning_cells
+from xception_jax.study.dial.records import (
+    BANKS,
+    CELLS,
+    Record,
+    add_record,
+    cell_record,
+    done,
+    read_records,
+    record_key,
+    state,
+)
+from xception_jax.study.dial.training import train
+from xception_jax.training.workdir import hold_directory
+
+
+def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say) -> int:
+    """Runs the cells that are left, one after another on all cores or on one GPU, and writes the report.
+
+    Each finished cell is a row of cells.csv. The same command resumes with the first cell that has no row.
+
+    Args:
+      study: the study.
+      root: its directory.
+      report: called with a line for each cell.
+
+    Returns:
+      0.
+
+    Raises:
+      WorkdirError: another process runs this study, or the directory cannot be written.
+      ConfigError: the directory holds cells of another design.
+      StorageError: a record cannot be written.
+      PreemptedError: on SIGTERM or SIGINT.
+    """
+    try:
+        with StopSignals(report, str(root)), hold_directory(root):
+            return _run(study, root, report)
+    except StopRequested as stop:
+        what = f"stopped by {stop}; finished cells are saved, and the running one starts again"
+        raise PreemptedError(what, str(root), "run the same command to resume") from None
+
+
+def _run(study: DialStudy, root: Path, report: Callable[[str], None]) -> int:
+    state(root, study)
+    cells = tuning_cells(study)
+    planned = len(cells) + len(counted_cells(study, {}))
+    _run_cells(study, cells, root, planned, report)
+    rates = chosen_rates(study, read_records(root, CELLS))
+    _run_cells(study, counted_cells(study, rates), root, planned, report)
+
+    from xception_jax.study.dial.report import format_dial, write_dial_report
+
+    print(format_dial(write_dial_report(root)))
+    return SUCCESS_EXIT_CODE
+
+
+def _run_cells(
+    study: DialStudy, cells: Sequence[DialCell], root: Path, planned: int, report: Callable[[str], None]
+) -> None:
+    finished = done(root)
+    left = [cell for cell in cells if cell.key not in finished]
+    costs, took = study.costs(), dict[str, list[float]]()
+    for number, cell in enumerate(left):
+        start = time.monotonic()
+        bank = _bank_record(study, cell.bank, cell.seed, root)
+        assert cell.rate is not None
+        outcome = train(
+            study.arm(cell.arm),
+            costs[cell.arm].widths,
+            make_bank(cell.bank, cell.seed),
+            float(bank["strength"]),
+            rate=cell.rate,
+            seed=cell.seed,
+            recipe=study.recipe,
+            test_part=task.TUNE if cell.stage == TUNING else task.TEST,
+        )
+        values: dict[str, Any] = dataclasses.asdict(outcome)
+        values |= {"pulled_within": outcome.pulled.within, "pulled_across": outcome.pulled.across}
+        add_record(root, CELLS, cell_record(study, cell, values))
+        took.setdefault(cell.arm, []).append(time.monotonic() - start)
+        typical = float(np.mean([seconds for arm in took.values() for seconds in arm]))
+        seconds = sum(float(np.mean(took.get(later.arm, [typical]))) for later in left[number + 1 :])
+        # Accuracies of counted cells are not shown: who watches them could stop at a good moment.
+        shown = f", {outcome.accuracy:.1%}" if cell.stage == TUNING else ""
+        report(
+            f"{len(done(root))}/{planned} {cell.stage} {cell.arm}, {cell.bank.name}, seed {cell.seed}, rate "
+            f"{cell.rate:g}{shown}: {outcome.seconds:.0f} s; {format_duration(seconds)} left of this stage"
+        )
+
+
+def _bank_record(study: DialStudy, spec: BankSpec, seed: int, root: Path) -> Record:
+    """Returns the row of a bank, computed once for each seed."""
+    wanted = (spec.name, str(seed))
+    for row in read_records(root, BANKS):
+        if record_key(BANKS, row) == wanted:
+            return row
+    bank = make_bank(spec, seed)
+    strength = task.match_strength(bank, task.stream(seed, task.BAYES), count=min(study.bayes_images, 40_960))
+    key = task.stream(seed, task.CHECK)
+    bayes = task.bayes_accuracy(bank, strength, key, study.bayes_images)
+    from_means, from_sums = task.marginal_accuracies(bank, strength, key, min(study.bayes_images, 20_480))
+    dial = dataclasses.asdict(measure(bank))
+    row = {"bank": spec.name, "seed": seed, "strength": strength, "bayes_accuracy": bayes.value}
+    row |= {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}
+    add_record(root, BANKS, row)
+    return _bank_record(study, spec, seed, root)
+
+
+def chosen_rates(study: DialStudy, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Returns the rate of each arm with the highest mean accuracy over the banks of the tuning.
+
+    Of equally good rates the smallest is chosen. A network that diverged counts as guessing.
+    """
+    chosen = {}
+    for name in (row.arm.name for row in study.rows):
+        means = {}
+        for rate in sorted(study.tuning.rates):
+            found = [
+                np.nan_to_num(float(row["accuracy"]))
+                for row in rows
+                if (row["stage"], row["arm"], row["rate"]) == (TUNING, name, f"{rate:g}")
+            ]
+            if found:
+                means[rate] = float(np.mean(found))
+        if means:
+            chosen[name] = max(means, key=lambda rate: (means[rate], -rate))
+    return chosen
+
+
+def list_dial(study: DialStudy) -> str:
+    """Returns a table of the arms and their costs, and the claims. Nothing is trained."""
+    costs, tuned, counted = study.costs(), tuning_cells(study), counted_cells(study, {})
+    width = max(map(len, costs))
+    lines = [
+        f"{study.name}: {study.question}",
+        f"  {len(tuned)} cells choose the rates {study.tuning.rates}, then {len(counted)} count: "
+        f"{len(study.seeds)} seeds {list(study.seeds)}",
+        f"  {study.recipe.steps:,} steps of {study.recipe.batch_size} images; equal {study.control.replace('_', '-')} "
+        f"at each depth; margin {study.margin:.1%}; budget: {study.budget or 'not stated'}",
+        f"{'arm':{width}} {'depth':>5} {'segments':>8} {'widths':>9} {'weights':>8} {'live':>8} {'off':>6} "
+        f"{'mult-adds':>9} {'off':>6}  banks",
+    ]
+    references = {row.arm.depth: costs[row.arm.name] for row in reversed(study.rows) if row.arm.form == "regular"}
+    for row in study.rows:
+        cost, reference = costs[row.arm.name], references[row.arm.depth]
+        segments = "1" if row.arm.form == "regular" else str(row.arm.segments or "all")
+        lines.append(
+            f"{row.arm.name:{width}} {row.arm.depth:>5} {segments:>8} "
+            f"{f'{cost.widths[0]}..{cost.widths[-1]}':>9} {cost.weights:>8,} {cost.live_parameters:>8,} "
+            f"{cost.live_parameters / reference.live_parameters - 1:+6.1%} {format_count(cost.multiply_adds):>9} "
+            f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%}  {' '.join(b.name for b in row.banks)}"
+        )
+    lines += [f"{code}: {text}" for code, text in study.hypotheses.items()]
+    untested = [code for code, claim in CLAIMS.items() if not set(claim.arms) <= set(costs)]
+    lines += [f"not tested, because arms are missing: {', '.join(untested)}"] * bool(untested)
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)

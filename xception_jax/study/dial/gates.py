@@ -1,0 +1,131 @@
+"""Checks whether the dial study measured what it claims to. If a gate fails, its report interprets nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from xception_jax.study.dial.banks import BankSpec
+from xception_jax.study.dial.design import COUNTED, REGULAR
+from xception_jax.study.dial.results import DialResults
+
+BAYES_RANGE = 0.003
+FLAT = 0.01
+MARGINAL = 0.30
+PULLED = 0.10
+_EXACT = 1e-6
+
+_Key = TypeVar("_Key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A condition of the study.
+
+    Attributes:
+      name: what must hold.
+      value: the measured value; NaN if it is not known yet.
+      limit: the largest value with which the gate is passed.
+      detail: where the value was found.
+    """
+
+    name: str
+    value: float
+    limit: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Returns whether the value is known and within its limit."""
+        return math.isfinite(self.value) and self.value <= self.limit
+
+
+def check_gates(results: DialResults) -> list[Gate]:
+    """Computes all gates."""
+    return [gate for check in _CHECKS for gate in check(results)]
+
+
+def _complete(results: DialResults) -> Iterator[Gate]:
+    done = sum(row["stage"] == COUNTED for row in results.cells)
+    detail = f"{done} of {results.planned} cells"
+    yield Gate("cells that are missing", results.planned - done, 0, detail)
+
+
+def _all_banks(results: DialResults) -> dict[str, BankSpec]:
+    return {bank.name: bank for row in results.study.rows for bank in row.banks}
+
+
+def _bayes(results: DialResults) -> Iterator[Gate]:
+    means = {name: float(results.of_banks("bayes_accuracy", name).mean()) for name in _all_banks(results)}
+    yield _range("range of the Bayes accuracy over the banks, mean over seeds", means, BAYES_RANGE)
+
+
+def _flat(results: DialResults) -> Iterator[Gate]:
+    for row in results.study.rows:
+        if row.arm.form == REGULAR:
+            means = {bank.name: float(results.accuracy(row.arm.name, bank.name).mean()) for bank in row.banks}
+            yield _range(f"range of the accuracy of {row.arm.name} over the banks, mean over seeds", means, FLAT)
+
+
+def _range(name: str, means: dict[str, float], limit: float) -> Gate:
+    if any(map(math.isnan, means.values())):
+        return Gate(name, math.nan, limit, "cells are missing")
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    return Gate(name, means[high] - means[low], limit, f"{low} {means[low]:.2%}, {high} {means[high]:.2%}")
+
+
+def _largest(values: dict[_Key, float]) -> _Key:
+    """Returns the key of the largest value; NaN, for a missing cell, is the largest."""
+    return max(values, key=lambda key: (math.isnan(values[key]), values[key]))
+
+
+def _ranks(results: DialResults) -> Iterator[Gate]:
+    """Checks the measured dial: exact at the separable end and for ranks, and rising with the angle for each seed."""
+    wrong, checked = [], 0
+    banks = _all_banks(results)
+    for name, spec in banks.items():
+        dial = results.of_banks(spec.family, name)
+        ranks = results.of_banks(f"rank_{spec.family}", name)
+        intended = spec.dial if spec.unit == "rank" else 1 if spec.dial == 0 else 9
+        good = (ranks == intended) & ((dial <= _EXACT) if intended == 1 else (dial > _EXACT))
+        previous = [
+            other
+            for other in banks.values()
+            if (other.family, other.unit) == (spec.family, spec.unit) and other.dial < spec.dial
+        ]
+        for other in previous:
+            good &= results.of_banks(spec.family, other.name) < dial
+        checked += len(good)
+        wrong += [name] * int((~good).sum())
+    yield Gate("banks whose measured rank or dial is not the intended one", len(wrong), 0, f"of {checked}")
+
+
+def _marginals(results: DialResults) -> Iterator[Gate]:
+    for column, name in (("from_means", "the channel means"), ("from_sums", "the channel sums")):
+        means = {bank: float(results.of_banks(column, bank).mean()) for bank in _all_banks(results)}
+        worst = _largest(means)
+        yield Gate(f"accuracy of the best classifier that sees only {name}", means[worst], MARGINAL, worst)
+
+
+def _pulled(results: DialResults) -> Iterator[Gate]:
+    """Compares the dial of the regular networks' templates, pulled back to the input, with that of the banks."""
+    for row in results.study.rows:
+        if row.arm.form != REGULAR:
+            continue
+        off = {}
+        for bank in row.banks:
+            for family in ("within", "across"):
+                pulled = results.of_cells(f"pulled_{family}", row.arm.name, bank.name)
+                off[bank.name, family] = float(np.abs(pulled - results.of_banks(family, bank.name)).mean())
+        worst = _largest(off)
+        name = f"largest difference between the dial of {row.arm.name}, pulled back, and that of its bank"
+        yield Gate(name, off[worst], PULLED, f"{worst[1]} filters, {worst[0]}")
+
+
+_CHECKS: tuple[Callable[[DialResults], Iterator[Gate]], ...] = (
+    _complete, _bayes, _flat, _ranks, _marginals, _pulled,
+)  # fmt: skip

@@ -1,0 +1,170 @@
+"""Defines the networks of the dial study, and finds their widths at equal cost.
+
+A network is a stack of blocks on a torus, each of one spatial or of one spatial and one pointwise convolution, then
+BatchNorm and ReLU. The classifier reads the maximum and the mean of each channel. On a torus without strides every
+weight of a convolution meets every pixel, so equal weights in the convolutions are equal multiply-adds, and all of them
+are live.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from xception_jax import ops
+from xception_jax.models.layers import BatchNorm
+from xception_jax.study.dial.banks import CHANNELS, CLASSES, SIDE
+from xception_jax.study.dial.task import WIDTH, wrap
+
+SPATIAL, POINTWISE = "spatial", "pointwise"
+FORMS = {
+    "regular": (SPATIAL,),
+    "depthwise_first": (SPATIAL, POINTWISE),
+    "pointwise_first": (POINTWISE, SPATIAL),
+}
+CONTROLS = ("multiply_adds", "live_parameters")
+DEPTHWISE = 0
+"""Number of segments that stands for one per channel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DialArm:
+    """One kind of network.
+
+    Attributes:
+      name: in tables.
+      form: 'regular', 'depthwise_first' (spatial, then pointwise, whatever the segments) or 'pointwise_first'.
+      depth: number of blocks.
+      segments: of the channels in the spatial convolutions; `DEPTHWISE` for one per channel.
+      ends: whether a pointwise layer is added where the stack does not begin or end with one.
+    """
+
+    name: str
+    form: str
+    depth: int = 2
+    segments: int = DEPTHWISE
+    ends: bool = False
+
+
+class TorusConv(nn.Module):
+    """A convolution on a torus whose initial kernel preserves the variance of white noise, whatever the segments."""
+
+    features: int
+    side: int
+    segments: int = 1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
+        channels = x.shape[-1] // self.segments
+        deviation = (self.side * self.side * channels) ** -0.5
+        shape = (self.side, self.side, channels, self.features)
+        kernel = self.param("kernel", nn.initializers.normal(deviation), shape)
+        padded = wrap(x, self.side // 2) if self.side > 1 else x
+        return ops.conv(padded, kernel, segments=self.segments, padding="VALID")
+
+
+class DialNetwork(nn.Module):
+    """The network of an arm.
+
+    Attributes:
+      arm: the arm.
+      widths: output channels of each block.
+    """
+
+    arm: DialArm
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b 12 12 c"], train: bool) -> Float[Array, "b k"]:
+        before, blocks, after = _layers(self.arm, self.widths)
+        for number, (_, features, _) in enumerate(before):
+            x = TorusConv(features, 1, name=f"before{number}")(x)
+        for number, block in enumerate([*blocks, *([after] if after else [])], 1):
+            for kind, features, segments in block:
+                side = SIDE if kind == SPATIAL else 1
+                x = TorusConv(features, side, segments, name=f"block{number}_{kind}")(x)
+            x = nn.relu(BatchNorm(name=f"block{number}_bn")(x, train))
+        return nn.Dense(CLASSES, name="classifier")(jnp.concatenate([x.max((1, 2)), x.mean((1, 2))], axis=-1))
+
+
+_Layer = tuple[str, int, int]  # kind, output channels, segments
+
+
+def _layers(arm: DialArm, widths: tuple[int, ...]) -> tuple[list[_Layer], list[list[_Layer]], list[_Layer]]:
+    """Returns (linear layers in front, layers of each block, layers of a last block)."""
+    form = FORMS[arm.form]
+    before: list[_Layer] = [(POINTWISE, widths[0], 1)] if arm.ends and form[0] != POINTWISE else []
+    channels = before[0][1] if before else CHANNELS
+    blocks = []
+    for width in widths:
+        block = []
+        for kind in form:
+            is_last_word = kind == POINTWISE or len(form) == 1
+            channels, given = (width if is_last_word else channels), channels
+            segments = 1 if is_last_word else arm.segments or given
+            block.append((kind, channels, segments))
+        blocks.append(block)
+    after: list[_Layer] = [(POINTWISE, channels, 1)] if arm.ends and form[-1] != POINTWISE else []
+    return before, blocks, after
+
+
+@dataclasses.dataclass(frozen=True)
+class DialCost:
+    """What a network costs.
+
+    Attributes:
+      widths: output channels of each block.
+      weights: weights of the convolutions, all of them live.
+      live_parameters: these, BatchNorm and the classifier.
+      multiply_adds: of one image, convolutions and classifier.
+    """
+
+    widths: tuple[int, ...]
+    weights: int
+    live_parameters: int
+    multiply_adds: int
+
+
+def count(arm: DialArm, widths: tuple[int, ...]) -> DialCost:
+    """Counts the cost of an arm with these widths."""
+    before, blocks, after = _layers(arm, widths)
+    weights, parameters, channels = 0, 0, CHANNELS
+    for layers, normalized in ((before, False), *((block, True) for block in blocks), (after, bool(after))):
+        for kind, features, segments in layers:
+            weights += (SIDE * SIDE if kind == SPATIAL else 1) * channels // segments * features
+            channels = features
+        parameters += 2 * channels * normalized  # scale and bias of BatchNorm
+    read = 2 * channels * CLASSES
+    return DialCost(widths, weights, weights + parameters + read + CLASSES, weights * WIDTH * WIDTH + read)
+
+
+@functools.cache
+def solve(arm: DialArm, control: str, target: int) -> DialCost:
+    """Chooses the widths of an arm such that it costs as much as the reference.
+
+    All blocks have the same width except the last one, which may be up to a third wider or narrower to meet the target.
+
+    Args:
+      arm: the arm.
+      control: the attribute of `DialCost` that is made equal.
+      target: its value for the reference.
+
+    Returns:
+      The nearest cost; of equally near ones, that with the most even widths.
+    """
+    step = max(arm.segments, 1)
+    last_step = step if FORMS[arm.form][-1] == SPATIAL and arm.form != "regular" else 1
+    found = []
+    for width in range(step, 512 + 1, step):
+        if getattr(count(arm, (width,) * arm.depth), control) > 3 * target:
+            break
+        for last in range(last_step, 2 * width, last_step):
+            if abs(last - width) <= width / 3:
+                cost = count(arm, (*(width,) * (arm.depth - 1), last))
+                off = abs(getattr(cost, control) / target - 1)
+                found.append((round(off, 3) + 0.02 * abs(last / width - 1), off, cost))
+    return min(found, key=lambda entry: entry[:2])[2]

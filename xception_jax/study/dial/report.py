@@ -1,0 +1,244 @@
+"""Writes the report of a dial study: report.md and figures/."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from xception_jax.files import write_atomically
+from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.reports.environment import format_percent, format_points, make_environment
+from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label
+from xception_jax.study.dial.banks import BankSpec
+from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, REGULAR, SEGMENTS, Part, Tested, evaluate_claims
+from xception_jax.study.dial.design import COUNTED, DialStudy
+from xception_jax.study.dial.execute import chosen_rates
+from xception_jax.study.dial.gates import Gate, check_gates
+from xception_jax.study.dial.network import DialCost
+from xception_jax.study.dial.results import DialResults, collect_dial
+from xception_jax.study.statistics import estimate
+from xception_jax.user_files import writing
+
+_DIFFERENT = 0.10  # relative difference of a cost that the headline must mention
+
+
+@dataclasses.dataclass(frozen=True)
+class DialReport:
+    """What a report says.
+
+    Attributes:
+      results: all records.
+      gates: of the study.
+      claims: tested, or () if a gate is not passed.
+    """
+
+    results: DialResults
+    gates: Sequence[Gate]
+    claims: Sequence[Tested]
+
+    @property
+    def passed(self) -> bool:
+        """Returns whether all gates are passed."""
+        return all(gate.passed for gate in self.gates)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns gates and claims as plain data; NaN is None."""
+        gates = [
+            {"gate": gate.name, "value": _finite(gate.value), "limit": gate.limit, "passed": gate.passed}
+            for gate in self.gates
+        ]
+        claims = [
+            {
+                "code": tested.code,
+                "verdict": tested.verdict,
+                "p_holm": _finite(tested.p_holm),
+                "parts": [
+                    {
+                        "name": part.name,
+                        "side": part.side,
+                        "bound": part.bound,
+                        "state": part.state,
+                        **{key: _finite(getattr(part.estimate, key)) for key in ("mean", "low", "high", "n")},
+                    }
+                    for part in tested.parts
+                ],
+            }
+            for tested in self.claims
+        ]
+        return {"passed": self.passed, "gates": gates, "claims": claims}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def write_dial_report(root: Path) -> DialReport:
+    """Tests gates and claims of a study directory, and writes report.md and figures/*.svg into it.
+
+    Raises:
+      InputMissingError: there is no dial study.
+      BadDataError: a file is damaged.
+      StorageError: a file cannot be written.
+    """
+    results = collect_dial(root)
+    gates = check_gates(results)
+    passed = all(gate.passed for gate in gates)
+    report = DialReport(results, gates, evaluate_claims(results) if passed else ())
+    study = results.study
+    drawn = _figures(results) if passed else {}
+    rates, costs = chosen_rates(study, results.cells), study.costs()
+    context = {
+        "results": results,
+        "study": study,
+        "gates": gates,
+        "claims": report.claims,
+        "passed": passed,
+        "headline": headline(study, costs),
+        "done": sum(row["stage"] == COUNTED for row in results.cells),
+        "banks": list(dict.fromkeys(bank.name for row in study.rows for bank in row.banks)),
+        "rates": rates,
+        "edges": edges(study, rates),
+        "costs": costs,
+        "mean": _mean,
+        "shown": _shown,
+        "figures": {name: title for name, (title, _) in drawn.items()},
+    }
+    files = {"report.md": make_environment(Path(__file__).parent).get_template("report.md").render(context)}
+    for name, (_, svg) in drawn.items():
+        files[f"figures/{name}.svg"] = svg.replace("<svg ", '<svg style="background: white" ', 1)
+    with writing("directory of figures", root / "figures"):
+        (root / "figures").mkdir(exist_ok=True)
+    for name, content in files.items():
+        with writing("report of the study", root / name, "free some space, then run `study report` again"):
+            write_atomically(root / name, content)
+    return report
+
+
+def headline(study: DialStudy, costs: Mapping[str, DialCost]) -> str:
+    """Returns which cost is equal, and which arms differ by over a tenth in the other one."""
+    other = {"multiply_adds": "live_parameters", "live_parameters": "multiply_adds"}[study.control]
+    references = {row.arm.depth: costs[row.arm.name] for row in study.rows if row.arm.form == REGULAR}
+    off = {
+        row.arm.name: getattr(costs[row.arm.name], other) / getattr(references[row.arm.depth], other) - 1
+        for row in study.rows
+    }
+    named = [f"{name} {value:+.0%}" for name, value in off.items() if abs(value) > _DIFFERENT]
+    names = {"multiply_adds": "multiply-adds", "live_parameters": "live parameters"}
+    equal = f"At each depth, all arms have equal {names[study.control]}"
+    return f"{equal}, but not equal {names[other]} ({', '.join(named)})." if named else f"{equal}."
+
+
+def edges(study: DialStudy, rates: Mapping[str, float]) -> list[str]:
+    """Returns the arms whose best rate is the smallest or the largest that was tried."""
+    tried = study.tuning.rates
+    return [name for name, rate in rates.items() if len(tried) > 2 and rate in (min(tried), max(tried))]
+
+
+def format_dial(report: DialReport) -> str:
+    """Returns a summary in a few lines, for a terminal."""
+    results = report.results
+    done = sum(row["stage"] == COUNTED for row in results.cells)
+    lines = [f"{results.study.name}: {done} of {results.planned} cells done"]
+    lines += [
+        f"  gate not passed: {gate.name}: {gate.value:.4g}, limit {gate.limit:g} ({gate.detail})"
+        for gate in report.gates
+        if not gate.passed
+    ]
+    if not report.passed:
+        lines.append("  a gate is not passed, so nothing is interpreted")
+    lines += [f"  {tested.code} {tested.verdict}" for tested in report.claims]
+    lines.append(f"report: {results.root / 'report.md'}")
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)
+
+
+def _mean(values: np.ndarray) -> str:
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return "-"
+    spread = f" ({100 * known.std(ddof=1):.2f})" if len(known) > 1 else ""
+    return f"{format_percent(float(known.mean()))}{spread}"
+
+
+def _shown(part: Part, value: float) -> str:
+    return format_points(value) if part.points else f"{value:+.2f}"
+
+
+def _figures(results: DialResults) -> dict[str, tuple[str, str]]:
+    """Returns (title, SVG) of each figure for which there are cells, by file name."""
+    found = {}
+    for family in ("across", "within"):
+        arms = [arm for arm in (REGULAR, DEPTHWISE, POINTWISE) if len(results.dial_of(family, arm)) > 1]
+        if arms:
+            found[family] = (f"Accuracy along the dial {family} filters", _along(results, family, arms))
+    arms = [arm for arm in SEGMENTS if len(results.dial_of("across", arm)) > 1]
+    if len(arms) > 1:
+        found["segments"] = ("Accuracy by segments, along the dial across filters", _along(results, "across", arms))
+    pairs = [(f"{DEPTHWISE}{suffix}", f"{REGULAR}{suffix}") for suffix in ("", "_4", "_8")]
+    pairs = [pair for pair in pairs if len(results.dial_of("across", *pair)) > 1]
+    if pairs:
+        found["price"] = ("Depthwise first minus regular, by depth", _price(results, pairs))
+    return found
+
+
+def _points(results: DialResults, family: str, banks: Sequence[BankSpec]) -> list[float]:
+    return [float(np.nanmean(results.of_banks(family, bank.name))) for bank in banks]
+
+
+def _along(results: DialResults, family: str, arms: Sequence[str]) -> str:
+    def draw(axes: Axes) -> None:
+        for number, arm in enumerate(arms):
+            banks = results.dial_of(family, arm)
+            estimates = [estimate(results.accuracy(arm, bank.name)) for bank in banks]
+            half = [e.mean - e.low if math.isfinite(e.low) else 0.0 for e in estimates]
+            axes.errorbar(
+                _points(results, family, banks),
+                [e.mean for e in estimates],
+                half,
+                label=legend_label(arm),
+                color=COLORS[number],
+                marker="os^D"[number % 4],
+                markersize=4.5,
+                capsize=2.5,
+            )
+        axes.set_xlabel(f"dial {family} filters: 1 - share of the best rank-one part", color=QUIET)
+        axes.set_ylabel("test accuracy", color=QUIET)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.legend()
+
+    return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)
+
+
+def _price(results: DialResults, pairs: Sequence[tuple[str, str]]) -> str:
+    margin = 100 * results.study.margin
+
+    def draw(axes: Axes) -> None:
+        axes.axhspan(-margin, margin, color=MARGIN, zorder=0, linewidth=0)
+        axes.axhline(0, color=ZERO, linewidth=1)
+        for number, (arm, baseline) in enumerate(pairs):
+            banks = results.dial_of("across", arm, baseline)
+            effects = [
+                estimate(results.accuracy(arm, bank.name) - results.accuracy(baseline, bank.name)) for bank in banks
+            ]
+            half = [100 * (e.mean - e.low) if math.isfinite(e.low) else 0.0 for e in effects]
+            axes.errorbar(
+                _points(results, "across", banks),
+                [100 * e.mean for e in effects],
+                half,
+                label=f"{results.study.arm(arm).depth} blocks",
+                color=COLORS[number],
+                marker="os^"[number % 3],
+                markersize=4.5,
+                capsize=2.5,
+            )
+        axes.set_xlabel("dial across filters: 1 - share of the best rank-one part", color=QUIET)
+        axes.set_ylabel("depthwise first - regular, points", color=QUIET)
+        axes.legend()
+
+    return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)

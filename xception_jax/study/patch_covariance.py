@@ -1,0 +1,257 @@
+"""Measures how separable the patches of images are into channels and space, without a network.
+
+The covariance of patches [side, side, channels] is a matrix over pairs of (channel, tap). If correlations across
+channels and correlations in space were separable, it would be a Kronecker product: channels x space. The measure is the
+share of its squared norm in the best such product, which is the share of the largest singular value of the rearranged
+matrix (Van Loan and Pitsianis 1993).
+
+Brightness that is constant over a patch rules the covariance of photographs. So the measure is also taken after
+whitening by the marginal covariances of channels and of taps, which is itself a Kronecker product.
+
+Two controls turn the patches by random orthogonal matrices, which change neither their eigenvalues nor what could be
+known from them. After a Kronecker turn (channels and taps apart) a separable covariance stays separable; after a free
+turn it does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from xception_jax.data import folders, images
+from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.files import local_directory
+from xception_jax.names import printable_path
+
+_TURNS = 20
+_MOST_IMAGES = 2000
+_FLOOR = 1e-9  # of a marginal covariance, relative to its largest eigenvalue
+
+Covariance = Float[np.ndarray, "d d"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """The share of a covariance in its best Kronecker product.
+
+    Attributes:
+      share: of the patches as they are.
+      free: (mean, lowest, highest) after free turns.
+      kronecker: the same after Kronecker turns.
+    """
+
+    share: float
+    free: tuple[float, float, float]
+    kronecker: tuple[float, float, float]
+
+    @property
+    def dial(self) -> float:
+        """Returns the place on the dial's axis: 1 - share, which is 0 if the covariance is separable."""
+        return 1 - self.share
+
+    @property
+    def position(self) -> float:
+        """Returns the dial as a share of its mean after free turns: 0 is separable, 1 is as free as the controls."""
+        return self.dial / (1 - self.free[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchSeparability:
+    """The separability of the patches of a set of images.
+
+    Attributes:
+      source: the folder or dataset.
+      images: number of images that were read.
+      skipped: number of files that are damaged or smaller than a patch.
+      patches: number of patches.
+      side: of a patch, in pixels.
+      raw: of the covariance.
+      whitened: of the covariance after whitening by its marginals.
+    """
+
+    source: str
+    images: int
+    skipped: int
+    patches: int
+    side: int
+    raw: Shares
+    whitened: Shares
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the attributes as plain data, with the places on the dial's axis."""
+        data = dataclasses.asdict(self)
+        for name, shares in (("raw", self.raw), ("whitened", self.whitened)):
+            data[name] |= {"dial": shares.dial, "position": shares.position}
+        return data
+
+
+def measure_patches(source: str, *, split: str = "train", patches: int, side: int, seed: int) -> PatchSeparability:
+    """Measures the patches of the images of a folder or a prepared dataset.
+
+    Args:
+      source: a folder of images, the directory of a prepared dataset, or the name of one.
+      split: of the dataset.
+      patches: about as many are read, spread evenly over at most 2,000 images.
+      side: of a patch, in pixels.
+      seed: of their places, and of the turns.
+
+    Raises:
+      InputMissingError: there is no such folder or dataset, or no image in it.
+      BadDataError: all images are grey.
+    """
+    encoded = _encoded_images(source, split)
+    chosen = np.unique(np.linspace(0, len(encoded) - 1, min(len(encoded), _MOST_IMAGES)).round().astype(int))
+    rng = np.random.default_rng(seed)
+    each = -(-patches // len(chosen))
+    found = [_patches(encoded, int(index), each, side, rng) for index in chosen]
+    used = [part for part in found if part is not None]
+    if not used:
+        fix = f"name a folder with images of at least {side} x {side} pixels"
+        raise InputMissingError("there is no image that can be read", source, fix)
+    values = np.concatenate(used)
+    if np.ptp(values, axis=-1).max() == 0:
+        fix = "name a set of colour images"
+        raise BadDataError("all images are grey, so there are no correlations across channels", source, fix)
+    raw, whitened = measure_covariance(covariance(values), values.shape[-1], rng)
+    return PatchSeparability(source, len(used), len(found) - len(used), len(values), side, raw, whitened)
+
+
+class _Files:
+    """The image files of a folder, encoded."""
+
+    def __init__(self, folder: Path):
+        self._paths = [path for path in folders.files(folder) if path.suffix.lower() in images.SUFFIXES]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> bytes:
+        return images.read(self._paths[index])
+
+
+class _Dataset:
+    """The images of a prepared dataset, encoded."""
+
+    def __init__(self, directory: Path, split: str):
+        from xception_jax.data.sources import TfdsSource
+
+        self._source = TfdsSource(directory, split)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._source[index]["image"]
+
+
+def _encoded_images(source: str, split: str) -> _Files | _Dataset:
+    from xception_jax.data.sources import find_dataset, is_complete, resolve_data_dir
+
+    folder = local_directory(source, "separability")
+    directory = folder if folder.is_dir() else find_dataset(source, resolve_data_dir(""))
+    if directory is None:
+        fix = "name a folder of images, or a dataset that `xception-jax prepare` wrote"
+        raise InputMissingError("there is no such folder and no such dataset", source, fix)
+    found = _Dataset(directory, split) if is_complete(directory) else _Files(directory)
+    if not len(found):
+        suffixes = ", ".join(images.SUFFIXES)
+        raise InputMissingError("there is no image", source, f"name a folder with files of {suffixes}")
+    return found
+
+
+def _patches(
+    encoded: _Files | _Dataset, index: int, count: int, side: int, rng: np.random.Generator
+) -> Float[np.ndarray, "n s s c"] | None:
+    """Returns patches at random places of one image; None if it is damaged or too small."""
+    try:
+        image = images.decode(encoded[index])
+    except (images.DamagedImageError, OSError):
+        return None
+    height, width = image.shape[:2]
+    if min(height, width) < side:
+        return None
+    rows, columns = (rng.integers(0, size - side + 1, count)[:, None, None] for size in (height, width))
+    taps = np.arange(side)
+    return image[rows + taps[:, None], columns + taps].astype(np.float64)
+
+
+def covariance(patches: Float[np.ndarray, "n s s c"]) -> Covariance:
+    """Returns the covariance of patches; its rows and columns are (channel, tap), the channel first."""
+    flat = patches.reshape(len(patches), -1, patches.shape[-1]).transpose(0, 2, 1).reshape(len(patches), -1)
+    return np.cov(flat, rowvar=False)
+
+
+def kronecker_share(matrix: Covariance, channels: int) -> float:
+    """Returns the share of the squared norm in the best Kronecker product of a channel and a tap matrix."""
+    taps = len(matrix) // channels
+    rearranged = matrix.reshape(channels, taps, channels, taps).transpose(0, 2, 1, 3).reshape(channels**2, taps**2)
+    energy = np.square(np.linalg.svd(rearranged, compute_uv=False))
+    return float(energy[0] / energy.sum())
+
+
+def whiten(matrix: Covariance, channels: int) -> Covariance:
+    """Returns the covariance after whitening channels and taps by their marginal covariances.
+
+    A separable covariance becomes a multiple of the identity.
+    """
+    taps = len(matrix) // channels
+    blocks = matrix.reshape(channels, taps, channels, taps)
+    turn = np.kron(_inverse_root(np.einsum("ctdt->cd", blocks)), _inverse_root(np.einsum("ctcu->tu", blocks)))
+    return turn @ matrix @ turn.T
+
+
+def _inverse_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors / np.sqrt(np.maximum(values, _FLOOR * values[-1]))) @ vectors.T
+
+
+def measure_covariance(matrix: Covariance, channels: int, rng: np.random.Generator) -> tuple[Shares, Shares]:
+    """Measures a covariance, and the same after random turns.
+
+    Returns:
+      (raw, whitened).
+    """
+    taps = len(matrix) // channels
+    turns = {
+        "free": [_orthogonal(rng, len(matrix)) for _ in range(_TURNS)],
+        "kronecker": [np.kron(_orthogonal(rng, channels), _orthogonal(rng, taps)) for _ in range(_TURNS)],
+    }
+    turned = {name: [turn @ matrix @ turn.T for turn in found] for name, found in turns.items()}
+
+    def shares(whitened: bool) -> Shares:
+        def share(matrix: Covariance) -> float:
+            return kronecker_share(whiten(matrix, channels) if whitened else matrix, channels)
+
+        spread = {name: [share(other) for other in found] for name, found in turned.items()}
+        return Shares(share(matrix), *((float(np.mean(found)), min(found), max(found)) for found in spread.values()))
+
+    return shares(False), shares(True)
+
+
+def _orthogonal(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Returns a random orthogonal matrix, uniformly distributed."""
+    q, r = np.linalg.qr(rng.normal(size=(size, size)))
+    return q * np.sign(np.diag(r))
+
+
+def format_patches(found: PatchSeparability) -> str:
+    """Returns a table of the shares and the places on the dial's axis."""
+    lines = [
+        f"{printable_path(found.source)}: {found.patches:,} patches of {found.side} x {found.side} pixels from "
+        f"{found.images:,} images" + f", {found.skipped:,} files skipped" * bool(found.skipped),
+        f"{'covariance':10} {'share':>7} {'free turn':>26} {'Kronecker turn':>26} {'dial':>7} {'position':>9}",
+    ]
+    for name, shares in (("raw", found.raw), ("whitened", found.whitened)):
+        turns = (f"{mean:.4f} ({low:.4f} to {high:.4f})" for mean, low, high in (shares.free, shares.kronecker))
+        columns = " ".join(f"{turn:>26}" for turn in turns)
+        lines.append(f"{name:10} {shares.share:7.4f} {columns} {shares.dial:7.4f} {shares.position:9.1%}")
+    lines += [
+        "share: of the squared norm of the covariance in its best product of a channel and a space matrix",
+        f"turns: the same after {_TURNS} random orthogonal turns; mean (lowest to highest)",
+        "dial: 1 - share; position: the dial in percent of that after free turns. 0 % is separable, 100 % is free",
+    ]
+    return "\n".join(lines)
