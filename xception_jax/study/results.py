@@ -278,7 +278,7 @@ def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[
                 difference=difference,
                 over_images=crossed(*pair, every),
                 p_holm=p,
-                p_equivalent=statistics.equivalence_p(difference, study.margin),
+                p_equivalent=statistics.tost_p(difference, study.margin),
                 verdict=verdict,
                 outcome=NOT_INTERPRETED if gated else _outcome(comparison.expected, verdict),
                 detectable=statistics.smallest_effect(difference.error, difference.df),

@@ -143,7 +143,12 @@ def holm_within(claims: Sequence[str], p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def equivalence_p(found: Estimate, margin: float) -> float:
+def equivalence_p(values: Sequence[float] | Float[Array, " n"], margin: float) -> float:
+    """Returns the p-value of `tost_p` for the mean of `values`, one for each seed."""
+    return tost_p(estimate(values), margin)
+
+
+def tost_p(found: Estimate, margin: float) -> float:
     """Returns the p-value of two one-sided t tests (TOST), which is small if the mean is between -margin and margin."""
     if math.isnan(found.error):
         return math.nan
