@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv$(patsubst python3%,%,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/fashion_mnist
-# Interpreters with the packages of benchmarks/requirements.txt and of the extra [tpu]. By default the first target that
-# needs them sets up .venv-peers and .venv-plan.
+# Interpreters with the packages of benchmarks/requirements.txt, of the extra [tpu] and of tests/launch/requirements.txt. By
+# default the first target that needs them sets up .venv-peers, .venv-plan and .venv-launch.
 PEERS ?=
 PLAN ?=
+LAUNCH ?=
 # For `make fuzz`: seconds for each target, and one target instead of all.
 SECONDS ?= 60
 TARGET ?=
@@ -31,7 +32,7 @@ PIP_INSTALL := pip install --disable-pip-version-check --progress-bar off
 UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
 
-.PHONY: help train smoke test test-kernels test-faults soak test-peers test-plan fuzz check format docs lock audit sbom bench clean
+.PHONY: help train smoke test test-slow test-kernels test-faults soak test-peers test-launch test-slurm test-plan fuzz check format docs lock audit sbom bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,11 +53,20 @@ test-peers: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Com
 test-kernels: $(VENV)/.installed-dev ## Test the CPU kernels from clang++, for AVX2, and with an address sanitizer
 	$(BIN)/python -m pytest -m kernels --dist=load tests/ops $(ARGS)
 
+test-slow: $(VENV)/.installed-dev ## Run the tests that take ten seconds or more; `make test` leaves them out
+	$(BIN)/python -m pytest -m slow $$(grep -rl --include='test_*.py' 'mark\.slow' tests) $(ARGS)
+
 test-faults: $(VENV)/.installed-dev ## Inject the faults of docs/explanation/reliability.md; ARGS='1 44' selects some
 	$(BIN)/python -m tests.faults $(ARGS)
 
 soak: ## Kill one run thirty times, and compare its bits with those of a run that was left alone
 	$(MAKE) test-faults ARGS=44
+
+test-launch: $(VENV)/.installed-dev $(if $(LAUNCH),,.venv-launch/.installed) ## Check launch/ with the tools of its places, and run it here
+	LAUNCH=$(abspath $(or $(LAUNCH),.venv-launch/bin/python)) $(BIN)/python -m pytest -m 'not slurm' tests/launch $(ARGS)
+
+test-slurm: $(VENV)/.installed-dev ## Run launch/slurm.sh on a real Slurm with two nodes, from Debian's packages
+	$(BIN)/python -m pytest -m slurm --numprocesses=0 tests/launch $(ARGS)
 
 test-plan: $(VENV)/.installed-dev $(if $(PLAN),,.venv-plan/.installed) ## Compile for TPUs; see docs/howto/plan.md
 	PLAN=$(abspath $(or $(PLAN),.venv-plan/bin/python)) $(BIN)/python -m pytest tests/tools/test_tpu.py $(ARGS)
@@ -94,7 +104,7 @@ bench: $(VENV)/.installed-dev $(if $(PEERS),,.venv-peers/.installed) ## Measure 
 	$(BIN)/python -m benchmarks --peers=$(or $(PEERS),.venv-peers/bin/python) $(ARGS)
 
 clean: ## Remove the virtual environments and caches, but not the runs
-	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .venv-fuzz .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv.* .venv-lock .venv-peers .venv-plan .venv-launch .venv-fuzz .pytest_cache .ruff_cache .mypy_cache
 
 # The package itself is installed editable: notebooks find it, and changes take effect at once.
 $(VENV)/.installed: requirements.txt $(REQUIREMENTS) $(REQUIREMENTS_BUILD) pyproject.toml setup.py
@@ -113,7 +123,8 @@ $(VENV)/.installed-dev: requirements-dev.txt $(REQUIREMENTS_DEV) $(VENV)/.instal
 	touch $@
 
 .venv-peers/.installed: benchmarks/requirements.txt
-.venv-peers/.installed:
+.venv-launch/.installed: tests/launch/requirements.txt
+.venv-peers/.installed .venv-launch/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/$(PIP_INSTALL) -r $<
 	touch $@

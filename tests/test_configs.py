@@ -37,7 +37,8 @@ def load(name):
 def cases():
     for path in sorted(CONFIGS.glob("*.py")):
         for variant in VARIANTS.get(path.stem, [None]):
-            yield pytest.param(path.stem, variant, id=f"{path.stem}:{variant}" if variant else path.stem)
+            marks = pytest.mark.slow if path.stem == "imagenet" else ()
+            yield pytest.param(path.stem, variant, id=f"{path.stem}:{variant}" if variant else path.stem, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "variant"), list(cases()))

@@ -144,10 +144,15 @@ def place(tmp_path_factory, shared_environment) -> Iterator[Path]:
         os.chdir(home)
 
 
+SLOW = ("your_network", "explain")
 WITH_CODE = [page for page in PAGES if page != TRAINS and any(True for _ in blocks(page, ("python", *SHELL)))]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.stem in SLOW else []) for page in WITH_CODE],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_snippets_run(page, place):
     run_page(page)
 
@@ -192,9 +197,10 @@ def test_the_reference_has_every_field_command_and_exit_code():
     assert all(f"| `{name}` |" in fields for name in FIELDS)
     assert all(f"## {name}\n" in named for name in COMMANDS)
     assert "### study run\n" in named
-    assert re.search(r"\| 75 \| The run was asked to stop\..*\| yes \|", reference_pages.exit_codes())
+    assert re.search(r"\| 75 \| The run was asked to stop,.*\| yes \|", reference_pages.exit_codes())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter
 def test_the_notebook_runs(tmp_path, shared_environment):
     import nbclient

@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import NEWER_CODE, ROOT
 from tests.tiny_run import TINY, three_lines
+from xception_jax.logs import goodput
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.predictions import load_predictions
 
@@ -154,12 +155,24 @@ def test_kill_minus_9_and_sigterm_and_the_same_command_end_with_the_same_bits(
 
     def journal(workdir):
         names = ("step", "split", "loss", "ema_top1", "learning_rate")
-        entries = [e for e in read_metrics(workdir / "metrics.jsonl") if e["split"] != "interval"]
+        entries = [e for e in read_metrics(workdir / "metrics.jsonl") if e["split"] not in ("interval", "start")]
         return [tuple(e.get(name) for name in names) for e in entries]
 
     assert journal(tmp_path) == journal(uninterrupted[0])  # each entry once, none lost
 
+    # Every second since the first start belongs to an activity, also in the steps that were done twice.
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    starts = [entry for entry in entries if entry["split"] == "start"]
+    began = starts[0]["time"] - starts[0]["time_start"]
+    for entry in entries:
+        assert sum(goodput.from_entry(entry).values()) == pytest.approx(entry["time"] - began, abs=0.1)
+    spent = goodput.from_entry(entries[-1])
+    assert sum(goodput.shares(spent).values()) == pytest.approx(1)
+    assert min(spent[name] for name in goodput.ACTIVITIES) > 0
+    assert "since the first start: steps" in process.stderr
 
+
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -181,7 +194,7 @@ def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tm
         process.communicate()
 
     def first(workdir):
-        return read_metrics(workdir / "metrics.jsonl")[0]
+        return next(entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["split"] == "train")
 
     assert first(tmp_path)["step"] == 5
     assert first(tmp_path)["loss"] == pytest.approx(first(uninterrupted[0])["loss"], rel=1e-3)

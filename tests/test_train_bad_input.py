@@ -30,7 +30,7 @@ from tests.tiny_run import TINY, three_lines
         (["--workdir=gs://bucket/run"], 78, "gs://bucket/run"),
         (["--workdir=s3://bucket/run"], 78, "use a local directory"),
         (["--workdir="], 78, "is empty"),
-        (["--config.data.data_dir=gs://bucket/data"], 78, "config.data.data_dir"),
+        (["--config.data.data_dir=gs://bucket/data"], 78, "gcloud storage cp"),
         (["--config.batch_size=2000", "--config.duration=1 epoch"], 78, "at most 640"),
     ],
 )

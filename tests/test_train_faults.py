@@ -108,6 +108,7 @@ def test_a_signal_where_nothing_can_be_lost(moment, start):
     assert "no trained step is lost" in run.end(75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [

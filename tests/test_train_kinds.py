@@ -14,6 +14,7 @@ from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.logs.metrics_log import read_metrics
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path):
     process = run_python(
         "train.py",
@@ -31,6 +32,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(run_python, tmp_path
     assert list((tmp_path / "checkpoints").glob("*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_many_labels_an_image(run_python, tmp_path):
     process = run_python(
         "train.py",
@@ -54,6 +56,7 @@ def test_many_labels_an_image(run_python, tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_more_damage_is_allowed(run_python, tmp_path):
     """The default ends a run at one damaged image in a thousand; `data.max_bad_fraction` is how it goes on."""
     features = tfds.features.FeaturesDict(
@@ -79,6 +82,7 @@ def test_a_run_goes_on_where_more_damage_is_allowed(run_python, tmp_path):
     assert "damaged" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
     """Two archives of real photographs, in the layout of ILSVRC 2012, through every stage to an evaluation."""
     write_small_imagenet(tmp_path / "archives", classes=5, train_per_class=4, validation=7)

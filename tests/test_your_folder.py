@@ -27,6 +27,7 @@ from xception_jax.data.sources import TfdsSource
 from xception_jax.models import create_model
 from xception_jax.weights import Network, save_network
 
+pytestmark = pytest.mark.slow
 SIZE = 71
 # Not followed: the example of another folder, and training the other layers, which compiles a second step.
 LEFT_OUT = ("scans", "--config=finetune")

@@ -97,7 +97,7 @@ class StorageError(UserError):
 
 
 class PreemptedError(UserError):
-    """The run was asked to stop. It has saved its state, and the same command resumes it. This is not an error."""
+    """The run was asked to stop, lost a process, or hung. The same command resumes it. This is not an error."""
 
     exit_code = 75
 

@@ -107,16 +107,23 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
       OSError: the file cannot be opened, or is not a regular file.
     """
     try:
+        _require_regular(os.stat(path), path)  # because opening a device can have effects
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a null byte
         raise OSError(errno.EINVAL, str(error), os.fspath(path)) from None
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
+    try:
+        _require_regular(os.fstat(descriptor), path)  # it may have been exchanged in between
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a directory", os.fspath(path))
-    raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def free_space(directory: str | os.PathLike) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +24,8 @@ DeviceBatch = dict[str, jax.Array]  # a global batch, sharded over the devices
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh (data, fsdp) of all devices. `data` spans TPU slices or GPU nodes if there are several.
 
+    On GPUs, `fsdp` may be larger than the number of devices of a process, because there may be one process per GPU.
+
     The axes are Auto, because `nn.Dropout` cannot be traced with Explicit axes, the default of JAX.
 
     Args:
@@ -29,7 +33,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
       devices: the devices of the mesh, by default all devices. May be devices to compile for that are not attached.
 
     Raises:
-      ConfigError: the mesh does not fit the number of devices.
+      ConfigError: the mesh does not fit the number of devices, or `fsdp` does not fit in a slice.
     """
     devices, fsdp = jax.devices() if devices is None else devices, mesh.fsdp
     data = len(devices) // fsdp if mesh.data == -1 else mesh.data
@@ -39,6 +43,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
             "config.mesh",
             f"set data to -1 and fsdp to a divisor of {len(devices)}, or make their product {len(devices)}",
         )
+    check_slices(fsdp, devices)
     on_gpus = devices[0].platform == "gpu"
     islands = jax.process_count() if on_gpus else len({getattr(device, "slice_index", 0) for device in devices})
     if islands > 1 and data % islands == 0:
@@ -47,6 +52,27 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
         )
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_slices(fsdp: int, devices: Sequence[Any]) -> None:
+    """Raises ConfigError if an axis of `fsdp` devices would reach from one slice into another.
+
+    Each step would then gather the parameters over the network between the slices, which is slow.
+
+    Args:
+      fsdp: `config.mesh.fsdp`.
+      devices: all devices. Those of TPUs have a `slice_index`.
+    """
+    sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    fitting = math.gcd(*sizes.values())
+    if len(sizes) == 1 or fitting % fsdp == 0:
+        return
+    nearest = min((size for size in range(1, fitting + 1) if fitting % size == 0), key=lambda size: abs(size - fsdp))
+    raise ConfigError(
+        f"fsdp={fsdp} does not fit in a slice: there are {len(sizes)} slices with {fitting} devices each",
+        "config.mesh.fsdp",
+        f"set it to the nearest value that fits, {nearest}",
+    )
 
 
 def check_batch(name: str, batch_size: int, devices: int, parts: int = 1) -> None:

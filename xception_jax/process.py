@@ -178,7 +178,8 @@ def _leave(code: int) -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)  # the code is decided
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
-        sys.exit(code)  # processes wait here for each other
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()  # processes wait here for each other, and for no thread or child
     if code == SUCCESS_EXIT_CODE:
         end = threading.Timer(LEAVING_SECONDS, os._exit, [code])
         end.daemon = True

@@ -16,25 +16,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError, PreemptedError, UserError
+from xception_jax.launchers import from_environment, several_processes
+from xception_jax.roll_call import RollCall
+from xception_jax.signals import StopRequested
 
-# Environment variables whose value says that a launcher started several processes.
-_COUNTS = (
-    *("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MEGASCALE_NUM_SLICES"),
-    *("JAX_NUM_PROCESSES", "SKYPILOT_NUM_NODES"),
-)
-_LISTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-SKYPILOT_PORT = 8476
 _PREFIX = "xception_jax/"  # of our keys in the coordinator's store
 _WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
 _KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()} | {UserError.__name__: UserError}
 _BUG = "bug"
+_NAMED = 20  # processes in a message
 _handlers = list[Any]()
 T = TypeVar("T")
 
@@ -71,11 +68,13 @@ def start_distributed(distributed: DistributedConfig) -> None:
             heartbeat_timeout_seconds=distributed.heartbeat,
         )
     except Exception as error:  # each launcher has its own
-        # JAX raises a ValueError if no launcher is detected. After any other error, there may be several processes,
-        # which must not train without each other. A RuntimeError that asks for an earlier call comes before detection,
-        # for example in a notebook that has computed something.
-        undetected = isinstance(error, ValueError) or "must be called before" in str(error)
-        if undetected and distributed.start == "auto" and not distributed.coordinator + evidence:
+        # JAX raises a ValueError if no launcher is detected. It raises a RuntimeError if it has computed something
+        # before, as in a notebook, and if detection fails; on a TPU slice, it then still counts the other processes.
+        # After any other error, there may be several processes, which must not train without each other.
+        expected = isinstance(error, ValueError | RuntimeError)
+        if expected and distributed.start == "auto" and not distributed.coordinator + evidence:
+            if isinstance(error, RuntimeError):
+                check_processes()
             return
         raise ConfigError(
             f"{evidence or 'the environment'} says that there may be several processes, "
@@ -84,35 +83,6 @@ def start_distributed(distributed: DistributedConfig) -> None:
             "start them with the launcher (srun, mpirun), set config.distributed.coordinator=HOST:PORT, num_processes "
             "and process_id on every host, or set config.distributed.start=off to train in this process only",
         ) from error
-
-
-def several_processes(environment: Mapping[str, str]) -> str:
-    """Returns the environment variable, with its value, that says that there are several processes, or ''."""
-    for name in _COUNTS:
-        if environment.get(name, "").isdigit() and int(environment[name]) > 1:
-            return f"{name}={environment[name]}"
-    for name in _LISTS:
-        if "," in environment.get(name, ""):
-            return f"{name}={environment[name]}"
-    return f"JAX_COORDINATOR_ADDRESS={address}" if (address := environment.get("JAX_COORDINATOR_ADDRESS")) else ""
-
-
-def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
-    """Returns arguments of `jax.distributed.initialize` that JAX does not read from the environment itself."""
-    if addresses := environment.get("SKYPILOT_NODE_IPS", "").split():
-        return {
-            "coordinator_address": f"{addresses[0]}:{SKYPILOT_PORT}",
-            "num_processes": len(addresses),
-            "process_id": int(environment["SKYPILOT_NODE_RANK"]),
-        }
-    names = {
-        "num_processes": ("JAX_NUM_PROCESSES",),
-        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
-    }
-    if "JAX_COORDINATOR_ADDRESS" not in environment:
-        return {}
-    found = {key: next((environment[n] for n in options if environment.get(n)), "") for key, options in names.items()}
-    return {key: int(value) for key, value in found.items() if value}
 
 
 def check_processes() -> None:
@@ -146,12 +116,16 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(peers.lost)
     previous = _set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
     try:
-        start_distributed(distributed)
+        with peers.roll_call:
+            start_distributed(distributed)
         peers.watch()
         yield
         peers.leave(0)
     except UserError as error:
         peers.leave(error.exit_code)
+        raise
+    except StopRequested:
+        peers.leave(PreemptedError.exit_code)
         raise
     except Exception:
         peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
@@ -239,11 +213,34 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
     raise error(message, different[0], fix).printed_by(jax.process_index() == 0)
 
 
+def publish(name: str, value: str) -> None:
+    """Lets the other processes read a value of this one with `published`, in place of an earlier value."""
+    number = _distributed().process_id  # jax.process_index() may wait for the other processes
+    _store().key_value_set(f"{_PREFIX}{name}/{number}", value, allow_overwrite=True)
+
+
+def published(name: str) -> dict[int, str]:
+    """Returns the latest value of each process that has published one, by process. Does not wait for the others."""
+    return {int(key.rsplit("/", 1)[1]): value for key, value in _store().key_value_dir_get(f"{_PREFIX}{name}/")}
+
+
 def _store() -> Any:
-    """Returns the client of the coordinator's key-value store, which JAX has no public name for."""
+    """Returns the client of the coordinator's key-value store."""
+    return _distributed().client
+
+
+def _distributed() -> Any:
+    """Returns what JAX knows of the processes. There is no public name for it."""
     from jax._src.distributed import global_state
 
-    return global_state.client
+    return global_state
+
+
+def _named(numbers: Sequence[int]) -> str:
+    """Returns 'process 3' or 'processes 1, 2, 3', with at most `_NAMED` numbers."""
+    shown = ", ".join(map(str, sorted(numbers)[:_NAMED]))
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"process{'es' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 class _Peers:
@@ -254,6 +251,7 @@ class _Peers:
         self._interval = distributed.heartbeat / _SIGNS_PER_HEARTBEAT
         self._stop = threading.Event()
         self._heard: dict[int, float] = {}
+        self.roll_call = RollCall()
         self._answered = 0.0  # when the coordinator last did; 0 if it refused since
         self._exit_code: int | None = None  # of this process, once it is known
 
@@ -321,17 +319,19 @@ class _Peers:
         except BaseException as error:  # this handler must never return
             message = f"error: the connection to the other processes is lost: {error!r}"
         os.write(2, f"{message}\n".encode())
+        self.roll_call.leave()
         os._exit(PreemptedError.exit_code)
 
     def _error(self) -> PreemptedError:
         fix = "start the same command on all hosts; it resumes from the last checkpoint"
         if not self._heard:
-            what = f"not all processes of this run connected within {self._distributed.timeout} s"
+            missing = self.roll_call.missing()
+            who = f"{_named(missing)} did not connect" if missing else "not all processes of this run connected"
+            what = f"{who} within {self._distributed.timeout} s"
             return PreemptedError(what, self._distributed.coordinator or "the launcher of the processes", fix)
         now = time.monotonic()
         silent = [n for n, heard in self._heard.items() if now - heard > _SILENT * self._distributed.heartbeat]
         if not silent or now - self._answered > 2 * self._interval:
             silent = [0]  # without the coordinator, nothing is known of the others
-        names = "process" + ("es " if len(silent) > 1 else " ") + ", ".join(map(str, sorted(silent)))
-        what = f"lost {names} of {len(self._heard)}; this is process {jax.process_index()}"
+        what = f"lost {_named(silent)} of {len(self._heard)}; this is process {jax.process_index()}"
         return PreemptedError(what, self._workdir, fix)

@@ -5,7 +5,8 @@
 The paper uses one. With more, the space between the two convolutions is larger than the input, and at equal cost the
 network is narrower.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import Arm, PlannedComparison, Study

@@ -4,7 +4,8 @@
 
 Results of the paper, read off the plot, one seed each: none 0.790, ELU 0.780, ReLU 0.770.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import Arm, PlannedComparison, Study

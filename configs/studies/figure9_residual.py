@@ -6,7 +6,8 @@ The paper trains both with settings tuned for the first, and notes that they may
 each arm is first tuned on the development split with the same trials of learning rate and weight decay, then trained
 with all seeds.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from itertools import product

@@ -5,7 +5,8 @@
 A larger depthwise kernel costs little, because only 1.6 % of the multiply-adds of Xception are spatial. ConvNeXt (Liu
 et al. 2022) finds 7 better than 3 at 224 pixels.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import Arm, PlannedComparison, Study

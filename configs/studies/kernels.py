@@ -8,7 +8,8 @@ nearly separable kernels. `study kernels` measures, for each layer, the share of
 spatial blueprint (BSConv) and the error of a sum of r depthwise separable convolutions (Network Decoupling), and
 compares both with random kernels.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import Arm, PlannedComparison, Study

@@ -8,7 +8,8 @@ and, to match the cost, the width; the rest is that of figure 5. The modules are
 convolution), the extreme one (figure 4, a segment for each channel) and the depthwise separable convolution, each
 with and without residuals.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from typing import Any

@@ -5,7 +5,8 @@
 BSConv (Haase and Amthor 2020) argues for pointwise first. The orders are compared with and without a ReLU between the
 two convolutions, for depthwise convolutions and for four segments.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import Arm, PlannedComparison, Study

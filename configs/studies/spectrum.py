@@ -7,8 +7,8 @@ segment for each channel) are unexplored. It finds that a ReLU between the two c
 end. Its explanation is the depth of the intermediate feature spaces: non-linearities help for deep ones, as in
 Inception, and hurt for those with one channel. If so, the sign of the effect changes along the spectrum.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), multiply_adds, width:
-studies/spectrum:cifar,multiply_adds. Cost: docs/howto/study.md.
+Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
+live_multiply_adds, width: studies/spectrum:cifar,multiply_adds. Cost: docs/howto/study.md.
 """
 
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study

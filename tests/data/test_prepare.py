@@ -24,7 +24,7 @@ from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import prepare as command
 from xception_jax.config import DataConfig
 from xception_jax.data import images
-from xception_jax.data.prepare import fashion_mnist, names, tfrecord, writer
+from xception_jax.data.prepare import fashion_mnist, names, sorting, tfrecord, writer
 from xception_jax.data.prepare.datasets import DATASETS, SHIPPED, open_dataset
 from xception_jax.data.sources import check_labels
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
@@ -60,7 +60,7 @@ def records(path: Path) -> list[tuple[bytes, int]]:
 
 def test_records_that_exceed_the_memory_come_out_the_same(tmp_path, monkeypatch):
     in_memory = records(writer.write_dataset(numbered(700), tmp_path / "a").path)
-    monkeypatch.setattr(writer, "_BUCKET_MEMORY", 1000)
+    monkeypatch.setattr(sorting, "BUCKET_MEMORY", 1000)
     spilled = writer.write_dataset(numbered(700), tmp_path / "b").path
     assert records(spilled) == in_memory
     assert sorted(image[0] for image, _ in in_memory) == sorted(n % 251 for n in range(700))
@@ -143,10 +143,10 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
 @pytest.mark.parametrize("seed", range(2))
 def test_kill_9_in_the_middle_then_run_again(tmp_path, seed):
     code = (
-        "import sys, pathlib, time; from xception_jax.data.prepare import writer\n"
+        "import sys, pathlib, time; from xception_jax.data.prepare import sorting, writer\n"
         "from tests.data.test_prepare import numbered\n"
         "dataset = numbered(4000); examples = list(dataset.splits['train'])\n"
-        "writer._BUCKET_MEMORY = 2000; print('ready', flush=True)\n"
+        "sorting.BUCKET_MEMORY = 2000; print('ready', flush=True)\n"
         "slow = (time.sleep(0.0002) or example for example in examples)\n"
         "dataset = writer.Dataset('numbered', dataset.features, {'train': slow}, '')\n"
         "writer.write_dataset(dataset, pathlib.Path(sys.argv[1]))"

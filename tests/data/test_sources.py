@@ -185,6 +185,21 @@ def test_a_negative_label_is_refused(photographs_data):
         sources.check_label({"image": b"", "label": -1, "index": 0}, source.info)
 
 
+def test_hosts_divide_the_labels_among_them(data, monkeypatch):
+    monkeypatch.setattr(sources, "LABELS_CHECKED_BEFORE_TRAINING", 100)
+    source = open_dataset(data.replace(name="synthetic", synthetic_examples=1000), "train")
+    checked = []
+    monkeypatch.setattr(sources, "check_label", lambda example, info: checked.append(example["index"]))
+    sources.check_labels(source)
+    alone = checked.copy()
+    assert len(set(alone)) == 100
+    checked.clear()
+    for host in range(3):
+        sources.check_labels(source, host, 3)
+        assert 33 <= len(checked) - host * 33 <= 34
+    assert sorted(checked) == alone
+
+
 def test_a_dataset_without_labels_names_its_features(data, tmp_path):
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "caption": tfds.features.Text()})
     example = {"image": encoded(photograph(0), "PNG"), "caption": "a photograph"}

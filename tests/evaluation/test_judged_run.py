@@ -115,6 +115,7 @@ def evaluated(finished, tmp_path_factory):
     return json.loads(run(finished[0], "--json", "--at", 0.9, *files)), directory
 
 
+@pytest.mark.slow
 def test_the_report_is_there_while_the_run_goes_on(finished):
     workdir, live = finished
     assert live.endswith("</html>\n") or live.endswith("</html>")
@@ -235,6 +236,7 @@ def test_the_report_and_the_text_show_the_same(evaluated, finished):
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_stops_no_training(config, tmp_path, capsys):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(StorageError, match="the report cannot be written"):

@@ -113,6 +113,7 @@ def variant(request):
     return network, pixels, images, expected_logits(network, images)
 
 
+@pytest.mark.slow
 def test_compiled_inference_computes_the_same(variant):
     network, _, images, expected = variant
     infer = compile_inference(network)
@@ -264,6 +265,7 @@ def exports(weights, evaluation, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_what_lies_beside_an_export(exports, weights):
     for format in ("stablehlo", "onnx", "safetensors"):
         file = exports / f"xception.{format}"

@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.table import FAULTS, NOT_YET, TESTS, places
+from tests.faults.table import FAULTS, TESTS, places
 
 
 def main(arguments: list[str]) -> int:
@@ -36,8 +36,6 @@ def main(arguments: list[str]) -> int:
         print(f"{number:3} {tried:6} {found['kept']:6} {found['broken']:6}  {fault.what}: {fault.promise}{skipped}")
     total = Counter(outcomes.values())
     print(f"    {total['kept'] + total['broken']:6} {total['kept']:6} {total['broken']:6}  in all, each test once")
-    if not arguments:
-        print("\nnot injected yet: " + "; ".join(f"{number} ({what})" for number, what in NOT_YET.items()))
     return code
 
 

@@ -110,7 +110,9 @@ FAULTS = {
     ),
     24: Fault("a mesh or batch that does not fit", "78 with the nearest", ("test_bad_input_costs_three_lines",)),
     25: Fault(
-        "saved on 8 devices, resumed on fewer", "the same state", ("test_save_on_eight_devices_restore_on_fewer",)
+        "saved on 8 devices, resumed on fewer or more, in more or fewer processes",
+        "the same state, batches and losses",
+        ("test_save_on_eight_devices_restore_on_fewer", "test_a_run_that_moves_is_the_run_that_stays"),
     ),
     26: Fault(
         "damaged and unusual images",
@@ -154,8 +156,8 @@ FAULTS = {
     36: Fault("the coordinator is killed or frozen", "the same", ("test_the_others_end_resumable_and_name_it",)),
     37: Fault(
         "a process never starts",
-        "75 within the timeout",
-        ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
+        "75 within the timeout, naming it",
+        ("test_a_process_that_never_starts_is_named", "test_all_that_wait_name_those_that_never_start"),
     ),
     38: Fault(
         "SIGTERM to one of two processes",
@@ -182,7 +184,11 @@ FAULTS = {
         "71",
         ("test_too_little_address_space_ends_with_71_instead_of_waiting_for_ever",),
     ),
-    44: Fault("thirty random kills of one run", "the same hash", ("test_thirty_kills_end_with_the_same_hash",)),
+    44: Fault(
+        "thirty random kills of one run",
+        "the same hash",
+        ("test_thirty_kills_end_with_the_same_hash", "test_thirty_kills_in_a_bucket_end_with_the_same_hash"),
+    ),
     45: Fault(
         "hosts that differ in config, data or directory",
         "one code, before training",
@@ -196,10 +202,55 @@ FAULTS = {
     47: Fault("any host is killed or frozen", "75, naming it", ("test_the_others_end_resumable_and_name_it",)),
     48: Fault(
         "one host never starts",
-        "75 within the timeout",
-        ("test_a_process_that_never_starts_is_not_waited_for_for_ever",),
+        "75 within the timeout, naming it",
+        ("test_a_process_that_never_starts_is_named", "test_all_that_wait_name_those_that_never_start"),
+    ),
+    49: Fault(
+        "SIGTERM to one host in a step, an evaluation, a wait for input, the report",
+        "75 on all, after the same step",
+        ("test_stopping_pair.py",),
     ),
     50: Fault("processes that are not connected", "refused with the remedy", ("test_start.py",)),
+    51: Fault(
+        "a run in a bucket is killed after any of its writes",
+        "no torn step is used, no saved step is lost, its metrics are there, the same hash",
+        (
+            "test_orbax_replay.py",
+            "test_checkpoints_in_a_bucket.py",
+            "test_runs_in_a_bucket.py",
+            "test_a_run_that_is_killed_is_resumed_at_once_on_the_same_machine",
+            "test_thirty_kills_in_a_bucket_end_with_the_same_hash",
+        ),
+    ),
+    52: Fault(
+        "a bucket answers 503, 429, late, in part, or refuses",
+        "bounded repetitions, then 74; the next run has the same hash",
+        (
+            "test_store_faults.py",
+            "test_a_store_that_fails_now_and_then_costs_only_time",
+            "test_a_store_that_goes_away_ends_the_run_and_the_next_resumes",
+            "test_a_save_that_hangs_fails_in_time",
+        ),
+    ),
+    53: Fault(
+        "two runs want one directory in a bucket; an owner is frozen and taken over",
+        "one wins, the other ends with 73; the frozen one commits nothing",
+        (
+            "test_lease.py",
+            "test_two_runs_race_for_one_directory",
+            "test_a_frozen_run_that_was_taken_over_stops_before_its_next_commit",
+        ),
+    ),
+    54: Fault(
+        "listings of a bucket that are out of date",
+        "never a state that is not there",
+        ("test_a_reader_that_polls_sees_no_listing_of_the_past",),
+    ),
+    55: Fault(
+        "no step ends",
+        "75, with the stacks of all threads",
+        ("test_watchdog.py", "test_a_collective_that_waits_for_ever"),
+    ),
     56: Fault(
         "steps are exchanged, renamed or copied",
         "found, an older step is used",
@@ -213,13 +264,12 @@ FAULTS = {
     ),
     59: Fault("zero steps, images or classes", "78 or 66", ("test_bad_input_costs_three_lines",)),
     60: Fault("hostile names", "shown escaped", ("test_names.py",)),
+    61: Fault(
+        "prepare is killed or interrupted",
+        "the same command goes on from the finished files, to the same bytes",
+        ("test_prepare_resumes.py",),
+    ),
 }
-NOT_YET = {
-    49: "a signal to one host in an evaluation, a wait or the report",
-    **dict.fromkeys(range(51, 55), "a bucket as work directory"),
-    55: "a step that does not end",
-}
-"""Faults of docs/explanation/reliability.md that no test injects yet, by number."""
 
 
 @functools.cache

@@ -78,6 +78,7 @@ def outputs(built):
     return list(zip(computed[: len(images)], computed[len(images) :], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", range(4), ids=["299", "224", "150", "smallest"])
 def test_every_block_in_float64(built, outputs, size):
     name = built[0]
@@ -91,6 +92,7 @@ def test_every_block_in_float64(built, outputs, size):
         assert found.relative < 1e-9, f"{endpoint}: {found}"
 
 
+@pytest.mark.slow
 def test_one_training_step_in_float64(float64_reference):
     """Gradients of every parameter of a cross entropy, through batch statistics, and the updated running averages."""
     name, reference = float64_reference

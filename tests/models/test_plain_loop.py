@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from configs import imagenet
 from xception_jax.config import override, resolve
 from xception_jax.models import create_model
 
 
+@pytest.mark.slow
 def test_statistics_of_a_device_need_no_mesh():
     """`statistics='device'` groups the batch by the devices of the mesh; without one, a single device has it all."""
     small = {"model.width_multiplier": 0.05, "model.middle_blocks": 0, "model.num_classes": 5}

@@ -307,6 +307,7 @@ print(f.lower(x, k).as_text().count("custom_call @"), float(f(x, k).sum()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "calls", "warning"),
     [

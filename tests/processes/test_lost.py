@@ -69,8 +69,19 @@ def test_the_others_end_resumable_and_name_it(start, number, signum):
     assert time.monotonic() - began < 3 * HEARTBEAT
 
 
-def test_a_process_that_never_starts_is_not_waited_for_for_ever(start):
-    for process in start(0, 2, timeout=3):
+def assert_named_as_missing(processes, missing):
+    for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == PreemptedError.exit_code, errors
-        assert "connected within 3 s" in errors
+        assert f"\n{missing} did not connect within 3 s\n" in errors
+
+
+def test_a_process_that_never_starts_is_named(start):
+    """The one that waits, the coordinator or another, ends within its timeout."""
+    assert_named_as_missing(start(0, timeout=3), "processes 1, 2")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("started", "missing"), [((0, 2), "process 1"), ((1, 2), "process 0"), ((1,), "process 0")])
+def test_all_that_wait_name_those_that_never_start(start, started, missing):
+    assert_named_as_missing(start(*started, timeout=3), missing)

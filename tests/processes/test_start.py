@@ -13,8 +13,10 @@ import jax
 import pytest
 
 from tests.conftest import ROOT
+from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError
-from xception_jax.processes import SKYPILOT_PORT, check_processes, from_environment, several_processes
+from xception_jax.launchers import SKYPILOT_PORT, from_environment, may_have_peers, several_processes
+from xception_jax.processes import check_processes
 
 
 @pytest.fixture
@@ -55,6 +57,21 @@ def test_processes_that_are_not_connected_are_refused(monkeypatch):
 )
 def test_what_says_that_there_are_several(environment, several):
     assert bool(several_processes(environment)) == several
+
+
+@pytest.mark.parametrize(
+    ("fields", "environment", "on_tpu", "expected"),
+    [
+        ({}, {}, False, False),
+        ({}, {}, True, True),
+        ({"coordinator": "a:1"}, {}, False, True),
+        ({}, {"SLURM_NTASKS": "2"}, False, True),
+        ({}, {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, False, False),
+        ({"start": "off", "coordinator": "a:1"}, {"SLURM_NTASKS": "2"}, True, False),
+    ],
+)
+def test_who_may_have_peers(fields, environment, on_tpu, expected):
+    assert may_have_peers(DistributedConfig(**fields), environment, on_tpu=on_tpu) == expected
 
 
 def test_what_jax_does_not_read():

@@ -4,39 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import NEWER_CODE, ROOT
-from tests.tiny_run import TINY
-
-
-@pytest.fixture
-def train_pair(shared_environment, tmp_path):
-    """Returns a function that starts two hosts with arguments of their own, and a work directory that they share."""
-    environment = shared_environment | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-
-    def start(*arguments_of_hosts):
-        pair = []
-        for number, arguments in enumerate(arguments_of_hosts):
-            distributed = {"coordinator": address, "num_processes": 2, "process_id": number, "heartbeat": 8}
-            fields = [f"--config.distributed.{name}={value}" for name, value in distributed.items()]
-            command = [sys.executable, "train.py", *TINY, f"--workdir={tmp_path / 'run'}", *fields, *arguments]
-            options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            pair.append(subprocess.Popen(command, text=True, **options))
-        return pair
-
-    return start
-
-
-def ended(pair):
-    return [(*process.communicate(timeout=200), process.returncode) for process in pair]
+from tests.processes.conftest import ended
 
 
 def assert_told_once(outcomes, code):
@@ -102,3 +73,39 @@ def test_a_host_that_is_lost_while_training(train_pair, tmp_path, victim):
     (_, errors, code) = ended(pair)[1 - victim]
     assert code == 75, errors
     assert f"lost process {victim} of 2" in errors
+
+
+@pytest.mark.faults
+def test_one_host_writes_profile_trackers_and_compiled_programs(train_pair, tmp_path):
+    compiled = tmp_path / "compiled"
+    fields = ["--config.profile=3", "--config.logs.tensorboard=True", f"--config.compilation_cache={compiled}"]
+    outcomes = ended(train_pair(fields, fields))
+    assert [code for _, _, code in outcomes] == [0, 0], outcomes
+    for pattern in ("profile/**/*.xplane.pb", "tensorboard/*", "metrics.jsonl"):
+        assert len(list((tmp_path / "run").glob(pattern))) == 1, pattern
+    assert "profile of 3 steps" in outcomes[0][1]
+    assert "profile of 3 steps" not in outcomes[1][1]
+    assert not any("cache" in errors for _, errors, _ in outcomes)  # no warning of JAX
+    assert len(list(compiled.glob("*-cache"))) > 0
+
+
+@pytest.mark.faults
+def test_a_collective_that_waits_for_ever(train_pair, tmp_path):
+    """One process is frozen, and the heartbeat is so long that only the watchdog of the other one notices it."""
+    fields = ["--config.duration=5000 epochs", "--config.watchdog.min_seconds=2", "--config.distributed.heartbeat=600"]
+    pair = train_pair(fields, fields)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 4:
+        assert all(process.poll() is None for process in pair), ended(pair)
+    os.kill(pair[1].pid, signal.SIGSTOP)
+    try:
+        _, errors = pair[0].communicate(timeout=100)
+        assert pair[0].returncode == 75, errors
+        assert "no step has ended for" in errors
+        assert "(process 0 of 2)" in errors
+        assert "loop.py" in (tmp_path / "run" / "stacks_0.txt").read_text()
+    finally:
+        os.kill(pair[1].pid, signal.SIGCONT)
+    _, errors = pair[1].communicate(timeout=100)
+    assert pair[1].returncode == 75, errors
+    assert "lost process 0 of 2" in errors

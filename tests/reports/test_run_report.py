@@ -419,6 +419,16 @@ def test_costs(full):
         assert fact in words, fact
 
 
+def test_the_time_is_divided_among_activities(tmp_path, full):
+    spent = {"steps": 4500.0, "input": 0.0, "saving": 125.0, "away": 375.0}
+    words = Page(render(tmp_path, info=INFO | {"time_spent": spent})).words
+    assert (
+        "Time since the first start Activity Time Share Training steps 1h 15m 90.0 % "
+        "Blocked by saving a checkpoint 2m 05s 2.5 % Not running 6m 15s 7.5 %"
+    ) in words
+    assert "Time since the first start" not in Page(full).words
+
+
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     before = render(tmp_path)
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))

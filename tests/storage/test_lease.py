@@ -260,3 +260,33 @@ def test_no_renewal_follows_the_release(gcs, gs_store):
         time.sleep(0.1)  # a renewal is on its way, and would arrive after the release
     time.sleep(0.5)
     assert json.loads(gs_store.read("lease"))["released"]
+
+
+def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(gs_place, start):
+    """Its number in the system proves that it has ended; a process that is frozen is watched."""
+    first = start(gs_place, 100)
+    assert first.acquire()
+    first.process.kill()
+    first.process.wait()
+    second = start(gs_place, 100)
+    assert second.line() == "ready"
+    second.say()
+    assert "which has ended" in second.line()
+    assert second.line().startswith("held")
+    assert second.end()[0] == 0
+
+
+@pytest.mark.parametrize("field", ["machine", "started", "pid"])
+def test_a_process_of_another_machine_is_watched(gs_store, field):
+    """Not even the same number in a container of the same name says anything about it."""
+    ended = {"nonce": "other", "host": "here", "machine": "", "started": "1", "pid": 1 << 30}
+    with hold(gs_store, "lease") as lease:
+        ended["machine"] = lease.owner.machine
+    others = {"machine": "another boot", "started": "", "pid": "1"}
+    gs_store.put("lease", json.dumps(ended | {field: others[field]}))
+    lines: list[str] = []
+    with hold(gs_store, "lease", renew_every=0.1, take_over_after=0.3, report=lines.append):
+        assert "there is a sign of life" in lines[0]
+    gs_store.put("lease", json.dumps(ended))
+    with hold(gs_store, "lease", renew_every=0.1, take_over_after=100, report=lines.append):
+        assert "which has ended" in lines[-1]

@@ -136,7 +136,8 @@ def test_names_that_are_no_files_are_left_alone(gcs, gs_store, name, tmp_path, m
     with Mirror(gs_store, ["profile/"]) as mirror:
         assert os.listdir(mirror.directory) == ["profile"]
         assert os.listdir(mirror.directory / "profile") == ["good"]
-        assert os.listdir(tmp_path) == [mirror.directory.name]
+        assert os.listdir(tmp_path) == [mirror.directory.parent.name]
+        assert sorted(os.listdir(mirror.directory.parent)) == ["alive", "run"]
     assert len(gcs.mutations) == 2
 
 
@@ -195,3 +196,26 @@ def test_a_full_local_disk_is_named(gs_store):
     process = run_child(program)
     assert process.stdout.startswith("74 "), process.stderr
     assert "TMPDIR" in process.stdout
+
+
+def test_the_directory_of_a_killed_process_is_deleted_and_no_other(gs_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    program = """
+        import os, signal, sys, tempfile
+        from xception_jax.storage import Mirror, open_store
+        tempfile.tempdir = sys.argv[1]
+        mirror = Mirror(open_store(sys.argv[2], "--workdir"))
+        (mirror.directory / "metrics.jsonl").write_text("line")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    run_child(program, str(tmp_path), gs_store.root)
+    (killed,) = tmp_path.iterdir()
+    (tmp_path / "xception_jax.mine").mkdir()
+    with Mirror(gs_store):
+        assert killed.exists()  # it may be of a process that is about to lock it
+    os.utime(killed / "alive", (0, 0))
+    with Mirror(gs_store) as living:
+        os.utime(living.directory.parent / "alive", (0, 0))
+        with Mirror(gs_store):
+            assert living.directory.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["xception_jax.mine"]

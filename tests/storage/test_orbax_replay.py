@@ -160,6 +160,7 @@ def test_a_commit_is_one_object_written_last(recording):
     assert {mutation.name.split("/")[2] for mutation in deletions(recording)} == {str(STEPS[0])}
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_prefixes(gcs, recording):
     around = [position + offset for position in recording.reported.values() for offset in (-1, 0)]
     for count in sorted({0, *around, *range(7, len(recording.mutations), 23)}):

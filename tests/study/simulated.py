@@ -56,7 +56,9 @@ def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
     costs = {}
     for number, arm in enumerate(study.arms):
         channels = POINTS[arm.name.partition("_")[0]]
-        costs[arm.name] = ArmCost(0.2, 720_000 + 3_000 * number, 3_200_000 + 40_000 * number, channels)
+        costs[arm.name] = ArmCost(
+            0.2, 720_000 + 3_000 * number, 700_000, 3_200_000 + 20_000 * number, 3_000_000, channels
+        )
     root.mkdir(parents=True, exist_ok=True)
     stored = StoredStudy(root, study, costs, ({"time": "2026-01-01 00:00:00", "change": "stated", "cells_done": 0},))
     data = {"study": study_to_json(study), "costs": {k: dataclasses.asdict(v) for k, v in costs.items()}}

@@ -99,6 +99,7 @@ def get_study(size="cpu"):
         ("dataclasses.replace(study, seeds=(1, 1))", "seeds repeat"),
         ("dataclasses.replace(study, margin=0)", "the margin is 0"),
         ("dataclasses.replace(study, control='luck')", "'luck'"),
+        ("dataclasses.replace(study, unequal=('parameters',))", "unequal names 'parameters'"),
         ("dataclasses.replace(study, axis='')", "no axis"),
         ("dataclasses.replace(study, arms=(*study.arms, Arm('a/b', {})))", "'a/b'"),
         ("dataclasses.replace(study, arms=(*study.arms, Arm('a', {'seed': 3})))", "sets seed"),

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -12,6 +13,9 @@ import scipy.stats
 from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.models import cost
+from xception_jax.study.controls import EQUAL_WITHIN, ArmCost, cost_headline
+from xception_jax.study.design import COSTS
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
 from xception_jax.study.runner import Runner
@@ -69,7 +73,7 @@ def test_the_page_is_whole_and_escaped(written):
     root, _ = written
     text = (root / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 8
+    assert page.tags.count("svg") == 10
     assert "The effect rises through zero & <b>nothing</b> is markup." in " ".join(page.text.split())
     assert "<b>nothing</b>" not in text
     for words in ("1 cell failed", "4_relu seed 3 (diverged)", "rises through zero", "equivalent", "cells.csv"):
@@ -119,7 +123,7 @@ def test_figures_stand_alone(written):
     root, _ = written
     linked = re.findall(r"!\[[^]]+\]\((figures/[^)]+)\)", (root / "report.md").read_text())
     assert linked == ["figures/axis.svg", "figures/effects.svg", "figures/comparisons.svg"]
-    costs = {f"figures/{name}.svg" for name in ("parameters", "multiply_adds", "images_per_second")}
+    costs = {f"figures/{name}.svg" for name in (*COSTS, "images_per_second")}
     assert {str(path.relative_to(root)) for path in (root / "figures").iterdir()} == {*linked, *costs}
     for name in (*linked, *costs):
         assert ElementTree.parse(root / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -140,6 +144,62 @@ def test_a_study_without_any_result(tmp_path):
     results = write_study_report(tmp_path)
     assert all(entry.verdict == "undecided" and math.isnan(entry.difference.mean) for entry in results.comparisons)
     Page((tmp_path / "report.html").read_text())
+
+
+def test_the_names_of_costs_are_those_that_are_counted():
+    assert tuple(COSTS) == cost.COSTS
+
+
+@pytest.mark.parametrize("share", [1 - 0.9 * EQUAL_WITHIN, 1 - 1.1 * EQUAL_WITHIN, 1.2])
+def test_arms_of_unequal_live_cost_are_not_called_equal(share):
+    study = small_study()
+    costs = {arm.name: ArmCost(0.2, 1000, 1000, 1000, 1000, 1.0) for arm in study.arms}
+    assert cost_headline(study, costs) == "equal parameters"
+    costs["1_none"] = dataclasses.replace(costs["1_none"], live_parameters=round(1000 * share))
+    named = dataclasses.replace(study, unequal=("live_parameters",))
+    if abs(share - 1) < EQUAL_WITHIN:
+        assert cost_headline(study, costs) == cost_headline(named, costs) == "equal parameters"
+        return
+    differ = f"live parameters by up to {share - 1:+.0%}"
+    assert cost_headline(named, costs) == f"equal parameters, unequal {differ}"
+    for unequal in ((), ("multiply_adds",)):
+        headline = cost_headline(dataclasses.replace(study, unequal=unequal), costs)
+        assert "equal" not in headline
+        assert differ in headline
+    assert differ not in cost_headline(dataclasses.replace(study, control="live_parameters"), costs)
+    assert cost_headline(dataclasses.replace(study, control="width"), costs).startswith("fixed width; arms differ in")
+
+
+def test_the_reports_show_four_costs_and_refuse_to_call_them_equal(tmp_path):
+    arms = small_study().arms[:2]
+    study = small_study(arms=arms, comparisons=(), interactions=(), reference="1_none", seeds=(0,))
+    stored = write_simulated(tmp_path, study)
+    unequal = dataclasses.replace(stored.costs["1_relu"], live_multiply_adds=3_600_000)
+    data = json.loads((tmp_path / "study.json").read_text())
+    data["costs"]["1_relu"] = dataclasses.asdict(unequal)
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    write_study_report(tmp_path)
+    page = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    markdown = (tmp_path / "report.md").read_text()
+    for text in (page, markdown):
+        assert "equal parameters" not in text.lower()
+        assert "they differ in live multiply-adds by up to +20%" in text
+        assert all(label in text.lower() for label in COSTS.values())
+    assert "These arms are not equal in cost: parameters are matched, but live multiply-adds differ" in page
+    assert "3.60 M +20.0%" in page
+
+
+def test_live_costs_are_counted_for_studies_of_earlier_releases(tmp_path):
+    study = small_study(arms=small_study().arms[:1], comparisons=(), interactions=(), reference="1_none", seeds=(0,))
+    write_simulated(tmp_path, study)
+    data = json.loads((tmp_path / "study.json").read_text())
+    for name in ("live_parameters", "live_multiply_adds"):
+        del data["costs"]["1_none"][name]
+    del data["study"]["unequal"]
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    found = read_study(tmp_path).costs["1_none"]
+    assert (found.width_multiplier, found.parameters) == (0.2, 400_509)  # as the first study with this network records
+    assert round(found.live_multiply_adds / 1e6, 2) == 1.84
 
 
 def test_there_is_no_study(tmp_path):

@@ -112,6 +112,7 @@ def is_alive(pid):
     return True
 
 
+@pytest.mark.slow
 def test_a_study_survives_kills_of_cell_and_runner(start):
     root, start = start
     good, split = (root / "cells" / arm / "seed0" for arm in ("good", "split"))

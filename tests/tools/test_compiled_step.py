@@ -38,6 +38,7 @@ def count(step, kind):
     return sum(one["count"] for one in step["collectives"] if one["kind"] == kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["segments", "depthwise"])
 def test_nothing_but_sums(steps, case):
     assert {one["kind"] for one in steps[case]["collectives"]} == {"all-reduce"}

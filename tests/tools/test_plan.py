@@ -77,7 +77,7 @@ def test_the_search_for_the_largest_batch(monkeypatch, start, largest, kept):
     """
     compiled = []
 
-    def make_plan(config, topology, *, examples):
+    def make_plan(config, topology, **_):
         batch = config.batch_size // topology.size
         compiled.append(batch)
         if batch > largest:
@@ -134,15 +134,28 @@ def test_gpus(plan):
     assert answer["hours"] == pytest.approx([answer["steps"] * value / 3600 for value in (least, most)])
     assert 0 < answer["mfu"][0] < answer["mfu"][1] < 1
     assert "compiled" not in answer
+    assert answer["hosts"]["count"] == 1
+    assert answer["cores_for_input"] == pytest.approx([speed / 510 for speed in answer["images_per_second"]])
+    copies = 3  # weights, momentum and Polyak average in float32; statistics have no momentum
+    assert answer["checkpoint"]["bytes"] == pytest.approx(copies * 4 * 22_900_000, rel=0.01)
+    assert answer["checkpoint"]["seconds"] == answer["checkpoint"]["bytes"] / 100e6
+    assert answer["stop_seconds"] == pytest.approx([value + answer["checkpoint"]["seconds"] for value in (least, most)])
+    assert answer["first_step"] == {"seconds": 116, "cached": 38}
+    assert answer["warnings"] == []
+    assert answer["launch"] == ["CONFIG=configs/imagenet.py WORKDIR=DIRECTORY bash launch/one_node.sh"]
 
 
 def test_the_same_in_words(plan):
-    process = plan("--topology=a100:16", "--config.batch_size=1600", "--examples=160000")
+    process = plan("--topology=a100:16", "--config.batch_size=1600", "--examples=160000", "--bandwidth=10")
     assert process.returncode == 0, process.stderr
     assert "16 x NVIDIA A100" in process.stdout
     assert "1,600 images, 100 per chip, bfloat16" in process.stdout
     assert "16,900 steps (169 epochs of 160,000 images)" in process.stdout
-    assert "memory is unknown" in process.stdout
+    assert "memory may be more" in process.stdout
+    assert "at 10 MB/s from one host" in process.stdout
+    assert "2 hosts with 8 chips" in process.stdout
+    assert "sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh --config.batch_size=1600\n" in process.stdout
+    assert "warnings    A step and a checkpoint take up to 28 s." in process.stdout
 
 
 @pytest.mark.parametrize(

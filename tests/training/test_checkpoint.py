@@ -355,6 +355,7 @@ SAVE_FOR_EVER = """
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     moments = random.Random(0)
     reported, met_a_save = 0, False

@@ -97,6 +97,7 @@ def leaves(tree) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
+@pytest.mark.slow
 def test_a_head_is_trained_and_judged_without_any_field_of_the_network(run, weights, data_dir):
     workdir, summary = run
     saved = from_json((workdir / "config.json").read_text())
@@ -130,6 +131,7 @@ def test_evaluate_finds_on_images_what_the_run_found_on_features(run, capsys):
         assert found[name] == pytest.approx(run[1].metrics[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_features_train_the_head_that_images_train(run, config, tmp_path):
     on_images = override(config, {"data.cache_features": False})
     train(on_images, str(tmp_path / "images"))

@@ -233,6 +233,7 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_file_and_resumes_from_itself(weights, run_python, tmp_path):
     """On four devices, with the parameters in two shares."""
     moved, workdir, exported = (tmp_path / name for name in ("weights.safetensors", "run", "tuned.safetensors"))

@@ -208,6 +208,7 @@ def sharded(run_python, tmp_path_factory):
     return json.loads(process.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_of_an_optimizer_is_sharded_and_resumed_bit_by_bit(sharded, name):
     found = sharded[name]

@@ -27,7 +27,7 @@ LOOP = """
             for step in range(1, 1000):
                 print("step", step, flush=True)
                 time.sleep(0.02)
-                if preemption.should_stop(step):
+                if preemption.should_stop():
                     raise preemption.error(step, "some/directory")
     except PreemptedError as error:
         print(error, file=sys.stderr)
@@ -118,7 +118,7 @@ def test_handlers_and_wakeup_are_restored(signum):
             assert not preemption.requested
             os.kill(os.getpid(), signum)
             assert preemption.requested
-            assert preemption.should_stop(7)
+            assert preemption.should_stop()
             error = preemption.error(7, "runs/a")
             with pytest.raises(StopRequested, match=signum.name):  # at its end, because nobody has stopped
                 deferred.__exit__(None, None, None)

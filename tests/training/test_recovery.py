@@ -78,7 +78,11 @@ def sha256(process) -> str:
 
 def entries(workdir, split):
     return [
-        {name: value for name, value in entry.items() if name not in ("seconds", "images_per_second", "input_share")}
+        {
+            name: value
+            for name, value in entry.items()
+            if not re.match("seconds|images_per_second|input_share|time", name)
+        }
         for entry in read_metrics(workdir / "metrics.jsonl")
         if entry["split"] == split
     ]
@@ -102,6 +106,7 @@ def test_the_stretch_is_passed_over(recovered):
     assert np.isfinite(last["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [12, 17])
 def test_an_interrupted_run_recovers_in_the_same_way(recovered, run_python, data_dir, tmp_path, stop):
     """It stops before or after the divergence, with a checkpoint that the other run does not have."""
@@ -116,6 +121,7 @@ def test_an_interrupted_run_recovers_in_the_same_way(recovered, run_python, data
     assert {step: ours[step] for step in theirs if step > stop + 4} == {s: theirs[s] for s in theirs if s > stop + 4}
 
 
+@pytest.mark.slow
 def test_a_second_divergence_ends_the_run_also_after_a_resume(recovered, run_python, data_dir):
     """The images come again in the second epoch of 32 steps, scattered; a rate that no network survives does it."""
     workdir, _ = recovered

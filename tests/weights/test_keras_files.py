@@ -34,6 +34,7 @@ def write(model: keras.Model, path) -> None:
         model.save(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("released", "form"),
     [("xception", "weights.h5"), ("xception", "keras"), ("xception", "h5"), ("inception_v3", "weights.h5")],

@@ -150,6 +150,7 @@ def test_to_another_layout_and_back_by_command(tmp_path, capsys, out, options, f
     assert loaded.preprocessing.size == 71
 
 
+@pytest.mark.slow
 def test_a_run_is_converted(multilabel_run, tmp_path):
     """The Polyak average of a checkpoint, with its preprocessing and whether an image has several labels."""
     path = tmp_path / "x.safetensors"

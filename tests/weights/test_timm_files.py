@@ -69,6 +69,7 @@ def file(files) -> Path:
     return files["legacy_xception"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_logits_and_feature_maps_of_a_photograph(files, capsys, name):
     network = load_network(files[name])

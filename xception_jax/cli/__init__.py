@@ -49,8 +49,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         subparser = subparsers.add_parser(name, help=summary)
         if name in arguments[:1]:
             import_module(f"xception_jax.cli.{name}").add_arguments(subparser)
-    args = parser.parse_args(arguments)
-    if overrides and "config" not in args:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args, unknown = parser.parse_known_args(arguments)
+    if "config" not in args:
+        unknown += overrides
+    if unknown:
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     args.overrides = overrides
     return args

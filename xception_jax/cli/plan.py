@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xception_jax.command_line import at_least, read_config
+from xception_jax.tools.planning.hosts import launch_commands
 from xception_jax.tools.planning.topology import parse_topology, prepare_environment
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology", required=True, help="chips, such as v5e:16x16, v6e:8x8, v4:4x4x4, v5p:4x4x4, h100:8"
     )
     parser.add_argument("--examples", type=at_least(1), help="images in an epoch, if the dataset is missing")
+    parser.add_argument(
+        "--bandwidth",
+        type=at_least(1),
+        default=100,
+        metavar="MB",
+        help="megabytes that a host writes to storage in a second, for the time of a checkpoint; default %(default)s",
+    )
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits (several compilations)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -46,24 +54,29 @@ def run(args: argparse.Namespace) -> int:
         make_plan,
     )
 
-    config = resolve(config)
+    config, overrides = resolve(config), list(args.overrides)
+    options: dict[str, Any] = {"examples": args.examples, "bandwidth": args.bandwidth * 1e6}
     if args.fit:
-        plan = find_largest_batch(
-            config, topology, examples=args.examples, report=lambda line: print(line, file=sys.stderr)
-        )
+        plan = find_largest_batch(config, topology, report=lambda line: print(line, file=sys.stderr), **options)
+        overrides.append(f"--config.batch_size={plan.config.batch_size}")
     else:
-        plan = make_plan(config, topology, examples=args.examples)
-    print(json.dumps(plan.to_json(), indent=2) if args.json else format_plan(plan))
+        plan = make_plan(config, topology, **options)
+    data = plan.to_json() | {"launch": launch_commands(topology, args.config, overrides)}
+    print(json.dumps(data, indent=2) if args.json else format_plan(plan, data))
     return 0
 
 
-def format_plan(plan: Plan) -> str:
-    """Returns the plan as text for a terminal."""
-    data, topology, chip = plan.to_json(), plan.topology, plan.topology.chip
+def format_plan(plan: Plan, data: dict[str, Any]) -> str:
+    """Returns the plan, and the same as plain data, as text for a terminal."""
+    topology, chip = plan.topology, plan.topology.chip
     seconds = data["seconds"]
     lines = [
         f"{data['config'] or plan.config.model.name} on {topology.name}: {topology.size} x {chip.name}",
         _row("batch", f"{plan.config.batch_size:,} images, {plan.batch_per_chip} per chip, {data['dtype']}"),
+        _row(
+            "network", f"{data['parameters']:,} parameters, {data['multiply_adds'] / 1e9:.3g} G multiply-adds per image"
+        ),
+        _row("live", f"{data['live_parameters']:,} parameters, {data['live_multiply_adds'] / 1e9:.3g} G multiply-adds"),
         _row("run", f"{plan.steps:,} steps ({plan.config.duration} of {plan.epoch_examples:,} images)"),
         _row("FLOPs", f"{plan.flops / 1e12:.2f} TFLOP per chip and step, counted from the layers"),
     ]
@@ -81,6 +94,9 @@ def format_plan(plan: Plan) -> str:
             "collectives of a step",
             *_collectives(data["compiled"]["collectives"]),
         ]
+    else:
+        least, most = _gib(data["least_memory"]), _gib(chip.hbm_bytes)
+        lines.append(_row("memory", f"at least {least} of {most} GiB per chip: state and activations"))
     lines += [
         _row("step", f"{_range(seconds['step'], 1e3)} ms"),
         _row("", f"arithmetic {seconds['compute'] * 1e3:.1f} ms at {chip.peak_flops / 1e12:.0f} TFLOP/s"),
@@ -89,9 +105,13 @@ def format_plan(plan: Plan) -> str:
             "", f"communication {seconds['communication'] * 1e3:.2f} ms at {topology.bandwidth / 1e9:.0f} GB/s per chip"
         ),
         _row("images/s", f"{_range(data['images_per_second'])}"),
-        _row("input", f"{_range(data['cores_for_input'])} CPU cores on all hosts together to decode the images"),
+        *_rows("input", _input(data)),
         _row("MFU", f"{_range(data['mfu'], 100)} %"),
         _row("whole run", f"{_range(data['hours'])} hours, {_range(data['chip_hours'])} chip-hours"),
+        *_rows("first step", _first_step(data)),
+        *_rows("checkpoint", _checkpoint(data)),
+        *_rows("start with", [data["launch"][0], *(f"or  {command}" for command in data["launch"][1:])]),
+        *_rows("warnings", data["warnings"]),
         "assumed",
         *(f"  {line}" for line in assumptions(plan)),
     ]
@@ -109,9 +129,38 @@ def assumptions(plan: Plan) -> list[str]:
     ]
     if not plan.compiled:
         lines.insert(
-            2, "not compiled: collectives and bytes are those that data parallelism requires; memory is unknown"
+            2, "not compiled: collectives and bytes are those that data parallelism requires; memory may be more"
         )
     return lines
+
+
+def _input(data: dict[str, Any]) -> list[str]:
+    hosts = data["hosts"]
+    a_host = f"{hosts['count']} hosts with {hosts['chips']} chips" if hosts["count"] > 1 else "one host"
+    return [
+        f"{_range(data['cores_for_input'])} CPU cores on all hosts together, at {data['images_per_core']}/s a core",
+        f"{a_host}, such as {hosts['machine']} with {hosts['vcpus'] // 2} cores: {hosts['cores']:,} in total",
+    ]
+
+
+def _first_step(data: dict[str, Any]) -> list[str]:
+    seconds = data["first_step"]
+    how = "compiling takes as long as here" if "compiled" in data else "as measured on one H200"
+    return [f"after about {seconds['seconds']:.0f} s ({how}); {seconds['cached']:.0f} s from the compilation cache"]
+
+
+def _checkpoint(data: dict[str, Any]) -> list[str]:
+    checkpoint = data["checkpoint"]
+    size, speed = checkpoint["bytes"] / 1e6, checkpoint["bandwidth"] / 1e6
+    stop = _range(data["stop_seconds"])
+    return [
+        f"{size:,.0f} MB, {checkpoint['seconds']:.1f} s at {speed:,.0f} MB/s from one host, while training goes on",
+        f"after SIGTERM, a step and a checkpoint take {stop} s; spot machines grant 15 to 30 s",
+    ]
+
+
+def _rows(name: str, texts: Sequence[str]) -> list[str]:
+    return [_row(name if number == 0 else "", text) for number, text in enumerate(texts)]
 
 
 def _row(name: str, text: str) -> str:

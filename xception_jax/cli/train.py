@@ -6,16 +6,18 @@ import argparse
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 from absl import logging
 
 from xception_jax.command_line import field_help, read_config
-from xception_jax.config import ExperimentConfig, resolve
+from xception_jax.config import resolve
 from xception_jax.config.shipped import shipped_names
 from xception_jax.environment import program
 from xception_jax.errors import UsageError
-from xception_jax.files import local_directory
+from xception_jax.launchers import may_have_peers
 from xception_jax.names import in_shell
+from xception_jax.storage import checkpoint_directory, is_url, open_store
 from xception_jax.training.workdir import check_workdir
 
 EXAMPLES = """\
@@ -30,20 +32,6 @@ it after a save.
 """
 
 
-# Environment variables of clusters, on which JAX may find other processes of the run. They share the work directory.
-_CLUSTER = (
-    "SLURM_",
-    "OMPI_",
-    "PMI_",
-    "MEGASCALE_",
-    "TPU_WORKER_",
-    "TPU_PROCESS_",
-    "JAX_NUM_",
-    "JAX_COORD",
-    "KUBERNETES_",
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = "Trains a network as described by a config, and writes checkpoints, metrics and a report."
@@ -56,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(shipped_names())}, or your own .py file, which is executed; ':VARIANT' may follow",
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", help="directory for config.json, metrics.jsonl, checkpoints/ and report.html"
+        "--workdir",
+        metavar="DIR",
+        help="directory for config.json, metrics.jsonl, checkpoints/ and report.html, also gs://BUCKET/PATH",
     )
 
 
@@ -73,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # libraries log too much at INFO
     config = resolve(read_config(args.config, args.overrides))
-    check_workdir(local_directory(args.workdir, "--workdir"), alone=not _may_have_peers(config))
+    address = checkpoint_directory(args.workdir, "--workdir")
+    if is_url(address):
+        open_store(address, "--workdir")
+    else:
+        on_tpu = importlib.util.find_spec("libtpu") is not None
+        check_workdir(Path(address), alone=not may_have_peers(config.distributed, os.environ, on_tpu=on_tpu))
     # Mistakes in the arguments are reported before JAX is imported.
     from xception_jax.logs.console import announce
 
@@ -86,17 +81,13 @@ def run(args: argparse.Namespace) -> int:
     print(summary, flush=True)
     if jax.process_index() == 0:
         workdir = in_shell(summary.report.parent)
+        report = in_shell(summary.report)
+        opened = f"gcloud storage cp {report} ." if is_url(address) else f"open {report} in a browser"
         print(
-            f"next:\n  open {in_shell(summary.report)} in a browser",
+            f"next:\n  {opened}",
             f"  {program()} predict --weights {workdir} PHOTO.jpg",
             f"  {program()} evaluate {workdir}",
             sep="\n",
             file=sys.stderr,
         )
     return 0
-
-
-def _may_have_peers(config: ExperimentConfig) -> bool:
-    on_tpu = importlib.util.find_spec("libtpu") is not None  # the hosts of a slice need no variable
-    variables = any(name.startswith(_CLUSTER) for name in os.environ)
-    return bool(config.distributed.coordinator) or variables or on_tpu

@@ -23,6 +23,7 @@ from xception_jax.config.experiment import (
     DistributedConfig,
     ExperimentConfig,
     MeshConfig,
+    WatchdogConfig,
 )
 from xception_jax.config.fields import duration_in_steps
 from xception_jax.config.model import BatchNormConfig, InceptionV3Config, ModelConfig, XceptionConfig
@@ -54,6 +55,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "StaircaseConfig",
+    "WatchdogConfig",
     "XceptionConfig",
     "default_config",
     "default_values",

@@ -223,4 +223,7 @@ def load_config(path: str | os.PathLike[str]) -> ExperimentConfig:
       ConfigError: it does not hold a valid config.
     """
     with reading("config of the run", path, "restore it from a copy", damaged=ConfigError):
-        return from_json(read_text(path))
+        try:
+            return from_json(read_text(path))
+        except ConfigError as error:
+            raise ConfigError(error.what, f"{os.fspath(path)}, {error.where}", error.fix, error.details) from None

@@ -132,6 +132,16 @@ class CheckpointConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig(Section):
+    """When a run in which no step ends any more is ended, so that it can be started again."""
+
+    path: ClassVar[str] = "watchdog."
+
+    factor: int = integer(20, 0, "local: times the median step without the end of a step; 0 is off")
+    min_seconds: int = integer(600, 1, "local: in training steps and waiting for input", unless={"factor": 0})
+
+
+@dataclasses.dataclass(frozen=True)
 class LogsConfig(Section):
     """Trackers beside metrics.jsonl."""
 
@@ -166,6 +176,8 @@ class ExperimentConfig(Section):
     distributed: DistributedConfig = DistributedConfig()
     log_every: str = span("50 steps", "local")
     profile: int = integer(0, 0, "local: steps to trace, after the first two, into <workdir>/profile; 0 is off")
+    watchdog: WatchdogConfig = WatchdogConfig()
+    compilation_cache: str = text("", "local: directory for compiled programs; empty leaves it to JAX")
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logs: LogsConfig = LogsConfig()

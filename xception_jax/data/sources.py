@@ -31,6 +31,7 @@ LABELS_CHECKED_BEFORE_TRAINING = 4096
 OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
 
 _CHUNK = 1024  # records that are read in one call, to read all of them
+_SAMPLE_CHUNK = 64  # the same, with images
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 64
 _SYNTHETIC_SHAPE = (375, 500)  # height and width of a typical ImageNet photograph
@@ -88,6 +89,13 @@ def resolve_data_dir(data_dir: str) -> Path:
       ConfigError: it is the address of an object store.
     """
     directory = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in directory:
+        raise ConfigError(
+            f"datasets cannot be read from {directory!r}: every single image would be a request to the object store",
+            "config.data.data_dir or TFDS_DATA_DIR",
+            "copy the dataset to a disk of each host (gcloud storage cp -r), or mount the bucket "
+            "with a file cache (gcsfuse), and set config.data.data_dir to that directory",
+        )
     return local_directory(directory, "config.data.data_dir or TFDS_DATA_DIR")
 
 
@@ -275,18 +283,25 @@ def _fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def check_labels(source: Source) -> None:
+def check_labels(source: Source, part: int = 0, parts: int = 1) -> None:
     """Checks a sample of the labels before anything is compiled.
 
     Reads up to `LABELS_CHECKED_BEFORE_TRAINING` evenly spaced examples; all of ImageNet would take minutes. The
     pipeline checks every label when it loads the example.
 
+    Args:
+      source: the examples.
+      part: number of the process, which checks every `parts`-th example of the sample.
+      parts: number of processes.
+
     Raises:
       BadDataError: a label is negative or not below the number of classes.
     """
     num_checked = min(len(source), LABELS_CHECKED_BEFORE_TRAINING)
-    for index in np.linspace(0, len(source) - 1, num_checked, dtype=np.int64):
-        check_label(source[int(index)], source.info)
+    sample = np.linspace(0, len(source) - 1, num_checked, dtype=np.int64)[part::parts].tolist()
+    for start in range(0, len(sample), _SAMPLE_CHUNK):
+        for example in source.__getitems__(sample[start : start + _SAMPLE_CHUNK]):
+            check_label(example, source.info)
 
 
 def check_label(example: dict[str, Any], info: SourceInfo) -> None:

@@ -24,6 +24,9 @@ from xception_jax.parallel import DeviceBatch, gathered
 # Number of classes saved per image, enough for top-5.
 SAVED_CLASSES = 5
 
+# Batches that a process may be ahead of the devices, and so of the other processes: all stop within so many batches.
+_AHEAD = 8
+
 _COUNTS = "counts"  # key of the image counts, beside the states of the metrics
 
 EvaluationStep = Callable[[dict, DeviceBatch], tuple[dict[str, State], DeviceBatch]]
@@ -82,7 +85,8 @@ def evaluate(
       batches: batches of this process, padded, with a mask.
       num_examples: number of images, to which the masks of all processes must sum.
       to_devices: builds a global batch from the local batches of all processes.
-      poll: called with each batch before it is used. An exception that it raises ends the evaluation.
+      poll: called with each batch before it is used. An exception that it raises ends the evaluation. Of several
+        processes, none calls it more than `_AHEAD` batches earlier than another.
 
     Returns:
       The metrics, with prefixes, `count` (the number of images) and, for multi-label data, `unlabelled` (the number of
@@ -101,6 +105,8 @@ def evaluate(
             states, predictions = step(chosen, global_batch)
             measured[prefix].append(states)
         parts.append(predictions | {name: global_batch[name] for name in ("index", "label", "mask")})
+        if len(parts) > _AHEAD:
+            jax.block_until_ready([of_batches[-_AHEAD] for of_batches in measured.values()])  # sums over all processes
 
     values: dict[str, Any] = {}
     for prefix, batches_of_states in measured.items():

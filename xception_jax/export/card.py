@@ -15,12 +15,12 @@ from xception_jax.errors import BadDataError
 from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, loading_code
 from xception_jax.export.inference import in_float32
-from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.single_label import TopK
 from xception_jax.models import create_model
-from xception_jax.models.cost import count_cost
+from xception_jax.models.cost import COSTS, count_cost
 from xception_jax.names import NAME_LENGTH, in_markdown
+from xception_jax.training.run_directory import metrics_of_run
 from xception_jax.user_files import read_json, reading
 from xception_jax.weights.network import Network
 
@@ -67,8 +67,7 @@ def make_card(
         "source": network.source,
         "source_sha256": network.sha256,
         "network": to_dict(model),
-        "parameters": cost.parameters,
-        "multiply_adds": cost.multiply_adds,
+        **{name: getattr(cost, name) for name in COSTS},
         "input": {"name": "images", "dtype": images, "shape": ["b", size, size, 3]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["b", model.num_classes]},
         "probabilities": network.probabilities,
@@ -93,15 +92,15 @@ def _code(file: str, format: str, dtype: str, size: int) -> str:
     return "import numpy as np\n" + loading_code(file, format, example)
 
 
-def run_evaluation(workdir: Path, step: int, prefix: str) -> dict[str, Any] | None:
+def run_evaluation(workdir: str, step: int, prefix: str) -> dict[str, Any] | None:
     """Returns the accuracy of a checkpoint on the test split, or else on the development split; None if not measured.
 
     Args:
-      workdir: work directory of the run.
+      workdir: work directory of the run, or its address.
       step: of the checkpoint.
       prefix: of the metrics of the exported variables, '' or 'ema_'.
     """
-    entries = {entry["split"]: entry for entry in read_metrics(workdir / "metrics.jsonl") if entry["step"] == step}
+    entries = {entry["split"]: entry for entry in metrics_of_run(workdir) if entry["step"] == step}
     entry = entries.get("test") or entries.get("dev")
     return _accuracy(entry, prefix) if entry else None
 
@@ -165,6 +164,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         "made from": f"{in_markdown(card['source'])}, SHA-256 {in_markdown(card['source_sha256'])}",
         "network": f"{card['network']['name']}, {card['parameters']:,} parameters",
         "cost": f"{card['multiply_adds'] / 1e9:.3g} G multiply-adds per image",
+        "live": f"{card['live_parameters']:,} parameters, {card['live_multiply_adds'] / 1e9:.3g} G multiply-adds, "
+        "without weights that meet only padding and without products of padding",
         "input": f"`images`: {takes}",
         "output": f"`logits`: float32 [b, {card['network']['num_classes']}]; probabilities: {card['probabilities']}",
         "BatchNorm": card["batch_norm"],

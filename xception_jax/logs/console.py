@@ -221,14 +221,16 @@ class Throughput:
             self._waited += self._clock() - start
 
     @property
-    def _seconds_per_step(self) -> float | None:
-        # The lower median, because a slow interval is more likely to be disturbed.
-        return statistics.median_low(seconds for seconds, _ in self._intervals) if self._intervals else None
+    def seconds_per_step(self) -> float | None:
+        """The median time of a step, or None before the second mark."""
+        # The lower median, because a slow interval is more likely to be disturbed. A copy, for other threads.
+        intervals = list(self._intervals)
+        return statistics.median_low(seconds for seconds, _ in intervals) if intervals else None
 
     @property
     def images_per_second(self) -> float | None:
         """Images per second over all devices, or None before the second mark."""
-        seconds = self._seconds_per_step
+        seconds = self.seconds_per_step
         return self._batch_size / seconds if seconds else None
 
     @property
@@ -239,5 +241,5 @@ class Throughput:
 
     def seconds_left(self, steps: int) -> float | None:
         """Estimates the seconds for `steps` more steps, with as much pause time per step as so far."""
-        seconds = self._seconds_per_step
+        seconds = self.seconds_per_step
         return steps * (seconds + self._paused_seconds / self._steps) if seconds else None

@@ -70,6 +70,10 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     return all(number is None or isinstance(number, int | float) for number in numbers)
 
 
+def _entry(step: int, split: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": int(step), "split": split} | {name: _plain(value) for name, value in values.items()}
+
+
 def _encode(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
@@ -103,17 +107,18 @@ class MetricsLog:
     Args:
       path: the file, in an existing directory.
       step: the step that the run starts or resumes from.
+      first: split and values of an entry for `step`, written together with the repair. It may sum up what is dropped.
 
     Raises:
       WorkdirError: the file cannot be opened or repaired.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int = 0):
+    def __init__(self, path: str | os.PathLike[str], step: int = 0, first: tuple[str, Mapping[str, Any]] | None = None):
         self._path = Path(path)
         self._waiting: list[bytes] = []
         self._warned = False
         try:
-            entries = self._repair(step)
+            entries = self._repair(step, first)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             self._size = os.fstat(self._file).st_size
         except OSError as error:
@@ -124,15 +129,19 @@ class MetricsLog:
             ) from error
         self._written = {(entry["step"], entry["split"]) for entry in entries}
 
-    def _repair(self, step: int) -> list[dict[str, Any]]:
+    def _repair(self, step: int, first: tuple[str, Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+        content = b""
         try:
             content = read_bytes(self._path, MAX_METRICS_BYTES)
         except FileNotFoundError:
-            return []
+            if first is None:
+                return []
         except ValueError as error:
             raise OSError(errno.EFBIG, str(error)) from None
         parsed = list(_parse(content))
         entries = [entry for entry in parsed if entry is not None and entry["step"] <= step]
+        if first is not None:
+            entries.append(_entry(step, *first))
         repaired = b"".join(map(_encode, entries))
         if repaired != content:
             write_atomically(self._path, repaired)
@@ -150,7 +159,7 @@ class MetricsLog:
         Raises:
           ValueError: a value is an array.
         """
-        entry = {"step": int(step), "split": split} | {name: _plain(value) for name, value in values.items()}
+        entry = _entry(step, split, values)
         self._waiting.append(_encode(entry))
         self._written.add((entry["step"], split))
         self._flush()

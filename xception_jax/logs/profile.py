@@ -118,7 +118,7 @@ def format_operations(nanoseconds: Counter[Operation], steps: int, count: int = 
 
 
 class StepTrace:
-    """Traces a number of training steps once, and reports their most expensive operations.
+    """Traces a number of training steps once on process 0, and reports their most expensive operations.
 
     Args:
       directory: directory for the trace, which TensorBoard, XProf and Perfetto can open.
@@ -128,7 +128,8 @@ class StepTrace:
     """
 
     def __init__(self, directory: Path, steps: int, hlo: Callable[[], str | None], report: Callable[[str], None]):
-        self._directory, self._steps, self._hlo, self._report = directory, steps, hlo, report
+        self._directory, self._hlo, self._report = directory, hlo, report
+        self._steps = steps if jax.process_index() == 0 else 0  # all hosts would write the same files
         self._calls, self._started = 0, 0.0
 
     def before_step(self, state: Any) -> None:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from xception_jax.config import FIELDS, ExperimentConfig, default_values, flatten, to_json
 from xception_jax.files import write_atomically
+from xception_jax.logs import goodput
 from xception_jax.metrics import Metric, main_metric, metrics_of
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Judgement
@@ -32,11 +33,14 @@ class RunInfo(TypedDict, total=False):
 
     devices: str  # '8 x NVIDIA H100'
     parameters: int
+    live_parameters: int  # without weights that meet only padding
     multiply_adds: int  # of a forward pass on one image
+    live_multiply_adds: int  # without products of padding
     total_steps: int
     steps_per_epoch: float
     wall_seconds: float  # total over all starts of the run
     seconds_to_first_step: float  # of the last start
+    time_spent: dict[str, float]  # seconds of each of `goodput.ACTIVITIES`, over all starts
     eval_images_per_second: float
     peak_memory_bytes: int  # of one device
     command: str
@@ -118,6 +122,7 @@ def write_report(
         "result": _result(config, metrics),
         "figures": _figures(config, metrics, info.get("steps_per_epoch")),
         "multi_label": config.loss.multi_label,
+        "time_spent": _time_spent(info.get("time_spent", {})),
         "train_images_per_second": _median(metrics, "images_per_second"),
         "judged": judged,
         "limits": (MAX_CELL_IMAGES, MAX_IMAGES),
@@ -133,6 +138,12 @@ def write_report(
     path = Path(workdir) / "report.html"
     write_atomically(path, make_environment(Path(__file__).parent).get_template("run.html").render(context).encode())
     return path
+
+
+def _time_spent(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Returns (activity in words, seconds, share) of each activity of a run."""
+    found = goodput.shares(seconds)
+    return [(words, seconds[name], found[name]) for name, words in goodput.ACTIVITIES.items() if seconds.get(name)]
 
 
 def _median(metrics: Sequence[dict[str, Any]], name: str) -> float | None:

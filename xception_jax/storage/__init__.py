@@ -4,7 +4,7 @@ from xception_jax.storage.cloud import checkpoint_directory
 from xception_jax.storage.failures import translate
 from xception_jax.storage.lease import Lease, Owner, hold
 from xception_jax.storage.mirror import Mirror
-from xception_jax.storage.paths import is_url, join
+from xception_jax.storage.paths import is_url, join, names_object_store
 from xception_jax.storage.store import ABSENT, Entry, Patience, Store, open_store
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "hold",
     "is_url",
     "join",
+    "names_object_store",
     "open_store",
     "translate",
 ]

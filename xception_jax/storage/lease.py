@@ -4,6 +4,8 @@ The lease is an object that names its owner. The owner rewrites it every few sec
 nobody else has. Another run may take it over when it has stood still for a while. No clocks are compared: the other run
 watches for that time itself.
 
+A process that has ended on this machine cannot renew, so its lease is taken over at once.
+
 This is weaker than a lock. An owner that was frozen still runs when it wakes up, and notices the loss only when it next
 renews. It therefore has to renew before each commit.
 """
@@ -16,6 +18,7 @@ import datetime
 import json
 import logging
 import os
+import pathlib
 import secrets
 import shlex
 import socket
@@ -31,25 +34,34 @@ log = logging.getLogger(__name__)
 
 RENEW_EVERY = 5.0
 """Seconds between two renewals. Google Cloud Storage allows one write of an object per second."""
+PROVES_FOR = 1.0
+"""Seconds after a renewal in which `prove` does not renew again."""
 TAKE_OVER_AFTER = 45.0
 """Seconds that a lease must stand still while it is watched, before another run takes it over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Names a process: no two have the same nonce, even if a host restarts."""
+    """Names a process: no two have the same nonce, even if a host restarts.
+
+    `machine` identifies the system in which the number of the process has a meaning, and `started` tells the process
+    from a later one with the same number. Both are empty where Linux's /proc is missing.
+    """
 
     host: str
     pid: int
     nonce: str
     since: str
     command: str
+    machine: str
+    started: str
 
     @classmethod
     def this_process(cls) -> Owner:
         """Returns a new name of this process."""
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        return cls(socket.gethostname(), os.getpid(), secrets.token_hex(8), since, shlex.join(sys.orig_argv))
+        pid, command = os.getpid(), shlex.join(sys.orig_argv)
+        return cls(socket.gethostname(), pid, secrets.token_hex(8), since, command, _machine(), _started(pid))
 
 
 class Lease:
@@ -67,6 +79,7 @@ class Lease:
         self.owner = owner
         self._store, self._name, self._generation = store, name, generation
         self._renewals = 0
+        self._proved_at = time.monotonic()
         self._lost: str | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -85,6 +98,11 @@ class Lease:
         """
         with self._lock:
             self._write(released=False)
+
+    def prove(self) -> None:
+        """Does the same as `renew`, unless this process has just renewed: an object takes one write per second."""
+        if self.lost or time.monotonic() - self._proved_at > PROVES_FOR:
+            self.renew()
 
     def release(self) -> None:
         """Lets another run begin at once. Does nothing if the lease is lost.
@@ -116,10 +134,11 @@ class Lease:
     def _write(self, *, released: bool) -> None:
         while self._lost is None:
             self._renewals += 1
+            began = time.monotonic()
             content = _encode(self.owner, self._renewals, released)
             generation = _put_if(self._store, self._name, content, self._generation)
             if generation is not None:
-                self._generation = generation
+                self._generation, self._proved_at = generation, began
                 return
             entry = self._store.entry(self._name)
             if _decode(entry).get("nonce") == self.owner.nonce:
@@ -180,7 +199,9 @@ def _acquire(
 ) -> bytes:
     """Returns the generation of the lease after this process has written it."""
     entry = store.entry(name)
-    if not _is_free(entry):
+    if _has_ended(entry):
+        report(f"taking over from {_describe(entry)}, which has ended")
+    elif not _is_free(entry):
         report(
             f"the work directory is held by {_describe(entry)}; "
             f"this run takes over unless there is a sign of life within {take_over_after:g} seconds"
@@ -252,6 +273,31 @@ def _decode(entry: Entry) -> dict[str, object]:
 
 def _is_free(entry: Entry) -> bool:
     return entry.generation == ABSENT or _decode(entry).get("released") is True
+
+
+def _has_ended(entry: Entry) -> bool:
+    """Returns whether the owner was a process of this machine that is known to have ended."""
+    content = _decode(entry)
+    machine, pid, started = (content.get(name) for name in ("machine", "pid", "started"))
+    return bool(machine) and machine == _machine() and type(pid) is int and bool(started) and _started(pid) != started
+
+
+def _machine() -> str:
+    """Identifies the running system and the namespace of its processes."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """Returns when a process was started, in clock ticks since the start of the system, or '' if there is none."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _describe(entry: Entry) -> str:

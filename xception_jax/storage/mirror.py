@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 # A file that changed in the last moments may change again within one tick of the clock of the file system, and then has
 # the same time and size. It is read again by the next `push`.
 _SETTLED_NS = 2_000_000_000
+_PREFIX, _LOCK = "xception_jax.", "alive"
+_JUST_NOW = 60.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,29 +45,36 @@ class _Pushed:
 class Mirror:
     """A new local directory, whose files `push` writes to a store.
 
-    Use it as a context manager: it pulls files at the start, pushes at the end, and deletes the local directory. Files
-    are never deleted from the store. `push` may be called from any thread.
+    Use it as a context manager: it pulls files at the start, pushes at the end, and deletes the local directory. The
+    next mirror deletes those of processes that were killed. Files are never deleted from the store. `push` may be
+    called from any thread.
 
     Args:
       store: where the files are kept.
       pulled: names of the files that a resumed run goes on with, if they exist; those that end with a slash are
         directories. Not everything is pulled: checkpoints may be there, or other runs.
+      permit: called before files are pushed; raises a UserError if they may not be. At the end of the context, this
+        error is not raised again if it is the one that ends the context.
     """
 
-    def __init__(self, store: Store, pulled: Iterable[str] = ()) -> None:
-        self._store, self._names_to_pull = store, tuple(pulled)
+    def __init__(self, store: Store, pulled: Iterable[str] = (), permit: Callable[[], None] = lambda: None) -> None:
+        self._store, self._names_to_pull, self._permit = store, tuple(pulled), permit
         self._pushed: dict[str, _Pushed] = {}
         self._warned: set[str] = set()
         self._lock = threading.Lock()
-        self._temporary = tempfile.TemporaryDirectory(prefix="xception_jax.")
-        self.directory = Path(self._temporary.name)
+        _remove_abandoned()
+        self._temporary = tempfile.TemporaryDirectory(prefix=_PREFIX)
+        self._alive = _hold(Path(self._temporary.name, _LOCK))
+        # Under the name that it has in the store, which trackers show.
+        self.directory = Path(self._temporary.name, store.root.rpartition("/")[2][:100])
+        self.directory.mkdir()
 
     def __enter__(self) -> Mirror:
         """Pulls files."""
         try:
             self._pull()
         except BaseException:
-            self._temporary.cleanup()
+            self._delete()
             raise
         return self
 
@@ -75,9 +87,14 @@ class Mirror:
         except UserError as lost:
             if error is None:
                 raise
-            log.warning("%s", lost)
+            if str(lost) != str(error):
+                log.warning("%s", lost)
         finally:
-            self._temporary.cleanup()
+            self._delete()
+
+    def _delete(self) -> None:
+        self._temporary.cleanup()
+        os.close(self._alive)
 
     def _pull(self) -> None:
         """Reads files from the store.
@@ -124,6 +141,7 @@ class Mirror:
           UserError: the store cannot be written. Files that were not yet written are tried by the next call.
         """
         with self._lock:
+            self._permit()
             for name, path in self._files():
                 self._push(name, path)
 
@@ -157,6 +175,29 @@ class Mirror:
                 elif name not in self._warned:
                     self._warned.add(name)
                     log.warning("%r is not mirrored, because no object can have this name", name)
+
+
+def _hold(path: Path) -> int:
+    """Creates and locks a file that tells others that this process lives, and returns its descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove_abandoned() -> None:
+    """Deletes the local directories of this user whose processes were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the process lives
+                status = os.fstat(descriptor)
+                # A process that has just created the file may not have locked it yet.
+                is_old = time.time() - status.st_mtime > _JUST_NOW
+                if is_old and status.st_uid == os.geteuid() and not path.parent.is_symlink():
+                    shutil.rmtree(path.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _signature(path: Path) -> tuple[int, int, int]:

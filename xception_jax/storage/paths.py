@@ -39,6 +39,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return _URL.fullmatch(os.fspath(path)) is not None
 
 
+def names_object_store(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path is an address with a scheme in `SCHEMES`, valid or not."""
+    match = _URL.fullmatch(os.fspath(path))
+    return match is not None and match[1].lower() in SCHEMES
+
+
 def parse(url: str, where: str) -> Place:
     """Splits the address of an object store.
 

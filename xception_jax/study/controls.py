@@ -21,12 +21,14 @@ from xception_jax.models.cost import Cost, count_cost
 from xception_jax.models.layers import Conv
 from xception_jax.models.modules import SeparableConv
 from xception_jax.models.trace import trace_layers
-from xception_jax.study.design import Arm, Study
+from xception_jax.study.design import COSTS, Arm, Study
 
 # The search tries widths from 1/8 to 8 times that of the reference, on a logarithmic grid.
 _OCTAVE = 512  # grid steps for a factor of two
 _STEP = 2 ** (1 / _OCTAVE)
 _RANGE = 3 * _OCTAVE
+
+EQUAL_WITHIN = 0.1  # costs that differ by more are not called equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,18 @@ class ArmCost:
     Attributes:
       width_multiplier: chosen by the control.
       parameters: number of trainable parameters.
+      live_parameters: the same without weights that meet only padding.
       multiply_adds: of one forward pass on one image.
+      live_multiply_adds: the same without products of padding.
       channels_per_segment: geometric mean, over the separable layers, of the channels that a spatial filter sees; NaN
         if there is no such layer.
     """
 
     width_multiplier: float
     parameters: int
+    live_parameters: int
     multiply_adds: int
+    live_multiply_adds: int
     channels_per_segment: float
 
 
@@ -86,10 +92,48 @@ def solve_costs(
             width = _match(study, arm, reference, cost_at)
         else:
             width = study.config.model.width_multiplier
-        config, cost = study.arm_config(arm, {"model.width_multiplier": width}), cost_at(arm, width)
-        segments = channels_per_segment(create_model(config.model), config.data.image_size)
-        costs[arm.name] = ArmCost(width, cost.parameters, cost.multiply_adds, segments)
+        costs[arm.name] = arm_cost(study, arm, width, cost_at(arm, width))
     return costs
+
+
+def arm_cost(study: Study, arm: Arm, width: float, cost: Cost | None = None) -> ArmCost:
+    """Returns the cost of an arm at a width; `cost` is that of its network if it has been counted."""
+    config = study.arm_config(arm, {"model.width_multiplier": width})
+    model = create_model(config.model)
+    cost = cost or count_cost(model, config.data.image_size)
+    counted = {name: getattr(cost, name) for name in COSTS}
+    return ArmCost(width, **counted, channels_per_segment=channels_per_segment(model, config.data.image_size))
+
+
+def deviations(study: Study, costs: Mapping[str, ArmCost]) -> dict[str, float]:
+    """Returns the largest relative deviation of an arm from the reference, by cost, where it is above 10 %.
+
+    The cost that the study controls is left out.
+    """
+    reference, found = costs[study.reference], {}
+    for name in COSTS:
+        ratios = [getattr(cost, name) / getattr(reference, name) for cost in costs.values()]
+        farthest = max(ratios, key=lambda ratio: abs(math.log(ratio)))
+        if name != study.control and abs(farthest - 1) > EQUAL_WITHIN:
+            found[name] = farthest - 1
+    return found
+
+
+def cost_headline(study: Study, costs: Mapping[str, ArmCost]) -> str:
+    """Returns what the arms have in common, in the words that a report may use.
+
+    Arms are called equal only if no cost differs by more than 10 %, or if the study itself says which costs do.
+    """
+    found = deviations(study, costs)
+    listed = ", ".join(f"{COSTS[name]} by up to {deviation:+.0%}" for name, deviation in found.items())
+    if study.control == "width":
+        return "fixed width" + (f"; arms differ in {listed}" if found else "")
+    control = COSTS[study.control]
+    if not found:
+        return f"equal {control}"
+    if set(found) <= set(study.unequal):
+        return f"equal {control}, unequal {listed}"
+    return f"{control} matched, but the arms do not cost the same: they differ in {listed}"
 
 
 def _match(study: Study, arm: Arm, reference: Cost, cost_at: Callable[[Arm, float], Cost]) -> float:

@@ -17,7 +17,14 @@ from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, r
 from xception_jax.config.shipped import find_config
 from xception_jax.errors import ConfigError
 
-CONTROLS = ("parameters", "multiply_adds", "width")
+# The costs of a network, as attributes of `models.cost.Cost`, and their names in reports.
+COSTS = {
+    "parameters": "parameters",
+    "live_parameters": "live parameters",
+    "multiply_adds": "multiply-adds",
+    "live_multiply_adds": "live multiply-adds",
+}
+CONTROLS = (*COSTS, "width")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
 CHANNELS_PER_SEGMENT = "channels_per_segment"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -94,9 +101,11 @@ class Study:
       seeds: every arm is trained once with each.
       margin: the smallest difference in accuracy that matters, as a share (0.005 is half a percentage point).
       reference: the arm that has the width of `config`.
-      control: 'parameters' or 'multiply_adds' chooses the width of every other arm such that it costs as much as the
-        reference; 'width' keeps the width.
+      control: one of `COSTS` chooses the width of every other arm such that it costs as much as the reference; 'width'
+        keeps the width.
       tolerance: the largest relative deviation from the cost of the reference.
+      unequal: the other costs by which arms may differ by more than 10 %. The headline of the report names them; it
+        does not call arms equal that differ in another cost.
       axis: 'channels_per_segment', or a field such as 'model.kernel_size', for figures and interactions.
       metric: the metric on the test split, as named in metrics.jsonl.
       search: tuning of each arm, if any.
@@ -115,6 +124,7 @@ class Study:
     interactions: tuple[Interaction, ...] = ()
     control: str = "parameters"
     tolerance: float = 0.01
+    unequal: tuple[str, ...] = ()
     axis: str = ""
     metric: str = "ema_top1"
     search: Search | None = None
@@ -216,6 +226,9 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
             yield f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides"
     if study.control not in CONTROLS:
         yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
+    for cost in study.unequal:
+        if cost not in COSTS or cost == study.control:
+            yield f"unequal names {cost!r}", f"name costs that the study does not control: {', '.join(COSTS)}"
     if not study.seeds:
         yield "there are no seeds", "list at least two"
     if len(set(study.seeds)) < len(study.seeds):
@@ -251,6 +264,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
                 "config": from_json(json.dumps(data["config"])),
                 "arms": tuple(Arm(**arm) for arm in data["arms"]),
                 "seeds": tuple(data["seeds"]),
+                "unequal": tuple(data.get("unequal", ())),
                 "comparisons": tuple(PlannedComparison(**comparison) for comparison in data["comparisons"]),
                 "interactions": tuple(
                     Interaction(**entry | {"pairs": tuple(map(tuple, entry["pairs"]))})

@@ -14,8 +14,8 @@ from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMi
 from xception_jax.logs.console import format_count, say
 from xception_jax.names import LINE_LENGTH, file_stem, in_shell, printable, printable_path
 from xception_jax.study.cells import Cell, find_equal
-from xception_jax.study.controls import solve_costs
-from xception_jax.study.design import Study
+from xception_jax.study.controls import cost_headline, solve_costs
+from xception_jax.study.design import COSTS, Study
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
@@ -207,17 +207,20 @@ def list_cells(study: Study) -> str:
         f"{study.name}: {' '.join(study.question.split())}",
         f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
         + f", after {trials} trials of each arm = {trials * len(study.arms)}" * bool(trials),
-        f"  equal {study.control.replace('_', '-')}" if study.control != "width" else "  fixed width",
+        f"  {cost_headline(study, costs)}",
         f"  margin {study.margin:.2%}; budget: {study.budget or 'not stated'}",
-        f"{'arm':{name_width}} {'width':>8} {'parameters':>12} {'off':>6} {'mult-adds':>10} {'off':>6} {'ch/seg':>7}",
+        f"{'arm':{name_width}} {'width':>8} "
+        + "".join(f"{label:>10} {'off':>6} " for label in ("parameters", "live", "mult-adds", "live"))
+        + f"{'ch/seg':>7}",
     ]
     reference = costs[study.reference]
     for arm in study.arms:
         cost = costs[arm.name]
+        values = [(getattr(cost, name), getattr(reference, name)) for name in COSTS]
         lines.append(
-            f"{arm.name:{name_width}} {cost.width_multiplier:8.4g} {cost.parameters:12,} "
-            f"{cost.parameters / reference.parameters - 1:+6.1%} {format_count(cost.multiply_adds):>10} "
-            f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%} {cost.channels_per_segment:7.1f}"
+            f"{arm.name:{name_width}} {cost.width_multiplier:8.4g} "
+            + "".join(f"{format_count(value):>10} {value / base - 1:+6.1%} " for value, base in values)
+            + f"{cost.channels_per_segment:7.1f}"
         )
     lines += [f"hypothesis: {' '.join(study.hypothesis.split())}"]
     lines += [f"  {c.name}: {c.expected}" for c in study.comparisons]

@@ -131,11 +131,10 @@ def effects(results: Results) -> str | None:
 
 
 def over_cost(results: Results, name: str, label: str) -> str | None:
-    """Draws the accuracy of each arm against `parameters`, `multiply_adds` or `images_per_second`."""
+    """Draws the accuracy of each arm against one of its costs, or against `images_per_second`."""
 
     def cost(arm: ArmResult) -> float:
-        value = getattr(arm, name)
-        return value if isinstance(value, int) else value.mean
+        return arm.images_per_second.mean if name == "images_per_second" else getattr(arm.cost, name)
 
     arms = [arm for arm in results.arms if arm.accuracy.n and math.isfinite(cost(arm))]
     if not arms:

@@ -17,6 +17,8 @@ from xception_jax.reports.environment import format_interval, format_p, format_p
 from xception_jax.reports.style import themed
 from xception_jax.study import figures
 from xception_jax.study.cells import State, state_of
+from xception_jax.study.controls import cost_headline, deviations
+from xception_jax.study.design import COSTS
 from xception_jax.study.results import COLUMNS, Results, collect
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
@@ -24,8 +26,7 @@ from xception_jax.user_files import writing
 
 _MAX_CURVES = 7  # in one figure
 _COSTS = {
-    "parameters": ("Against parameters", "parameters"),
-    "multiply_adds": ("Against multiply-adds", "multiply-adds per image"),
+    **{name: (f"Against {label}", label) for name, label in COSTS.items()},
     "images_per_second": ("Against measured speed", "training speed, images/s"),
 }
 
@@ -108,6 +109,9 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "failed": _cells_in(results, "failed"),
         "stopped": _cells_in(results, "stopped"),
         "diverged": DivergedError.exit_code,
+        "costs": COSTS,
+        "headline": cost_headline(study, results.stored.costs),
+        "not_equal": set(deviations(study, results.stored.costs)) - set(study.unequal),
         "reference": results.stored.costs[study.reference],
         "unit": _unit(results),
         "seconds": sum(row["seconds"] for row in results.rows if not row["reused_from"]),

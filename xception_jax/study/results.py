@@ -13,14 +13,15 @@ from jaxtyping import Float
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
 from xception_jax.study.cells import Cell, read_outcome, state_of
+from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Interaction, PlannedComparison
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 
 COLUMNS = (
-    "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "width_multiplier", "parameters", "multiply_adds",
-    "channels_per_segment", "images_per_second", "steps", "seconds", "learning_rate", "weight_decay", "config_hash",
-    "reused_from",
+    "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "width_multiplier", "parameters", "live_parameters",
+    "multiply_adds", "live_multiply_adds", "channels_per_segment", "images_per_second", "steps", "seconds",
+    "learning_rate", "weight_decay", "config_hash", "reused_from",
 )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ class ArmResult:
       x: its position on the study's axis; NaN if there is no axis.
       accuracy: on the test split.
       images_per_second: training speed.
-      parameters, multiply_adds, width_multiplier: of its network.
+      cost: width and costs of its network.
       tuned: the values that the search chose, by field.
       tuned_at_edge: the fields for which the search chose the smallest or the largest value that it tried.
       failed: exit codes of the failed cells, by seed.
@@ -45,9 +46,7 @@ class ArmResult:
     x: float
     accuracy: Estimate
     images_per_second: Estimate
-    parameters: int
-    multiply_adds: int
-    width_multiplier: float
+    cost: ArmCost
     tuned: Mapping[str, Any]
     tuned_at_edge: tuple[str, ...]
     failed: Mapping[int, int]
@@ -181,7 +180,7 @@ def _arms(
     speeds = _Values(rows, study.seeds, "images_per_second")
     arms = []
     for arm in study.arms:
-        cost, chosen = stored.costs[arm.name], tuned.get(arm.name, {})
+        chosen = tuned.get(arm.name, {})
         codes = {row["seed"]: row["exit_code"] for row in rows if row["arm"] == arm.name}
         arms.append(
             ArmResult(
@@ -190,9 +189,7 @@ def _arms(
                 x=_axis_value(stored, arm.name),
                 accuracy=statistics.estimate(accuracy.of(arm.name)),
                 images_per_second=statistics.estimate(speeds.of(arm.name)),
-                parameters=cost.parameters,
-                multiply_adds=cost.multiply_adds,
-                width_multiplier=cost.width_multiplier,
+                cost=stored.costs[arm.name],
                 tuned=chosen,
                 tuned_at_edge=_at_edge(study.search.trials if study.search else (), chosen),
                 failed={seed: code for seed, code in codes.items() if state_of(code) == "failed"},

@@ -19,7 +19,7 @@ from typing import Any
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, study_cells
-from xception_jax.study.controls import ArmCost, solve_costs
+from xception_jax.study.controls import ArmCost, arm_cost, solve_costs
 from xception_jax.study.design import Study, changes, study_from_json, study_to_json
 from xception_jax.training.workdir import hold_directory
 from xception_jax.user_files import read_json, reading
@@ -68,8 +68,9 @@ def read_study(root: Path) -> StoredStudy:
         raise InputMissingError("there is no study", str(root), "name the --workdir of `xception-jax study run`")
     with reading("study", root / STUDY, "restore it from a copy"):
         data = read_json(root / STUDY, dict)
-        costs = {name: ArmCost(**cost) for name, cost in data["costs"].items()}
-        return StoredStudy(root, study_from_json(data["study"]), costs, tuple(data["history"]))
+        study = study_from_json(data["study"])
+        costs = {name: _read_cost(study, name, cost) for name, cost in data["costs"].items()}
+        return StoredStudy(root, study, costs, tuple(data["history"]))
 
 
 @contextlib.contextmanager
@@ -112,6 +113,13 @@ def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Itera
         now = StoredStudy(root, study, costs, tuple(history))
         _write(now)
         yield now
+
+
+def _read_cost(study: Study, arm: str, data: dict[str, Any]) -> ArmCost:
+    """Returns a stored cost. Studies of earlier releases lack the live costs, which are then counted."""
+    if "live_parameters" in data:
+        return ArmCost(**data)
+    return arm_cost(study, study.arm(arm), data["width_multiplier"])
 
 
 def _write(stored: StoredStudy) -> None:

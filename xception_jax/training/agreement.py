@@ -14,6 +14,7 @@ from xception_jax.config import ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, InputMissingError, WorkdirError
 from xception_jax.processes import agree, gather, together
 from xception_jax.training.fingerprint import versions
+from xception_jax.training.run_directory import RunDirectory
 
 # Fields that may differ between hosts: each has its own number and may have its own copy of the data.
 _OF_A_HOST = ("distributed.", "data.data_dir")
@@ -37,25 +38,34 @@ def agree_on_data(fingerprint: str) -> None:
     agree("data", "datasets", {"fingerprint": fingerprint}, InputMissingError, fix)
 
 
-def check_shared(path: Path) -> None:
+def check_shared(directory: RunDirectory) -> None:
     """Raises WorkdirError on all processes unless all of them see what process 0 writes into the directory."""
     if not jax.distributed.is_initialized():
         return
     primary = jax.process_index() == 0
     (nonce, *_) = gather("nonce", uuid.uuid4().hex)
-    proof = path / f"shared-{nonce}.tmp"
+    name = f"shared-{nonce}.tmp"
+    path, store = directory.files, directory.store
+    proof = path / name
 
     def write() -> None:
-        if primary:
+        if primary and store is None:
             proof.touch()
+        elif primary and store is not None:
+            store.put(name, b"")
+
+    def is_seen() -> bool:
+        if store is not None:
+            return store.exists(name)
+        return proof.exists() or str(proof) in map(str, path.glob("shared-*.tmp"))  # glob: stats may be cached
 
     def look() -> None:
         deadline = time.monotonic() + _VISIBLE_SECONDS
-        while not (proof.exists() or str(proof) in map(str, path.glob("shared-*.tmp"))):  # glob: stats may be cached
+        while not is_seen():
             if time.monotonic() > deadline:
                 raise WorkdirError(
                     "the work directory is not shared: this host does not see what process 0 wrote",
-                    str(path),
+                    directory.shown,
                     "choose a directory on a file system that all hosts share",
                 )
             time.sleep(0.2)
@@ -64,8 +74,10 @@ def check_shared(path: Path) -> None:
         together("write", write)
         together("look", look)
     finally:
-        if primary:
+        if primary and store is None:
             proof.unlink(missing_ok=True)
+        elif primary and store is not None:
+            store.delete(name)
 
 
 def _source_digest() -> str:

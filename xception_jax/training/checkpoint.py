@@ -14,59 +14,69 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import logging
 import math
 import os
-import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError
-from xception_jax.files import free_space
+from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError, WorkdirError
 from xception_jax.parallel import from_primary
+from xception_jax.storage import checkpoint_directory, is_url
 from xception_jax.training import digest, manifest
-from xception_jax.training.digest import DigestArgs, DigestHandler, host_parts
-from xception_jax.training.fingerprint import compare_signatures, tree_fingerprint, tree_signature, versions
+from xception_jax.training.digest import DigestArgs, host_parts
+from xception_jax.training.fingerprint import tree_fingerprint, tree_signature, versions
 from xception_jax.training.manifest import DamagedError
+from xception_jax.training.orbax_manager import open_manager
 from xception_jax.training.preservation import LatestOrBest
+from xception_jax.training.save_errors import all_damaged, cannot_open, save_failed, seconds_to_save, store_errors
+from xception_jax.training.step_files import COMMITTED, delete, delete_step, prepare_bucket, step_path
 from xception_jax.training.verification import (
     damage_on_all_processes,
-    find_run_id,
-    keep_run_id,
+    identify_run,
     read_reason,
+    refuse_other_dataset,
+    refuse_other_model,
     set_aside,
     verify_step,
 )
 
-# Orbax logs each error with its traceback before raising it, and warns about files that it did not write. This module
-# raises everything that concerns the user, as a UserError.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+if TYPE_CHECKING:
+    from xception_jax.training.run_directory import Bucket
 
 
 @dataclasses.dataclass
 class _Pending:
-    """A save in progress: its step, its size, and a future that completes when its manifest is on disk."""
+    """A save in progress.
+
+    Attributes:
+      step: its step.
+      num_bytes: its size.
+      future: completes when its manifest is written.
+      deadline: when it fails if it is not complete, in `time.monotonic()`.
+    """
 
     step: int
     num_bytes: int
     future: concurrent.futures.Future
+    deadline: float
 
 
 class Checkpoints:
-    """Saves and restores the checkpoints of a run, in `<directory>/<step>/` on a file system shared by all processes.
+    """Saves and restores the checkpoints of a run, in `<directory>/<step>/`, which all processes share.
 
     With several processes, every method except `poll` is a collective that all of them must call. Use it as a context
     manager or call `close`; otherwise a save in progress is lost at exit.
 
     Args:
-      directory: parent of the checkpoint directories; created if missing.
+      directory: parent of the checkpoint directories, on a file system or in gs://; created if missing.
       keep_latest: number of newest steps to keep, at least 1.
       keep_best: number of steps with the best `best_metric` to keep as well.
       best_metric: a key of the metrics passed to `save`.
@@ -75,10 +85,13 @@ class Checkpoints:
       identity: identifies the run. All entries are recorded; 'dataset' is compared on restore.
       allow_dataset_change: whether to restore a checkpoint that was trained on a different dataset.
       read_only: whether to leave all files as they are, for evaluation beside a running trainer.
+      bucket: the lease and the files of a run in gs://: the lease is renewed before each commit, manifest and deletion,
+        and the files are pushed before each commit.
       report: called with one line per event (saved, damaged, repaired).
 
     Raises:
       StorageError: the directory cannot be created or read.
+      WorkdirError: it is in a store that Orbax cannot use. A reader gets an InputMissingError instead.
     """
 
     def __init__(
@@ -93,9 +106,15 @@ class Checkpoints:
         identity: Mapping[str, str] | None = None,
         allow_dataset_change: bool = False,
         read_only: bool = False,
+        bucket: Bucket | None = None,
         report: Callable[[str], None] = print,
     ):
-        self._directory = Path(directory).absolute()  # Orbax rejects relative paths
+        unusable = InputMissingError if read_only else WorkdirError
+        self._directory = step_path(checkpoint_directory(os.fspath(directory), "checkpoints", unusable))
+        self._in_bucket = is_url(self._directory)
+        self._bucket = bucket
+        # gcsfs has exceptions of its own.
+        self._errors = Exception if self._in_bucket else OSError
         self._best_metric, self._sign = best_metric, 1 if higher_is_better else -1
         self._identity = dict(identity or {})
         self._allow_dataset_change = allow_dataset_change
@@ -104,37 +123,32 @@ class Checkpoints:
         self._primary = jax.process_index() == 0
         self._pending: _Pending | None = None
         self._held_step = -1  # the step that was last saved or restored
+        self._hangs = False  # whether a save did not end in time
         self._policy = LatestOrBest(keep_latest, keep_best if best_metric else 0, regular_every, {})
-        options = ocp.CheckpointManagerOptions(
-            read_only=read_only,  # also disables the next option
-            cleanup_tmp_directories=True,  # left behind by a killed process
-            preservation_policy=self._policy,
-            lightweight_initialize=True,  # does not read metrics, see _LatestOrBest
-            # Otherwise a read-only directory delays the exit by 300 seconds.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        # In this order: the digest covers the files of the state.
-        handlers = {digest.STATE: ocp.StandardCheckpointHandler(), digest.ITEM: DigestHandler()}
+        self._deleted: set[int] = set()  # from a bucket, see _delete_old
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
-            self._run = self._identify()
-        except OSError as error:
-            raise StorageError(
-                f"the checkpoint directory cannot be used: {error.strerror or error}",
-                str(self._directory),
-                "make it a directory that you can write to",
-            ) from error
+            if self._in_bucket:
+                self._prepare_bucket()
+            self._manager = open_manager(
+                self._directory,
+                self._policy,
+                read_only=read_only,
+                before_commit=bucket.before_commit if bucket else None,
+            )
+            self._run = identify_run(self._directory, self.steps(), write=not read_only)
+        except self._errors as error:
+            raise cannot_open(self._directory, error, unusable) from error
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
         for step in self.steps():
             with contextlib.suppress(DamagedError):
                 self._score(step, manifest.read(self._path(step)).get("metrics", {}))
 
-    def _identify(self) -> str:
-        """Returns the identifier of the run on all processes, a new one for a new directory."""
-        run = find_run_id(self._directory, self.steps()) if self._primary else ""
+    def _prepare_bucket(self) -> None:
+        """Deletes what killed saves left, before any process lists it. Orbax would do so while it lists, and fail."""
         if self._primary and not self._read_only:
-            run = keep_run_id(self._directory, run)
-        return f"{number:032x}" if (number := from_primary(int(run or "0", 16))) else ""
+            self._prove()
+            prepare_bucket(self._directory)
+        from_primary(0)  # the other processes wait
 
     def __enter__(self) -> Checkpoints:
         """Returns itself."""
@@ -154,7 +168,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first. They are verified only when they are restored."""
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - self._deleted)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Copies the state to the host and writes it in the background.
@@ -182,18 +196,26 @@ class Checkpoints:
             "tree": tree_fingerprint(state),
             "metrics": metrics,
         }
+        if self._bucket is not None:
+            record["lease"] = self._bucket.owner
         self._score(step, metrics)
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            if step in self._manager.all_steps():
+            if step in self.steps():
+                if self._in_bucket and self._primary:  # a deletion that is cut short must not look like a step
+                    self._prove()
+                    delete(self._path(step) / COMMITTED)
                 self._manager.delete(step)
+            self._deleted.discard(step)
             items = {digest.ITEM: DigestArgs(record, host_parts(state)), digest.STATE: ocp.args.StandardSave(state)}
             metadata = {"record": json.dumps(record)}  # where earlier versions look for it
             # Without `force`, Orbax silently skips a step that is older than the newest.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True, custom_metadata=metadata)
-        except OSError as error:
+        except self._errors as error:
             raise self._save_failed(step, num_bytes, error) from error
-        self._pending = _Pending(step, num_bytes, self._background.submit(self._finish, record))
+        future = self._background.submit(self._finish, record)
+        deadline = time.monotonic() + seconds_to_save(self._directory, num_bytes)
+        self._pending = _Pending(step, num_bytes, future, deadline)
         self._held_step = step
 
     def poll(self) -> None:
@@ -201,8 +223,12 @@ class Checkpoints:
 
         Raises:
           StorageError: the save failed.
+          WorkdirError: another run has taken over the bucket.
         """
-        if self._pending is not None and self._pending.future.done():
+        if self._bucket is not None:
+            self._bucket.check()
+        pending = self._pending
+        if pending is not None and (pending.future.done() or time.monotonic() > pending.deadline):
             self.wait()
 
     def wait(self) -> None:
@@ -214,9 +240,11 @@ class Checkpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        left = max(0.0, pending.deadline - time.monotonic())
         try:
-            pending.future.result()
+            pending.future.result(None if math.isinf(left) else left)
         except Exception as error:  # tensorstore raises a full disk as ValueError
+            self._hangs = not pending.future.done()
             raise self._save_failed(pending.step, pending.num_bytes, error) from error
         self._report(f"saved checkpoint {pending.step}")
 
@@ -225,9 +253,10 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._background.shutdown()
-            with contextlib.suppress(Exception):  # Orbax raises the error of a failed save again, after `wait`
-                self._manager.close()
+            self._background.shutdown(wait=not self._hangs)
+            if not self._hangs:
+                with contextlib.suppress(Exception):  # Orbax raises the error of a failed save again, after `wait`
+                    self._manager.close()
 
     def restore_latest(self, abstract_state: Any, *, regular: bool = False) -> tuple[int, Any] | None:
         """Restores the newest intact step, and sets aside the damaged steps that are newer.
@@ -255,18 +284,15 @@ class Checkpoints:
         while step >= 0:
             older = newest(step)
             try:
-                return step, self._restore(step, abstract_state)
+                with store_errors(self._directory, "restoring"):
+                    return step, self._restore(step, abstract_state)
             except DamagedError as error:
                 damaged[self._set_aside(step, str(error), older)] = str(error)
             step = older
         # Include what an earlier run has set aside. Otherwise a second attempt would silently start from step 0.
         damaged |= {path.name: read_reason(path) for path in sorted(self._directory.glob("*.corrupt-*"))}
         if damaged:
-            raise BadDataError(
-                "every checkpoint is damaged",
-                f"{self._directory}: " + "; ".join(f"{name}: {reason}" for name, reason in damaged.items()),
-                "restore one from a backup, or delete these directories to start again from step 0",
-            )
+            raise all_damaged(self._directory, damaged)
         return None
 
     def restore(self, step: int, abstract_state: Any) -> Any:
@@ -281,7 +307,8 @@ class Checkpoints:
             there = ", ".join(map(str, self.steps())) or "none"
             raise InputMissingError(f"there is no checkpoint {step}", str(self._directory), f"choose among: {there}")
         try:
-            return self._restore(step, abstract_state)
+            with store_errors(self._directory, "restoring"):
+                return self._restore(step, abstract_state)
         except DamagedError as error:
             where = str(self._path(step))
             raise BadDataError(f"checkpoint {step} is damaged: {error}", where, "use an older one") from None
@@ -294,8 +321,9 @@ class Checkpoints:
             stored = tree_signature(self._manager.item_metadata(step)[digest.STATE])
             if not stored:  # Orbax does not raise when it cannot read this
                 raise DamagedError("the names of its arrays cannot be read")
-        self._refuse_other_model(step, stored, tree_signature(abstract_state))
-        self._refuse_other_dataset(step, verified.record)
+        refuse_other_model(self._path(step), stored, tree_signature(abstract_state))
+        if not self._allow_dataset_change:
+            refuse_other_dataset(self._path(step), verified.record, self._identity.get("dataset"))
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         restore = ocp.args.StandardRestore(abstract_state, fallback_sharding=one_device)
         # The files are intact, so an error is a bug and keeps its traceback.
@@ -306,29 +334,11 @@ class Checkpoints:
         if not verified.has_manifest and not self._read_only:
             self._report(f"checkpoint {step} had no manifest; its content matches its digest, so a manifest is added")
             if self._primary:
+                self._prove()
                 with contextlib.suppress(OSError):  # the disk is full; the next run verifies the step again
                     manifest.write(self._path(step), verified.record)
         self._held_step = step
         return state
-
-    def _refuse_other_model(self, step: int, stored: dict[str, str], wanted: dict[str, str]) -> None:
-        differences, table = compare_signatures(stored, wanted)
-        if differences:
-            raise BadDataError(
-                f"checkpoint {step} holds a different model: {differences} of {len(wanted)} parameters differ",
-                str(self._path(step)),
-                "use the config that it was trained with, or another work directory",
-                table,
-            )
-
-    def _refuse_other_dataset(self, step: int, record: dict[str, Any]) -> None:
-        stored, now = record.get("identity", {}).get("dataset"), self._identity.get("dataset")
-        if stored and now and stored != now and not self._allow_dataset_change:
-            raise BadDataError(
-                f"checkpoint {step} was trained on a different dataset: fingerprint {stored}, now {now}",
-                str(self._path(step)),
-                "restore the dataset, use another work directory, or set config.checkpoint.allow_dataset_change=True",
-            )
 
     def _set_aside(self, step: int, reason: str, older: int) -> str:
         """Renames a damaged step so that Orbax and later runs ignore it. Returns its new name."""
@@ -336,6 +346,7 @@ class Checkpoints:
         name = str(step) if self._read_only else f"{step}.corrupt-{now:%Y%m%dT%H%M%SZ}"
         if not self._read_only:
             if self._primary:
+                self._prove()
                 set_aside(self._path(step), self._directory / name, reason)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices(f"set aside {step}")
@@ -353,26 +364,37 @@ class Checkpoints:
         if math.isfinite(score):
             self._policy.scores[step] = self._sign * score
 
+    def _prove(self) -> None:
+        """Proves that this run still owns its directory in a bucket, before it changes anything there."""
+        if self._bucket is not None:
+            self._bucket.prove()
+
     def _finish(self, record: dict[str, Any]) -> None:
         """Waits until Orbax has committed a step and writes its manifest. Runs in the background thread."""
         self._manager.wait_until_finished()
         if self._primary:
             path = self._path(record["step"])
+            if self._bucket is not None:
+                self._bucket.renew()
             known = {name: entry for name, entry in digest.read(path).files.items() if name.startswith(digest.STATE)}
             manifest.write(path, record, known)
+        if self._in_bucket:
+            self._delete_old()
 
-    def _save_failed(self, step: int, num_bytes: int, error: Exception) -> StorageError:
+    def _delete_old(self) -> None:
+        """Deletes old steps from a bucket. Orbax would delete their objects in any order."""
+        steps = self.steps()
+        for step in set(steps) - self._policy.kept(steps):
+            if self._primary:
+                self._prove()
+                delete_step(self._path(step))
+            self._deleted.add(step)
+
+    def _save_failed(self, step: int, num_bytes: int, error: Exception) -> UserError:
         self._held_step = -1
         self._policy.scores.pop(step, None)
-        if self._primary:
+        if self._primary and not self._in_bucket:
             for temporary in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(temporary, ignore_errors=True)
-        # The message of tensorstore has several lines, and the cause is at its end.
-        number = re.search(r"os_error_code='(\d+)'", str(error))
-        cause = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or str(error).split("\n")[0]
         last = max((s for s in self.steps() if s != step), default=0)
-        return StorageError(
-            f"checkpoint {step} could not be written: {cause}",
-            f"{self._directory} (needs {num_bytes:,} bytes, {free_space(self._directory)})",
-            f"free some space and run the same command to resume from step {last}",
-        )
+        return save_failed(self._directory, step, num_bytes, last, error)

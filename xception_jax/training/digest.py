@@ -20,16 +20,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from xception_jax.training import manifest
+from xception_jax.training import manifest, step_files
 from xception_jax.training.fingerprint import named_leaves, whole
 from xception_jax.training.manifest import DamagedError
+from xception_jax.training.step_files import COMMITTED, step_path
 
 STATE, ITEM = "default", "digest"  # the items of a checkpoint, which are its subdirectories
 NAME = f"{ITEM}.json"
 
 _STEP_METADATA = "_CHECKPOINT_METADATA"
 _COMMIT_TIME = "commit_timestamp_nsecs"  # Orbax adds it when the digest has been written
-_NOTE = "commit_success.txt"  # of each item and of the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Digest:
 
 def exists(directory: Path) -> bool:
     """Returns whether a step has a digest. Steps saved by earlier versions do not."""
-    return os.path.lexists(directory / ITEM / NAME)
+    return step_files.exists(directory / ITEM / NAME)
 
 
 def read(directory: Path) -> Digest:
@@ -176,12 +176,12 @@ def _metadata(directory: Path) -> str:
 
 def _notes_to_come(step: Path) -> dict[str, Any]:
     """Returns size and SHA-256 of the notes that Orbax writes when it commits the digest and the step."""
-    path, place = step / STATE / _NOTE, str(step / STATE)
-    note = path.read_text() if path.exists() else ""
+    path, place = step / STATE / COMMITTED, str(step / STATE)
+    note = manifest.read_bytes(path).decode() if step_files.exists(path) else ""
     if place not in note:  # another version of Orbax
         return {}
     final = step.with_name(step.name.partition(".")[0])
-    notes = {f"{ITEM}/{_NOTE}": str(step / ITEM), _NOTE: str(final)}
+    notes = {f"{ITEM}/{COMMITTED}": str(step / ITEM), COMMITTED: str(final)}
     contents = {name: note.replace(place, there).encode() for name, there in notes.items()}
     return {name: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
 
@@ -192,7 +192,7 @@ class DigestHandler(ocp.AsyncCheckpointHandler):
     async def async_save(self, directory: Any, args: Any) -> list[ocp.future.Future]:
         """Hashes in the background, while Orbax writes the arrays."""
         self._record = args.record
-        hashing = self._write_part(Path(directory), args.parts)
+        hashing = self._write_part(step_path(directory), args.parts)
         return [ocp.future.CommitFutureAwaitingContractedSignals(hashing, name=ITEM)]
 
     async def _write_part(self, directory: Path, parts: list[Part]) -> None:
@@ -201,25 +201,27 @@ class DigestHandler(ocp.AsyncCheckpointHandler):
             arrays.setdefault(part.name, {"array": part.signature(), "parts": {}})["parts"][part.place()] = (
                 part.digest()
             )
-        (directory / f"process_{jax.process_index()}.json").write_text(json.dumps(arrays))
+        step_files.replace(directory / f"process_{jax.process_index()}.json", json.dumps(arrays))
 
     def finalize(self, directory: Any) -> None:
         """Merges the parts of all processes. Orbax calls this on process 0 when the state is complete."""
-        directory = Path(directory)
+        directory = step_path(directory)
         arrays: dict[str, Any] = {}
-        for path in sorted(directory.glob("process_*.json")):
-            for name, entry in json.loads(path.read_text()).items():
+        for path in step_files.files_below(directory):
+            if not re.fullmatch(r"process_\d+\.json", path.name):
+                continue
+            for name, entry in json.loads(manifest.read_bytes(path)).items():
                 arrays.setdefault(name, entry)["parts"] |= entry["parts"]
-            path.unlink()
+            step_files.delete(path)
         step = directory.parent
-        files = {path.relative_to(step).as_posix(): path for path in manifest.files_below(step / STATE)}
+        files = {path.relative_to(step).as_posix(): path for path in step_files.files_below(step / STATE)}
         content = Digest(
             record=self._record,
             arrays=arrays,
             files={name: manifest.measure(path) for name, path in files.items()} | _notes_to_come(step),
             metadata=_metadata(step),
         )
-        (directory / NAME).write_text(manifest.sealed(dataclasses.asdict(content)))
+        step_files.replace(directory / NAME, manifest.sealed(dataclasses.asdict(content)))
 
     def save(self, directory: Any, args: Any) -> None:
         """Refuses: Orbax calls `async_save`, but its interface requires this method."""
@@ -227,7 +229,7 @@ class DigestHandler(ocp.AsyncCheckpointHandler):
 
     def restore(self, directory: Any, args: Any = None) -> Digest:
         """Reads the digest."""
-        return read(Path(directory).parent)
+        return read(step_path(directory).parent)
 
 
 @ocp.args.register_with_handler(DigestHandler, for_save=True, for_restore=True)

@@ -215,7 +215,7 @@ def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
         )
     _check_balance(config, info)
     for source in sources.values():
-        check_labels(source)
+        check_labels(source, jax.process_index(), jax.process_count())  # each process checks a part
 
 
 def _check_balance(config: ExperimentConfig, info: SourceInfo) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from xception_jax.data.pipeline import Batch, BatchIterator
 from xception_jax.parallel import DeviceBatch
 
 _POLL_SECONDS = 0.5
+T = TypeVar("T")
 
 
 class Feed:
@@ -37,12 +39,7 @@ class Feed:
         Returns:
           The batch of this process, and the global batch (images and labels) on the devices.
         """
-        while True:
-            try:
-                batch, on_devices = self._next.result(timeout=_POLL_SECONDS)
-                break
-            except concurrent.futures.TimeoutError:
-                poll()
+        batch, on_devices = _result(self._next, poll)
         self._next = self._thread.submit(self._fetch)
         return batch, on_devices
 
@@ -50,3 +47,24 @@ class Feed:
         """Stops the threads that load batches, or leaves them behind if they are stuck."""
         self._batches.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def polled(batches: Iterator[Batch], poll: Callable[[], None]) -> Iterator[Batch]:
+    """Yields the batches of an evaluation.
+
+    Args:
+      batches: batches of this process.
+      poll: see `Feed.next`.
+    """
+    thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
+    try:
+        while (batch := _result(thread.submit(next, batches, None), poll)) is not None:
+            yield batch
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(future: concurrent.futures.Future[T], poll: Callable[[], None]) -> T:
+    while not concurrent.futures.wait([future], _POLL_SECONDS).done:
+        poll()
+    return future.result()

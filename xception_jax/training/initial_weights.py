@@ -16,7 +16,6 @@ from xception_jax.config import (
     XceptionConfig,
     default_values,
     flatten,
-    load_config,
     override,
     to_dict,
 )
@@ -25,8 +24,8 @@ from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.fingerprint import compare_signatures, tree_signature
 from xception_jax.training.restore import is_run, open_run, run_network
+from xception_jax.training.run_directory import saved_config
 from xception_jax.training.state import TrainState
-from xception_jax.training.workdir import CONFIG, has_checkpoints
 from xception_jax.weights import Network, Preprocessing, load_network
 
 # Fields of `config.model` that may differ from the network in the file. They affect only the head or only training.
@@ -37,7 +36,7 @@ _NUM_CLASSES = "model.num_classes"
 _HEAD, _CLASSIFIERS = ("head/", "aux_"), ("head/predictions/", "aux_predictions/")
 
 
-def complete_config(config: ExperimentConfig, workdir: Path) -> tuple[ExperimentConfig, Network | None]:
+def complete_config(config: ExperimentConfig, workdir: str | Path) -> tuple[ExperimentConfig, Network | None]:
     """Completes `config.model` by what the weights of `config.init.weights` and the dataset determine.
 
     Fields of `config.model` that are at their defaults take the values of the network that the weights are for, except
@@ -47,7 +46,7 @@ def complete_config(config: ExperimentConfig, workdir: Path) -> tuple[Experiment
 
     Args:
       config: the config of the run.
-      workdir: its work directory, which may not exist yet.
+      workdir: its work directory, or the address of one, which may not exist yet.
 
     Returns:
       The config, and the network if it was read.
@@ -59,8 +58,7 @@ def complete_config(config: ExperimentConfig, workdir: Path) -> tuple[Experiment
     """
     if not config.init.weights:
         return config, None
-    if has_checkpoints(workdir) and (workdir / CONFIG).is_file():
-        saved = load_config(workdir / CONFIG)
+    if (saved := saved_config(workdir)) is not None:
         return _with_model(config, saved.model, saved.model.num_classes), None
     network = _read(config)
     names = find_class_names(config.data)

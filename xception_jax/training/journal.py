@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
+from xception_jax.logs import goodput
 from xception_jax.logs.console import (
     Progress,
     ProgressLine,
@@ -34,6 +36,7 @@ from xception_jax.training.experiment import Experiment
 
 # Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
 INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
+START = "start"  # the run starts or resumes here; sums up the time of earlier starts, also of entries that are dropped
 RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
 _STEPS_TO_ESTIMATE = 5  # the speed of these steps gives the first estimate of the time that a run takes
@@ -62,6 +65,7 @@ class Journal:
         self._experiment, self._path, self._started = experiment, workdir / "metrics.jsonl", started
         self._log_every = experiment.every(config.log_every)
         self.throughput = Throughput(config.batch_size)
+        self.stopwatch = goodput.Stopwatch(started)
         self._interval: list[dict[str, float]] = []
         self._last_step = step
         self._estimate_at = step + _STEPS_TO_ESTIMATE
@@ -71,7 +75,15 @@ class Journal:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        self._log = MetricsLog(self._path, step)
+        earlier = self.entries()
+        first = None
+        if step < experiment.total_steps:
+            since = time.time() - self.seconds_since_start
+            self.stopwatch = goodput.Stopwatch(started, goodput.carried_over(earlier, step, since))
+            first = START, goodput.to_entry(self.stopwatch.seconds())
+        else:  # only the report is written again
+            self.stopwatch = goodput.Stopwatch(started, goodput.at_step(earlier, step))
+        self._log = MetricsLog(self._path, step, first)
         entries = self.entries()
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in entries), default=0.0)
         self._interval = _unfinished_interval(entries, step)
@@ -88,6 +100,8 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         if self._writes:
             self._exit.close()
+            if self.stopwatch.ended:
+                self.message(goodput.describe(self.stopwatch.seconds()))
 
     def entries(self) -> list[dict[str, Any]]:
         """Returns all entries of metrics.jsonl."""
@@ -120,7 +134,7 @@ class Journal:
         if self._writes:
             say(text)
 
-    def header(self, workdir: Path, step: int) -> None:
+    def header(self, workdir: str, step: int) -> None:
         """Prints a summary of the run before it starts, so that mistakes in the config are visible."""
         experiment = self._experiment
         config, cost, data = experiment.config, experiment.cost, experiment.data
@@ -136,11 +150,12 @@ class Journal:
                 f"{config.model.name}, {cost.parameters:,} parameters, "
                 f"{format_count(cost.multiply_adds)} multiply-adds per image at {config.data.image_size}",
             ),
+            ("live", f"{cost.live_parameters:,} parameters, {format_count(cost.live_multiply_adds)} multiply-adds"),
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
-            ("workdir", str(workdir)),
+            ("workdir", workdir),
         ]
         shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
         for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
@@ -149,6 +164,7 @@ class Journal:
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a finished step. At a log point, writes their mean over the interval."""
         self.throughput.mark(step)
+        self.stopwatch.step_ended(step)
         self._interval.append({name: metrics[name] for name in _AVERAGED if name in metrics})
         self._last_step = step
         log_point = step % self._log_every == 0 or step == self._experiment.total_steps
@@ -197,6 +213,8 @@ class Journal:
 
     def recovery(self, step: int, restored_step: int) -> None:
         """Records that training continues at `step` with the state of an earlier checkpoint."""
+        if self._writes:
+            self.stopwatch.lose(goodput.at_step(self.entries(), restored_step))
         self._write(step, RECOVERY, {"restored_step": restored_step})
         self.message(
             f"went back to the checkpoint of step {restored_step:,}; skipping all batches up to step {step:,}. "
@@ -206,21 +224,30 @@ class Journal:
     def _write(self, step: int, split: str, values: dict[str, Any]) -> None:
         if self._writes:
             values = {name: value for name, value in values.items() if value is not None} | {"seconds": self.seconds}
-            self._log.write(step, split, values)
+            time_spent = self.stopwatch.seconds()
+            self._log.write(step, split, values | goodput.to_entry(time_spent))
             for tracker in self._trackers:
-                tracker.write(step, split, values)
+                tracker.write(step, split, values | {"goodput": goodput.shares(time_spent)[goodput.STEPS]})
 
     def sync(self) -> None:
         """Flushes all entries to disk. Must be called before the checkpoint of the same step is saved."""
         if self._writes:
             if self._interval and not self._log.has(self._last_step, INTERVAL):
                 columns = {name: [entry[name] for entry in self._interval] for name in self._interval[0]}
-                self._log.write(self._last_step, INTERVAL, columns)
+                self._log.write(self._last_step, INTERVAL, columns | goodput.to_entry(self.stopwatch.seconds()))
             self._log.sync()
 
-    def pause(self) -> contextlib.AbstractContextManager:
-        """Returns a context whose duration is excluded from the throughput."""
-        return self.throughput.paused()
+    @contextlib.contextmanager
+    def pause(self, activity: str) -> Iterator[None]:
+        """Counts the time spent in this context as `activity`, and excludes it from the throughput."""
+        with self.throughput.paused(), self.stopwatch.during(activity):
+            yield
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent in this context as waiting for input."""
+        with self.throughput.waiting(), self.stopwatch.during(goodput.INPUT):
+            yield
 
 
 def _unfinished_interval(entries: list[dict[str, Any]], step: int) -> list[dict[str, float]]:

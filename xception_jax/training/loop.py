@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +17,7 @@ from xception_jax.config import ExperimentConfig, resolve, to_json
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
-from xception_jax.files import local_directory
+from xception_jax.logs import goodput
 from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import main_metric, metrics_of
@@ -27,17 +26,20 @@ from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
 from xception_jax.processes import check_processes, connected, together
 from xception_jax.reports.live import marked_when_stopped
 from xception_jax.signals import StopRequested
+from xception_jax.storage import checkpoint_directory
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
+from xception_jax.training.compilation import use_compilation_cache
 from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
 from xception_jax.training.features import with_features
-from xception_jax.training.feed import Feed
+from xception_jax.training.feed import Feed, polled
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
+from xception_jax.training.run_directory import RunDirectory, open_run_directory
 from xception_jax.training.state import DROPOUT, TrainState, seed_bits
-from xception_jax.training.workdir import open_workdir
+from xception_jax.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xception_jax.training.summary import Summary
@@ -53,7 +55,7 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
 
     Args:
       config: a config, such as `get_config()` in a file of configs/ returns.
-      workdir: directory for config.json, metrics.jsonl, checkpoints/<step>/ and report.html.
+      workdir: directory for config.json, metrics.jsonl, checkpoints/<step>/ and report.html, on a file system or in gs://.
 
     Returns:
       A summary of the finished run.
@@ -63,54 +65,58 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
     """
     started = time.monotonic()
     requested = resolve(config)
-    path = local_directory(workdir, "--workdir")
+    address = checkpoint_directory(workdir, "--workdir")
     try:
-        return _train(requested, path, started)
+        return _train(requested, address, started)
     except StopRequested as stop:
-        raise stop.as_error(str(path)) from None
+        raise stop.as_error(address) from None
 
 
-def _train(requested: ExperimentConfig, path: Path, started: float) -> Summary:
+def _train(requested: ExperimentConfig, address: str, started: float) -> Summary:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(connected(requested.distributed, str(path)))
+        stack.enter_context(connected(requested.distributed, address))
         agree_on_config_and_code(requested)
-        config, initial = together("network", lambda: complete_config(requested, path))
-        together("work directory", lambda: stack.enter_context(open_workdir(path, config)))
+        together("compilation cache", lambda: use_compilation_cache(requested.compilation_cache))
+        config, initial = together("network", lambda: complete_config(requested, address))
+        directory = together(
+            "work directory", lambda: stack.enter_context(open_run_directory(address, config, print_once))
+        )
         if jax.process_index() == 0:
-            stack.enter_context(marked_when_stopped(path, print_once))
-        check_shared(path)
-        preemption = stack.enter_context(Preemption(print_once, str(path)))
+            stack.enter_context(marked_when_stopped(directory.files, print_once))
+        check_shared(directory)
+        preemption = stack.enter_context(Preemption(print_once, address))
         check_processes()
         with announce("reading the data and tracing the network", print_once):
             experiment = together("data", lambda: make_experiment(config))
         agree_on_data(experiment.data.fingerprint)
         stack.enter_context(jax.set_mesh(experiment.mesh))
-        checkpoints = stack.enter_context(open_checkpoints(experiment, path))
+        checkpoints = stack.enter_context(open_checkpoints(experiment, directory))
         with announce("restoring the newest checkpoint", print_once):
             restored = checkpoints.restore_latest(experiment.abstract)
         with announce("initializing the network", print_once):
             step, state = restored if restored else (0, first_state(experiment, print_once, initial))
-        journal = stack.enter_context(Journal(experiment, path, step, started))
-        journal.header(path, step)
+        journal = stack.enter_context(Journal(experiment, directory.files, step, started))
+        journal.header(address, step)
+        stack.enter_context(Watchdog(config.watchdog, journal.stopwatch, journal.throughput, directory))
         if config.data.cache_features:
 
             def stop_if_requested() -> None:
                 if preemption.requested:
-                    raise preemption.error(step, path)
+                    raise preemption.error(step, address)
 
             experiment = with_features(experiment, state, journal.message, stop_if_requested)
-        loop = stack.enter_context(contextlib.closing(Loop(experiment, path, checkpoints, journal, preemption)))
+        loop = stack.enter_context(contextlib.closing(Loop(experiment, directory, checkpoints, journal, preemption)))
         try:
             return loop.run(step, state)
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, config) from error
 
 
-def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
+def open_checkpoints(experiment: Experiment, directory: RunDirectory) -> Checkpoints:
     """Opens the checkpoints of a run, ranked by its main metric on the development split."""
     config = experiment.config
     return Checkpoints(
-        workdir / "checkpoints",
+        directory.checkpoints,
         keep_latest=config.checkpoint.keep_latest,
         keep_best=config.checkpoint.keep_best if "dev" in experiment.sources else 0,
         best_metric=("ema_" if config.ema.decay > 0 else "") + main_metric(config).name,
@@ -121,6 +127,7 @@ def open_checkpoints(experiment: Experiment, workdir: Path) -> Checkpoints:
             "dataset": experiment.data.fingerprint,
         },
         allow_dataset_change=config.checkpoint.allow_dataset_change,
+        bucket=directory.bucket,
         report=print_once,
     )
 
@@ -141,9 +148,14 @@ class Loop:
     """
 
     def __init__(
-        self, experiment: Experiment, workdir: Path, checkpoints: Checkpoints, journal: Journal, preemption: Preemption
+        self,
+        experiment: Experiment,
+        directory: RunDirectory,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        preemption: Preemption,
     ):
-        self.experiment, self.workdir, self.config = experiment, workdir, experiment.config
+        self.experiment, self.directory, self.config = experiment, directory, experiment.config
         self.checkpoints, self.journal, self.preemption = checkpoints, journal, preemption
         self.metrics = metrics_of(self.config)
         self.evaluation_step = make_evaluation_step(experiment.model, self.config)
@@ -182,8 +194,11 @@ class Loop:
             with announce("compiling the training step, which can take a minute", print_once):
                 train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
-            trace = StepTrace(self.workdir / "profile", self.config.profile, train_step.as_text, self.journal.message)
-        with self.preemption.deferred():  # until the state is saved
+            trace = StepTrace(
+                self.directory.files / "profile", self.config.profile, train_step.as_text, self.journal.message
+            )
+        doing = self.journal.stopwatch.during
+        with self.preemption.deferred(), doing(goodput.STEPS):  # until the state is saved
             while True:
                 if self._is_due(evaluation):
                     self._evaluate_dev()
@@ -191,11 +206,12 @@ class Loop:
                     break
                 if self._is_due(checkpoint):
                     self._save()
-                if self.preemption.should_stop(self.step):
-                    self._stop()
                 batch = self._next_batch()
+                if self.preemption.should_stop():
+                    self._stop()
                 before, self.dispatched = self.dispatched, None
-                trace.before_step(self.state)
+                with doing(goodput.EVALUATION):
+                    trace.before_step(self.state)
                 self.state, metrics = train_step(self.state, batch, dropout)
                 self.step += 1
                 self.dispatched = _Dispatched(self.step, metrics)
@@ -203,21 +219,22 @@ class Loop:
                 self._read(before)
                 self.checkpoints.poll()
             if trains:
-                trace.end(self.state)
-            self._save()
-            self.checkpoints.wait()
+                with doing(goodput.EVALUATION):
+                    trace.end(self.state)
+            self._save(wait=True)
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
+        fingerprint = state_fingerprint(self.state)
         from xception_jax.training.summary import summarize_run  # imports matplotlib, see _evaluate_dev
 
-        with announce("writing the report", print_once):
+        with announce("writing the report", print_once), doing(goodput.EVALUATION), self.preemption.ending():
             return summarize_run(
                 self.experiment,
-                self.workdir,
+                self.directory,
                 self.journal,
                 self.dev_predictions,
                 predictions,
                 list(self.state.all_variables().values())[-1],
-                fingerprint=state_fingerprint(self.state),
+                fingerprint=fingerprint,
                 seconds_to_first_step=self.seconds_to_first_step,
             )
 
@@ -247,7 +264,7 @@ class Loop:
     def _next_batch(self) -> DeviceBatch:
         """Waits for the next batch, or until a signal arrives."""
         assert self.feed is not None
-        with self.journal.throughput.waiting():
+        with self.journal.waiting():
             batch, on_devices = self.feed.next(self._stop_if_requested)
         self._note_damaged("train", batch)
         if batch["image"].ndim == 4 and self.step % self.experiment.every(self.config.evaluation.every) == 0:
@@ -285,12 +302,15 @@ class Loop:
         the data still depends only on the step, and an interrupted run recovers in the same way.
         """
         has_recovered = self.journal.has_recovered
-        restored = None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
+        with self.journal.stopwatch.during(goodput.START):
+            restored = (
+                None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
+            )
         if restored is None:
             raise DivergedError(
                 f"the loss was not finite for {self.config.max_bad_steps} steps in a row, "
                 + ("also after a recovery" if has_recovered else "and there is no checkpoint to restore"),
-                f"step {bad_step}; the last checkpoint is kept in {self.workdir / 'checkpoints'}",
+                f"step {bad_step}; the last checkpoint is kept in {self.directory.checkpoints}",
                 "lower config.schedule.learning_rate, or add a config.schedule.warmup",
             )
         restored_step, state = restored
@@ -307,11 +327,13 @@ class Loop:
         """Returns whether an event that happens every `every` steps, and at the last step, is due now."""
         return self.step > 0 and (self.step % every == 0 or self.step == self.experiment.total_steps)
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
         self._flush()
         self.journal.sync()
-        with self.journal.pause():
+        with self.journal.pause(goodput.SAVING):
             self.checkpoints.save(self.step, self.state, self.dev_metrics)
+            if wait:
+                self.checkpoints.wait()
         self.dev_metrics = {}
 
     def _stop_if_requested(self) -> None:
@@ -320,26 +342,27 @@ class Loop:
 
     def _stop(self) -> None:
         """Saves a checkpoint and ends the run with a PreemptedError."""
-        self._save()
-        self.checkpoints.wait()
-        raise self.preemption.error(self.step, self.workdir)
+        self._save(wait=True)
+        raise self.preemption.error(self.step, self.directory.shown)
 
     def _evaluate(self, split: str) -> tuple[dict[str, float], Predictions]:
         source = self.experiment.sources[split]
 
         def poll(batch: Batch) -> None:
             self._note_damaged(split, batch)
-            self._stop_if_requested()
+            if self.preemption.should_stop():
+                self._stop()
 
         variables = self.state.all_variables()
         start = time.monotonic()
         announced = announce(f"evaluating on {split}: {len(source):,} images", print_once)
-        with announced, self.journal.pause(), contextlib.closing(iter(self.evaluation_batches[split])) as iterator:
+        batches = contextlib.closing(iter(self.evaluation_batches[split]))
+        with announced, self.journal.pause(goodput.EVALUATION), batches as iterator:
             metrics, predictions = evaluate(
                 self.evaluation_step,
                 self.metrics,
                 variables,
-                iterator,
+                polled(iterator, self._stop_if_requested),
                 len(source),
                 to_devices=self._to_devices,
                 poll=poll,
@@ -369,10 +392,10 @@ class Loop:
         from xception_jax.training.summary import write_live_report  # imports matplotlib, which takes a second
 
         started = self.journal.seconds_since_start
-        with self.journal.pause():
+        with self.journal.pause(goodput.EVALUATION):
             write_live_report(
                 self.experiment,
-                self.workdir,
+                self.directory.files,
                 self.journal,
                 predictions,
                 seconds_to_first_step=self.seconds_to_first_step,
@@ -386,5 +409,5 @@ class Loop:
         if not self.journal.has(self.step, "test"):
             self.journal.evaluation(self.step, "test", metrics)
         if jax.process_index() == 0:
-            save_predictions(self.workdir / "predictions_test.npz", predictions)
+            save_predictions(self.directory.files / "predictions_test.npz", predictions)
         return predictions

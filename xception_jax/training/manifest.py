@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xception_jax.files import open_regular, sync_directory, write_atomically
+from xception_jax.files import sync_directory
 from xception_jax.names import printable
+from xception_jax.storage import is_url
+from xception_jax.training.step_files import files_below, open_file, replace
 
 NAME = "manifest.json"
 
@@ -34,15 +36,16 @@ def write(directory: Path, record: dict[str, Any], known: Mapping[str, Any] | No
       OSError: a file cannot be read, or the manifest cannot be written.
     """
     paths = [path for path in files_below(directory) if not path.name.startswith(NAME)]
-    for path in paths:
+    on_disk = not is_url(directory)
+    for path in paths if on_disk else []:
         _sync(path)
     # Sync the files, then their directories, then the manifest, so that a manifest that survives a power failure proves
     # that everything else did.
-    for subdirectory in {path.parent for path in paths} | {directory, directory.parent}:
+    for subdirectory in {path.parent for path in paths} | {directory, directory.parent} if on_disk else ():
         sync_directory(subdirectory)
     names = {path.relative_to(directory).as_posix(): path for path in paths}
     files = {name: (known or {}).get(name) or measure(path) for name, path in names.items()}
-    write_atomically(directory / NAME, sealed({"record": record, "files": files}))
+    replace(directory / NAME, sealed({"record": record, "files": files}))
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -54,19 +57,15 @@ def read(directory: Path) -> dict[str, Any]:
     return read_content(directory / NAME)["record"]
 
 
-def files_below(directory: Path) -> list[Path]:
-    """Returns the files in a directory and below it, sorted."""
-    return sorted(path for path in directory.rglob("*") if path.is_file())
-
-
 def measure(path: Path) -> dict[str, Any]:
     """Returns the size and the SHA-256 of a file.
 
     Raises:
       OSError: the file cannot be read, or is not a regular file.
     """
-    with open_regular(path) as file:
-        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with open_file(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.seek(0, os.SEEK_END), "sha256": digest}
 
 
 def compare_files(directory: Path, files: Mapping[str, Any]) -> None:
@@ -79,10 +78,11 @@ def compare_files(directory: Path, files: Mapping[str, Any]) -> None:
         shown = printable(name)
         try:
             path = directory / name
-            size = path.stat().st_size
-            if size != entry["size"]:
-                raise DamagedError(f"{shown} has {size} bytes instead of {entry['size']}")
-            if measure(path)["sha256"] != entry["sha256"]:
+            found = measure(path) if is_url(directory) else {"size": path.stat().st_size}
+            if found["size"] != entry["size"]:
+                raise DamagedError(f"{shown} has {found['size']} bytes instead of {entry['size']}")
+            # A file on a disk is only read if it has the right size.
+            if (found.get("sha256") or measure(path)["sha256"]) != entry["sha256"]:
                 raise DamagedError(f"the SHA-256 of {shown} differs")
         except FileNotFoundError:
             raise DamagedError(f"{shown} is missing") from None
@@ -104,7 +104,7 @@ def read_bytes(path: Path) -> bytes:
       OSError: it cannot be read, or is not a regular file.
       DamagedError: it is larger than any that was written.
     """
-    with open_regular(path) as file:
+    with open_file(path) as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise DamagedError(f"{path.name} has more than {_MAX_BYTES:,} bytes")
@@ -153,5 +153,5 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def _sync(path: Path) -> None:
-    with open_regular(path) as file:
+    with open_file(path) as file:
         os.fsync(file.fileno())

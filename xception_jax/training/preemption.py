@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
-import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import jax
-from jax.experimental import multihost_utils
 
 from xception_jax.errors import PreemptedError
-from xception_jax.signals import ONE_REQUEST_SECONDS, SIGNALS, StopSignals
+from xception_jax.processes import gather
+from xception_jax.signals import ONE_REQUEST_SECONDS, SIGNALS, StopRequested, StopSignals
+from xception_jax.training.stop_point import StopPoint
 
 __all__ = ["ONE_REQUEST_SECONDS", "SIGNALS", "Preemption"]
+
+_SECONDS_FOR_THE_OTHERS = 1.0  # process 0 ends last, because the others need its store
 
 
 class Preemption(StopSignals):
     """Context manager that turns SIGTERM and SIGINT into a request to stop.
 
-    Inside of `deferred()`, the loop calls `should_stop(step)` once after each step. If this is True, the loop saves and
-    raises `error(step)`. Outside of it, all trained steps are saved, and the first signal ends the run at once.
+    Inside of `deferred()`, the loop calls `should_stop()` before each step and each batch of an evaluation. If this is
+    True, the loop saves and raises `error(step)`. Outside of it, all trained steps are saved, and the first signal ends
+    the run at once.
 
-    With several processes, a signal to one of them stops all of them after the same step: the distributed runtime of
-    JAX has its own SIGTERM handler, which notifies the others. This context calls that handler, so
-    `jax.distributed.initialize()` must run first. No process may then end before the others have agreed, so that the
-    first signal never ends one at once.
+    With several processes, a signal to one of them stops all of them at the same point, see `StopPoint`. No process may
+    end before the others have agreed, so the first signal never ends one at once.
 
     Args:
       report: called with one line that acknowledges the first signal, from another thread.
@@ -33,43 +35,78 @@ class Preemption(StopSignals):
     """
 
     def __init__(self, report: Callable[[str], None] = print, where: str = ""):
-        super().__init__(report, where)
-        self._agreed = False  # among all processes
-        self._distributed = jax.distributed.is_initialized()
+        super().__init__(self._acknowledge, where)
+        self._report_line = report
+        self._ending = False
+        self._point = StopPoint(self._agreed) if jax.distributed.is_initialized() else None
+
+    def __exit__(self, *error: object) -> None:
+        """Restores the previous handlers."""
+        if self._point is not None:
+            self._point.close()
+        super().__exit__(*error)  # type: ignore[arg-type]
 
     @property
     def requested(self) -> bool:
-        """Whether to stop now. Cheap enough to check at every batch of an evaluation, or while waiting for input.
+        """Whether to stop now. Cheap enough to check while waiting for input.
 
-        With several processes, it stays False until `should_stop` has agreed on the step at which all of them stop. If
-        one process left the loop earlier, the others would wait for it in a collective.
+        With several processes, it stays False until all of them have agreed to stop at the next point.
         """
-        return self._agreed if self._distributed else super().requested
+        return super().requested if self._point is None else self._point.is_next
 
-    def should_stop(self, step: int) -> bool:
-        """Returns whether the run must end after this step.
-
-        Args:
-          step: the step that was just dispatched. Every process must ask for every step, in order: JAX answers yes only
-            for one step, the first that no process had reached when the signal arrived.
-        """
-        if self._distributed and not self._agreed:
-            self._agreed = multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
+    def should_stop(self) -> bool:
+        """Returns whether the run must end now. Every process must ask as often, and in the same order."""
+        return super().requested if self._point is None else self._point.stops()
 
     def error(self, step: int, workdir: str | os.PathLike) -> PreemptedError:
         """Returns the error to raise after the checkpoint of `step` has been written."""
-        cause = self._signal.name if self._signal else "a signal to another process"
         return PreemptedError(
-            f"stopped by {cause} after step {step}, which is saved", str(workdir), "run the same command to resume"
+            f"stopped by {self._cause} after step {step}, which is saved",
+            str(workdir),
+            "run the same command to resume",
         )
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Context of what follows the last point, such as the report: the processes do not need each other in it.
+
+        With several processes, a signal to one of them ends all of them at once. At its end, they wait for each other.
+
+        Raises:
+          StopRequested: a stop was requested.
+        """
+        if self._point is None:
+            yield
+            return
+        stops = self._point.stops()
+        self._ending = True  # before the question whether there is a request, see `_agreed`
+        if stops or self._point.is_next:
+            raise StopRequested(self._cause)
+        yield
+        if not self._point.is_next:
+            gather("the end", "")
+        if self._point.is_next:
+            raise StopRequested(self._cause)
+
+    @property
+    def _cause(self) -> str:
+        return self._signal.name if self._signal else "a signal to another process"
 
     @property
     def _immediate(self) -> bool:
-        return super()._immediate and not self._distributed
+        return super()._immediate and self._point is None
 
-    def _on_signal(self, signum: int, frame: object) -> None:
-        handler = self._foreign_handlers[signal.SIGTERM]
-        if self._signal is None and self._distributed and handler is not None:
-            ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)(signal.SIGTERM)
-        super()._on_signal(signum, frame)
+    def _acknowledge(self, line: str) -> None:
+        if self._point is not None:
+            self._point.request()
+        self._report_line(line)
+
+    def _agreed(self) -> None:
+        """Ends this process if there is nothing to save, in this process and all others."""
+        assert self._point is not None
+        nothing_trained = self._point.is_before_all
+        if self._owns_process and (nothing_trained or self._ending):
+            os.write(2, f"{StopRequested(self._cause).as_error(self._where)}\n".encode())
+            if jax.process_index() == 0:
+                time.sleep(_SECONDS_FOR_THE_OTHERS)
+            os._exit(PreemptedError.exit_code)

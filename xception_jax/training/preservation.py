@@ -23,8 +23,12 @@ class LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
     scores: dict[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = sorted(info.step for info in checkpoints)
+        kept = self.kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Returns the steps that are kept."""
+        steps = sorted(steps)
         scored = sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
         kept = set(steps[-self.keep_latest :]) | set(scored[len(scored) - self.keep_best :] if self.keep_best else ())
-        kept |= set([step for step in steps if step % self.regular_every == 0][-1:])
-        return [info.step in kept for info in checkpoints]
+        return kept | set([step for step in steps if step % self.regular_every == 0][-1:])

@@ -13,14 +13,16 @@ import numpy as np
 from xception_jax.config import ExperimentConfig, MeshConfig, load_config
 from xception_jax.data.prepare.datasets import find_class_names
 from xception_jax.errors import InputMissingError
-from xception_jax.files import sha256
 from xception_jax.logs.console import say
 from xception_jax.models import create_model
 from xception_jax.parallel import make_mesh
+from xception_jax.storage import join, names_object_store
 from xception_jax.training import manifest
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.optimizers import make_optimizer, make_schedule
+from xception_jax.training.run_directory import open_run_store, read_config
 from xception_jax.training.state import TrainState, abstract_state, make_state_init
+from xception_jax.training.step_files import exists, step_path
 from xception_jax.training.workdir import CHECKPOINTS, CONFIG
 from xception_jax.weights import Network, Preprocessing, hub
 from xception_jax.weights.released import WEIGHTS
@@ -44,8 +46,11 @@ class Run:
 
 
 def is_run(source: str) -> bool:
-    """Returns whether a source is the work directory of a run. Anything but a directory is considered a weight file."""
-    return Path(source).is_dir()
+    """Returns whether a source is the work directory of a run: a directory, or an address in an object store.
+
+    Anything else is considered a weight file.
+    """
+    return names_object_store(source) or Path(source).is_dir()
 
 
 def run_network(source: str, run: Run) -> Network:
@@ -69,16 +74,25 @@ def open_run(workdir: str, step: int | None = None) -> Run:
       InputMissingError: there is no run, or no such checkpoint.
       BadDataError: the checkpoint `step`, or every checkpoint, is damaged.
     """
+    if names_object_store(workdir):
+        store = open_run_store(workdir)
+        return _restored(store.root, read_config(store), step)
     path = Path(workdir)
     if hub.read(path / CONFIG) is not None:
         fix = f"use the weight file in it: {path / WEIGHTS}"
         raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
-    if not os.path.lexists(path / CONFIG):
+    config = load_config(path / CONFIG) if os.path.lexists(path / CONFIG) else None
+    return _restored(workdir, config, step)
+
+
+def _restored(workdir: str, config: ExperimentConfig | None, step: int | None) -> Run:
+    """Reads a checkpoint of a run with this config."""
+    if config is None:
         fix = f"use a weight file, or the work directory of a run, which contains {CONFIG}"
         raise InputMissingError("there is no run", workdir, fix)
-    config = load_config(path / CONFIG)
     abstract = _abstract_state(config)
-    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True, report=say)
+    directory = join(workdir, CHECKPOINTS)
+    checkpoints = Checkpoints(directory, read_only=True, report=say)
     with checkpoints:
         if step is None:
             restored = checkpoints.restore_latest(abstract)
@@ -87,12 +101,12 @@ def open_run(workdir: str, step: int | None = None) -> Run:
             step, state = restored
         else:
             state = checkpoints.restore(step, abstract)
-    seal = path / CHECKPOINTS / str(step) / manifest.NAME
+    seal = step_path(join(directory, str(step), manifest.NAME))
     return Run(
         config=config,
         step=step,
         variables={prefix: jax.tree.map(np.asarray, tree) for prefix, tree in state.all_variables().items()},
-        sha256=sha256(seal) if seal.exists() else "",
+        sha256=manifest.measure(seal)["sha256"] if exists(seal) else "",
     )
 
 

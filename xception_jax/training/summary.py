@@ -31,6 +31,8 @@ from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbna
 from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
+from xception_jax.training.run_directory import RunDirectory
+from xception_jax.training.workdir import CHECKPOINTS
 from xception_jax.user_files import writing
 from xception_jax.weights import Network, Preprocessing
 
@@ -49,8 +51,9 @@ class Summary:
       metrics: metrics of the test split if there is one, otherwise of the last evaluation on the development split.
       main_metric: the metric that `str` shows.
       state_sha256: fingerprint of the final state.
-      report: path of report.html.
-      checkpoint: path of the last checkpoint.
+      report: path of report.html, which may be in a bucket.
+      checkpoint: path of the last checkpoint, which may be in a bucket.
+      time_spent: seconds of each of `goodput.ACTIVITIES` since the first start of the run, on process 0.
     """
 
     step: int
@@ -60,6 +63,7 @@ class Summary:
     state_sha256: str
     report: Path
     checkpoint: Path
+    time_spent: dict[str, float]
 
     def __str__(self) -> str:
         """Returns the lines that are printed at the end of a run."""
@@ -80,7 +84,7 @@ class Summary:
 
 def summarize_run(
     experiment: Experiment,
-    workdir: Path,
+    directory: RunDirectory,
     journal: Journal,
     development: Predictions | None,
     test: Predictions | None,
@@ -93,7 +97,7 @@ def summarize_run(
 
     Args:
       experiment: the experiment.
-      workdir: the work directory.
+      directory: the work directory.
       journal: the journal of the run.
       development: predictions of the final state on the development split, on which thresholds are chosen.
       test: predictions on the test split.
@@ -107,7 +111,7 @@ def summarize_run(
     entries = journal.entries()
     evaluations = [entry for split in ("dev", "test") for entry in entries if entry["split"] == split]
     final = evaluations[-1] if evaluations else {}
-    report = workdir / "report.html"
+    report = directory.path("report.html")
     groups = None
     if jax.process_index() == 0:
         info = _run_info(experiment, journal, seconds_to_first_step)
@@ -121,10 +125,17 @@ def summarize_run(
             judged = _judge(experiment, "dev", development, variables=variables)
         groups = judged.judgement.groups if judged is not None else None
         with writing("report", report, "free some space and run the same command again: it only writes the report"):
-            _write(experiment, workdir, entries, info, judged)
+            _write(experiment, directory.files, entries, info, judged)
     step = experiment.total_steps
     return Summary(
-        step, groups, final, main_metric(experiment.config), fingerprint, report, workdir / "checkpoints" / str(step)
+        step,
+        groups,
+        final,
+        main_metric(experiment.config),
+        fingerprint,
+        report,
+        directory.path(CHECKPOINTS, str(step)),
+        journal.stopwatch.seconds(),
     )
 
 
@@ -158,10 +169,13 @@ def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: f
     info: RunInfo = {
         "devices": f"{experiment.mesh.size} x {_device_name()}",
         "parameters": experiment.cost.parameters,
+        "live_parameters": experiment.cost.live_parameters,
         "multiply_adds": experiment.cost.multiply_adds,
+        "live_multiply_adds": experiment.cost.live_multiply_adds,
         "total_steps": experiment.total_steps,
         "steps_per_epoch": len(experiment.sources["train"]) / experiment.config.batch_size,
         "wall_seconds": journal.seconds,
+        "time_spent": journal.stopwatch.seconds(),
         "peak_memory_bytes": peak_memory_bytes(),
         "command": command(),
         "commit": _commit(),

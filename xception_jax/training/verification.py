@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,14 +15,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from xception_jax.errors import StorageError
-from xception_jax.files import open_regular, write_atomically
+from xception_jax.errors import BadDataError, StorageError
 from xception_jax.names import printable
+from xception_jax.parallel import from_primary
+from xception_jax.storage import is_url
 from xception_jax.training import digest, manifest
 from xception_jax.training.digest import Digest
+from xception_jax.training.fingerprint import compare_signatures
 from xception_jax.training.manifest import DamagedError
+from xception_jax.training.step_files import RUN_ID, exists, open_file, rename, replace
 
-RUN_ID = "run_id"
 _RUN = re.compile("[0-9a-f]{32}")
 _REASON = "damage.txt"  # says why a directory was set aside
 
@@ -55,7 +56,7 @@ def verify_step(directory: Path, step: int, run: str, *, read_files: bool) -> Ve
     Raises:
       DamagedError: a file or the record differs, or there is neither a manifest nor a digest.
     """
-    has_manifest = os.path.lexists(directory / manifest.NAME)
+    has_manifest = exists(directory / manifest.NAME)
     if not has_manifest and not digest.exists(directory):
         raise DamagedError("it has neither a manifest nor a digest to verify it with")
     content = manifest.read_content(directory / manifest.NAME) if has_manifest else {}
@@ -74,12 +75,50 @@ def verify_step(directory: Path, step: int, run: str, *, read_files: bool) -> Ve
     return Verified(record, found, has_manifest)
 
 
+def refuse_other_model(directory: Path, stored: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raises BadDataError unless a step holds the expected arrays, given by name as `tree_signature` returns them."""
+    differences, table = compare_signatures(stored, wanted)
+    if differences:
+        raise BadDataError(
+            f"checkpoint {directory.name} holds a different model: {differences} of {len(wanted)} parameters differ",
+            str(directory),
+            "use the config that it was trained with, or another work directory",
+            table,
+        )
+
+
+def refuse_other_dataset(directory: Path, record: dict[str, Any], now: str | None) -> None:
+    """Raises BadDataError if a step was trained on a dataset with another fingerprint."""
+    stored = record.get("identity", {}).get("dataset")
+    if stored and now and stored != now:
+        raise BadDataError(
+            f"checkpoint {directory.name} was trained on a different dataset: fingerprint {stored}, now {now}",
+            str(directory),
+            "restore the dataset, use another work directory, or set config.checkpoint.allow_dataset_change=True",
+        )
+
+
+def identify_run(directory: Path, steps: Iterable[int], *, write: bool) -> str:
+    """Returns the identifier of the run on all processes, if `write` a new one for a new directory.
+
+    Raises:
+      OSError: it cannot be written.
+      UserError: the store cannot be read or written.
+    """
+    run, primary = "", jax.process_index() == 0
+    if primary:
+        run = find_run_id(directory, steps)
+    if primary and write:
+        run = keep_run_id(directory, run)
+    return f"{number:032x}" if (number := from_primary(int(run or "0", 16))) else ""
+
+
 def find_run_id(directory: Path, steps: Iterable[int]) -> str:
     """Returns the identifier of the run that saves into a directory, or '' if it is not known.
 
     It is in a file beside the steps. Without the file, it is the one that most steps name.
     """
-    with contextlib.suppress(OSError, ValueError), open_regular(directory / RUN_ID) as file:
+    with contextlib.suppress(OSError, ValueError), open_file(directory / RUN_ID) as file:
         text = file.read(100).decode().strip()
         if _RUN.fullmatch(text):
             return text
@@ -98,8 +137,10 @@ def keep_run_id(directory: Path, run: str) -> str:
     """
     run = run or uuid.uuid4().hex
     path = directory / RUN_ID
-    if not path.is_file() or path.read_bytes() != f"{run}\n".encode():
-        write_atomically(path, f"{run}\n")
+    with contextlib.suppress(FileNotFoundError), open_file(path) as file:
+        if file.read(100) == f"{run}\n".encode():
+            return run
+    replace(path, f"{run}\n")
     return run
 
 
@@ -125,17 +166,17 @@ def set_aside(directory: Path, target: Path, reason: str) -> None:
       StorageError: it cannot be renamed.
     """
     try:
-        directory.rename(target)
+        rename(directory, target)
     except OSError as error:
         what = f"a damaged checkpoint ({reason}) cannot be renamed: {error.strerror}"
         raise StorageError(what, str(directory), "rename or delete it") from None
-    if not target.is_symlink():  # the directory that a link refers to may be intact
+    if is_url(target) or not target.is_symlink():  # the directory that a link refers to may be intact
         with contextlib.suppress(OSError):  # the disk is full
-            write_atomically(target / _REASON, reason)
+            replace(target / _REASON, reason)
 
 
 def read_reason(directory: Path) -> str:
     """Returns why a directory was set aside, in one line."""
-    with contextlib.suppress(OSError), open_regular(directory / _REASON) as file:
+    with contextlib.suppress(OSError), open_file(directory / _REASON) as file:
         return printable(file.read(1000).decode(errors="replace"))
     return "damaged"

@@ -20,12 +20,15 @@ from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import remove_leftovers, write_atomically
 from xception_jax.names import command_line
+from xception_jax.storage import join
 from xception_jax.user_files import parse_json, read_text, reading
 
 CONFIG = "config.json"
 LOCK = "lock"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+CHECKPOINT = re.compile(r"\d+(\.corrupt-.*)?")
+"""Names of checkpoints, intact or not."""
 
 # Where a run or a study writes files. The work directory of each cell of a study is cleaned when it is opened.
 _WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
@@ -88,7 +91,7 @@ def open_workdir(
             _require(path / name, stat.S_ISREG, "a regular file")
         _require(path / CHECKPOINTS, stat.S_ISDIR, "a directory", links=True)
         # Must come after the lock: config.json may belong to another run that is still active.
-        _write_config(path, config, report)
+        write_config(path, config, has_checkpoints(path), report)
         yield path
 
 
@@ -207,23 +210,37 @@ def _describe(holder: bytes) -> str:
         return "it has just started"
 
 
-def _write_config(path: Path, config: ExperimentConfig, report: Callable[[str], None]) -> None:
-    """Compares config.json with the config of this run, and replaces it."""
-    text = to_json(config)
+def write_config(
+    path: Path, config: ExperimentConfig, protect: bool, report: Callable[[str], None], shown: str = ""
+) -> None:
+    """Compares config.json with the config of this run, and replaces it.
+
+    Args:
+      path: the directory of config.json.
+      config: the resolved config.
+      protect: whether there are checkpoints, which another experiment must not continue.
+      report: called with one line for each field that has changed.
+      shown: name of the directory in messages, by default its path.
+
+    Raises:
+      ConfigError: another experiment would continue the checkpoints, or config.json is damaged.
+      WorkdirError: it cannot be written.
+    """
+    text, shown = to_json(config), shown or str(path)
     changes = {}
     if os.path.lexists(path / CONFIG):
         fix = "delete it if the work directory was created with this config"
-        with reading("config of the run", path / CONFIG, fix, damaged=ConfigError):
+        with reading("config of the run", join(shown, CONFIG), fix, damaged=ConfigError):
             stored = read_text(path / CONFIG)
             if stored == text:
                 return
             changes = _changes(parse_json(stored, dict), json.loads(text))
     refused = [line for name, line in changes.items() if _IDENTITY.fullmatch(name) and name not in _NOT_IDENTITY]
     # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.
-    if refused and has_checkpoints(path):
+    if refused and protect:
         raise ConfigError(
             f"the work directory has checkpoints of another experiment: {len(refused)} of its fields differ",
-            f"{path} (stored -> now)",
+            f"{shown} (stored -> now)",
             "restore these fields, or choose another work directory",
             refused,
         )
@@ -251,4 +268,4 @@ def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 def has_checkpoints(path: Path) -> bool:
     """Returns whether a work directory has checkpoints, intact or not."""
-    return any(re.fullmatch(r"\d+(\.corrupt-.*)?", entry.name) for entry in (path / CHECKPOINTS).glob("*"))
+    return any(CHECKPOINT.fullmatch(entry.name) for entry in (path / CHECKPOINTS).glob("*"))

@@ -27,9 +27,10 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
+from xception_jax.files import open_regular
+from xception_jax.user_files import reading
 from xception_jax.weights.content import ERROR, MEMORY, READY, Content, decode
 from xception_jax.weights.limits import RAISE, Limits
-from xception_jax.weights.regular import open_regular
 
 _START_SECONDS = 120  # for the imports of the child, from a slow disk
 _CODE = (
@@ -45,11 +46,14 @@ def open_weights(path: Path) -> Iterator[Reader]:
     """Opens a weight file and starts the process that will read it; it has ended when the context does.
 
     Raises:
-      InputMissingError: there is no such file, or it is not a regular one.
-      StorageError: it cannot be opened, or the process cannot be started.
+      InputMissingError: there is no such file, it is not a regular one, or it may not be read.
+      StorageError: opening it failed, or the process cannot be started.
       ConfigError: the environment variable for the limits is malformed.
     """
-    with open_regular(path) as file, _unnamed_file() as buffer:
+    with contextlib.ExitStack() as stack:
+        with reading("weight file", path, "give the path of a .safetensors, .keras or .h5 file"):
+            file = stack.enter_context(open_regular(path))
+        buffer = stack.enter_context(_unnamed_file())
         child = _Child(file, buffer, str(path))
         try:
             yield Reader(file, buffer, str(path), child)

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import h5py
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors
 
 from xception_jax.errors import StorageError
+from xception_jax.files import open_regular
 from xception_jax.weights import guard
 from xception_jax.weights.content import (
     ARCHITECTURE,
@@ -33,7 +33,6 @@ from xception_jax.weights.content import (
     views,
 )
 from xception_jax.weights.limits import Limits, elements
-from xception_jax.weights.regular import open_regular
 
 _SAFETENSORS_DTYPES = {"BOOL": "|b1", "U8": "|u1", "I8": "|i1", "BF16": BFLOAT16}
 _SAFETENSORS_DTYPES |= {f"{kind.upper()}{8 * size}": f"<{kind}{size}" for kind in "iuf" for size in (2, 4, 8)}
@@ -57,7 +56,7 @@ def parse_file(path: str | os.PathLike) -> Content[np.ndarray]:
     Raises:
       InputMissingError: there is no such file.
     """
-    with open_regular(Path(path)) as file:
+    with open_regular(path) as file:
         return parse(file, os.fspath(path))
 
 

@@ -20,6 +20,7 @@ from xception_jax import environment
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.files import local_directory, write_atomically
 from xception_jax.names import printable, printable_path
+from xception_jax.storage import checkpoint_directory, names_object_store
 from xception_jax.weights.released import CONFIG, PICKLES, RELEASES, WEIGHTS, Release
 
 if TYPE_CHECKING:
@@ -98,11 +99,15 @@ def require_known(source: str) -> None:
     """Raises a UserError if a source is no path that exists, name or address. Needs neither the network nor JAX.
 
     Raises:
+      ConfigError: the address of an object store is malformed.
       UsageError: the address of a file on the hub is malformed.
-      InputMissingError: there is no such path or name.
+      InputMissingError: there is no such path or name, or a package for the object store is missing.
       BadDataError: the weights are public only as a pickle.
     """
     if os.path.exists(source) or source in RELEASES:
+        return
+    if names_object_store(source):
+        checkpoint_directory(source, "the work directory", InputMissingError)
         return
     if source.startswith(HUB):
         parse(source)

@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare.archives import members, unexpected
-from xception_jax.data.prepare.writer import Dataset
+from xception_jax.data.prepare.writer import Dataset, fingerprint_of_files
 from xception_jax.errors import InputMissingError
 
 NAME = "imagenet2012"
@@ -55,6 +55,7 @@ def imagenet2012(source: Path) -> Dataset:
         description="ILSVRC 2012, images as distributed. Russakovsky et al., IJCV 2015.",
         expected=EXPECTED,
         version=TFDS_VERSION,
+        source=fingerprint_of_files((train, validation)),
     )
 
 

@@ -21,6 +21,7 @@ from xception_jax.data.metadata import open_builder
 from xception_jax.data.prepare.writer import (
     Summary,
     existing,
+    fingerprint_of_files,
     incomplete_directory,
     shard_template,
     write_array_record,
@@ -64,13 +65,15 @@ def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, prog
     target = data_dir / name / version
     if target.resolve() == source.resolve():
         raise UsageError("the copy would replace the original", str(source), "choose another --data_dir for the copy")
-    with incomplete_directory(data_dir, name, version, overwrite=overwrite) as partial:
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    identity = fingerprint_of_files(files)
+    with incomplete_directory(data_dir, name, version, overwrite=overwrite, source=identity) as partial:
         if partial is None:
             return existing(target)
         splits = [_copy_split(split, info.name, partial, progress) for split in info.splits.values()]
-        for path in source.iterdir():
+        for path in files:
             # Class names and similar files, but not the records or their description, which changes.
-            if path.is_file() and ".tfrecord" not in path.name and path.name != "dataset_info.json":
+            if ".tfrecord" not in path.name and path.name != "dataset_info.json":
                 shutil.copy(path, partial / path.name)
         _write_info(source, partial, splits)
     return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
@@ -83,8 +86,9 @@ def _copy_split(split: tfds.core.SplitInfo, name: str, partial: Path, progress: 
     for shard, (path, length) in enumerate(
         tqdm(shards, printable(f"{name} {split.name}"), count, disable=None if progress else True)
     ):
-        records = _expect(read_tfrecord(Path(path)), length, path)
-        write_array_record(Path(template.sharded_filepath(shard_index=shard, num_shards=count)), records)
+        copy = Path(template.sharded_filepath(shard_index=shard, num_shards=count))
+        if not copy.exists():  # a process that was killed may have written it
+            write_array_record(copy, _expect(read_tfrecord(Path(path)), length, path))
     return split.replace(filename_template=template)
 
 

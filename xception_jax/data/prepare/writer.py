@@ -3,7 +3,8 @@
 Examples arrive as a stream and are stored in the order of a hash of their keys, as in every TFDS dataset. A split such
 as 'train[98%:]' is then a random sample, although ImageNet's archive is sorted by class. (TFDS' own shuffler needs
 TensorFlow above 1 GB.) Everything is written to `<version>.incomplete`, which is renamed at the end: a killed process
-leaves nothing that looks complete.
+leaves nothing that looks complete. The same command then goes on: a split of which all examples have been read is not
+read again, and a shard that is whole is not written again.
 """
 
 from __future__ import annotations
@@ -15,26 +16,37 @@ import fcntl
 import hashlib
 import os
 import shutil
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import dataset_info as tfds_dataset_info
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.utils import shard_utils
-from tqdm import tqdm
 
 from xception_jax.data.metadata import check_features, open_builder
+from xception_jax.data.prepare.progress import Progress
+from xception_jax.data.prepare.sorting import SortedRecords
 from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, StorageError
+from xception_jax.files import write_atomically
 
 VERSION = "1.0.0"
 
-_BUCKETS = 512
-_BUCKET_MEMORY = 256 << 20  # bytes of records kept in memory before they are appended to the files of their buckets
-_ENTRY = struct.Struct("<16sQ")  # digest of the key, bytes of the record
+WORK = "unsorted"
+"""Subdirectory of an incomplete dataset for the records that are not in their shards yet."""
+
+WRITERS = min(4, os.cpu_count() or 1)
+"""Threads that write shards, each with one bucket of records in memory."""
+
+_SOURCE = "source"  # file in WORK: identifies what the dataset is made of
+_FORMAT = 1  # increased when the files in WORK, or the division into shards, change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +61,8 @@ class Dataset:
       expected: number of examples in each split of the complete dataset, for progress and for reports only.
       version: version of the dataset.
       config: name of the builder config if a dataset has several; the dataset is then opened as 'name/config'.
+      source: identifies the original files, see `fingerprint_of_files`. With it, the next process continues the work of
+        one that was killed.
     """
 
     name: str
@@ -58,6 +72,7 @@ class Dataset:
     expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
     version: str = VERSION
     config: str = ""
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +91,21 @@ def existing(directory: Path) -> Summary:
 
 
 @contextlib.contextmanager
-def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: bool) -> Iterator[Path | None]:
-    """Yields an empty directory that becomes data_dir/name/version if the block ends without an exception.
+def incomplete_directory(
+    data_dir: Path, name: str, version: str, *, overwrite: bool, source: str = ""
+) -> Iterator[Path | None]:
+    """Yields a directory that becomes data_dir/name/version if the block ends without an exception.
 
-    Yields None if the dataset exists and `overwrite` is False. A second process waits for a lock and then finds the
-    finished dataset.
+    It is empty, or has what a killed or interrupted process made of the same source. Work files belong in its
+    subdirectory `WORK`. Yields None if the dataset exists and `overwrite` is False. A second process waits for a lock
+    and then finds the finished dataset.
+
+    Args:
+      data_dir: the directory of all datasets.
+      name: name of the dataset, and of its builder config.
+      version: its version.
+      overwrite: replaces an existing dataset.
+      source: identifies the original files. If it is empty, every process begins anew.
 
     Raises:
       StorageError: the directory cannot be written.
@@ -92,16 +117,20 @@ def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: 
         with open(target.parent / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if is_complete(target) and not overwrite:
+                shutil.rmtree(target / WORK, ignore_errors=True)  # of a process that was killed at its very end
                 yield None
                 return
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            identity = hashlib.sha256(f"{_FORMAT} {name} {version} {source}".encode()).hexdigest()
+            _begin(partial, identity if source else "")
             try:
                 yield partial
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(target / WORK, ignore_errors=True)
+            except BaseException as error:
+                if not (source and isinstance(error, KeyboardInterrupt)):
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise StorageError(
@@ -109,6 +138,22 @@ def incomplete_directory(data_dir: Path, name: str, version: str, *, overwrite: 
             str(error.filename or target),
             "free some space or choose another --data_dir" if full else "check the path or choose another --data_dir",
         ) from error
+
+
+def _begin(partial: Path, identity: str) -> None:
+    """Makes the directory, and empties it unless it was begun with the same identity."""
+    begun = partial / WORK / _SOURCE
+    if identity and begun.is_file() and begun.read_text() == identity:
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / WORK).mkdir(parents=True)
+    write_atomically(begun, identity)
+
+
+def fingerprint_of_files(paths: Iterable[Path]) -> str:
+    """Identifies files by their names, sizes and times of modification, without reading them."""
+    found = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, progress: bool = True) -> Summary:
@@ -129,27 +174,26 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
     if is_complete(target) and not overwrite:
         return existing(target)
     check_features(dataset.features, f"dataset {dataset.name}")
-    with incomplete_directory(data_dir, name, dataset.version, overwrite=overwrite) as partial:
+    with incomplete_directory(data_dir, name, dataset.version, overwrite=overwrite, source=dataset.source) as partial:
         if partial is None:
             return existing(target)
         splits = []
-        for split, examples in dataset.splits.items():
-            records = _SortedByHash(partial / f"{split}.unsorted")
-            total = dataset.expected.get(split)
-            for key, example in tqdm(
-                examples, f"{dataset.name} {split}", total, unit="img", disable=None if progress else True
-            ):
-                records.add(key, _serialize(dataset, split, key, example))
+        for split in dataset.splits:
+            unsorted = partial / WORK / split
+            records = SortedRecords.complete(unsorted)
+            if records is None:
+                shutil.rmtree(unsorted, ignore_errors=True)
+                records = _collect(dataset, split, unsorted, progress=progress)
             if records.count:
-                splits.append(_write_shards(partial, dataset.name, split, records))
-            shutil.rmtree(partial / f"{split}.unsorted", ignore_errors=True)
+                splits.append(_write_shards(partial, dataset.name, split, records, progress=progress))
         _write_metadata(partial, dataset, splits)
     return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
 
 
-def _serialize(dataset: Dataset, split: str, key: str, example: dict[str, Any]) -> bytes:
+def _serialize(dataset: Dataset, serializer: ExampleSerializer, split: str, key: str, example: dict[str, Any]) -> bytes:
     try:
-        return dataset.features.serialize_example(example)
+        # `features.serialize_example` writes the features in an order that differs from process to process.
+        return serializer.get_tf_example(dataset.features.encode_example(example)).SerializeToString(deterministic=True)
     except ValueError as error:
         raise BadDataError(
             f"an example does not fit the features of {dataset.name}: {str(error).splitlines()[-1]}",
@@ -158,82 +202,103 @@ def _serialize(dataset: Dataset, split: str, key: str, example: dict[str, Any]) 
         ) from error
 
 
-class _SortedByHash:
-    """Sorts records by the MD5 digest of their keys, on disk if they exceed `_BUCKET_MEMORY`.
-
-    The first bits of its digest put a record into one of `_BUCKETS` buckets. Buckets are read back and sorted one at a
-    time; for ImageNet each has 270 MB.
-
-    Args:
-      directory: directory for the files of the buckets.
-    """
-
-    def __init__(self, directory: Path):
-        self.count = 0
-        self.num_bytes = 0
-        self._directory = directory
-        self._digests: set[bytes] = set()
-        self._memory: list[list[tuple[bytes, bytes]]] = [[] for _ in range(_BUCKETS)]
-        self._held = 0
-
-    def add(self, key: str, record: bytes) -> None:
-        """Adds a record.
-
-        Raises:
-          BadDataError: an earlier record has the same key.
-        """
-        digest = hashlib.md5(key.encode()).digest()
-        if digest in self._digests:
-            raise BadDataError(
-                f"two examples have the same name, {key}", key, "rename one of them or remove it from the source"
-            )
-        self._digests.add(digest)
-        self._memory[int.from_bytes(digest[:2]) * _BUCKETS >> 16].append((digest, record))
-        self.count += 1
-        self.num_bytes += len(record)
-        self._held += len(record)
-        if self._held > _BUCKET_MEMORY:
-            self._spill()
-
-    def _spill(self) -> None:
-        self._directory.mkdir(exist_ok=True)
-        for number, entries in enumerate(self._memory):
-            with open(self._directory / str(number), "ab") as file:
-                for digest, record in entries:
-                    file.write(_ENTRY.pack(digest, len(record)))
-                    file.write(record)
-            entries.clear()
-        self._held = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        for number, entries in enumerate(self._memory):
-            path = self._directory / str(number)
-            if path.exists():
-                entries = entries + list(_read_entries(path))
-                path.unlink()
-            for _, record in sorted(entries, key=lambda entry: entry[0]):
-                yield record
+def _collect(dataset: Dataset, split: str, directory: Path, *, progress: bool) -> SortedRecords:
+    """Reads all examples of a split."""
+    records = SortedRecords(directory)
+    serializer = ExampleSerializer(dataset.features.get_serialized_info())
+    with Progress(f"{dataset.name} {split}, reading", dataset.expected.get(split), show=progress) as shown:
+        for key, example in dataset.splits[split]:
+            records.add(key, _serialize(dataset, serializer, split, key, example))
+            shown.add()
+    records.finish(keep=bool(dataset.source))
+    return records
 
 
-def _read_entries(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    with open(path, "rb") as file:
-        while header := file.read(_ENTRY.size):
-            digest, length = _ENTRY.unpack(header)
-            yield digest, file.read(length)
-
-
-def _write_shards(directory: Path, name: str, split: str, records: _SortedByHash) -> tfds.core.SplitInfo:
+def _write_shards(
+    directory: Path, name: str, split: str, records: SortedRecords, *, progress: bool
+) -> tfds.core.SplitInfo:
+    """Writes the shards that do not exist yet, in several threads. Each holds one bucket of the records in memory."""
     num_shards = shard_utils.ShardConfig().get_number_shards(records.num_bytes, records.count)
     boundaries = shard_utils.get_shard_boundaries(records.count, num_shards)
     template = shard_template(directory, name, split)
-    lengths = [high - low for low, high in zip([0, *boundaries], boundaries, strict=False)]
-    stream = iter(records)
-    for shard, length in enumerate(lengths):
-        path = template.sharded_filepath(shard_index=shard, num_shards=num_shards)
-        write_array_record(Path(path), (next(stream) for _ in range(length)))
+    spans = list(zip([0, *boundaries], boundaries, strict=False))
+    paths = [Path(template.sharded_filepath(shard_index=i, num_shards=num_shards)) for i in range(num_shards)]
+    missing = [shard for shard, path in enumerate(paths) if not path.exists()]
+    if progress and len(missing) < num_shards:
+        print(f"{name} {split}: {num_shards - len(missing)} of {num_shards} files exist already", file=sys.stderr)
+    queue = _BucketQueue(records, [spans[shard] for shard in missing])
+    failed = threading.Event()
+
+    def write(shards: Sequence[int]) -> None:
+        reader = _SpanReader(records)
+        for shard in shards:
+            if failed.is_set():
+                return
+            low, high = spans[shard]
+            write_array_record(paths[shard], reader.read(low, high))
+            queue.written(low, high)
+            shown.add(high - low)
+
+    total = sum(high - low for low, high in (spans[shard] for shard in missing))
+    size = max(1, -(-len(missing) // WRITERS))
+    with Progress(f"{name} {split}, writing", total, show=progress) as shown, ThreadPoolExecutor(WRITERS) as threads:
+        try:
+            list(threads.map(write, (missing[start : start + size] for start in range(0, len(missing), size))))
+        except BaseException:
+            failed.set()
+            raise
+    lengths = [high - low for low, high in spans]
     return tfds.core.SplitInfo(
         name=split, shard_lengths=lengths, num_bytes=records.num_bytes, filename_template=template
     )
+
+
+class _SpanReader:
+    """Reads records by position. Keeps the last bucket, of which the next shard often needs the rest."""
+
+    def __init__(self, records: SortedRecords):
+        self._records = records
+        self._number, self._bucket = -1, list[bytes]()
+
+    def read(self, low: int, high: int) -> Iterator[bytes]:
+        for number, start in _buckets(self._records, low, high):
+            if number != self._number:
+                self._bucket = []  # frees its memory before the next is read
+                self._number, self._bucket = number, self._records.bucket(number)
+            yield from self._bucket[max(0, low - start) : high - start]
+
+
+def _buckets(records: SortedRecords, low: int, high: int) -> Iterator[tuple[int, int]]:
+    """Yields the buckets that hold the positions from `low` to `high`, with the first position of each."""
+    start = 0
+    for number, count in enumerate(records.counts):
+        if start < high and start + count > low and count:
+            yield number, start
+        start += count
+
+
+class _BucketQueue:
+    """Deletes each bucket as soon as all shards that need it are on disk.
+
+    Args:
+      records: the records.
+      spans: the positions of the records of each missing shard.
+    """
+
+    def __init__(self, records: SortedRecords, spans: Sequence[tuple[int, int]]):
+        self._records, self._lock = records, threading.Lock()
+        self._shards_left = Counter(number for span in spans for number, _ in _buckets(records, *span))
+        for number in range(len(records.counts)):
+            if not self._shards_left[number]:
+                records.discard(number)
+
+    def written(self, low: int, high: int) -> None:
+        """Notes that the shard with these positions is on disk."""
+        with self._lock:
+            for number, _ in _buckets(self._records, low, high):
+                self._shards_left[number] -= 1
+                if not self._shards_left[number]:
+                    self._records.discard(number)
 
 
 def shard_template(directory: Path, name: str, split: str) -> tfds.core.ShardedFileTemplate:
@@ -246,14 +311,20 @@ def shard_template(directory: Path, name: str, split: str) -> tfds.core.ShardedF
 def write_array_record(path: Path, records: Iterable[bytes]) -> None:
     """Writes an ArrayRecord file with one record per group, so that records can be read individually.
 
+    A file with this name is always whole.
+
     Raises:
       StorageError: the disk is full, or the file cannot be written.
     """
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+        writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")
         for record in records:
             writer.write(record)
         writer.close()
+        with open(partial, "rb") as file:
+            os.fsync(file)
+        partial.rename(path)
     except RuntimeError as error:
         # array_record raises RuntimeError for every error of the operating system.
         raise StorageError(

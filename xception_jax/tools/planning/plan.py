@@ -20,17 +20,17 @@ from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SyntheticSource
 from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
-from xception_jax.models.cost import Cost, count_cost
+from xception_jax.models.cost import COSTS, Cost, count_cost
 from xception_jax.parallel import check_batch, make_mesh
+from xception_jax.tools.planning import around
 from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives
+from xception_jax.tools.planning.hosts import hosts_of
 from xception_jax.tools.planning.roofline import StepTime, Traffic, count_traffic, step_time
 from xception_jax.tools.planning.topology import Topology
 from xception_jax.training.experiment import build_experiment
 
 # Images in the training split according to the TFDS catalogue, for planning without the dataset.
 _TRAIN_EXAMPLES = {"imagenet2012": 1_281_167, "open_images_v4": 1_743_042, "fashion_mnist": 60_000}
-# To read a record, decode a JPEG of 500 x 375 pixels, crop and resize it on one core (Xeon, 2.8 GHz).
-_INPUT_SECONDS = 2.2e-3
 _TRIES = 8  # compilations in the search for the largest batch; each takes minutes
 _MASTER_COPIES = 3  # float32 arrays of the size of a parameter: weight, momentum, gradient
 
@@ -91,6 +91,10 @@ class Plan:
       flops: of one step on one chip, counted from the layers: 6 per multiply-add of the forward pass.
       compiled: None for GPUs, which are not compiled for.
       time: of one step.
+      cost: of the network, for one image.
+      state_bytes: of the training state.
+      least_memory: bytes that the activations and the state take at least on a chip.
+      bandwidth: bytes per second that one host writes to storage.
     """
 
     topology: Topology
@@ -100,6 +104,10 @@ class Plan:
     flops: float
     compiled: Compiled | None
     time: StepTime
+    cost: Cost
+    state_bytes: int
+    least_memory: float
+    bandwidth: float
 
     @property
     def batch_per_chip(self) -> int:
@@ -111,6 +119,10 @@ class Plan:
         seconds = self.time.interval
         chips, chip = self.topology.size, self.topology.chip
         run = [self.steps * value / 3600 for value in seconds]
+        speeds = [self.config.batch_size / value for value in reversed(seconds)]
+        hosts = hosts_of(self.topology)
+        checkpoint = around.checkpoint(self.state_bytes, self.bandwidth)
+        stop = [value + checkpoint["seconds"] for value in seconds]
         result = {
             "config": self.config.name,
             "topology": self.topology.name,
@@ -122,18 +134,34 @@ class Plan:
             "dtype": self.config.model.dtype,
             "epoch_examples": self.epoch_examples,
             "steps": self.steps,
+            **{name: getattr(self.cost, name) for name in COSTS},
             "flops_per_chip": self.flops,
+            "least_memory": self.least_memory,
             "seconds": {
                 "step": seconds,
                 "compute": self.time.compute,
                 "memory": self.time.memory,
                 "communication": self.time.communication,
             },
-            "images_per_second": [self.config.batch_size / value for value in reversed(seconds)],
-            "cores_for_input": [_INPUT_SECONDS * self.config.batch_size / value for value in reversed(seconds)],
+            "images_per_second": speeds,
+            "hosts": dataclasses.asdict(hosts) | {"cores": hosts.cores},
+            "images_per_core": around.IMAGES_PER_CORE,
+            "cores_for_input": [speed / around.IMAGES_PER_CORE for speed in speeds],
+            "checkpoint": checkpoint,
+            "stop_seconds": stop,
+            "first_step": dataclasses.asdict(around.first_step(self.compiled.seconds if self.compiled else None)),
             "mfu": [self.flops / chip.peak_flops / value for value in reversed(seconds)],
             "hours": run,
             "chip_hours": [value * chips for value in run],
+            "warnings": around.warnings(
+                self.config,
+                self.topology,
+                hosts,
+                memory=self.compiled.memory.total if self.compiled else self.least_memory,
+                memory_is_compiled=self.compiled is not None,
+                images_per_second=speeds[0],
+                stop_seconds=stop[1],
+            ),
         }
         if self.compiled:
             compiled = self.compiled
@@ -163,13 +191,20 @@ def _batch_that_fits(batch_per_chip: int, memory: Memory, hbm_bytes: int) -> int
     return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // growing
 
 
-def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | None = None) -> Plan:
+def make_plan(
+    config: ExperimentConfig,
+    topology: Topology,
+    *,
+    examples: int | None = None,
+    bandwidth: float = around.DEFAULT_BANDWIDTH,
+) -> Plan:
     """Compiles the training step of a config for a topology (TPU), or counts its needs from the layers (GPU).
 
     Args:
       config: the config.
       topology: the chips; they need not be present.
       examples: images in an epoch; required if neither the dataset nor its size is known.
+      bandwidth: bytes per second that one host writes to storage.
 
     Raises:
       ConfigError: the batch or the mesh does not fit the topology.
@@ -201,7 +236,21 @@ def make_plan(config: ExperimentConfig, topology: Topology, *, examples: int | N
         dtype=config.model.dtype,
     )
     steps = duration_in_steps(config.duration, config.batch_size, num_examples)
-    return Plan(topology, config, num_examples, steps, flops, compiled, time_of_step)
+    num_bytes = around.state_bytes(config, num_examples)
+    activations = width * per_chip // config.accumulation_steps * traffic.written  # kept for the backward pass
+    return Plan(
+        topology,
+        config,
+        num_examples,
+        steps,
+        flops,
+        compiled,
+        time_of_step,
+        cost,
+        num_bytes,
+        num_bytes / config.mesh.fsdp + activations,
+        bandwidth,
+    )
 
 
 def _epoch_examples(config: ExperimentConfig) -> int:
@@ -292,14 +341,19 @@ def _expected_collectives(
 
 
 def find_largest_batch(
-    config: ExperimentConfig, topology: Topology, *, examples: int | None = None, report: Callable[[str], None] = print
+    config: ExperimentConfig,
+    topology: Topology,
+    *,
+    examples: int | None = None,
+    bandwidth: float = around.DEFAULT_BANDWIDTH,
+    report: Callable[[str], None] = print,
 ) -> Plan:
     """Returns the plan for the largest batch that fits, in multiples of eight images per chip.
 
     Compiles up to `_TRIES` times.
 
     Args:
-      config, topology, examples: as for `make_plan`. The search starts near the batch of the config.
+      config, topology, examples, bandwidth: as for `make_plan`. The search starts near the batch of the config.
       report: called with one line per compilation.
 
     Raises:
@@ -316,7 +370,7 @@ def find_largest_batch(
     for _ in range(_TRIES):
         tried = config.replace(batch_size=batch * topology.size)
         try:
-            plan = make_plan(tried, topology, examples=examples)
+            plan = make_plan(tried, topology, examples=examples, bandwidth=bandwidth)
             assert plan.compiled is not None
             best, memory = plan, plan.compiled.memory
             report(f"{batch} images per chip fit: {memory.total / 2**30:.2f} GiB")

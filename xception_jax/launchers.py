@@ -1,0 +1,67 @@
+"""Reads the environment variables with which launchers say that they started several processes. Needs no JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from xception_jax.config import DistributedConfig
+
+SKYPILOT_PORT = 8476
+
+
+def _counts_several(value: str) -> bool:
+    return value.isdigit() and int(value) > 1
+
+
+def _lists_several(value: str) -> bool:
+    return "," in value
+
+
+SIGNS: dict[str, Callable[[str], bool]] = {
+    "SLURM_NTASKS": _counts_several,
+    "OMPI_COMM_WORLD_SIZE": _counts_several,
+    "PMI_SIZE": _counts_several,
+    "MEGASCALE_NUM_SLICES": _counts_several,
+    "JAX_NUM_PROCESSES": _counts_several,
+    "SKYPILOT_NUM_NODES": _counts_several,
+    "TPU_WORKER_HOSTNAMES": _lists_several,
+    "TPU_PROCESS_ADDRESSES": _lists_several,
+    "JAX_COORDINATOR_ADDRESS": bool,
+}
+"""Whether the value of an environment variable says that there are several processes."""
+
+
+def several_processes(environment: Mapping[str, str]) -> str:
+    """Returns the environment variable, with its value, that says that there are several processes, or ''."""
+    return next((f"{name}={environment[name]}" for name, says in SIGNS.items() if says(environment.get(name, ""))), "")
+
+
+def may_have_peers(distributed: DistributedConfig, environment: Mapping[str, str], *, on_tpu: bool) -> bool:
+    """Returns whether this process may be one of several of the same run.
+
+    Args:
+      distributed: `config.distributed`.
+      environment: the environment variables.
+      on_tpu: whether there may be TPUs. The hosts of a slice find each other without a variable.
+    """
+    if distributed.start == "off":
+        return False
+    return bool(distributed.coordinator or several_processes(environment)) or on_tpu
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """Returns arguments of `jax.distributed.initialize` that JAX does not read from the environment itself."""
+    if addresses := environment.get("SKYPILOT_NODE_IPS", "").split():
+        return {
+            "coordinator_address": f"{addresses[0]}:{SKYPILOT_PORT}",
+            "num_processes": len(addresses),
+            "process_id": int(environment["SKYPILOT_NODE_RANK"]),
+        }
+    names = {
+        "num_processes": ("JAX_NUM_PROCESSES",),
+        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
+    }
+    if "JAX_COORDINATOR_ADDRESS" not in environment:
+        return {}
+    found = {key: next((environment[n] for n in options if environment.get(n)), "") for key, options in names.items()}
+    return {key: int(value) for key, value in found.items() if value}
