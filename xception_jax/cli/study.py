@@ -226,10 +226,10 @@ def _run_dial(args: argparse.Namespace, study: DialStudy, path: str, environment
     if args.print:
         print(list_dial(study))
         return 0
-    if "JAX_PLATFORMS" in environment:
-        os.environ["JAX_PLATFORMS"] = environment["JAX_PLATFORMS"]
-    else:
-        del os.environ["JAX_PLATFORMS"]
+    import jax
+
+    # The file of the study has imported JAX, which read the variable that `run` had set.
+    jax.config.update("jax_platforms", environment.get("JAX_PLATFORMS"))
     return run_dial(study, local_directory(args.workdir, "--workdir"))
 
 
