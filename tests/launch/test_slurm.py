@@ -63,12 +63,11 @@ class Job:
         while not (re.search(pattern, self.output()) and state.items() <= self.fields().items()):
             report = f"{self.output()}\n{self.fields()}\n{self._cluster.logs()}"
             assert time.monotonic() < deadline, report
-            assert self.fields().get("JobState") != "FAILED" or "FAILED" in state.values(), report
             time.sleep(0.2)
 
-    def begin_now(self) -> None:
-        """Slurm waits for two minutes before it starts a requeued job; this ends the wait."""
-        self._cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+    def begin_soon(self) -> None:
+        """Shortens the two minutes for which Slurm holds a requeued job. In the same second it would not start."""
+        self._cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now+5")
 
     def state_hash(self) -> str:
         (found,) = re.findall("state sha256: ([0-9a-f]{64})", self.output())
@@ -94,7 +93,7 @@ def test_a_job_that_is_stopped_is_requeued_and_ends_with_the_same_bits(submit, c
     job.wait_for(f"the run ended with {PreemptedError.exit_code}; requeued", Restarts="1")
     steps = {path.name for path in (job.workdir / "checkpoints").iterdir() if path.name.isdigit()}
     assert steps, job.output()
-    job.begin_now()
+    job.begin_soon()
     job.wait_for("state sha256", JobState="COMPLETED", Restarts="1")
     assert len(re.findall(r"\bstep 1/", job.output())) == 1, job.output()  # the second start did not begin anew
     assert job.state_hash() == undisturbed.state_hash()
