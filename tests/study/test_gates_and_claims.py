@@ -9,7 +9,7 @@ import pytest
 
 from tests.study.simulated import small_study, write_simulated
 from xception_jax import cli
-from xception_jax.errors import BadDataError
+from xception_jax.errors import BadDataError, UsageError
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.study.cells import PREDICTIONS
 from xception_jax.study.design import DECAYS, RATES, PlannedComparison, Search, changes, study_from_json, study_to_json
@@ -223,6 +223,12 @@ def test_power_plans_the_seeds_of_the_next_study(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "never (never)" in text
     assert "degrees of freedom" in text
+
+
+@pytest.mark.parametrize("margin", ["half", "0", "1.5", "nan", "-0.1"])
+def test_a_margin_that_is_no_share_is_refused(margin):
+    with pytest.raises(UsageError, match="is not between 0 and 1"):
+        cli.parse(["study", "power", "somewhere", f"--margin={margin}"])
 
 
 def test_power_without_two_cells_of_an_arm(tmp_path, run_cli_error):

@@ -139,9 +139,12 @@ def _margin(text: str) -> float:
     """Returns a margin from the command line.
 
     Raises:
-      ValueError: it is not between 0 and 1.
+      ArgumentTypeError: it is not between 0 and 1.
     """
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1; 0.005 is half a percentage point")
     return value
