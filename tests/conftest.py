@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -15,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 
 # With JAX and Keras in memory, garbage collection at its default frequency takes a tenth of the time.
 gc.set_threshold(50_000)
+
+# A shell without job control lets its background processes ignore SIGINT, and their children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Most programs in the tests run once, so optimising them would take longer than running them unoptimised. JAX reads the
 # flags when it first compiles, here and in the processes that tests start.

@@ -10,6 +10,7 @@ from xception_jax import models
 from xception_jax.config import FIELDS
 from xception_jax.data.augmentation import AUGMENTATIONS
 from xception_jax.metrics import METRICS
+from xception_jax.models.layers import INITIALIZERS
 from xception_jax.models.modules import ACTIVATIONS
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.smoke
     [
         ("model.name", models.NETWORKS),
         ("model.intermediate_activation", ACTIVATIONS),
+        ("model.initialization", INITIALIZERS),
         ("data.augmentation", AUGMENTATIONS),
         ("loss.name", LOSSES),
         ("loss.name", METRICS),

@@ -63,8 +63,11 @@ class Run:
         return text
 
     def workers(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        lists = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # of each thread that has started some
+        children = [child for path in lists for child in path.read_text().split()]
+        found = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        assert found
+        return found
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import jax
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError, PreemptedError, UserError
 from xception_jax.launchers import from_environment, several_processes
-from xception_jax.roll_call import RollCall
+from xception_jax.roll_call import RollCall, state_of_jax
 from xception_jax.signals import StopRequested
 
 _PREFIX = "xception_jax/"  # of our keys in the coordinator's store
@@ -148,7 +148,7 @@ def gather(name: str, value: str) -> list[str]:
     if not jax.distributed.is_initialized():
         return [value]
     client, prefix = _store(), f"{_PREFIX}gather/{name.replace('/', '-')}/"
-    client.key_value_set(f"{prefix}{jax.process_index()}", value)
+    client.key_value_set(f"{prefix}{_number()}", value)
     client.wait_at_barrier(f"{prefix}barrier", _WAIT_MILLISECONDS)
     values = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(prefix)}
     return [values[number] for number in sorted(values)]
@@ -184,7 +184,7 @@ def together(name: str, prepare: Callable[[], T]) -> T:
         sys.exit(1)  # that process prints a traceback
     kind, what, where, fix, details = json.loads(outcomes[number])
     what = f"{what} (process {number} of {len(outcomes)})"
-    raise _KINDS[kind](what, where, fix, details).printed_by(number == jax.process_index())
+    raise _KINDS[kind](what, where, fix, details).printed_by(number == _number())
 
 
 def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError], fix: str) -> None:
@@ -205,18 +205,17 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
     other = next((number for number, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    texts = gather(f"{name}/text", text if jax.process_index() in (0, other) else "")
+    texts = gather(f"{name}/text", text if _number() in (0, other) else "")
     first, second = json.loads(texts[0]), json.loads(texts[other])
     different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     listed = ", ".join(f"{key} is {first.get(key)!r} and {second.get(key)!r}" for key in different[:3])
     message = f"processes 0 and {other} have different {what}: {listed}"
-    raise error(message, different[0], fix).printed_by(jax.process_index() == 0)
+    raise error(message, different[0], fix).printed_by(_number() == 0)
 
 
 def publish(name: str, value: str) -> None:
     """Lets the other processes read a value of this one with `published`, in place of an earlier value."""
-    number = _distributed().process_id  # jax.process_index() may wait for the other processes
-    _store().key_value_set(f"{_PREFIX}{name}/{number}", value, allow_overwrite=True)
+    _store().key_value_set(f"{_PREFIX}{name}/{_number()}", value, allow_overwrite=True)
 
 
 def published(name: str) -> dict[int, str]:
@@ -226,14 +225,12 @@ def published(name: str) -> dict[int, str]:
 
 def _store() -> Any:
     """Returns the client of the coordinator's key-value store."""
-    return _distributed().client
+    return state_of_jax().client
 
 
-def _distributed() -> Any:
-    """Returns what JAX knows of the processes. There is no public name for it."""
-    from jax._src.distributed import global_state
-
-    return global_state
+def _number() -> int:
+    """Returns the number of this process. `jax.process_index()` would initialize the devices, together with others."""
+    return int(state_of_jax().process_id)
 
 
 def _named(numbers: Sequence[int]) -> str:
@@ -281,7 +278,7 @@ class _Peers:
         if exit_code and not self.alone:
             # If the coordinator is gone, the others know that anyway.
             with contextlib.suppress(Exception):
-                _store().key_value_set(f"{_PREFIX}ended/{jax.process_index()}", str(exit_code))
+                _store().key_value_set(f"{_PREFIX}ended/{_number()}", str(exit_code))
 
     def _follow(self, ended: Mapping[str, str]) -> None:
         """Ends this process with the code of one that failed, unless it ends by itself, as after a common error."""
@@ -292,7 +289,7 @@ class _Peers:
             os._exit(int(code))
 
     def _run(self) -> None:
-        client, me, prefix = _store(), jax.process_index(), f"{_PREFIX}alive/"
+        client, me, prefix = _store(), _number(), f"{_PREFIX}alive/"
         last: dict[str, str] = {}
         for count in range(1 << 62):
             try:
@@ -333,5 +330,5 @@ class _Peers:
         silent = [n for n, heard in self._heard.items() if now - heard > _SILENT * self._distributed.heartbeat]
         if not silent or now - self._answered > 2 * self._interval:
             silent = [0]  # without the coordinator, nothing is known of the others
-        what = f"lost {_named(silent)} of {len(self._heard)}; this is process {jax.process_index()}"
+        what = f"lost {_named(silent)} of {len(self._heard)}; this is process {_number()}"
         return PreemptedError(what, self._workdir, fix)

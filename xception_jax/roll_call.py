@@ -13,7 +13,7 @@ import socket
 import threading
 from typing import Any
 
-_POLL = 0.25  # seconds
+_POLL, _RETRY = 0.25, 1.0  # seconds
 _LINE = 1 << 16  # bytes
 _LEAVES = b"leaves\n"
 
@@ -52,7 +52,7 @@ class RollCall:
                 self._server.sendall(_LEAVES)
 
     def _run(self) -> None:
-        state = _jax_state()
+        state = state_of_jax()
         while state.client is None:  # set when the addresses and numbers are known, just before it connects
             if self._stop.wait(_POLL):
                 return
@@ -102,7 +102,7 @@ class RollCall:
 
     def _report(self, host: str, port: int) -> None:
         while not self._stop.is_set():
-            with contextlib.suppress(OSError), socket.create_connection((host, port + 1), timeout=_POLL * 4) as server:
+            with contextlib.suppress(OSError), socket.create_connection((host, port + 1), timeout=_RETRY) as server:
                 server.settimeout(None)
                 server.sendall(f"{self._number}\n".encode())
                 self._server, self._answers = server, True
@@ -111,13 +111,13 @@ class RollCall:
                     with self._lock:
                         self._present = present
             self._server = None
-            with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=_POLL * 4):
+            with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=_RETRY):
                 self._answers = True
-            self._stop.wait(_POLL)
+            self._stop.wait(_RETRY)
 
 
-def _jax_state() -> Any:
-    """Returns what JAX knows of the processes while it connects them; there is no public name for it."""
+def state_of_jax() -> Any:
+    """Returns what JAX knows of the processes, also while it connects them. There is no public name for it."""
     from jax._src.distributed import global_state
 
     return global_state

@@ -59,7 +59,9 @@ class StopSignals:
     def __init__(self, report: Callable[[str], None], where: str = "", *, owns_process: bool = False):
         self._report, self._where, self._owns_process = report, where, owns_process
         self._signal: signal.Signals | None = None
+        self._acknowledged = ""  # name of the first signal, known also while the main thread is in C
         self._deferred = False
+        self._was_deferred = False  # when the first signal came
 
     def __enter__(self: _Self) -> _Self:
         """Installs the handlers."""
@@ -127,6 +129,7 @@ class StopSignals:
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.Signals(signum)
+            self._was_deferred = not self._immediate
             if self._immediate and not self._owns_process:
                 raise StopRequested(self._signal.name)
 
@@ -147,7 +150,8 @@ class StopSignals:
                         _write(f"{StopRequested(name).as_error(self._where)}\n")
                         os._exit(PreemptedError.exit_code)
                     first, first_time = name, time.monotonic()
-                    when = "" if self._immediate else " after this step"
+                    self._acknowledged = name
+                    when = " after this step" if self._was_deferred or not self._immediate else ""
                     self._report(f"{name}: stopping{when}; send a second signal to exit now")
 
 

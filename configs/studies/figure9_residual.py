@@ -10,18 +10,12 @@ Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_para
 live_multiply_adds, width. Cost: docs/howto/study.md.
 """
 
-from itertools import product
-
-from xception_jax.study.design import Arm, PlannedComparison, Search, Study
+from xception_jax.study.design import Arm, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
-
-FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # relative to the learning rate of the size
-DECAYS = (1.0, 5.0)  # relative to its weight decay
 
 
 def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
-    rate, decay = sized.config.schedule.learning_rate, sized.config.optimizer.weight_decay
     return Study(
         name=f"figure9-{size}-{control}",
         question="What do residual connections add when the learning rate is tuned for each network?",
@@ -33,11 +27,5 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
         reference="residual",
         comparisons=(PlannedComparison("residual", "plain", "better"),),
         control=control,
-        search=Search(
-            tuple(
-                {"schedule.learning_rate": factor * rate, "optimizer.weight_decay": times * decay}
-                for factor, times in product(FACTORS, DECAYS)
-            )
-        ),
         budget=sized.budget,
     )

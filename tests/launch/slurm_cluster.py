@@ -52,7 +52,7 @@ class SlurmCluster:
 
     def __init__(self, packages: Path, folder: Path):
         self._packages, self._folder = packages, folder
-        libraries = packages / "usr" / "lib" / "x86_64-linux-gnu"
+        (libraries,) = (packages / "usr" / "lib").glob("*-linux-gnu")
         plugins = libraries / "slurm-wlm"
         self._plugins = plugins
         # JAX connects to the first node by its name, so that is the name of this machine.

@@ -174,6 +174,20 @@ def test_a_run_that_is_killed_leaves_whole_lines_and_none_twice(path, seconds):
     assert steps_of(path) == list(range(resume + 3))
 
 
+def test_the_first_entry_of_a_start_replaces_what_is_dropped(path):
+    first = "start", {"time_lost": 5.0}
+    MetricsLog(path, 0, first).close()
+    with contextlib.closing(MetricsLog(path, 0)) as log:
+        for step in (1, 2, 3):
+            log.write(step, "train", {"loss": 1.0})
+    MetricsLog(path, 2, first).close()
+    assert [(entry["step"], entry["split"]) for entry in read_metrics(path)] == [
+        *((0, "start"), (1, "train"), (2, "train")),
+        (2, "start"),
+    ]
+    assert read_metrics(path)[-1]["time_lost"] == 5.0
+
+
 def test_a_full_disk_is_one_warning_and_loses_nothing(path, caplog):
     log = MetricsLog(path)
     log.write(1, "train", {"loss": 1.0})

@@ -19,6 +19,9 @@ from jax.sharding import AbstractMesh, AxisType
 from xception_jax.config import FIELDS, default_config, override, resolve
 from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
+from xception_jax.models.cost import count_cost
+from xception_jax.models.layers import Conv
+from xception_jax.models.trace import trace_layers
 
 MODEL_FIELDS = {name.removeprefix("model."): field for name, field in FIELDS.items() if name.startswith("model.")}
 XCEPTION_ONLY = [name for name, field in MODEL_FIELDS.items() if field.owners == ("xception",)]
@@ -33,14 +36,19 @@ VALUES: dict[str, tuple[list, dict]] = {
     "width_multiplier": ([0.5], {}),
     "middle_blocks": ([0, 2], {}),
     "segments": ([1, 7], {}),
-    "group_width": ([2, 8], {}),
+    "group_width": ([2, 8, "all"], {}),
     "order": (["pointwise_first"], {}),
-    "intermediate_activation": (["relu", "elu"], {}),
+    "intermediate_activation": (["relu", "elu", "leaky_relu", "scaled_elu"], {}),
+    "intermediate_slope": ([0.5], {"intermediate_activation": "leaky_relu"}),
+    "intermediate_batch_norm": ([True], {}),
     "module": (["inception"], {}),
     "residual": ([False], {}),
     "depth_multiplier": ([2], {}),
     "kernel_size": ([1, 5], {}),
     "stem": (["small"], {}),
+    "stem_width": ([16], {}),
+    "head_width": ([96], {}),
+    "strides": ([(1, 2, 2, 1)], {}),
     "fc_layers": ([1], {}),
     "fc_width": ([128], {"fc_layers": 1}),
     "dropout_rate": ([0.0], {}),
@@ -124,17 +132,69 @@ def test_every_field_changes_inception_v3(name, value):
         assert not is_the_same(139, beside, {**beside, name: value})
 
 
+@pytest.mark.parametrize("module", ["separable", "inception"])
+def test_initialization_is_that_of_every_convolution(module):
+    """The one field that changes neither shapes nor what is computed from them."""
+    found = []
+
+    def visit(layer, images, output):
+        if isinstance(layer, Conv):
+            found.append(layer.initialization)
+
+    trace_layers(create_model(XCEPTION | {"module": module, "initialization": "variance_preserving"}), 64, visit)
+    assert len(found) > 20
+    assert set(found) == {"variance_preserving"}
+
+
+@pytest.mark.parametrize(
+    ("side", "strides", "maps"), [(28, (1, 2, 2, 1), {28, 14, 7}), (32, (1, 2, 2, 1), {32, 16, 8})]
+)
+def test_strides_leave_no_map_below_seven_pixels(side, strides, maps):
+    """So that every weight of a small image's network is alive."""
+    model = create_model(XCEPTION | {"stem": "small", "strides": strides})
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, side, side, 3))))
+    endpoints = jax.eval_shape(lambda variables: model.apply(variables, jnp.zeros((1, side, side, 3)))[1], variables)
+    assert {value.shape[1] for name, value in endpoints.items() if name != "pre_logits"} == maps
+    cost = count_cost(model, side)
+    assert cost.live_parameters == cost.parameters
+
+
+@pytest.mark.parametrize("fields", [{}, {"group_width": 4}, {"group_width": "all", "order": "pointwise_first"}])
+def test_stem_and_head_have_their_width_whatever_the_width_of_the_rest(fields):
+    def shapes(width):
+        fixed = {"stem_width": 16, "head_width": 96, "width_multiplier": width}
+        model = create_model(XCEPTION | fixed | fields)
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))["params"]
+        ends = [params[name]["kernel"].shape for name in ("block1_conv1", "block1_conv2")]
+        return [*ends, params["head"]["predictions"]["kernel"].shape], params["block2_shortcut"]["kernel"].shape
+
+    (narrow, inside), (wide, other) = shapes(0.1), shapes(0.25)
+    assert narrow == wide == [(3, 3, 3, 16), (3, 3, 16, 32), (96, 10)]
+    assert inside != other
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [({"stem_width": 6, "segments": 8}, "stem_width"), ({"head_width": 100, "group_width": 16}, "head_width")],
+)
+def test_widths_that_segments_do_not_divide_are_refused(fields, where):
+    with pytest.raises(ConfigError, match="segments do not divide") as error:
+        create_model(fields)
+    assert error.value.where == f"config.model.{where}"
+
+
 def test_the_lists_above_are_complete():
     """A new field, or a new option of one, needs a value there."""
-    assert len(XCEPTION_ONLY) == 10
-    assert set(VALUES) | {"aux_head"} == set(MODEL_FIELDS)
+    assert len(XCEPTION_ONLY) == 16
+    assert set(VALUES) | {"aux_head", "initialization"} == set(MODEL_FIELDS)
     assert set(INCEPTION_VALUES) == set(MODEL_FIELDS) - set(XCEPTION_ONLY)
     for name, (values, _) in VALUES.items():
         options = set(re.findall(r"'(\w+)'", MODEL_FIELDS[name].expects))
         assert options <= {*map(str, values), str(MODEL_FIELDS[name].default)}, name
 
 
-NOT_DEFAULT = {name: VALUES[name][0][0] for name in XCEPTION_ONLY}
+NOT_DEFAULT = {name: VALUES[name][0][0] for name in XCEPTION_ONLY if name in VALUES}
+NOT_DEFAULT["initialization"] = "variance_preserving"
 
 
 @pytest.mark.parametrize("variant", ["inception_v3", "inception_v3_2016"])
@@ -158,6 +218,9 @@ def test_inception_v3_refuses_the_fields_of_xception(variant, name):
         ({"module": "inception", "order": "pointwise_first"}, "order"),
         ({"module": "inception", "intermediate_activation": "elu"}, "intermediate_activation"),
         ({"module": "inception", "depth_multiplier": 2}, "depth_multiplier"),
+        ({"module": "inception", "intermediate_batch_norm": True}, "intermediate_batch_norm"),
+        ({"intermediate_slope": 0.5}, "intermediate_slope"),
+        ({"intermediate_activation": "relu", "intermediate_slope": 0.5}, "intermediate_slope"),
         ({"dtype": "float64"}, "dtype"),
     ],
 )

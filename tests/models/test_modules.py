@@ -11,12 +11,12 @@ import pytest
 from jax import lax
 from random_weights import random_variables
 
-from xception_jax.models.layers import BatchNorm
+from xception_jax.config.model import XceptionConfig
+from xception_jax.models.layers import BatchNorm, Conv
 from xception_jax.models.modules import (
     InceptionModule,
     SeparableConv,
     SimplifiedInceptionModule,
-    channel_divisor,
     figure_3_from_figure_2,
 )
 
@@ -85,6 +85,8 @@ ACTIVATIONS = {
     "none": lambda x: x,
     "relu": lambda x: np.where(x > 0, x, 0),
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.25 * x),
+    "scaled_elu": lambda x: ACTIVATIONS["elu"](x / np.sqrt((x**2).mean((1, 2, 3), keepdims=True))),
 }
 
 
@@ -92,7 +94,7 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("order", ["depthwise_first", "pointwise_first"])
 def test_separable_convolution_step_by_step(order, activation):
     """Depthwise first is Xception's; pointwise first, with one 3 x 3 for each channel, is figure 4."""
-    module = SeparableConv(8, order=order, intermediate_activation=activation, dtype=FLOAT64)
+    module = SeparableConv(8, order=order, intermediate_activation=activation, intermediate_slope=0.25, dtype=FLOAT64)
     x = draw((2, 5, 6, CHANNELS))
     params = random_variables(module, x)["params"]
     pointwise, spatial = np.asarray(params["pointwise"]["kernel"][0, 0]), np.asarray(params["spatial"]["kernel"])
@@ -119,6 +121,7 @@ def test_separable_convolution_step_by_step(order, activation):
         ({"segments": 3}, 3, (3, 3, 2, 6), (1, 1, 6, 12)),
         ({"segments": "depthwise"}, 6, (3, 3, 1, 6), (1, 1, 6, 12)),
         ({"group_width": 3}, 2, (3, 3, 3, 6), (1, 1, 6, 12)),
+        ({"group_width": "all"}, 1, (3, 3, 6, 6), (1, 1, 6, 12)),
         ({"kernel_size": 5}, 6, (5, 5, 1, 6), (1, 1, 6, 12)),
         ({"depth_multiplier": 2}, 6, (3, 3, 1, 12), (1, 1, 12, 12)),
         ({"depth_multiplier": 2, "segments": 3}, 3, (3, 3, 2, 12), (1, 1, 12, 12)),
@@ -191,8 +194,53 @@ def test_figure_1_step_by_step(features):
     assert_close(y, figure_1(variables, x))
 
 
-def test_channel_divisor():
-    assert channel_divisor("depthwise", None, "depthwise_first", 1) == 1
-    assert channel_divisor(4, None, "depthwise_first", 2) == 4
-    assert channel_divisor(4, None, "pointwise_first", 2) == 8
-    assert channel_divisor("depthwise", 8, "depthwise_first", 1) == 8
+@pytest.mark.parametrize(
+    ("fields", "divisor"),
+    [
+        ({}, 1),
+        ({"segments": 4, "depth_multiplier": 2}, 4),
+        ({"segments": 4, "depth_multiplier": 2, "order": "pointwise_first"}, 8),
+        ({"group_width": 8}, 8),
+        ({"group_width": "all"}, 1),
+    ],
+)
+def test_channel_divisor(fields, divisor):
+    assert XceptionConfig(**fields).channel_divisor == divisor
+
+
+@pytest.mark.parametrize("order", ["depthwise_first", "pointwise_first"])
+def test_a_batch_norm_between_the_convolutions(order):
+    """It stands before the activation, and is the only difference."""
+    norm = partial(BatchNorm, dtype=FLOAT64)
+    fields = {"order": order, "intermediate_activation": "relu", "dtype": FLOAT64}
+    with_norm = SeparableConv(8, intermediate_norm=norm, **fields)
+    x = draw((4, 5, 6, CHANNELS))
+    variables = random_variables(with_norm, x, True)
+    params, names = variables["params"], ("spatial", "pointwise")
+    assert set(params) == {*names, "intermediate_bn"}
+    first, second = names if order == "depthwise_first" else names[::-1]
+    segments = {"spatial": CHANNELS if order == "depthwise_first" else 8, "pointwise": 1}
+
+    def normalized(train):
+        y = native(x, params[first]["kernel"], segments[first])
+        between = {kind: variables[kind]["intermediate_bn"] for kind in variables}
+        y, _ = norm().apply(between, y, train, mutable=["batch_stats"])
+        return native(jnp.maximum(y, 0), params[second]["kernel"], segments[second])
+
+    for train in (True, False):
+        found, updates = with_norm.apply(variables, x, train, mutable=["batch_stats"])
+        assert_close(found, normalized(train))
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), updates, {"batch_stats": variables["batch_stats"]})
+        assert all(jax.tree.leaves(moved)) == train
+
+
+@pytest.mark.parametrize("segments", [1, 4, 64])
+def test_variance_preserving_keeps_the_variance_and_glorot_does_not(segments):
+    """Glorot's fans are those of the whole layer, so that the variance falls with the number of segments."""
+    x = draw((8, 12, 12, 64))
+    gains = {}
+    for name in ("glorot", "variance_preserving"):
+        layer = Conv(64, (3, 3), segments=segments, initialization=name, padding="VALID", dtype=FLOAT64)
+        gains[name] = float(layer.init_with_output(jax.random.key(0), x)[0].var() / x.var())
+    assert gains["variance_preserving"] == pytest.approx(1, rel=0.15)
+    assert gains["glorot"] == pytest.approx(2 / (1 + segments), rel=0.15)

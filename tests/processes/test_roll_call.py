@@ -20,7 +20,7 @@ def join(monkeypatch):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     states = []
-    monkeypatch.setattr(roll_call, "_jax_state", lambda: states.pop())
+    monkeypatch.setattr(roll_call, "state_of_jax", lambda: states.pop())
     with contextlib.ExitStack() as stack:
 
         def start(number: int) -> RollCall:

@@ -47,6 +47,7 @@ def assert_stopped_alike(pair, victim):
     return int(messages[0][2])
 
 
+@pytest.mark.slow
 def test_in_an_evaluation_whose_input_does_not_come(train_pair, tmp_path):
     pair = stop_stalled(train_pair, "evaluation:5", "evaluation:5", victim=1)
     assert assert_stopped_alike(pair, 1) == 4

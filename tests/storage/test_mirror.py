@@ -219,3 +219,27 @@ def test_the_directory_of_a_killed_process_is_deleted_and_no_other(gs_store, tmp
         with Mirror(gs_store):
             assert living.directory.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["xception_jax.mine"]
+
+
+def leave(mirror: Mirror, error: Exception) -> None:
+    """Writes a file into a mirror and leaves its context with an error."""
+    with mirror:
+        (mirror.directory / "metrics.jsonl").write_text("line")
+        raise error
+
+
+def test_nothing_is_pushed_if_the_store_has_just_failed(gcs, gs_store):
+    """It would take as long again."""
+    with pytest.raises(StorageError, match="no answer"):
+        leave(Mirror(gs_store), StorageError("no answer", f"{gs_store.root}/checkpoints/10", "run it again"))
+    assert not gcs.mutations
+
+
+def test_who_may_not_push_is_told_once(gcs, gs_store, caplog):
+    def refuse() -> None:
+        raise WorkdirError("another run has taken over", gs_store.root, "stop")
+
+    with pytest.raises(WorkdirError):
+        leave(Mirror(gs_store, permit=refuse), WorkdirError("another run has taken over", gs_store.root, "stop"))
+    assert not gcs.mutations
+    assert not caplog.records

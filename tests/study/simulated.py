@@ -38,6 +38,7 @@ def small_study(**changes) -> Study:
         comparisons=tuple(PlannedComparison(a, b, expected.get(a.partition("_")[0], "unknown")) for a, b in pairs),
         interactions=(Interaction("relu - none", pairs, "rises through zero"),),
         axis=CHANNELS_PER_SEGMENT,
+        search=None,
     )
     return dataclasses.replace(study, **changes)
 
@@ -74,7 +75,12 @@ def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
             log.write(
                 step,
                 "train",
-                {"loss": 0.5, "images_per_second": 900 + 20 * x + rng.normal(0, 30), "seconds": step / 10},
+                {
+                    "loss": 0.5,
+                    "top1": accuracy + 0.02,
+                    "images_per_second": 900 + 20 * x + rng.normal(0, 30),
+                    "seconds": step / 10,
+                },
             )
             log.write(
                 step, "dev", {"ema_top1": accuracy - 0.3 * math.exp(-step / 150), "count": 5000, "seconds": step / 10}

@@ -259,7 +259,7 @@ TINY = DialStudy(
 )
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_study_runs_resumes_to_the_same_values_and_refuses_another_design(tmp_path):
     said = []
     assert run_dial(TINY, tmp_path, said.append) == 0

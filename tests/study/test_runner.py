@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT
@@ -136,6 +137,8 @@ def test_a_study_survives_kills_of_cell_and_runner(start):
     again = start("--jobs", "2")
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 78, errors  # that of the arm that needs three devices
+    with np.load(root / "predictions.npz") as kept:  # of the cell that is done
+        assert (kept["arm"].tolist(), kept["classes"].shape) == (["good"], (1, 99))
     assert [json.loads((cell / "cell.json").read_text())["exit_code"] for cell in (good, split)] == [0, 78]
     assert "devices" in json.loads((split / "cell.json").read_text())["message"]
     steps = [entry["step"] for entry in read_metrics(good / "metrics.jsonl") if entry["split"] == "train"]

@@ -50,7 +50,7 @@ def test_equivalence_is_statsmodels_tost(values):
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_the_smallest_effect_is_statsmodels_power(n):
     theirs = TTestPower().solve_power(None, n, 0.05, 0.8)
-    assert statistics.smallest_effect(0.004, n) == pytest.approx(0.004 * float(theirs), rel=1e-4)
+    assert statistics.smallest_effect(0.004 / n**0.5, n - 1) == pytest.approx(0.004 * float(theirs), rel=1e-4)
 
 
 def test_too_few_values():

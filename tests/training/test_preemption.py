@@ -55,7 +55,7 @@ def start(code: str, *arguments: str) -> subprocess.Popen:
 
 
 def read_until(process: subprocess.Popen, word: str) -> None:
-    deadline = threading.Timer(30, process.kill)
+    deadline = threading.Timer(120, process.kill)
     deadline.start()
     try:
         for line in process.stdout:
@@ -185,17 +185,43 @@ def test_refused_outside_the_main_thread():
     assert failures == ["signal handlers can only be installed in the main thread"]
 
 
-@pytest.mark.parametrize("signum", SIGNALS)
-def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum):
+# Steps, and then a wait for input that never comes.
+WAITING_LOOP = """
+    import sys, time
+    from xception_jax.errors import PreemptedError
+    from xception_jax.training.preemption import Preemption
+    try:
+        with Preemption(lambda line: print(line, flush=True)) as preemption, preemption.deferred():
+            for step in range(1, 9):
+                assert not preemption.should_stop()
+            print("waiting", flush=True)
+            while not preemption.requested:
+                time.sleep(0.02)
+            raise preemption.error(step, "some/directory")
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "loop", "ready"),
+    [
+        pytest.param(signal.SIGTERM, LOOP, "step 5", marks=pytest.mark.faults, id="SIGTERM in a step"),
+        pytest.param(signal.SIGINT, LOOP, "step 5", id="SIGINT in a step"),
+        pytest.param(signal.SIGTERM, WAITING_LOOP, "waiting", id="while both wait for input"),
+    ],
+)
+def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum, loop, ready):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    code = "import jax, sys\njax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n" + textwrap.dedent(LOOP)
+    code = "import jax, sys\njax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n" + textwrap.dedent(loop)
     processes = [start(code, address, str(i)) for i in range(2)]
     try:
-        read_until(processes[1], "step 5")
+        read_until(processes[1], ready)
         processes[1].send_signal(signum)
-        outcomes = [process.communicate(timeout=30) for process in processes]
+        outcomes = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,6 +90,31 @@ def test_a_thread_that_holds_the_global_lock_is_no_obstacle(start):
     assert "watchdog_program.py" in errors
 
 
+@pytest.mark.faults
+def test_a_process_waits_for_the_save_of_another_one_but_not_for_ever(shared_environment, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with contextlib.ExitStack() as stack:
+        pair = []
+        for number in (0, 1):
+            command = [sys.executable, "tests/training/watched_pair_program.py", address, str(number), str(tmp_path)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            pair.append(stack.enter_context(subprocess.Popen(command, cwd=ROOT, env=shared_environment, **pipes)))
+            stack.callback(pair[-1].kill)
+        for process in pair:
+            assert any(line == "working\n" for line in process.stdout), process.communicate()
+        pair[1].send_signal(signal.SIGSTOP)
+        _, errors = pair[0].communicate(timeout=60)
+        pair[1].send_signal(signal.SIGCONT)
+        assert pair[0].returncode == 75, errors
+        assert re.search(r"no step has ended for .* in: training steps \(process 0 of 2\)", errors)
+        assert "watched_pair_program.py" in (tmp_path / "stacks_0.txt").read_text()
+        _, errors = pair[1].communicate(timeout=60)
+        assert pair[1].returncode == 75, errors
+        assert "lost process 0 of 2" in errors
+
+
 WATCHED = ("--config.watchdog.min_seconds=4", "--config.duration=1000 epochs", "--config.checkpoint.every=10 steps")
 
 
@@ -109,7 +135,6 @@ def test_a_run_whose_data_workers_are_frozen(shared_environment, run_python, tmp
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
     assert re.search(r"no step has ended for .* in: waiting for input", text)
-    assert workers
     while any(os.path.exists(f"/proc/{worker}/exe") for worker in workers):  # frozen ones would never end
         time.sleep(0.05)
     assert "feed.py" in (tmp_path / "run" / "stacks_0.txt").read_text()

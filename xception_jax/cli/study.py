@@ -28,6 +28,7 @@ examples:
   xception-jax study run studies/spectrum --workdir runs/spectrum --jobs 2
   xception-jax study run studies/spectrum:cifar,multiply_adds --workdir W --slurm spectrum.sh
   xception-jax study report runs/spectrum
+  xception-jax study power runs/pilot --margin 0.003
   xception-jax study kernels runs/kernels
   xception-jax study separability photos/
 """
@@ -38,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Compares networks over seeds, at equal cost, with hypotheses stated beforehand."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    actions = parser.add_subparsers(dest="action", required=True, metavar="run | report | kernels | separability")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="run | report | power | kernels | separability"
+    )
 
     run = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
     run.add_argument(
@@ -67,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report = actions.add_parser("report", help="write the report, the figures and cells.csv; also while the study runs")
     report.add_argument("workdir", help="the study directory")
     report.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    power = actions.add_parser("power", help="plan how many seeds decide the margin, from the variance of a pilot")
+    power.add_argument("source", metavar="FILE", help="study directory of the pilot, or a cells.csv")
+    power.add_argument(
+        "--margin", type=_margin, help="the smallest difference that matters, as a share (default: that of the study)"
+    )
+    power.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     kernels = actions.add_parser(
         "kernels", help="measure how separable the regular convolutions of trained networks are"
@@ -109,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         results = write_study_report(root)
         print(json.dumps(results.to_json(), indent=1) if args.json else format_results(results))
         return 0
+    if args.action == "power":
+        return _power(args)
     if args.action == "separability":
         from xception_jax.study.patch_covariance import format_patches, measure_patches
 
@@ -120,6 +132,29 @@ def run(args: argparse.Namespace) -> int:
 
     layers = analyse(Path(args.source))
     print(json.dumps([layer.to_json() for layer in layers], indent=1) if args.json else format_separability(layers))
+    return 0
+
+
+def _margin(text: str) -> float:
+    """Returns a margin from the command line.
+
+    Raises:
+      ValueError: it is not between 0 and 1.
+    """
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1; 0.005 is half a percentage point")
+    return value
+
+
+def _power(args: argparse.Namespace) -> int:
+    if not os.path.exists(args.source):
+        fix = "name the --workdir of `xception-jax study run`, or a cells.csv that `study report` wrote"
+        raise InputMissingError("there is no such file or directory", args.source, fix)
+    from xception_jax.study.power import format_plan, plan_seeds
+
+    plan = plan_seeds(Path(args.source), args.margin)
+    print(json.dumps(plan.to_json(), indent=1) if args.json else format_plan(plan))
     return 0
 
 

@@ -115,7 +115,15 @@ def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, 
     return _field(default, check, f"a whole number, at least {low}", source, int, unless)
 
 
-def number(default: float, low: float, high: float, source: str, *, above: bool = False) -> Any:
+def number(
+    default: float,
+    low: float,
+    high: float,
+    source: str,
+    *,
+    above: bool = False,
+    unless: Mapping[str, Any] | None = None,
+) -> Any:
     """Declares a float in [low, high], or in (low, high] if `above`."""
 
     def check(value: Any) -> float:
@@ -124,7 +132,9 @@ def number(default: float, low: float, high: float, source: str, *, above: bool 
         return value
 
     limit = "" if high == math.inf else f", at most {high:g}"
-    return _field(default, check, f"a number {'above' if above else 'of at least'} {low:g}{limit}", source, float)
+    return _field(
+        default, check, f"a number {'above' if above else 'of at least'} {low:g}{limit}", source, float, unless
+    )
 
 
 def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
@@ -138,7 +148,7 @@ def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mappi
 
 
 def choice_or_integer(
-    default: str | int, words: tuple[str, ...], low: int, source: str, *, unless: Mapping[str, Any] | None = None
+    default: str | int | None, words: tuple[str, ...], low: int, source: str, *, unless: Mapping[str, Any] | None = None
 ) -> Any:
     """Declares one of the words, or a whole number (which the command line passes as a string)."""
 
@@ -153,14 +163,14 @@ def choice_or_integer(
     return _field(default, check, expects, source, str, unless)
 
 
-def flag(default: bool, source: str) -> Any:
+def flag(default: bool, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
     """Declares True or False."""
 
     def check(value: Any) -> bool:
         _require(isinstance(value, bool))
         return value
 
-    return _field(default, check, "True or False", source, bool)
+    return _field(default, check, "True or False", source, bool, unless)
 
 
 def text(default: str, source: str) -> Any:
@@ -206,6 +216,18 @@ def numbers(default: tuple[float, ...], length: int, source: str) -> Any:
         return value
 
     return _field(default, check, f"{length} numbers", source, tuple)
+
+
+def strides(default: tuple[int, ...], source: str) -> Any:
+    """Declares a tuple of strides, each 1 or 2."""
+
+    def check(value: Any) -> tuple[int, ...]:
+        _require(not isinstance(value, str))
+        value = tuple(_integer(v) for v in value)
+        _require(len(value) == len(default) and set(value) <= {1, 2})
+        return value
+
+    return _field(default, check, f"{len(default)} strides, each 1 or 2", source, tuple)
 
 
 def class_weights(source: str) -> Any:

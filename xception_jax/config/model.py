@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from xception_jax.config.fields import choice, choice_or_integer, flag, integer, number
+from xception_jax.config.fields import choice, choice_or_integer, flag, integer, number, strides
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
@@ -55,8 +55,12 @@ class XceptionConfig(ModelConfig):
     segments: str | int = choice_or_integer(
         "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless=_INCEPTION_MODULES
     )
-    group_width: int | None = integer(
-        None, 1, "local: channels per segment; an alternative to `segments`", unless=_INCEPTION_MODULES
+    group_width: str | int | None = choice_or_integer(
+        None,
+        ("all",),
+        1,
+        "local: channels per segment, an alternative to `segments`; 'all' is one segment",
+        unless=_INCEPTION_MODULES,
     )
     order: str = choice(
         "depthwise_first",
@@ -65,15 +69,38 @@ class XceptionConfig(ModelConfig):
         unless=_INCEPTION_MODULES,
     )
     intermediate_activation: str = choice(
-        "none", ("none", "relu", "elu"), "paper: section 4.7, figure 10", unless=_INCEPTION_MODULES
+        "none",
+        ("none", "relu", "elu", "leaky_relu", "scaled_elu"),
+        "paper: section 4.7, figure 10; 'scaled_elu' is elu(x / rms) with the root mean square of each image",
+        unless=_INCEPTION_MODULES,
+    )
+    intermediate_slope: float = number(
+        0.1, 0.0, 1.0, "local: of 'leaky_relu' for negative values", unless=_INCEPTION_MODULES
+    )
+    intermediate_batch_norm: bool = flag(
+        False, "paper: section 3, none between the two convolutions; MobileNets have it", unless=_INCEPTION_MODULES
     )
     depth_multiplier: int = integer(1, 1, "reference", unless=_INCEPTION_MODULES)
     residual: bool = flag(True, "paper: section 4.6, figure 9")
     kernel_size: int = integer(3, 1, "paper: figure 5")
     stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
+    stem_width: int | None = integer(
+        None, 1, "local: filters of the first convolution, and half of those of the second; None: 32 x width_multiplier"
+    )
+    head_width: int | None = integer(
+        None, 1, "local: channels of the features, the last convolution; None: 2,048 x width_multiplier"
+    )
+    strides: tuple[int, ...] = strides(
+        (2, 2, 2, 2), "paper: figure 5, of blocks 2, 3, 4 and the first of the exit flow; 1 is without pooling"
+    )
+    initialization: str = choice(
+        "glorot",
+        ("glorot", "variance_preserving"),
+        "reference: Keras, whose variance falls with the segments; the other counts the fan of a segment",
+    )
 
     def check(self) -> None:
-        """Refuses two answers to one question, and kernels without a centre."""
+        """Refuses two answers to one question, kernels without a centre, and widths that segments do not divide."""
         if self.group_width is not None and self.segments != "depthwise":
             raise ConfigError(
                 f"config.model.segments={self.segments!r} and group_width={self.group_width!r} contradict each other",
@@ -86,6 +113,30 @@ class XceptionConfig(ModelConfig):
                 "config.model.kernel_size",
                 "set it to an odd number: 3, 5 or 7",
             )
+        if self.intermediate_slope != 0.1 and self.intermediate_activation != "leaky_relu":
+            raise ConfigError(
+                f"config.model.intermediate_slope={self.intermediate_slope!r} has no effect with "
+                f"intermediate_activation={self.intermediate_activation!r}",
+                "config.model.intermediate_slope",
+                "leave it at 0.1, or set config.model.intermediate_activation='leaky_relu'",
+            )
+        for name, channels in (("stem_width", 2 * (self.stem_width or 0)), ("head_width", self.head_width or 0)):
+            if channels % self.channel_divisor:
+                raise ConfigError(
+                    f"config.model.{name}={getattr(self, name)} gives a layer {channels} channels, which the segments "
+                    f"do not divide",
+                    f"config.model.{name}",
+                    f"choose one for which the layer has a multiple of {self.channel_divisor} channels",
+                )
+
+    @property
+    def channel_divisor(self) -> int:
+        """Returns the number by which the channels of all layers must be divisible for equal segments."""
+        if self.group_width is not None:
+            divisor = 1 if self.group_width == "all" else int(self.group_width)
+        else:
+            divisor = 1 if self.segments == "depthwise" else int(self.segments)
+        return divisor * self.depth_multiplier if self.order == "pointwise_first" else divisor
 
 
 @dataclasses.dataclass(frozen=True)

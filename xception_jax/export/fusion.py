@@ -160,6 +160,8 @@ class FusedProgram:
         place = i
         while (j := self._only_reader(layer.y)) is not None and not layer.relu_last:
             equation = self._equations[j]
+            if j in self._fused or j in self._layers:  # the sum of two convolutions belongs to the first of them
+                break
             if equation.primitive is _SHIFT and layer.residual is None:
                 layer.shifts += (equation.params["layer"],)
             elif equation.primitive.name == "add" and layer.residual is None and _same_shape(equation):

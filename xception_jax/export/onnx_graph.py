@@ -203,11 +203,30 @@ def _cast(graph: _Graph, inputs: list, params: dict, equation: Any) -> str:
     return graph.add("Cast", inputs[0], to=helper.np_dtype_to_tensor_dtype(np.dtype(params["new_dtype"])))
 
 
+def _square(graph: _Graph, inputs: list, params: dict, equation: Any) -> str:
+    return graph.add("Mul", inputs[0], inputs[0])
+
+
+def _rsqrt(graph: _Graph, inputs: list, params: dict, equation: Any) -> str:
+    return graph.add("Pow", inputs[0], np.float32(-0.5))
+
+
+def _broadcast(graph: _Graph, inputs: list, params: dict, equation: Any) -> str:
+    """Adds axes of size one to a number for each image, [b] to [b, 1, 1, 1]."""
+    rank = len(equation.outvars[0].aval.shape)
+    if equation.invars[0].aval.ndim != 1 or params["broadcast_dimensions"] != (0,):
+        raise NotImplementedError(f"no translation of this broadcast to ONNX: {equation}")
+    return graph.add("Unsqueeze", inputs[0], np.arange(1, rank))
+
+
 _TRANSLATIONS: dict[str, Callable[[_Graph, list, dict, Any], str]] = {
     "conv_general_dilated": _conv,
     "reduce_window_max": _max_pool,
     "reduce_window_sum": _window_sum,
     "reduce_sum": _sum,
+    "square": _square,
+    "rsqrt": _rsqrt,
+    "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "dot_general": _dot,
     "convert_element_type": _cast,

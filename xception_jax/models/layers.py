@@ -19,6 +19,13 @@ Dtype = jnp.dtype
 # Flax's default.
 glorot_uniform = nn.initializers.glorot_uniform()
 
+# Of convolutions. Glorot's fans are those of the whole layer. With S segments, k x k taps and C channels they are
+# k*k*C/S and k*k*C, which multiplies the variance by 2 / (1 + S). The other initializer keeps it for every S.
+INITIALIZERS = {
+    "glorot": glorot_uniform,
+    "variance_preserving": nn.initializers.variance_scaling(1.0, "fan_in", "uniform"),
+}
+
 
 def param_dtype(dtype: Dtype) -> Dtype:
     """Returns the dtype of parameters and statistics: float32, or float64 if the computation is in float64."""
@@ -36,6 +43,7 @@ class Conv(nn.Module):
       segments: number of equal groups of channels that are convolved separately. If it is the number of channels, this
         is a depthwise convolution.
       use_bias: whether to add a learned constant per filter.
+      initialization: of the kernel, one of `INITIALIZERS`.
       dtype: dtype of the computation.
     """
 
@@ -45,12 +53,13 @@ class Conv(nn.Module):
     padding: Padding = "SAME"
     segments: int = 1
     use_bias: bool = False
+    initialization: str = "glorot"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow f"]:
         shape = (*self.kernel_size, x.shape[-1] // self.segments, self.features)
-        kernel = self.param("kernel", glorot_uniform, shape, param_dtype(self.dtype))
+        kernel = self.param("kernel", INITIALIZERS[self.initialization], shape, param_dtype(self.dtype))
         y = ops.conv(
             x.astype(self.dtype),
             kernel.astype(self.dtype),

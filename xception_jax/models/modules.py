@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,7 +21,22 @@ from xception_jax.models.layers import BatchNorm, Conv, Dtype
 # A constructor of BatchNorm with everything but its name filled in.
 Norm = Callable[..., nn.Module]
 
-ACTIVATIONS: dict[str, Callable] = {"none": lambda x: x, "relu": nn.relu, "elu": nn.elu}
+
+def _scaled_elu(x: Float[Array, "b h w c"], slope: float) -> Float[Array, "b h w c"]:
+    """Returns elu(x / rms), with the root mean square of each image: an ELU is the identity on small values."""
+    mean_square = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).mean((1, 2, 3), keepdims=True)
+    return nn.elu(x * jax.lax.rsqrt(mean_square + _TINY).astype(x.dtype))
+
+
+# Activations between the two convolutions: functions of the input and of `config.model.intermediate_slope`.
+ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
+    "none": lambda x, slope: x,
+    "relu": lambda x, slope: nn.relu(x),
+    "elu": lambda x, slope: nn.elu(x),
+    "leaky_relu": lambda x, slope: jnp.maximum(x, slope * x),
+    "scaled_elu": _scaled_elu,
+}
+_TINY = 1e-20  # an image of zeros stays one
 
 
 class SeparableConv(nn.Module):
@@ -32,42 +48,53 @@ class SeparableConv(nn.Module):
     Attributes:
       features: output channels.
       segments: number of channel segments of the spatial convolution, or 'depthwise' for one per channel.
-      group_width: number of channels in each segment, which replaces `segments`.
+      group_width: number of channels in each segment, which replaces `segments`; 'all' for one segment.
       order: 'depthwise_first' (spatial, then pointwise) or 'pointwise_first'.
-      intermediate_activation: activation between the two convolutions: 'none', 'relu' or 'elu' (figure 10).
+      intermediate_activation: activation between the two convolutions (figure 10), one of `ACTIVATIONS`.
+      intermediate_slope: slope of 'leaky_relu' for negative values.
+      intermediate_norm: constructor of a BatchNorm between the two convolutions, before the activation; None for none.
       depth_multiplier: number of spatial filters per input channel of the spatial convolution. With 'pointwise_first'
         the pointwise convolution has features / depth_multiplier output channels.
       kernel_size: side of the spatial convolution.
+      initialization: of both kernels, one of `layers.INITIALIZERS`.
       dtype: dtype of the computation.
     """
 
     features: int
     segments: int | str = "depthwise"
-    group_width: int | None = None
+    group_width: int | str | None = None
     order: str = "depthwise_first"
     intermediate_activation: str = "none"
+    intermediate_slope: float = 0.1
+    intermediate_norm: Norm | None = None
     depth_multiplier: int = 1
     kernel_size: int = 3
+    initialization: str = "glorot"
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
-        activation = ACTIVATIONS[self.intermediate_activation]
+    def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h w f"]:
+        conv = partial(Conv, initialization=self.initialization, dtype=self.dtype)
         if self.order == "pointwise_first":
-            x = Conv(self.features // self.depth_multiplier, dtype=self.dtype, name="pointwise")(x)
-            return self._spatial(activation(x))
-        x = activation(self._spatial(x))
-        return Conv(self.features, dtype=self.dtype, name="pointwise")(x)
+            x = conv(self.features // self.depth_multiplier, name="pointwise")(x)
+            return self._spatial(conv, self._between(x, train))
+        x = self._between(self._spatial(conv, x), train)
+        return conv(self.features, name="pointwise")(x)
 
-    def _spatial(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
+    def _between(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        if self.intermediate_norm is not None:
+            x = self.intermediate_norm(name="intermediate_bn")(x, train)
+        return ACTIVATIONS[self.intermediate_activation](x, self.intermediate_slope)
+
+    def _spatial(self, conv: Callable[..., nn.Module], x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
         channels = x.shape[-1]
         if self.group_width is not None:
-            segments = channels // self.group_width
+            segments = 1 if self.group_width == "all" else channels // int(self.group_width)
         else:
             segments = channels if self.segments == "depthwise" else int(self.segments)
         features = channels * self.depth_multiplier
         kernel_size = (self.kernel_size, self.kernel_size)
-        return Conv(features, kernel_size, segments=segments, dtype=self.dtype, name="spatial")(x)
+        return conv(features, kernel_size, segments=segments, name="spatial")(x)
 
 
 class InceptionModule(nn.Module):
@@ -80,19 +107,21 @@ class InceptionModule(nn.Module):
       features: output channels. If it is not divisible by 4, the last tower is wider.
       norm: constructor of BatchNorm.
       kernel_size: side of the spatial convolutions.
+      initialization: of the kernels, one of `layers.INITIALIZERS`.
       dtype: dtype of the computation.
     """
 
     features: int
     norm: Norm = BatchNorm
     kernel_size: int = 3
+    initialization: str = "glorot"
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w f"]:
         width = self.features // 4
-        pointwise = partial(Conv, dtype=self.dtype)
-        spatial = partial(Conv, kernel_size=(self.kernel_size, self.kernel_size), dtype=self.dtype)
+        pointwise = partial(Conv, initialization=self.initialization, dtype=self.dtype)
+        spatial = partial(pointwise, kernel_size=(self.kernel_size, self.kernel_size))
 
         def reduce(name: str) -> Array:
             return nn.relu(self.norm(name=f"{name}_bn")(pointwise(width, name=name)(x), train))
@@ -140,9 +169,3 @@ def figure_3_from_figure_2(params: dict) -> dict:
         return {"kernel": jnp.concatenate([params[f"tower{t}_{suffix}"]["kernel"] for t in towers], axis=-1)}
 
     return {"pointwise": concatenate("1x1"), "spatial": concatenate("3x3")}
-
-
-def channel_divisor(segments: int | str, group_width: int | None, order: str, depth_multiplier: int) -> int:
-    """Returns the number by which the channels of a layer must be divisible for equal segments in `SeparableConv`."""
-    divisor = group_width or (1 if segments == "depthwise" else int(segments))
-    return divisor * depth_multiplier if order == "pointwise_first" else divisor

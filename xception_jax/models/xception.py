@@ -12,14 +12,14 @@ from jaxtyping import Array, Float
 from xception_jax import ops
 from xception_jax.config import XceptionConfig
 from xception_jax.models.layers import Conv, Head, norm_of
-from xception_jax.models.modules import InceptionModule, SeparableConv, channel_divisor
+from xception_jax.models.modules import InceptionModule, SeparableConv
 
 
 class Xception(nn.Module):
     """36 convolutional layers in 14 modules, with linear residuals around all modules except the first and the last.
 
     If the channels of a layer are not divisible by `config.segments` or `config.group_width`, they are rounded to the
-    nearest multiple.
+    nearest multiple. `config.stem_width` and `config.head_width` fix both ends of the network, whatever its width.
     """
 
     config: XceptionConfig
@@ -38,32 +38,36 @@ class Xception(nn.Module):
         endpoints = {}
 
         def conv_bn(x: Array, features: int, name: str, **kwargs: Any) -> Array:
-            x = Conv(features, dtype=dtype, name=name, **kwargs)(x)
+            x = Conv(features, initialization=config.initialization, dtype=dtype, name=name, **kwargs)(x)
             return norm(name=f"{name}_bn")(x, train)
 
         def sepconv_bn(x: Array, features: int, name: str) -> Array:
             return norm(name=f"{name}_bn")(self._module(features, name)(x, train), train)
 
-        def shortcut(x: Array, features: int, block: int) -> Array | float:
-            return conv_bn(x, features, f"block{block}_shortcut", stride=2) if config.residual else 0.0
+        def shortcut(x: Array, features: int, block: int, stride: int) -> Array | float:
+            return conv_bn(x, features, f"block{block}_shortcut", stride=stride) if config.residual else 0.0
 
-        def pool(x: Array) -> Array:
-            return ops.max_pool(x, padding="SAME" if config.padding == "same" else "SYMMETRIC")
+        def pool(x: Array, stride: int) -> Array:
+            return x if stride == 1 else ops.max_pool(x, padding="SAME" if config.padding == "same" else "SYMMETRIC")
 
         # Entry flow.
         stem = {"stride": 2, "padding": "VALID"} if config.stem == "imagenet" else {}
-        x = nn.relu(conv_bn(images, width(32), "block1_conv1", kernel_size=(3, 3), **stem))  # [b, 149, 149, 32]
+        stem_width, stem_output = width(32), width(64)
+        if config.stem_width is not None:
+            stem_width, stem_output = config.stem_width, 2 * config.stem_width
+        x = nn.relu(conv_bn(images, stem_width, "block1_conv1", kernel_size=(3, 3), **stem))  # [b, 149, 149, 32]
         stem.pop("stride", None)
-        x = nn.relu(conv_bn(x, width(64), "block1_conv2", kernel_size=(3, 3), **stem))  # [b, 147, 147, 64]
+        x = nn.relu(conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem))  # [b, 147, 147, 64]
         endpoints["block1"] = x
 
-        for block, features in ((2, width(128)), (3, width(256)), (4, width(728))):
-            residual = shortcut(x, features, block)
+        for block, channels, stride in zip((2, 3, 4), (128, 256, 728), config.strides[:3], strict=True):
+            features = width(channels)
+            residual = shortcut(x, features, block, stride)
             if block > 2:
                 x = nn.relu(x)
             x = sepconv_bn(x, features, f"block{block}_sepconv1")
             x = sepconv_bn(nn.relu(x), features, f"block{block}_sepconv2")
-            x = pool(x) + residual  # [b, 74, 74, 128], [b, 37, 37, 256], [b, 19, 19, 728]
+            x = pool(x, stride) + residual  # [b, 74, 74, 128], [b, 37, 37, 256], [b, 19, 19, 728]
             endpoints[f"block{block}"] = x
 
         # Middle flow.
@@ -75,40 +79,49 @@ class Xception(nn.Module):
             endpoints[f"block{block}"] = x
 
         # Exit flow.
-        block = 5 + config.middle_blocks
-        residual = shortcut(x, width(1024), block)
+        block, stride = 5 + config.middle_blocks, config.strides[3]
+        residual = shortcut(x, width(1024), block, stride)
         x = sepconv_bn(nn.relu(x), width(728), f"block{block}_sepconv1")
         x = sepconv_bn(nn.relu(x), width(1024), f"block{block}_sepconv2")
-        x = pool(x) + residual  # [b, 10, 10, 1024]
+        x = pool(x, stride) + residual  # [b, 10, 10, 1024]
         endpoints[f"block{block}"] = x
 
         block += 1
-        x = nn.relu(sepconv_bn(x, width(1536), f"block{block}_sepconv1"))
-        x = nn.relu(sepconv_bn(x, width(2048), f"block{block}_sepconv2"))  # [b, 10, 10, 2048]
+        before, features = width(1536), width(2048)
+        if config.head_width is not None:
+            before, features = self._rounded(0.75 * config.head_width), config.head_width
+        x = nn.relu(sepconv_bn(x, before, f"block{block}_sepconv1"))
+        x = nn.relu(sepconv_bn(x, features, f"block{block}_sepconv2"))  # [b, 10, 10, 2048]
         endpoints[f"block{block}"] = x
 
         logits, endpoints["pre_logits"] = Head(config, name="head")(x, train)
         return logits, endpoints
 
     def _width(self, channels: int) -> int:
-        config = self.config
-        divisor = channel_divisor(config.segments, config.group_width, config.order, config.depth_multiplier)
-        return max(1, round(channels * config.width_multiplier / divisor)) * divisor
+        return self._rounded(channels * self.config.width_multiplier)
+
+    def _rounded(self, channels: float) -> int:
+        divisor = self.config.channel_divisor
+        return max(1, round(channels / divisor)) * divisor
 
     def _module(self, features: int, name: str) -> Callable[[Array, bool], Any]:
         """Returns the module in place of a separable convolution of figure 5, a function of (x, train)."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.module == "inception":
-            return InceptionModule(features, norm_of(config), config.kernel_size, dtype, name=name)
-        separable = SeparableConv(
+            return InceptionModule(
+                features, norm_of(config), config.kernel_size, config.initialization, dtype, name=name
+            )
+        return SeparableConv(
             features,
             segments=config.segments,
             group_width=config.group_width,
             order=config.order,
             intermediate_activation=config.intermediate_activation,
+            intermediate_slope=config.intermediate_slope,
+            intermediate_norm=norm_of(config) if config.intermediate_batch_norm else None,
             depth_multiplier=config.depth_multiplier,
             kernel_size=config.kernel_size,
+            initialization=config.initialization,
             dtype=dtype,
             name=name,
         )
-        return lambda x, train: separable(x)

@@ -81,9 +81,13 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Pushes what has changed. A failure does not replace an exception that is already propagating."""
+        """Pushes what has changed. A failure does not replace an exception that is already propagating.
+
+        Nothing is pushed if the exception says that the store does not answer, because that takes a while.
+        """
         try:
-            self.push()
+            if not (isinstance(error, StorageError) and error.where.startswith(self._store.root)):
+                self.push()
         except UserError as lost:
             if error is None:
                 raise

@@ -24,6 +24,7 @@ from xception_jax.user_files import read_json
 
 RECORD = "cell.json"
 LOG = "log.txt"
+PREDICTIONS = "predictions_test.npz"
 
 State = Literal["waiting", "done", "stopped", "failed"]
 
@@ -109,6 +110,8 @@ class Cell:
         """Copies the result of another cell with an equal config. Checkpoints are not copied."""
         self.prepare()
         shutil.copyfile(other.directory / "metrics.jsonl", self.directory / "metrics.jsonl")
+        if (other.directory / PREDICTIONS).exists():  # not in cells of earlier releases
+            shutil.copyfile(other.directory / PREDICTIONS, self.directory / PREDICTIONS)
         self.write_record(**other.record() | {"config_hash": self.config_hash, "reused_from": other.config.name})
 
     def is_held(self) -> bool:
@@ -169,7 +172,7 @@ def search_cells(study: Study, costs: Mapping[str, ArmCost], root: Path) -> list
     if study.search is None:
         return []
     cells = []
-    for number, trial in enumerate(study.search.trials):
+    for number, trial in enumerate(study.trials):
         for arm in study.arms:
             config = _cell_config(study, arm.name, costs, study.search.seed, {**trial, "data.test_split": ""})
             directory = root / "search" / arm.name / f"trial{number}"
@@ -202,15 +205,16 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
         if accuracy is not None and (cell.arm not in best or (accuracy, -cell.trial) > best[cell.arm]):
             best[cell.arm] = (accuracy, -cell.trial)
-    return {arm: dict(study.search.trials[-negative]) for arm, (_, negative) in best.items()}
+    return {arm: dict(study.trials[-negative]) for arm, (_, negative) in best.items()}
 
 
 def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
     """Reads the outcome of a cell so far from its metrics.jsonl.
 
     Returns:
-      steps; test_accuracy and dev_accuracy (the metric in the last entry of each split); images_per_second (median over
-      training); seconds of wall time. Values that are not known yet are None.
+      steps; test_accuracy and dev_accuracy (the metric in the last entry of each split); train_accuracy (top-1 on the
+      augmented images of the last log interval); images_per_second (median over training); seconds of wall time. Values
+      that are not known yet are None.
     """
     entries = read_metrics(cell.directory / "metrics.jsonl")
     last: dict[str, dict[str, Any]] = {entry["split"]: entry for entry in entries}
@@ -218,6 +222,7 @@ def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
     return {
         "steps": max((entry["step"] for entry in entries), default=0),
         "test_accuracy": last.get("test", {}).get(metric),
+        "train_accuracy": last.get("train", {}).get("top1"),
         "dev_accuracy": last.get("dev", {}).get(metric),
         "images_per_second": statistics.median(train) if train else None,
         "seconds": max((entry.get("seconds", 0.0) for entry in entries), default=0.0),

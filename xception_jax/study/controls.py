@@ -28,6 +28,8 @@ _OCTAVE = 512  # grid steps for a factor of two
 _STEP = 2 ** (1 / _OCTAVE)
 _RANGE = 3 * _OCTAVE
 
+_FREE_OF_COST = ("intermediate_activation", "intermediate_slope", "initialization", "dropout_rate")
+
 EQUAL_WITHIN = 0.1  # costs that differ by more are not called equal
 
 
@@ -74,7 +76,7 @@ def solve_costs(
     def cost_at(arm: Arm, width: float) -> Cost:
         config = study.arm_config(arm, {"model.width_multiplier": width})
         # Arms that differ only in what costs nothing, such as an activation or a learning rate, are counted once.
-        key = repr((_without(config.model, "intermediate_activation", "dropout_rate"), config.data.image_size))
+        key = repr((_without(config.model, *_FREE_OF_COST), config.data.image_size))
         if key not in known:
             known[key] = count_cost(create_model(config.model), config.data.image_size)
         return known[key]

@@ -7,6 +7,7 @@ Python code that is run. A study directory stores the study as data in study.jso
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,10 @@ COSTS = {
     "live_multiply_adds": "live multiply-adds",
 }
 CONTROLS = (*COSTS, "width")
+ANALYSES = ("paired", "welch", "pooled", "crossed")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
 CHANNELS_PER_SEGMENT = "channels_per_segment"
+CHANNEL_AXES = (CHANNELS_PER_SEGMENT, "model.group_width")  # the same; 'all' and depthwise have a place on it, too
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SET_BY_THE_STUDY = ("seed", "name")
 
@@ -48,11 +51,19 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedComparison:
-    """A paired difference, accuracy of `arm` minus that of `baseline`, with the expectation stated beforehand."""
+    """A difference, accuracy of `arm` minus that of `baseline`, with the expectation stated beforehand.
+
+    Attributes:
+      arm, baseline: names of arms.
+      expected: one of `EXPECTATIONS`.
+      claim: the claim that it supports. Comparisons of one claim are one family: their p-values are corrected together.
+        By default all comparisons of the study are one family.
+    """
 
     arm: str
     baseline: str
     expected: str = "unknown"
+    claim: str = ""
 
     @property
     def name(self) -> str:
@@ -75,16 +86,21 @@ class Interaction:
     expected: str = "no"
 
 
+RATES = (0.125, 0.25, 0.5, 1.0, 2.0)
+DECAYS = (1.0, 5.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Search:
     """Tuning of each arm on the development split, with the same trials for all arms.
 
     Attributes:
-      trials: the overrides that each arm is trained with. Of equally good trials the first one is chosen.
+      trials: the overrides that each arm is trained with. The default is a grid of `RATES` times the learning rate of
+        the config and `DECAYS` times its weight decay. Of equally good trials the first one is chosen.
       seed: of all trials; it must not be one of the study's seeds.
     """
 
-    trials: tuple[Mapping[str, Any], ...]
+    trials: tuple[Mapping[str, Any], ...] = ()
     seed: int = 1_000_000
 
 
@@ -108,7 +124,11 @@ class Study:
         does not call arms equal that differ in another cost.
       axis: 'channels_per_segment', or a field such as 'model.kernel_size', for figures and interactions.
       metric: the metric on the test split, as named in metrics.jsonl.
-      search: tuning of each arm, if any.
+      search: tuning of each arm; None trains all arms with the learning rate of the config, for which some may be worse
+        than at their own.
+      analysis: one of `ANALYSES`, see analysis.py.
+      gate: the training accuracy that every arm must reach. Otherwise the study compares how fast arms learn, and not
+        what they can represent: the report says so and interprets no comparison.
       budget: the cost of the study in words.
     """
 
@@ -127,8 +147,21 @@ class Study:
     unequal: tuple[str, ...] = ()
     axis: str = ""
     metric: str = "ema_top1"
-    search: Search | None = None
+    search: Search | None = Search()
+    analysis: str = "paired"
+    gate: float | None = None
     budget: str = ""
+
+    @property
+    def trials(self) -> tuple[Mapping[str, Any], ...]:
+        """Returns the trials of the search; () without one."""
+        if self.search is None or self.search.trials:
+            return self.search.trials if self.search else ()
+        rate, decay = self.config.schedule.learning_rate, self.config.optimizer.weight_decay
+        return tuple(
+            {"schedule.learning_rate": float(f"{factor * rate:.6g}"), "optimizer.weight_decay": times * decay}
+            for factor, times in itertools.product(RATES, DECAYS)
+        )
 
     def arm(self, name: str) -> Arm:
         """Returns the arm with this name."""
@@ -182,7 +215,10 @@ def as_study(study: Any, where: str) -> Study:
     """
     if not isinstance(study, Study):
         raise ConfigError(f"get_study() returns {type(study).__name__}, not a Study", where, "return a Study")
-    return check_study(dataclasses.replace(study, config=resolve(study.config)), where)
+    study = dataclasses.replace(study, config=resolve(study.config))
+    if study.search is not None:  # a stored study keeps its trials, whatever later releases try by default
+        study = dataclasses.replace(study, search=dataclasses.replace(study.search, trials=study.trials))
+    return check_study(study, where)
 
 
 def check_study(study: Study, where: str) -> Study:
@@ -241,8 +277,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         yield f"the axis is {study.axis!r}", f"set it to {CHANNELS_PER_SEGMENT!r} or to a config field"
     if study.search is not None and study.search.seed in study.seeds:
         yield "the search shares a seed with the study", "give it its own seed"
-    if study.search is not None and not study.search.trials:
-        yield "the search has no trials", "list some, or remove the search"
+    if study.analysis not in ANALYSES:
+        yield f"the analysis is {study.analysis!r}", f"set it to one of {', '.join(ANALYSES)}"
+    if study.gate is not None and not 0 < study.gate <= 1:
+        yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
 
 
 def study_to_json(study: Study) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def run_study(
         for arm in (arm.name for arm in stored.study.arms if arm.name not in tuned):
             say(f"arm {arm} is left out: no trial of its search has finished")
     _reuse(trained, reuse)
-    codes += _run_phase(stored, trained, environment, jobs, retry, later=0)
+    codes += _run_phase(stored, trained, environment, jobs, retry, before=search)
 
     from xception_jax.study.report import format_results, write_study_report
 
@@ -77,14 +77,21 @@ def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
 
 
 def _run_phase(
-    stored: StoredStudy, cells: Sequence[Cell], environment: Mapping[str, str], jobs: int, retry: bool, later: int
+    stored: StoredStudy,
+    cells: Sequence[Cell],
+    environment: Mapping[str, str],
+    jobs: int,
+    retry: bool,
+    *,
+    before: Sequence[Cell] = (),
+    later: int = 0,
 ) -> list[int]:
     """Runs the cells that are left, and returns the exit codes of all cells of the phase."""
     left = [cell for cell in cells if _is_left(cell, retry)]
     if left:
         steps = _total_steps(cells)
         slots = make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
-        table = ProgressTable(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr)
+        table = ProgressTable(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr, before)
         Runner(left, slots, _cell_environment(stored.root, environment), table.show).run()
     return [_own_exit_code(cell.record().get("exit_code", SUCCESS_EXIT_CODE)) for cell in cells]
 
@@ -200,7 +207,7 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
 def list_cells(study: Study) -> str:
     """Returns a table of the arms of a study and their costs. Nothing is trained, and no data are opened."""
     costs = solve_costs(study, {})
-    trials = len(study.search.trials) if study.search else 0
+    trials = len(study.trials)
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [

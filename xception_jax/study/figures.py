@@ -182,7 +182,10 @@ def over_cost(results: Results, name: str, label: str) -> str | None:
 
 
 def learning_curves(arms: Sequence[ArmResult]) -> str | None:
-    """Draws the development accuracy over the steps, mean and interval, as in figures 6 to 10 of the paper."""
+    """Draws the development accuracy over the steps, mean and interval, as in figures 6 to 10 of the paper.
+
+    Thin lines are the accuracy on the augmented training images.
+    """
     shown = [arm for arm in arms if len(arm.curve[0])]
     if not shown:
         return None
@@ -193,12 +196,13 @@ def learning_curves(arms: Sequence[ArmResult]) -> str | None:
             style = _style(number) | {"marker": _MARKERS[number % 7] if len(steps) <= 12 else ""}
             axes.plot(steps, mean, label=legend_label(arm.name), markersize=3.5, linewidth=1.4, **style)
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+            axes.plot(*arm.train_curve[:2], color=style["color"], linestyle=style["linestyle"], linewidth=0.6)
         ends = np.array([arm.curve[1][-1] for arm in shown])
         starts = np.concatenate([arm.curve[1] for arm in shown])
         # The first evaluations are near chance. Including them would squeeze the rest into the upper margin.
         axes.set_ylim(bottom=max(float(starts.min()), float(ends.min()) - 0.15))
         axes.set_xlabel("step", color=QUIET)
-        axes.set_ylabel("development accuracy", color=QUIET)
+        axes.set_ylabel("accuracy", color=QUIET)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.tick_params(length=3)

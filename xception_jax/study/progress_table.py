@@ -46,6 +46,7 @@ class ProgressTable:
       jobs: number of processes that run at a time.
       later: number of cells in the phases after this one.
       stream: usually standard error.
+      before: the cells of the phases before this one.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class ProgressTable:
         jobs: int,
         later: int,
         stream: TextIO,
+        before: Sequence[Cell] = (),
     ):
+        self._before, self._done_before = len(before), sum(cell.state() == "done" for cell in before)
         self._study, self._costs, self._cells, self._total_steps = study, costs, cells, total_steps
         self._jobs, self._later, self._stream = jobs, later, stream
         self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -94,9 +97,12 @@ class ProgressTable:
             self._terminal, self._stream = False, io.StringIO()
 
     def headline(self, runner: Runner) -> str:
-        """Returns one line with the number of cells in each state and the remaining time."""
+        """Returns one line with the number of cells in each state, over all phases, and the remaining time."""
         states = [self._end(cell).state for cell in self._cells]
-        parts = [f"{self._study.name}: {states.count('done')} of {len(self._cells)} cells done"]
+        done, total = states.count("done"), len(self._cells)
+        parts = [f"{self._study.name}: {self._done_before + done} of {self._before + total + self._later} cells done"]
+        if self._before or self._later:
+            parts[0] += f" ({'search' if self._later else 'after the search'}: {done} of {total})"
         parts += [f"{states.count('failed')} failed"] * ("failed" in states) + [f"{len(runner.running)} running"]
         left = self.seconds_left(runner)
         parts += [f"about {format_duration(left)} left" if math.isfinite(left) else "remaining time unknown"]

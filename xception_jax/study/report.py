@@ -19,11 +19,19 @@ from xception_jax.study import figures
 from xception_jax.study.cells import State, state_of
 from xception_jax.study.controls import cost_headline, deviations
 from xception_jax.study.design import COSTS
+from xception_jax.study.predictions import write_answers
 from xception_jax.study.results import COLUMNS, Results, collect
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
 from xception_jax.user_files import writing
 
+# What an interval of each analysis is.
+INTERVALS = {
+    "paired": "Student's t over paired seeds",
+    "welch": "Welch's t over independent seeds",
+    "pooled": "Student's t over independent seeds, with a variance pooled over all arms",
+    "crossed": "t over seeds and test images, both random",
+}
 _MAX_CURVES = 7  # in one figure
 _COSTS = {
     **{name: (f"Against {label}", label) for name, label in COSTS.items()},
@@ -32,7 +40,7 @@ _COSTS = {
 
 
 def write_study_report(root: Path) -> Results:
-    """Analyses a study directory and writes report.html, report.md, figures/*.svg and cells.csv into it.
+    """Analyses a study directory and writes its reports, figures, cells.csv and predictions.npz.
 
     Raises:
       InputMissingError: there is no study in the directory.
@@ -49,6 +57,7 @@ def write_study_report(root: Path) -> Results:
     files["cells.csv"] = cells_csv(results)
     with writing("directory of figures", root / "figures"):
         (root / "figures").mkdir(exist_ok=True)
+    write_answers(root, dict(results.answers))
     for name, content in files.items():
         with writing("report of the study", root / name, "free some space, then run `study report` again"):
             write_atomically(root / name, content)
@@ -68,6 +77,8 @@ def format_results(results: Results) -> str:
     """Returns a summary in a few lines, for a terminal."""
     done = len(_cells_in(results, "done"))
     lines = [f"{results.stored.study.name}: {done} of {len(results.rows)} cells done"]
+    if results.below_gate:
+        lines.append(f"  {gate_notice(results)}")
     for entry in results.comparisons:
         d = entry.difference
         outcome = f" ({entry.outcome})" if entry.outcome else ""
@@ -83,6 +94,19 @@ def format_results(results: Results) -> str:
             )
     lines.append(f"report: {results.stored.root / 'report.html'}")
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
+
+
+def gate_notice(results: Results) -> str:
+    """Returns what the report says about the training accuracy of the arms; '' if all of them pass the gate."""
+    gate, below = results.stored.study.gate, results.below_gate
+    if gate is None:
+        return "No gate on the training accuracy was stated: the study may rank speed, not representation."
+    if not below:
+        return ""
+    return (
+        f"This study ranks speed, not representation: the training accuracy of {', '.join(below)} is below the gate of "
+        f"{gate:.1%}. Comparisons with these arms are not interpreted."
+    )
 
 
 def _difference(estimate: Estimate) -> str:
@@ -118,6 +142,9 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "reused": sum(bool(row["reused_from"]) for row in results.rows),
         "edges": [arm for arm in results.arms if arm.tuned_at_edge],
         "drawn": drawn,
+        "gate": gate_notice(results),
+        "interval": INTERVALS[study.analysis],
+        "claims": list(dict.fromkeys(entry.claim for entry in study.comparisons)),
         "main_figures": [drawn[name] for name in ("axis", "effects") if name in drawn],
         "cost_figures": [drawn[name] for name in _COSTS if name in drawn],
         "curves": [_marked(title, svg) for title, svg in _curves(results) if svg],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,24 @@ from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
+from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images
 from xception_jax.study.cells import Cell, read_outcome, state_of
 from xception_jax.study.controls import ArmCost
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Interaction, PlannedComparison
+from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison
+from xception_jax.study.predictions import Answers, read_answers
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 
 COLUMNS = (
-    "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "width_multiplier", "parameters", "live_parameters",
-    "multiply_adds", "live_multiply_adds", "channels_per_segment", "images_per_second", "steps", "seconds",
-    "learning_rate", "weight_decay", "config_hash", "reused_from",
+    "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "train_accuracy", "width_multiplier", "parameters",
+    "live_parameters", "multiply_adds", "live_multiply_adds", "channels_per_segment", "images_per_second", "steps",
+    "seconds", "learning_rate", "weight_decay", "config_hash", "reused_from",
 )  # fmt: skip
+
+
+NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
+
+Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,42 +40,51 @@ class ArmResult:
       name, line: of the arm.
       x: its position on the study's axis; NaN if there is no axis.
       accuracy: on the test split.
+      train_accuracy: top-1 on the augmented training images, at the end.
+      passes: whether its training accuracy reaches the study's gate; None if there is no gate, or no finished cell.
       images_per_second: training speed.
       cost: width and costs of its network.
       tuned: the values that the search chose, by field.
       tuned_at_edge: the fields for which the search chose the smallest or the largest value that it tried.
       failed: exit codes of the failed cells, by seed.
-      curve: (steps, mean, half width of the 95 % interval) of the development accuracy during training.
+      curve, train_curve: (steps, mean, half width of the 95 % interval) of the development accuracy and of the training
+        accuracy during training.
     """
 
     name: str
     line: str
     x: float
     accuracy: Estimate
+    train_accuracy: Estimate
+    passes: bool | None
     images_per_second: Estimate
     cost: ArmCost
     tuned: Mapping[str, Any]
     tuned_at_edge: tuple[str, ...]
     failed: Mapping[int, int]
-    curve: tuple[np.ndarray, np.ndarray, np.ndarray]
+    curve: Curve
+    train_curve: Curve
 
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonResult:
-    """A paired difference in test accuracy.
+    """A difference in test accuracy.
 
     Attributes:
       comparison: the comparison as planned.
-      difference: over the seeds for which both arms are done.
-      p_holm: its p-value, corrected for all comparisons of the study.
+      difference: by the analysis of the study.
+      over_images: over other seeds and other test images, whatever the analysis of the study.
+      p_holm: its p-value, corrected for all comparisons of its claim.
       p_equivalent: the p-value of the two one-sided tests against the margin.
       verdict: see `statistics.verdict`.
-      outcome: 'as expected', 'against it' or 'undecided'; '' if nothing was expected.
+      outcome: 'as expected', 'against it' or 'undecided'; '' if nothing was expected; `NOT_INTERPRETED` if an arm does
+        not pass the gate.
       detectable: the true difference that this number of seeds detects with a power of 80 %.
     """
 
     comparison: PlannedComparison
     difference: Estimate
+    over_images: Estimate
     p_holm: float
     p_equivalent: float
     verdict: str
@@ -107,11 +123,17 @@ class Results:
     arms: tuple[ArmResult, ...]
     comparisons: tuple[ComparisonResult, ...]
     interactions: tuple[InteractionResult, ...]
+    answers: Mapping[tuple[str, int], Answers]
 
     @property
     def logarithmic(self) -> bool:
         """Returns whether the axis is logarithmic."""
-        return self.stored.study.axis == CHANNELS_PER_SEGMENT
+        return self.stored.study.axis in CHANNEL_AXES
+
+    @property
+    def below_gate(self) -> list[str]:
+        """Returns the arms whose training accuracy is below the gate."""
+        return [arm.name for arm in self.arms if arm.passes is False]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the results as plain data, with null for unknown values."""
@@ -124,8 +146,14 @@ class Results:
                 "margin": study.margin,
                 "control": study.control,
                 "metric": study.metric,
+                "analysis": study.analysis,
+                "gate": study.gate,
+                "below_gate": self.below_gate,
                 "history": list(self.stored.history),
-                "arms": [dataclasses.asdict(dataclasses.replace(arm, curve=None)) for arm in self.arms],  # type: ignore[arg-type]
+                "arms": [
+                    dataclasses.asdict(arm) | dataclasses.asdict(arm.cost) | {"curve": None, "train_curve": None}
+                    for arm in self.arms
+                ],
                 "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
                 "interactions": [dataclasses.asdict(interaction) for interaction in self.interactions],
                 "cells": list(self.rows),
@@ -164,13 +192,24 @@ def collect(stored: StoredStudy) -> Results:
     rows = tuple(_row(stored, cell) for cell in cells)
     done = [row for row in rows if state_of(row["exit_code"]) == "done"]
     accuracy = _Values(done, stored.study.seeds, "test_accuracy")
+    answers = read_answers(stored.root, [cell for cell in cells if cell.state() == "done"])
+    arms = _arms(stored, cells, rows, accuracy)
+    below = {arm.name for arm in arms if arm.passes is False}
     return Results(
         stored,
         rows,
-        _arms(stored, cells, rows, accuracy),
-        _comparisons(stored, accuracy),
-        _interactions(stored, accuracy),
+        arms,
+        _comparisons(stored, _samples(stored, accuracy, answers), below),
+        _interactions(stored, accuracy, below),
+        answers,
     )
+
+
+def read_samples(stored: StoredStudy) -> dict[str, Sample]:
+    """Returns the finished cells of each arm."""
+    done = [cell for cell in stored.cells() if cell.state() == "done"]
+    accuracy = _Values([_row(stored, cell) for cell in done], stored.study.seeds, "test_accuracy")
+    return _samples(stored, accuracy, read_answers(stored.root, done))
 
 
 def _arms(
@@ -178,9 +217,11 @@ def _arms(
 ) -> tuple[ArmResult, ...]:
     study, tuned = stored.study, stored.tuned()
     speeds = _Values(rows, study.seeds, "images_per_second")
+    training = _Values([row for row in rows if state_of(row["exit_code"]) == "done"], study.seeds, "train_accuracy")
     arms = []
     for arm in study.arms:
-        chosen = tuned.get(arm.name, {})
+        chosen, own_cells = tuned.get(arm.name, {}), [cell for cell in cells if cell.arm == arm.name]
+        reached = statistics.estimate(training.of(arm.name))
         codes = {row["seed"]: row["exit_code"] for row in rows if row["arm"] == arm.name}
         arms.append(
             ArmResult(
@@ -188,47 +229,72 @@ def _arms(
                 line=arm.line,
                 x=_axis_value(stored, arm.name),
                 accuracy=statistics.estimate(accuracy.of(arm.name)),
+                train_accuracy=reached,
+                passes=None if study.gate is None or not reached.n else reached.mean >= study.gate,
                 images_per_second=statistics.estimate(speeds.of(arm.name)),
                 cost=stored.costs[arm.name],
                 tuned=chosen,
-                tuned_at_edge=_at_edge(study.search.trials if study.search else (), chosen),
+                tuned_at_edge=_at_edge(study.trials, chosen),
                 failed={seed: code for seed, code in codes.items() if state_of(code) == "failed"},
-                curve=_curve([cell for cell in cells if cell.arm == arm.name], study.metric),
+                curve=_curve(own_cells, "dev", study.metric),
+                train_curve=_curve(own_cells, "train", "top1"),
             )
         )
     return tuple(arms)
 
 
-def _comparisons(stored: StoredStudy, accuracy: _Values) -> tuple[ComparisonResult, ...]:
-    planned, margin = stored.study.comparisons, stored.study.margin
-    differences = [accuracy.difference(entry.arm, entry.baseline) for entry in planned]
-    estimates = [statistics.estimate(values) for values in differences]
-    adjusted = statistics.holm([difference.p for difference in estimates])
+def _samples(stored: StoredStudy, accuracy: _Values, answers: Mapping[tuple[str, int], Answers]) -> dict[str, Sample]:
+    """Returns the finished cells of each arm, with their answers if all of them have some."""
+    study = stored.study
+    resampled = dict(zip(answers, resample_images(_right(answers.values())).T, strict=True)) if answers else {}
+    samples = {}
+    for arm in study.arms:
+        values = accuracy.of(arm.name)
+        keys = [(arm.name, seed) for seed, value in zip(study.seeds, values, strict=True) if math.isfinite(value)]
+        if keys and all(key in answers for key in keys):
+            right, again = _right(answers[key] for key in keys), np.stack([resampled[key] for key in keys], axis=1)
+            samples[arm.name] = Sample(values, right, again)
+        else:
+            samples[arm.name] = Sample(values)
+    return samples
+
+
+def _right(answers: Iterable[Answers]) -> np.ndarray:
+    return np.stack([each.right for each in answers])
+
+
+def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[str]) -> tuple[ComparisonResult, ...]:
+    study, every = stored.study, list(samples.values())
+    pairs = [(samples[entry.arm], samples[entry.baseline]) for entry in study.comparisons]
+    estimates = [ANALYSES[study.analysis](*pair, every) for pair in pairs]
+    adjusted = statistics.holm_within([entry.claim for entry in study.comparisons], [found.p for found in estimates])
     results = []
-    for comparison, values, difference, p in zip(planned, differences, estimates, adjusted, strict=True):
-        verdict = statistics.verdict(difference, margin, p)
+    for comparison, pair, difference, p in zip(study.comparisons, pairs, estimates, adjusted, strict=True):
+        verdict = statistics.verdict(difference, study.margin, p)
+        gated = below & {comparison.arm, comparison.baseline}
         results.append(
             ComparisonResult(
                 comparison=comparison,
                 difference=difference,
+                over_images=crossed(*pair, every),
                 p_holm=p,
-                p_equivalent=statistics.equivalence_p(values, margin),
+                p_equivalent=statistics.tost_p(difference, study.margin),
                 verdict=verdict,
-                outcome=_outcome(comparison.expected, verdict),
-                detectable=statistics.smallest_effect(difference.sd, difference.n),
+                outcome=NOT_INTERPRETED if gated else _outcome(comparison.expected, verdict),
+                detectable=statistics.smallest_effect(difference.error, difference.df),
             )
         )
     return tuple(results)
 
 
-def _interactions(stored: StoredStudy, accuracy: _Values) -> tuple[InteractionResult, ...]:
+def _interactions(stored: StoredStudy, accuracy: _Values, below: Set[str]) -> tuple[InteractionResult, ...]:
     study, results = stored.study, []
     for interaction in study.interactions:
         pairs = sorted(interaction.pairs, key=lambda pair: _axis_value(stored, pair[0]))
         x = [_axis_value(stored, arm) for arm, _ in pairs]
         effects = np.stack([accuracy.difference(*pair) for pair in pairs], axis=1)
         complete = int(np.isfinite(effects).all(1).sum())
-        positions = np.log2(x) if study.axis == CHANNELS_PER_SEGMENT else x
+        positions = np.log2(x) if study.axis in CHANNEL_AXES else x
         trend = statistics.trend(positions, effects) if complete >= 2 and len(set(x)) > 1 else None
         results.append(
             InteractionResult(
@@ -237,7 +303,9 @@ def _interactions(stored: StoredStudy, accuracy: _Values) -> tuple[InteractionRe
                 effects=tuple(statistics.estimate(column) for column in effects.T),
                 trend=trend,
                 seeds=complete,
-                outcome=_interaction_outcome(interaction.expected, trend, study.margin),
+                outcome=NOT_INTERPRETED
+                if below & {arm for pair in pairs for arm in pair}
+                else _interaction_outcome(interaction.expected, trend, study.margin),
             )
         )
     return tuple(results)
@@ -266,7 +334,7 @@ def _axis_value(stored: StoredStudy, arm: str) -> float:
     axis = stored.study.axis
     if axis == "":
         return math.nan
-    if axis == CHANNELS_PER_SEGMENT:
+    if axis in CHANNEL_AXES:
         return stored.costs[arm].channels_per_segment
     value: Any = stored.study.arm_config(stored.study.arm(arm))
     for key in axis.split("."):
@@ -274,8 +342,8 @@ def _axis_value(stored: StoredStudy, arm: str) -> float:
     return float(value)
 
 
-def _curve(cells: list[Cell], metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (steps, mean, half width of the interval) of the development accuracy of an arm.
+def _curve(cells: list[Cell], split: str, metric: str) -> Curve:
+    """Returns (steps, mean, half width of the interval) of the accuracy of an arm on a split.
 
     Only steps that all finished cells have are included.
     """
@@ -283,7 +351,7 @@ def _curve(cells: list[Cell], metric: str) -> tuple[np.ndarray, np.ndarray, np.n
     for cell in cells:
         if cell.state() == "done":
             entries = read_metrics(cell.directory / "metrics.jsonl")
-            curves.append({e["step"]: e[metric] for e in entries if e["split"] == "dev" and metric in e})
+            curves.append({e["step"]: e[metric] for e in entries if e["split"] == split and metric in e})
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     points = np.array([[curve[step] for curve in curves] for step in steps]).reshape(len(steps), len(curves))
     if len(curves) < 2:

@@ -1,12 +1,12 @@
-"""Statistics of paired comparisons over seeds: intervals, multiple comparisons, verdicts, interactions along an axis.
+"""Statistics over seeds: intervals, multiple comparisons, verdicts, interactions along an axis.
 
-The unit is the seed. Networks of two arms that share a seed saw the same images in the same order, so their difference
-is analysed. An interval describes the variation over seeds, for the same test images.
+analysis.py compares two arms, with the intervals and tests of this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -33,6 +33,7 @@ class Estimate:
       bootstrap_low, bootstrap_high: percentile bootstrap interval, 95 %; too narrow for few seeds
         (docs/explanation/studies.md).
       p: p-value of the two-sided t test against zero.
+      error, df: the standard error of the mean, and its degrees of freedom.
     """
 
     mean: float
@@ -43,6 +44,29 @@ class Estimate:
     bootstrap_low: float
     bootstrap_high: float
     p: float
+    error: float = math.nan
+    df: float = math.nan
+
+
+def from_error(
+    mean: float,
+    error: float,
+    df: float,
+    *,
+    n: int,
+    sd: float = math.nan,
+    bootstrap: tuple[float, float] = (math.nan, math.nan),
+) -> Estimate:
+    """Returns the estimate of a mean with a known standard error: Student's interval and test.
+
+    With an error of zero the interval has zero width, and p is 0, or 1 if the mean is zero.
+    """
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * error
+    p = math.nan if math.isnan(error) else float(mean == 0)
+    if error > 0:
+        p = float(2 * stats.t.sf(abs(mean) / error, df))
+    low, high = (float(end) for end in bootstrap)
+    return Estimate(mean, sd, n, mean - half, mean + half, low, high, p, error, df)
 
 
 def estimate(values: Sequence[float] | Float[Array, " n"]) -> Estimate:
@@ -52,10 +76,10 @@ def estimate(values: Sequence[float] | Float[Array, " n"]) -> Estimate:
     n = len(x)
     if n < 2:
         nan = math.nan
-        return Estimate(float(x[0]) if n else nan, nan, n, nan, nan, nan, nan, nan)
-    low, high, p = (float(part[0]) for part in t_intervals(x[None]))
-    bootstrap_low, bootstrap_high = (float(part[0]) for part in bootstrap_intervals(x[None]))
-    return Estimate(float(x.mean()), float(x.std(ddof=1)), n, low, high, bootstrap_low, bootstrap_high, p)
+        return from_error(float(x[0]) if n else nan, nan, nan, n=n)
+    low, high = (part[0] for part in bootstrap_intervals(x[None]))
+    sd = float(x.std(ddof=1))
+    return from_error(float(x.mean()), sd / math.sqrt(n), n - 1, n=n, sd=sd, bootstrap=(low, high))
 
 
 def t_intervals(x: Float[Array, "k n"]) -> tuple[Float[Array, " k"], Float[Array, " k"], Float[Array, " k"]]:
@@ -76,13 +100,22 @@ def bootstrap_intervals(x: Float[Array, "k n"], seed: int = 0) -> tuple[Float[Ar
 
     All rows use the same resamples, so that equal values always have the same interval.
     """
-    n = x.shape[1]
-    # Number of times that each value is drawn. The means of all resamples are then one matrix product.
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    chunks = [np.quantile(part @ counts.T / n, tails, axis=1) for part in np.array_split(x, max(1, len(x) // 200))]
-    low, high = np.concatenate(chunks, axis=1)
+    parts = np.array_split(x, max(1, len(x) // 200))
+    low, high = np.concatenate([np.quantile(bootstrap_means(part, seed), tails, axis=1) for part in parts], axis=1)
     return low, high
+
+
+def bootstrap_means(x: Float[Array, "k n"], seed: int = 0) -> Float[Array, "k resamples"]:
+    """Returns the means of resamples of k rows of n values, with the same resamples for all rows."""
+    n = x.shape[1]
+    return x @ _counts(n, seed).T / n
+
+
+@functools.lru_cache(maxsize=8)
+def _counts(n: int, seed: int) -> Float[Array, "resamples n"]:
+    """Returns how often each value is drawn. The means of all resamples are then one matrix product."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -100,16 +133,29 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
+def holm_within(claims: Sequence[str], p: Sequence[float]) -> list[float]:
+    """Returns p-values that are corrected by Holm's method within each claim."""
+    adjusted = [math.nan] * len(p)
+    for claim in set(claims):
+        members = [number for number, own in enumerate(claims) if own == claim]
+        for number, value in zip(members, holm([p[number] for number in members]), strict=True):
+            adjusted[number] = value
+    return adjusted
+
+
 def equivalence_p(values: Sequence[float] | Float[Array, " n"], margin: float) -> float:
+    """Returns the p-value of `tost_p` for the mean of `values`, one for each seed."""
+    return tost_p(estimate(values), margin)
+
+
+def tost_p(found: Estimate, margin: float) -> float:
     """Returns the p-value of two one-sided t tests (TOST), which is small if the mean is between -margin and margin."""
-    x = np.asarray(values, float)
-    x = x[np.isfinite(x)]
-    if len(x) < 2:
+    if math.isnan(found.error):
         return math.nan
-    mean, error = x.mean(), x.std(ddof=1) / math.sqrt(len(x))
-    if error == 0:
-        return float(abs(mean) >= margin)
-    return float(max(stats.t.sf((mean + margin) / error, len(x) - 1), stats.t.cdf((mean - margin) / error, len(x) - 1)))
+    if found.error == 0:
+        return float(abs(found.mean) >= margin)
+    above, below = (found.mean + margin) / found.error, (found.mean - margin) / found.error
+    return float(max(stats.t.sf(above, found.df), stats.t.cdf(below, found.df)))
 
 
 def verdict(difference: Estimate, margin: float, adjusted_p: float) -> Verdict:
@@ -182,14 +228,14 @@ def trend(x: Sequence[float] | Float[Array, " points"], effects: Float[Array, "s
     return Trend(estimate(slopes), estimate(last - first), estimate(first), estimate(last))
 
 
-def smallest_effect(sd: float, n: int, power: float = 0.8) -> float:
-    """Returns the true difference that n pairs with standard deviation `sd` detect (p < 0.05) with this power."""
-    if n < 2 or not sd > 0:
+def smallest_effect(error: float, df: float, power: float = 0.8) -> float:
+    """Returns the true difference that is detected (p < 0.05) with this power, for a standard error and its df."""
+    if not (error > 0 and df > 0):
         return math.nan
-    critical = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    critical = stats.t.ppf((1 + CONFIDENCE) / 2, df)
     low, high = 0.0, 100.0  # in standard errors
     while high - low > 1e-6:
         middle = (low + high) / 2
         # The other tail (significant, with the wrong sign) is below 1e-5 here. SciPy returns NaN for some.
-        low, high = (low, middle) if stats.nct.sf(critical, n - 1, middle) > power else (middle, high)
-    return high * sd / math.sqrt(n)
+        low, high = (low, middle) if stats.nct.sf(critical, df, middle) > power else (middle, high)
+    return high * error

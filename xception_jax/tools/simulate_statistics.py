@@ -12,8 +12,10 @@ import argparse
 import numpy as np
 from scipy import stats
 
+from xception_jax.study.analysis import ANALYSES, Sample, resample_images
 from xception_jax.study.statistics import CONFIDENCE, bootstrap_intervals, t_intervals
 
+_IMAGE_RESAMPLES = 200
 _POINTS = np.array([0.0, 2.7, 3.4, 4.2, 4.9, 5.4])  # log2 of the channels per segment in the spectrum study, size cpu
 
 
@@ -74,8 +76,51 @@ def measure(*, studies: int, seeds: int, comparisons: int, noise: str = "normal"
     }
 
 
+def measure_analyses(*, studies: int, seeds: int, images: int = 100, unequal: bool = False) -> dict[str, float]:
+    """Simulates answers of three arms on the same images, and returns the coverage of the first two arms' difference.
+
+    An answer is right if the sum of effects of image, image and arm, seed, and both together is above zero. The images
+    of one study favour one of two arms that are equal over all images.
+
+    Args:
+      studies: number of studies.
+      seeds: of each arm.
+      images: of the test split.
+      unequal: whether the seeds of the second arm vary three times as much.
+
+    Returns:
+      the share of 95 % intervals that contain the true difference. It is that on the images of the study for 'paired',
+      'welch' and 'pooled', and that over all images for 'crossed', its bootstrap, and 'paired_other_images'.
+    """
+    rng = np.random.default_rng(0)
+    spread = np.array([0.15, 0.45 if unequal else 0.15, 0.15])[:, None, None]  # of the seeds
+    hits: dict[str, list[bool]] = {}
+    for _ in range(studies):
+        difficulty = rng.normal(1, 1, images) + rng.normal(0, 1, (3, 1, images))
+        right = difficulty + spread * rng.normal(0, 1, (3, seeds, 1)) + 0.5 * rng.normal(0, 1, (3, seeds, images)) > 0
+        # The probability of a right answer on each image, over other seeds.
+        expected = stats.norm.cdf(difficulty / np.sqrt(spread**2 + 0.25)).mean((1, 2))
+        truth = expected[0] - expected[1]
+        again = [resample_images(cells, _IMAGE_RESAMPLES) for cells in right]
+        samples = [Sample(cells.mean(1), cells, means) for cells, means in zip(right, again, strict=True)]
+        found = {name: analysis(samples[0], samples[1], samples) for name, analysis in ANALYSES.items()}
+        for name in ("paired", "welch", "pooled"):
+            hits.setdefault(name, []).append(found[name].low <= truth <= found[name].high)
+        paired, crossed = found["paired"], found["crossed"]
+        overall = 0.0 if not unequal else _mean_right(spread[0].item()) - _mean_right(spread[1].item())
+        hits.setdefault("paired_other_images", []).append(paired.low <= overall <= paired.high)
+        hits.setdefault("crossed", []).append(crossed.low <= overall <= crossed.high)
+        hits.setdefault("crossed_bootstrap", []).append(crossed.bootstrap_low <= overall <= crossed.bootstrap_high)
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+def _mean_right(spread: float) -> float:
+    """Returns the probability of a right answer over all images and seeds."""
+    return float(stats.norm.cdf(1 / np.sqrt(1 + 1 + spread**2 + 0.25)))
+
+
 def main() -> None:
-    """Prints the measurements for several numbers of seeds and noise distributions, as a Markdown table."""
+    """Prints the measurements for several numbers of seeds and noise distributions, as Markdown tables."""
     parser = argparse.ArgumentParser(prog="python -m xception_jax.tools.simulate_statistics", description=__doc__)
     parser.add_argument("--studies", type=int, default=100_000, help="number of simulated studies in each row")
     studies = parser.parse_args().studies
@@ -86,6 +131,14 @@ def main() -> None:
             print(f"| noise | seeds | {' | '.join(name.replace('_', ' ') for name in found)} |")
             print("|---" * (len(found) + 2) + "|")
         print(f"| {noise} | {seeds} | {' | '.join(f'{share:.3f}' for share in found.values())} |", flush=True)
+    print()
+    for number, (unequal, seeds) in enumerate((unequal, seeds) for unequal in (False, True) for seeds in (3, 5, 10)):
+        found = measure_analyses(studies=max(studies // 50, 1), seeds=seeds, unequal=unequal)
+        if number == 0:
+            print(f"| variances | seeds | {' | '.join(name.replace('_', ' ') for name in found)} |")
+            print("|---" * (len(found) + 2) + "|")
+        kind = "unequal" if unequal else "equal"
+        print(f"| {kind} | {seeds} | {' | '.join(f'{share:.3f}' for share in found.values())} |", flush=True)
     error = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(0.05 * 0.95 / studies)
     print(f"\n{studies:,} studies of six comparisons per row; a share of 0.05 has a 95 % interval of +-{error:.4f}.")
 

@@ -27,7 +27,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError, WorkdirError
+from xception_jax.errors import BadDataError, InputMissingError, UserError, WorkdirError
 from xception_jax.parallel import from_primary
 from xception_jax.storage import checkpoint_directory, is_url
 from xception_jax.training import digest, manifest
@@ -129,12 +129,8 @@ class Checkpoints:
         try:
             if self._in_bucket:
                 self._prepare_bucket()
-            self._manager = open_manager(
-                self._directory,
-                self._policy,
-                read_only=read_only,
-                before_commit=bucket.before_commit if bucket else None,
-            )
+            before_commit = bucket.before_commit if bucket else None
+            self._manager = open_manager(self._directory, self._policy, read_only, before_commit)
             self._run = identify_run(self._directory, self.steps(), write=not read_only)
         except self._errors as error:
             raise cannot_open(self._directory, error, unusable) from error
@@ -160,10 +156,10 @@ class Checkpoints:
         """Closes. An error of a save does not replace an exception that is already propagating."""
         try:
             self.close()
-        except StorageError as lost:
+        except UserError as lost:
             if error is None:
                 raise
-            for line in str(lost).split("\n"):
+            for line in str(lost).split("\n") if str(lost) != str(error) else ():
                 self._report(line)
 
     def steps(self) -> list[int]:

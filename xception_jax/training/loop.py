@@ -201,7 +201,9 @@ class Loop:
         with self.preemption.deferred(), doing(goodput.STEPS):  # until the state is saved
             while True:
                 if self._is_due(evaluation):
-                    self._evaluate_dev()
+                    self._flush()
+                    with doing(goodput.EVALUATION):
+                        self._evaluate_dev()
                 if self.step >= total:
                     break
                 if self._is_due(checkpoint):
@@ -329,8 +331,8 @@ class Loop:
 
     def _save(self, *, wait: bool = False) -> None:
         self._flush()
-        self.journal.sync()
         with self.journal.pause(goodput.SAVING):
+            self.journal.sync()
             self.checkpoints.save(self.step, self.state, self.dev_metrics)
             if wait:
                 self.checkpoints.wait()
@@ -373,7 +375,6 @@ class Loop:
         return metrics, predictions
 
     def _evaluate_dev(self) -> None:
-        self._flush()
         if "dev" not in self.experiment.sources:
             return
         is_new, is_last = not self.journal.has(self.step, "dev"), self.step == self.experiment.total_steps

@@ -20,7 +20,7 @@ logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not 
 
 
 def open_manager(
-    directory: Path, policy: LatestOrBest, *, read_only: bool, before_commit: Callable[[], None] | None
+    directory: Path, policy: LatestOrBest, read_only: bool, before_commit: Callable[[], None] | None
 ) -> ocp.CheckpointManager:
     """Opens the manager of a directory.
 

@@ -90,7 +90,7 @@ class Preemption(StopSignals):
 
     @property
     def _cause(self) -> str:
-        return self._signal.name if self._signal else "a signal to another process"
+        return self._signal.name if self._signal else self._acknowledged or "a signal to another process"
 
     @property
     def _immediate(self) -> bool:

@@ -88,22 +88,30 @@ class Watchdog:
 
     def _publish(self) -> None:
         """Tells the other processes when this one does something that they have to wait for."""
-        told = None
+        told, count = "", 0
         while not self._stop.wait(_TICK):
-            busy = "" if self._stopwatch.activity in _WATCHED else self._stopwatch.activity
+            count += 1
+            busy = "" if self._stopwatch.activity in _WATCHED else f"{self._stopwatch.activity} {count}"
             if busy != told:
                 with contextlib.suppress(Exception):  # without the coordinator, the run ends anyway
                     publish(_BUSY, busy)
                 told = busy
 
     def _others_are_busy(self) -> bool:
-        if self._count == 1:
+        """Returns whether another process is busy, and shows it by counting: it may have been frozen meanwhile."""
+        before = self._published() if self._count > 1 else {}
+        if not any(before.values()):
             return False
-        found: list[str] = []
-        ask = threading.Thread(target=lambda: found.extend(published(_BUSY).values()), daemon=True)
+        time.sleep(_ANSWER_SECONDS)
+        after = self._published()
+        return any(busy and after.get(number) != busy for number, busy in before.items())
+
+    def _published(self) -> dict[int, str]:
+        found: dict[int, str] = {}
+        ask = threading.Thread(target=lambda: found.update(published(_BUSY)), daemon=True)
         ask.start()
         ask.join(_ANSWER_SECONDS)
-        return any(found)
+        return dict(found)
 
     def _end(self, seconds: float) -> None:
         guard = threading.Timer(_WRITING_SECONDS, os._exit, [PreemptedError.exit_code])

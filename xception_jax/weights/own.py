@@ -110,7 +110,8 @@ def _require_shown(model: ModelConfig, tensors: Mapping[str, np.ndarray], path: 
     sides = [side for tensor in tensors.values() if tensor.size for side in tensor.shape]
     kernels = [max(tensor.shape[:2]) for tensor in tensors.values() if tensor.ndim == 4 and tensor.size]
     most = dict.fromkeys(
-        ("segments", "group_width", "depth_multiplier", "num_classes", "fc_width"), max(sides, default=0)
+        ("segments", "group_width", "depth_multiplier", "stem_width", "head_width", "num_classes", "fc_width"),
+        max(sides, default=0),
     )
     most["middle_blocks"] = _count(r"params/(block\d+)_.+", tensors) - _BLOCKS_BESIDE_THE_MIDDLE
     most["kernel_size"] = min(max(kernels, default=0), _MAX_KERNEL)

@@ -21,7 +21,14 @@ from xception_jax.weights.limits import COPY_AGAIN
 HEAD = "params/head/"
 HIDDEN = ("fc_layers", "fc_width")  # fields of the hidden layers of a head
 # Fields that change neither shapes below the classifier nor what a network computes in evaluation.
-_FREE = ("num_classes", "dropout_rate", "dtype", "batch_norm.momentum", "batch_norm.statistics")
+_FREE = (
+    "num_classes",
+    "dropout_rate",
+    "dtype",
+    "initialization",
+    "batch_norm.momentum",
+    "batch_norm.statistics",
+)
 _MAX_LISTED = 5  # names in one message
 # Hidden layers of a classifier that a file may describe; the paper has two.
 MAX_HIDDEN = 16

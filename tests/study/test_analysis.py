@@ -1,0 +1,125 @@
+"""The ways to compare two arms: against SciPy and statsmodels, and on simulated studies whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.power import TTestIndPower
+
+from xception_jax.study.analysis import ANALYSES, MAX_SEEDS, Sample, crossed, resample_images, seeds_needed
+from xception_jax.study.design import ANALYSES as NAMES
+
+RNG = np.random.default_rng(0)
+A, B, C = (Sample(RNG.normal(mean, sd, 6)) for mean, sd in ((0.9, 0.004), (0.89, 0.01), (0.88, 0.006)))
+GAP = Sample(np.array([*B.accuracy[:4], np.nan, B.accuracy[5]]))
+
+
+def test_a_study_can_name_every_analysis():
+    assert tuple(ANALYSES) == NAMES
+
+
+@pytest.mark.parametrize("baseline", [B, GAP], ids=["complete", "gap"])
+@pytest.mark.parametrize(("name", "equal_var"), [("welch", False), ("pooled", True)])
+def test_independent_seeds_are_scipy_s(name, equal_var, baseline):
+    ours = ANALYSES[name](A, baseline, (A, baseline))
+    theirs = scipy.stats.ttest_ind(A.known, baseline.known, equal_var=equal_var)
+    interval = theirs.confidence_interval(0.95)
+    assert (ours.low, ours.high, ours.p) == pytest.approx((interval.low, interval.high, theirs.pvalue))
+    assert ours.df == pytest.approx(theirs.df)
+
+
+def test_pairs_are_scipy_s():
+    ours = ANALYSES["paired"](A, GAP, ())
+    both = np.isfinite(GAP.accuracy)
+    assert ours.p == pytest.approx(scipy.stats.ttest_rel(A.accuracy[both], GAP.accuracy[both]).pvalue)
+    assert ours.n == 5
+
+
+def test_the_variance_of_every_arm_is_pooled():
+    found = ANALYSES["pooled"](A, B, (A, B, C))
+    values = [sample.known for sample in (A, B, C)]
+    pooled = np.mean([x.var(ddof=1) for x in values])
+    assert (found.error, found.df) == (pytest.approx(math.sqrt(pooled / 3)), 15)
+    assert found.sd == pytest.approx(math.sqrt(2 * pooled))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_too_few_cells_decide_nothing(name):
+    nothing = Sample(np.array([math.nan, math.nan]))
+    one = Sample(np.array([0.5, math.nan]), np.ones((1, 7), bool))
+    for pair in ((nothing, one), (one, one), (one, nothing), (nothing, nothing)):
+        found = ANALYSES[name](*pair, pair)
+        assert math.isnan(found.low)
+        assert math.isnan(found.p)
+
+
+def answers(draw, image, seed, seeds=4, images=500):
+    """Answers of cells whose accuracy varies by the given amounts over images and seeds."""
+    rng = np.random.default_rng(draw)
+    level = 0.6 + image * rng.choice([-1, 1], images) + seed * rng.normal(0, 1, (seeds, 1))
+    right = rng.uniform(0, 1, (seeds, images)) < level
+    return Sample(right.mean(1), right, resample_images(right, 300))
+
+
+def test_images_add_to_the_variance_of_seeds():
+    arm, baseline = answers(1, 0.39, 0.001), answers(2, 0.39, 0.001)
+    found, of_seeds = crossed(arm, baseline, ()), ANALYSES["welch"](arm, baseline, ())
+    assert found.mean == of_seeds.mean
+    assert found.error > of_seeds.error
+    assert found.df > of_seeds.df  # most of the variance comes from many images
+    width = found.bootstrap_high - found.bootstrap_low
+    assert width == pytest.approx(2 * 1.96 * found.error, rel=0.3)
+
+
+def test_equal_answers_leave_no_difference():
+    arm = answers(1, 0.1, 0.0)
+    twins = Sample(np.full(3, arm.accuracy[0]), np.repeat(arm.right[:1], 3, axis=0))
+    found = crossed(twins, twins, ())
+    assert (found.mean, found.error, found.p) == (0.0, 0.0, 1.0)
+
+
+def test_resampled_images_are_the_same_for_all_cells():
+    right = np.random.default_rng(2).uniform(0, 1, (3, 400)) < 0.7
+    means = resample_images(np.vstack([right, right[:1]]), 200)
+    assert means.shape == (200, 4)
+    np.testing.assert_array_equal(means[:, 0], means[:, 3])
+    np.testing.assert_allclose(means.mean(0)[:3], right.mean(1), atol=0.01)
+    assert means[:, 0].std() == pytest.approx(math.sqrt(0.7 * 0.3 / 400), rel=0.2)
+
+
+@pytest.mark.parametrize(("sd", "margin"), [(0.0041, 0.005), (0.0041, 0.003)])
+def test_the_seeds_for_a_difference_are_statsmodels_power(sd, margin):
+    theirs = TTestIndPower().solve_power(margin / sd, None, 0.05, 0.8)
+    assert seeds_needed(sd, margin, paired=False)[1] == math.ceil(theirs)
+
+
+def test_the_seeds_for_equivalence_are_those_of_a_simulation():
+    sd, margin = 0.0041, 0.005
+    equivalence, _ = seeds_needed(sd, margin, paired=True)
+    rng = np.random.default_rng(3)
+
+    def share(n):
+        x = rng.normal(0, sd * math.sqrt(2), (20_000, n))
+        half = scipy.stats.t.ppf(0.975, n - 1) * x.std(1, ddof=1) / math.sqrt(n)
+        return (np.abs(x.mean(1)) + half < margin).mean()
+
+    assert equivalence == 17
+    assert share(equivalence - 2) < 0.8 < share(equivalence + 1)
+
+
+def test_no_seeds_decide_less_than_the_images_allow():
+    assert seeds_needed(0.004, 0.005, paired=False, images=0.004) == (None, None)
+    few, many = (seeds_needed(0.004, 0.005, paired=False, images=error)[0] for error in (0.0, 0.001))
+    assert few < many < MAX_SEEDS
+
+
+def test_coverage_of_every_analysis():
+    """250 studies; `tools.simulate_statistics` measures more. Four standard errors of a coverage of 0.95 are 0.055."""
+    from xception_jax.tools.simulate_statistics import measure_analyses
+
+    found = measure_analyses(studies=250, seeds=5)
+    for name in ("paired", "welch", "pooled", "crossed"):
+        assert found[name] == pytest.approx(0.95, abs=0.055), found
+    assert found["paired_other_images"] < 0.9  # it says nothing about other images
+    assert found["crossed_bootstrap"] > 0.85

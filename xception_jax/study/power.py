@@ -1,0 +1,189 @@
+"""Plans the seeds of a study from the variance of a pilot: how many decide the margin?"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from xception_jax.errors import BadDataError, UsageError
+from xception_jax.logs.metrics_log import json_ready
+from xception_jax.study.analysis import MAX_SEEDS, Sample, seeds_needed
+from xception_jax.study.cells import state_of
+from xception_jax.user_files import read_text, reading
+
+POWER = 0.8
+UPPER = 0.9  # one-sided confidence of the upper limit of a standard deviation
+_MARGINS = (0.5, 1.0, 2.0)  # times the margin
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The seeds of each arm that decide a margin; None for more than `MAX_SEEDS`.
+
+    Attributes:
+      margin: the smallest difference that matters, as a share.
+      analysis: as in `analysis.ANALYSES`.
+      equivalence, difference: seeds with which arms without a difference are found equivalent, and with which a
+        difference as large as the margin is found, with a power of 80 %.
+      equivalence_at_most, difference_at_most: the same at the upper limit of the standard deviation.
+    """
+
+    margin: float
+    analysis: str
+    equivalence: int | None
+    difference: int | None
+    equivalence_at_most: int | None
+    difference_at_most: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedPlan:
+    """The variance of a pilot, and the seeds that follow from it.
+
+    Attributes:
+      sd: standard deviation of a cell over seeds, pooled over the arms.
+      sd_at_most: its upper limit, at a confidence of 90 %.
+      df: its degrees of freedom.
+      arms: the standard deviation of each arm with two finished cells or more.
+      pairing: share of the variance of a difference that pairs leave: 1 if pairing buys nothing; None without pairs.
+      images: standard error of a difference that comes from the test images; None without predictions.
+      rows: the seeds.
+    """
+
+    sd: float
+    sd_at_most: float
+    df: int
+    arms: Mapping[str, float]
+    pairing: float | None
+    images: float | None
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain data."""
+        return json_ready(dataclasses.asdict(self) | {"power": POWER, "max_seeds": MAX_SEEDS})
+
+
+def plan_seeds(source: Path, margin: float | None = None) -> SeedPlan:
+    """Plans the seeds of each arm.
+
+    Args:
+      source: the directory of a pilot study, or a cells.csv.
+      margin: the margin; that of the pilot study if it is None.
+
+    Raises:
+      UsageError: there is no margin.
+      InputMissingError: there is no study.
+      BadDataError: the pilot is damaged, or no arm has two finished cells.
+    """
+    if source.is_dir():
+        samples, pairs, own_margin = _from_study(source)
+    else:
+        samples, pairs, own_margin = _from_csv(source), None, None
+    margin = own_margin if margin is None else margin
+    if margin is None:
+        raise UsageError(
+            "cells.csv holds no margin", "--margin", "add the smallest difference that matters, such as 0.005"
+        )
+    known = {name: sample.known for name, sample in samples.items() if len(sample.known) > 1}
+    df = sum(len(values) - 1 for values in known.values())
+    squares = sum((len(values) - 1) * values.var(ddof=1) for values in known.values())
+    if not squares > 0:
+        raise BadDataError(
+            "no arm has two finished cells that differ", str(source), "run the pilot with at least two seeds"
+        )
+    sd = math.sqrt(squares / df)
+    at_most = math.sqrt(squares / stats.chi2.ppf(1 - UPPER, df))
+    ratio = _pairing(samples, pairs or [(a, b) for a in known for b in known if a < b])
+    images = _image_error(samples, pairs or [])
+    rows = []
+    for factor in _MARGINS:
+        for analysis, paired, error in (("paired", True, 0.0), ("pooled", False, 0.0), ("crossed", False, images)):
+            if error is not None:
+                share = math.sqrt(ratio) if paired and ratio else 1.0
+                seeds = [
+                    seeds_needed(share * value, factor * margin, paired=paired, images=error, power=POWER)
+                    for value in (sd, at_most)
+                ]
+                rows.append(Row(factor * margin, analysis, *seeds[0], *seeds[1]))
+    arms = {name: float(values.std(ddof=1)) for name, values in known.items()}
+    return SeedPlan(sd, at_most, df, arms, ratio, images, tuple(rows))
+
+
+def format_plan(plan: SeedPlan) -> str:
+    """Returns the plan as text for a terminal."""
+    lines = [
+        f"SD of a cell {100 * plan.sd:.2f} points, pooled over {len(plan.arms)} arms ({plan.df} degrees of freedom); "
+        f"at most {100 * plan.sd_at_most:.2f} ({UPPER:.0%})",
+    ]
+    if plan.pairing is not None:
+        lines.append(f"pairs leave {plan.pairing:.0%} of the variance of a difference")
+    if plan.images is not None:
+        lines.append(f"the test images add a standard error of {100 * plan.images:.2f} points, which no seed reduces")
+    lines += [
+        f"seeds of each arm for a power of {POWER:.0%}, and in brackets at the upper limit of the SD:",
+        f"{'margin, points':>14}  {'analysis':8}  {'equivalence':>16}  {'difference':>16}",
+    ]
+    lines += [
+        f"{100 * row.margin:14.2f}  {row.analysis:8}  {_seeds(row.equivalence, row.equivalence_at_most):>16}  "
+        f"{_seeds(row.difference, row.difference_at_most):>16}"
+        for row in plan.rows
+    ]
+    lines += [
+        "equivalence: arms without a difference are found equivalent; difference: one as large as the margin is found.",
+        "Holm's correction for several comparisons needs more seeds for a difference, and none for equivalence.",
+    ]
+    return "\n".join(lines)
+
+
+def _seeds(seeds: int | None, at_most: int | None) -> str:
+    low, high = ("never" if value is None else str(value) for value in (seeds, at_most))
+    return f"{low} ({high})"
+
+
+def _from_study(root: Path) -> tuple[dict[str, Sample], list[tuple[str, str]], float]:
+    from xception_jax.study.results import read_samples
+    from xception_jax.study.store import read_study
+
+    stored = read_study(root)
+    return read_samples(stored), [(c.arm, c.baseline) for c in stored.study.comparisons], stored.study.margin
+
+
+def _from_csv(path: Path) -> dict[str, Sample]:
+    with reading("table of cells", path, "name a cells.csv that `study report` wrote, or a study directory"):
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+        seeds = sorted({int(row["seed"]) for row in rows})
+        values: dict[str, np.ndarray] = {row["arm"]: np.full(len(seeds), np.nan) for row in rows}
+        for row in rows:
+            if row["exit_code"] and state_of(int(row["exit_code"])) == "done" and row["test_accuracy"]:
+                values[row["arm"]][seeds.index(int(row["seed"]))] = float(row["test_accuracy"])
+    return {arm: Sample(accuracy) for arm, accuracy in values.items()}
+
+
+def _pairing(samples: Mapping[str, Sample], pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Returns the median ratio of the variance of a difference to the sum of the variances of both arms."""
+    ratios = []
+    for arm, baseline in pairs:
+        both = np.stack([samples[arm].accuracy, samples[baseline].accuracy])
+        both = both[:, np.isfinite(both).all(0)]
+        apart = both.var(1, ddof=1).sum() if both.shape[1] > 2 else 0.0
+        if apart > 0:
+            ratios.append(float((both[0] - both[1]).var(ddof=1) / apart))
+    return float(np.median(ratios)) if ratios else None
+
+
+def _image_error(samples: Mapping[str, Sample], pairs: Sequence[tuple[str, str]]) -> float | None:
+    """Returns the mean standard error of a difference over the test images, for arms that are averaged over seeds."""
+    errors = []
+    for arm, baseline in pairs:
+        a, b = samples[arm].right, samples[baseline].right
+        if a is not None and b is not None:
+            images = a.mean(0) - b.mean(0)
+            errors.append(float(images.std(ddof=1) / math.sqrt(len(images))))
+    return float(np.mean(errors)) if errors else None
