@@ -11,6 +11,8 @@ Sizes: smoke (seconds, interprets nothing), cpu (default: a night of two cores),
 (default), live_parameters: studies/dial:cpu,live_parameters. Design, gates and claims: docs/studies/dial.md.
 """
 
+from typing import Any
+
 from xception_jax.errors import ConfigError
 from xception_jax.study.dial.banks import FREE, BankSpec
 from xception_jax.study.dial.claims import CLAIMS
@@ -47,7 +49,7 @@ def rows(*groups: tuple[tuple[DialArm, ...], tuple[BankSpec, ...]]) -> tuple[Row
     return tuple(Row(arm, banks) for arms, banks in groups for arm in arms)
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "smoke": {
         "rows": rows((BASE, ENDS)),
         "seeds": (0, 1),

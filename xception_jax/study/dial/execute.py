@@ -120,9 +120,9 @@ def _bank_record(study: DialStudy, spec: BankSpec, seed: int, root: Path) -> Rec
     bayes = task.bayes_accuracy(bank, strength, key, study.bayes_images)
     from_means, from_sums = task.marginal_accuracies(bank, strength, key, min(study.bayes_images, 20_480))
     dial = dataclasses.asdict(measure(bank))
-    row = {"bank": spec.name, "seed": seed, "strength": strength, "bayes_accuracy": bayes.value}
-    row |= {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}
-    add_record(root, BANKS, row)
+    values: dict[str, Any] = {"bank": spec.name, "seed": seed, "strength": strength, "bayes_accuracy": bayes.value}
+    values |= {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}
+    add_record(root, BANKS, values)
     return _bank_record(study, spec, seed, root)
 
 

@@ -103,8 +103,8 @@ def bayes_accuracy(bank: Float[np.ndarray, "k s s c"], strength: float, key: Arr
       count: number of draws, rounded up to whole chunks.
     """
     keys = jax.random.split(key, -(-count // _CHUNK))
-    bank = jnp.asarray(bank, jnp.float32)
-    posterior = np.asarray(_check(keys, bank, jnp.float32(strength)), np.float64).ravel()
+    found = _check(keys, jnp.asarray(bank, jnp.float32), jnp.float32(strength))
+    posterior = np.asarray(found, np.float64).ravel()
     return Accuracy(float(posterior.mean()), float(posterior.std(ddof=1) / np.sqrt(len(posterior))))
 
 
@@ -134,7 +134,10 @@ def _bisect(keys: Array, bank: Array, target: Array) -> Array:
     noise, templates = jax.lax.map(partial(_of_noise, bank=bank), keys), _of_templates(bank)
 
     def accuracy(strength: Array) -> Array:
-        return jax.lax.map(lambda chunk: _largest_posterior(*chunk, templates, strength, bank).mean(), noise).mean()
+        def chunk(drawn: tuple[Array, Array]) -> Array:
+            return _largest_posterior(drawn[0], drawn[1], templates, strength, bank).mean()
+
+        return jax.lax.map(chunk, noise).mean()
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

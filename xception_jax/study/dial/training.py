@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -165,10 +165,13 @@ class _Programs:
         state, values = jax.lax.scan(step, state, first + jnp.arange(min(_CHUNK, recipe.steps)))
         return state, values.T
 
+    def _logits(self, variables: Any, images: Array) -> Array:
+        return cast(Array, self._network.apply(variables, images, train=False))
+
     def _test(self, variables: Any, key: Array, bank: Array, strength: Array, batches: int) -> Array:
         def test_batch(key: Array) -> Array:
             images, labels, _ = task.draw(key, bank, strength, _TEST_BATCH)
-            return (self._network.apply(variables, images, train=False).argmax(-1) == labels).mean()
+            return (self._logits(variables, images).argmax(-1) == labels).mean()
 
         return jax.lax.map(test_batch, jax.random.split(key, batches)).mean()
 
@@ -180,7 +183,7 @@ class _Programs:
         """
 
         def centred(images: Array, labels: Array) -> Array:
-            logits = self._network.apply(variables, images, train=False)
+            logits = self._logits(variables, images)
             return (jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0] - logits.mean(-1)).sum()
 
         def batch(key: Array) -> Array:
