@@ -73,6 +73,7 @@ def check_prefix(gcs, recording: Recording, count: int) -> None:
                 assert checkpoints.steps()[-1] == 40
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_prefixes(gcs, recording):
     around = [position + offset for position in recording.reported.values() for offset in (-1, 0)]
     for count in sorted({0, 1, *around, *range(9, len(recording.mutations), 29)}):

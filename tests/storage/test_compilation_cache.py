@@ -28,6 +28,7 @@ def test_a_bucket_that_does_not_exist_is_refused(gcs):
         use_compilation_cache("gs://no_such_bucket/compiled")
 
 
+@pytest.mark.slow
 def test_compiled_programs_in_a_bucket(gcs):
     pytest.importorskip("gcsfs")
     directory = f"gs://{BUCKET}/compiled"

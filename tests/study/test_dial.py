@@ -100,6 +100,7 @@ def test_the_accuracy_of_two_classes_without_a_place_is_the_closed_form():
     assert float(found) == pytest.approx(stats.norm.cdf(distance / 2), abs=0.002)
 
 
+@pytest.mark.slow
 def test_bisection_hits_its_target_and_the_posterior_is_as_often_right():
     bank = make_bank(BankSpec("across", 0), seed=2)
     strength = task.match_strength(bank, task.stream(2, task.BAYES), target=0.9, count=2048)
