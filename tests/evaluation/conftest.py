@@ -20,7 +20,7 @@ from xception_jax.data.prepare import fashion_mnist, imagenet
 from xception_jax.data.prepare.writer import write_dataset
 from xception_jax.models import create_model
 from xception_jax.training.experiment import make_experiment
-from xception_jax.training.loop import open_checkpoints
+from xception_jax.training.run_directory import RunDirectory, open_checkpoints
 from xception_jax.weights import Network, Preprocessing, save_network
 
 PREPROCESSING = Preprocessing(71, 0.9, "antialiased_bicubic", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -86,6 +86,7 @@ def multilabel_run(tmp_path_factory) -> Path:
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), experiment.abstract)
     params = variables["params"] | {"head": jax.tree.map(jnp.zeros_like, variables["params"]["head"])}
     state = state.replace(**variables, ema=variables | {"params": params})
-    with jax.set_mesh(experiment.mesh), open_checkpoints(experiment, directory) as checkpoints:
+    run = RunDirectory(str(directory), directory)
+    with jax.set_mesh(experiment.mesh), open_checkpoints(experiment, run, print) as checkpoints:
         checkpoints.save(7, state)
     return directory

@@ -182,9 +182,9 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
     study = None
     if args.cell is None:
-        from xception_jax.study.dial.design import DialStudy
-
         described, path = run_study_file(args.study)
+        from xception_jax.study.dial.design import DialStudy  # imports JAX, which a missing file need not wait for
+
         if isinstance(described, DialStudy):
             return _run_dial(args, described, path, environment)
         study = as_study(described, path)

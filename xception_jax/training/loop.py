@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from xception_jax.config import ExperimentConfig, resolve, to_json
+from xception_jax.config import ExperimentConfig, resolve
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, train_batches
 from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.logs import goodput
 from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
-from xception_jax.metrics import main_metric, metrics_of
+from xception_jax.metrics import metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
 from xception_jax.processes import check_processes, connected, together
@@ -37,7 +36,7 @@ from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
-from xception_jax.training.run_directory import RunDirectory, open_run_directory
+from xception_jax.training.run_directory import RunDirectory, open_checkpoints, open_run_directory
 from xception_jax.training.state import DROPOUT, TrainState, seed_bits
 from xception_jax.training.watchdog import Watchdog
 
@@ -90,7 +89,7 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
             experiment = together("data", lambda: make_experiment(config))
         agree_on_data(experiment.data.fingerprint)
         stack.enter_context(jax.set_mesh(experiment.mesh))
-        checkpoints = stack.enter_context(open_checkpoints(experiment, directory))
+        checkpoints = stack.enter_context(open_checkpoints(experiment, directory, print_once))
         with announce("restoring the newest checkpoint", print_once):
             restored = checkpoints.restore_latest(experiment.abstract)
         with announce("initializing the network", print_once):
@@ -110,26 +109,6 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
             return loop.run(step, state)
         except jax.errors.JaxRuntimeError as error:
             raise out_of_memory(error, config) from error
-
-
-def open_checkpoints(experiment: Experiment, directory: RunDirectory) -> Checkpoints:
-    """Opens the checkpoints of a run, ranked by its main metric on the development split."""
-    config = experiment.config
-    return Checkpoints(
-        directory.checkpoints,
-        keep_latest=config.checkpoint.keep_latest,
-        keep_best=config.checkpoint.keep_best if "dev" in experiment.sources else 0,
-        best_metric=("ema_" if config.ema.decay > 0 else "") + main_metric(config).name,
-        higher_is_better=main_metric(config).higher_is_better,
-        regular_every=experiment.every(config.checkpoint.every),
-        identity={
-            "config": hashlib.sha256(to_json(config).encode()).hexdigest(),
-            "dataset": experiment.data.fingerprint,
-        },
-        allow_dataset_change=config.checkpoint.allow_dataset_change,
-        bucket=directory.bucket,
-        report=print_once,
-    )
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 
 import jax
 
-from xception_jax.config import ExperimentConfig, from_json, load_config
+from xception_jax.config import ExperimentConfig, from_json, load_config, to_json
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.logs.metrics_log import read_metrics
+from xception_jax.metrics import main_metric
 from xception_jax.storage import Lease, Mirror, Store, checkpoint_directory, hold, is_url, join, open_store
+from xception_jax.training.checkpoint import Checkpoints
+from xception_jax.training.experiment import Experiment
 from xception_jax.training.step_files import step_path
 from xception_jax.training.workdir import (
     CHECKPOINT,
@@ -204,3 +208,29 @@ def open_run_store(address: str) -> Store:
 def _has_checkpoints(store: Store) -> bool:
     names = (name.split("/")[1] for name in store.list(f"{CHECKPOINTS}/"))
     return any(CHECKPOINT.fullmatch(name) for name in names)
+
+
+def open_checkpoints(experiment: Experiment, directory: RunDirectory, report: Callable[[str], None]) -> Checkpoints:
+    """Opens the checkpoints of a run, ranked by its main metric on the development split.
+
+    Args:
+      experiment: the run.
+      directory: its directory.
+      report: called with one line about each step that is set aside.
+    """
+    config = experiment.config
+    return Checkpoints(
+        directory.checkpoints,
+        keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best if "dev" in experiment.sources else 0,
+        best_metric=("ema_" if config.ema.decay > 0 else "") + main_metric(config).name,
+        higher_is_better=main_metric(config).higher_is_better,
+        regular_every=experiment.every(config.checkpoint.every),
+        identity={
+            "config": hashlib.sha256(to_json(config).encode()).hexdigest(),
+            "dataset": experiment.data.fingerprint,
+        },
+        allow_dataset_change=config.checkpoint.allow_dataset_change,
+        bucket=directory.bucket,
+        report=report,
+    )
