@@ -27,6 +27,7 @@ from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.runs import open_run
 from xception_jax.study.design import load_study
+from xception_jax.study.power import plan_seeds
 from xception_jax.study.store import read_study
 from xception_jax.training.workdir import open_workdir
 
@@ -64,6 +65,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "features": load_features,
     "--model": lambda path: _model(str(path)),
     "--classes": lambda path: _read_names(path),
+    "cells.csv": lambda path: plan_seeds(path, 0.005),
     "--groups": lambda path: read_groups(f"{path}.csv", ["a.png"]),
 }
 # Readers that accept more: damaged lines are left out, any text may be a name, and a config without a checkpoint may be
@@ -164,6 +166,8 @@ OTHER_PARSERS = {
     "training/features.py": "a cache with checksums, in the work directory",
     "training/manifest.py": "sealed by a digest",
     "training/summary.py": "/proc",
+    "roll_call.py": "what another process of the run wrote by json.dumps",
+    "study/power.py": "text that user_files has read",
     "processes.py": "what another process of the run wrote by json.dumps",
     "training/agreement.py": "what was written by json.dumps",
     "training/digest.py": "sealed by a digest, see tests/training",

@@ -40,8 +40,8 @@ def mutated(model: xception.Xception, *replacements: tuple[str, str]) -> xceptio
 
 BLOCKS = [f"block{i}" for i in range(1, 8)]
 RELU_AT_THE_END_OF_BLOCK1 = (
-    'x = nn.relu(conv_bn(x, width(64), "block1_conv2", kernel_size=(3, 3), **stem))',
-    'x = conv_bn(x, width(64), "block1_conv2", kernel_size=(3, 3), **stem)',
+    'x = nn.relu(conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem))',
+    'x = conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem)',
 )
 RELU_BEFORE_BLOCK2 = ("if block > 2:", "if block >= 2:")
 # What is replaced, and the first block whose output is wrong then; all after it are too.
@@ -50,8 +50,8 @@ MUTATIONS = {
     "chained shortcuts": (
         [
             (
-                "residual = shortcut(x, features, block)",
-                "residual = shortcut(x if block == 2 else residual, features, block)",
+                "residual = shortcut(x, features, block, stride)",
+                "residual = shortcut(x if block == 2 else residual, features, block, stride)",
             )
         ],
         3,
@@ -76,8 +76,8 @@ MUTATIONS = {
     "no ReLU at the end": (
         [
             (
-                'x = nn.relu(sepconv_bn(x, width(2048), f"block{block}_sepconv2"))',
-                'x = sepconv_bn(x, width(2048), f"block{block}_sepconv2")',
+                'x = nn.relu(sepconv_bn(x, features, f"block{block}_sepconv2"))',
+                'x = sepconv_bn(x, features, f"block{block}_sepconv2")',
             )
         ],
         7,

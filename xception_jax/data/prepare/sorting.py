@@ -11,6 +11,7 @@ from pathlib import Path
 
 from xception_jax.errors import BadDataError
 from xception_jax.files import sync_directory, write_atomically
+from xception_jax.user_files import read_json
 
 BUCKET_MEMORY = 256 << 20
 """Bytes of records kept in memory before they are appended to the files of their buckets."""
@@ -43,8 +44,8 @@ class SortedRecords:
     def complete(cls, directory: Path) -> SortedRecords | None:
         """Returns the records that a process has completed in a directory, or None."""
         try:
-            index = json.loads((directory / _INDEX).read_bytes())
-        except FileNotFoundError:
+            index = read_json(directory / _INDEX, dict)
+        except (OSError, ValueError):
             return None
         records = cls(directory)
         records.num_bytes, records.counts, records._on_disk = index["num_bytes"], index["counts"], True

@@ -143,7 +143,7 @@ def incomplete_directory(
 def _begin(partial: Path, identity: str) -> None:
     """Makes the directory, and empties it unless it was begun with the same identity."""
     begun = partial / WORK / _SOURCE
-    if identity and begun.is_file() and begun.read_text() == identity:
+    if identity and begun.is_file() and begun.read_bytes() == identity.encode():
         return
     shutil.rmtree(partial, ignore_errors=True)
     (partial / WORK).mkdir(parents=True)
