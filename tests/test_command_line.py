@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -192,6 +193,8 @@ def flags_of(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_any_value_of_any_flag_is_accepted_or_refused_in_three_lines(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))  # `train` adds one
+    monkeypatch.setenv("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", str(tmp_path)))  # `study` sets it
     for flag, count, places, needed in flags_of(command):
         rest = [argument for argument in needed if not argument.startswith(f"{flag}=")]
         for value in set(VALUES) - {"\x00"}:  # which no system passes on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -54,7 +55,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def load(source, cache, capfd, caplog):
+def load(source, cache, capfd, caplog, monkeypatch):
     """Returns a function that loads the library; it returns the answer, and the lines that were printed and logged."""
 
     def load() -> tuple[int, list[str]]:
@@ -63,6 +64,8 @@ def load(source, cache, capfd, caplog):
 
         caplog.clear()
         capfd.readouterr()
+        # An earlier test may have installed absl's, which prints what `caplog` records.
+        monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
         answer = native.load("answer", command, "kernels").answer()
         return answer, capfd.readouterr().err.splitlines() + [record.getMessage() for record in caplog.records]
 

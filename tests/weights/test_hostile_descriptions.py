@@ -117,7 +117,7 @@ def test_a_text_that_is_larger_than_any_description(tmp_path):
     assert "its header takes 20," in refusal(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("preprocessing", [{"size": 10**9}, {"size": True}, {"mean": [10**400] * 3}, {"crop": None}, 3])
+@pytest.mark.parametrize("preprocessing", [{"size": 10**9}, {"size": True}, {"mean": [10**18] * 3}, {"crop": None}, 3])
 def test_preprocessing_that_no_network_has(tmp_path, preprocessing):
     own_file(tmp_path / "x.safetensors", json.dumps({"model": {"name": "xception"}, "preprocessing": preprocessing}))
     assert "description" in refusal(tmp_path / "x.safetensors")

@@ -54,7 +54,8 @@ def test_what_the_other_library_does_not_have_is_refused(tmp_path, writer, field
         save(tmp_path / "x", Network(model, head, Preprocessing(), None, "", ""))
     assert not (tmp_path / "x").exists()
     if field not in free:
-        assert caught.value.where == f"config.model.{'fc_layers' if field == 'fc_width' else field}"
+        named = {"fc_width": "fc_layers", "intermediate_slope": "intermediate_activation"}.get(field, field)
+        assert caught.value.where == f"config.model.{named}"
         assert ".safetensors" in caught.value.fix
 
 
