@@ -29,7 +29,7 @@ def unpack_packages() -> Path:
     """Returns the folder with the unpacked packages, downloading them if they are not there.
 
     Raises:
-      OSError, subprocess.SubprocessError: this machine has no apt, or cannot reach a mirror of Debian.
+      OSError, subprocess.SubprocessError: apt is not installed, or no Debian mirror can be reached.
     """
     if not (CACHE / "usr").exists():
         downloaded = CACHE.with_name(f"{CACHE.name}.{os.getpid()}")

@@ -16,7 +16,7 @@ from xception_jax.storage import Patience, Store, open_store
 
 BUCKET = "bucket"
 BRISK = Patience(retries=3, first_delay=0.05, longest_delay=0.1, total=5)
-"""Gives up within one second if every request fails, and within five seconds if there is no answer."""
+"""The limits of the tests: one second if every request fails, five seconds if the server does not answer."""
 
 _numbers = itertools.count(1)
 

@@ -121,5 +121,5 @@ def test_coverage_of_every_analysis():
     found = measure_analyses(studies=250, seeds=5)
     for name in ("paired", "welch", "pooled", "crossed"):
         assert found[name] == pytest.approx(0.95, abs=0.055), found
-    assert found["paired_other_images"] < 0.9  # it says nothing about other images
+    assert found["paired_other_images"] < 0.9  # the interval does not cover other images
     assert found["crossed_bootstrap"] > 0.85

@@ -123,6 +123,12 @@ def test_preprocessing_that_no_network_has(tmp_path, preprocessing):
     assert "description" in refusal(tmp_path / "x.safetensors")
 
 
+def test_a_number_in_a_description_that_is_too_large_for_64_bits(tmp_path):
+    description = {"model": {"name": "xception"}, "preprocessing": {"mean": [10**400] * 3}}
+    own_file(tmp_path / "x.safetensors", json.dumps(description))
+    assert "is too large" in refusal(tmp_path / "x.safetensors")
+
+
 def config_of(tmp_path, **given):
     (tmp_path / CONFIG).write_text(json.dumps({"pretrained_cfg": given}))
     return hub.describe(tmp_path / CONFIG, Preprocessing(), 3)

@@ -24,7 +24,8 @@ from xception_jax.parallel import DeviceBatch, gathered
 # Number of classes saved per image, enough for top-5.
 SAVED_CLASSES = 5
 
-# Batches that a process may be ahead of the devices, and so of the other processes: all stop within so many batches.
+# How many batches a process may dispatch before the devices have finished them. This also bounds how far it gets ahead
+# of the other processes, and so how long all take to stop.
 _AHEAD = 8
 
 _COUNTS = "counts"  # key of the image counts, beside the states of the metrics

@@ -26,7 +26,7 @@ ACTIVITIES = {
     LOST: "steps that had to be done again",
     AWAY: "not running",
 }
-"""What a run can spend time on. `lost` and `away` are only known when the run starts again."""
+"""The activities that the time of a run is divided into. `lost` and `away` become known at the next start."""
 
 _PREFIX, _UNIX = "time_", "time"
 _REPEATED = (STEPS, INPUT, EVALUATION)  # what a resumed run does again

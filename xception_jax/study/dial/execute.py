@@ -36,7 +36,7 @@ from xception_jax.training.workdir import hold_directory
 def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say) -> int:
     """Runs the cells that are left, one after another on all cores or on one GPU, and writes the report.
 
-    Each finished cell is a row of cells.csv. The same command resumes with the first cell that has no row.
+    Each finished cell adds a row to cells.csv. After an interruption, the same command trains the missing cells.
 
     Args:
       study: the study.

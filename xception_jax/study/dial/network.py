@@ -114,7 +114,7 @@ def _layers(arm: DialArm, widths: tuple[int, ...]) -> tuple[list[_Layer], list[l
 
 @dataclasses.dataclass(frozen=True)
 class DialCost:
-    """What a network costs.
+    """The cost of a network.
 
     Attributes:
       widths: output channels of each block.
