@@ -23,12 +23,6 @@ WORKDIR="${WORKDIR:-runs/$CONFIG}"
 DATA_DIR="${DATA_DIR:-}" # where `xception-jax prepare` put the dataset; empty for its default
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
 
-# One task has all GPUs of its node. Otherwise JAX takes one GPU for each task.
-if ((${SLURM_GPUS_ON_NODE:-0} > 1)); then
-  JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))"
-  export JAX_LOCAL_DEVICE_IDS
-fi
-
 # Three minutes before the time is over, Slurm sends SIGTERM to the tasks (--signal), and they save and end with 75.
 # A cluster may send it to this script too, which must live long enough to requeue the job.
 trap : TERM

@@ -65,3 +65,17 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
         return {}
     found = {key: next((environment[n] for n in options if environment.get(n)), "") for key, options in names.items()}
     return {key: int(value) for key, value in found.items() if value}
+
+
+def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
+    """Returns the GPUs of a Slurm task that is the only one on its node: all of them.
+
+    JAX would take one GPU for each task. Returns None where JAX's own choice is right, or the user has made one.
+    """
+    nodes = environment.get("SLURM_STEP_NUM_NODES", "")
+    if environment.get("JAX_LOCAL_DEVICE_IDS") or not nodes or environment.get("SLURM_STEP_NUM_TASKS") != nodes:
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    count = len(visible.split(",")) if visible else int(on_node) if on_node.isdigit() else 0
+    return list(range(count)) if count > 1 else None

@@ -23,7 +23,7 @@ import jax
 
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError, PreemptedError, UserError
-from xception_jax.launchers import from_environment, several_processes
+from xception_jax.launchers import from_environment, gpus_of_task, several_processes
 from xception_jax.roll_call import RollCall, state_of_jax
 from xception_jax.signals import StopRequested
 
@@ -48,7 +48,8 @@ def start_distributed(distributed: DistributedConfig) -> None:
     """Connects to the other processes of this run, if there are any.
 
     `distributed` takes precedence over the environment. JAX itself detects TPU pods, GKE, Slurm (with srun), Open MPI
-    and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, and SkyPilot.
+    and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, SkyPilot, and all GPUs of a node for
+    a Slurm task that has the node to itself.
 
     Raises:
       ConfigError: a launcher started several processes, but they cannot find each other.
@@ -64,6 +65,7 @@ def start_distributed(distributed: DistributedConfig) -> None:
     try:
         jax.distributed.initialize(
             **(given if distributed.coordinator else from_environment(os.environ)),
+            local_device_ids=gpus_of_task(os.environ),
             initialization_timeout=distributed.timeout,
             heartbeat_timeout_seconds=distributed.heartbeat,
         )

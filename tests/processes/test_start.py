@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError
-from xception_jax.launchers import SKYPILOT_PORT, from_environment, may_have_peers, several_processes
+from xception_jax.launchers import SKYPILOT_PORT, from_environment, gpus_of_task, may_have_peers, several_processes
 from xception_jax.processes import check_processes
 
 
@@ -83,6 +83,23 @@ def test_what_jax_does_not_read():
     sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"}
     expected = {"coordinator_address": f"10.0.0.1:{SKYPILOT_PORT}", "num_processes": 2, "process_id": 1}
     assert from_environment(sky) == expected
+
+
+@pytest.mark.parametrize(
+    ("tasks", "others", "expected"),
+    [
+        (2, {"CUDA_VISIBLE_DEVICES": "0,1,2"}, [0, 1, 2]),
+        (2, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "SLURM_GPUS_ON_NODE": "8"}, [0, 1]),
+        (2, {"SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+        (2, {"SLURM_GPUS_ON_NODE": "1"}, None),
+        (2, {}, None),
+        (16, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, None),  # a task for each GPU
+        (2, {"CUDA_VISIBLE_DEVICES": "0,1", "JAX_LOCAL_DEVICE_IDS": "1"}, None),  # JAX reads it
+    ],
+)
+def test_a_task_with_a_node_to_itself_has_all_gpus(tasks, others, expected):
+    assert gpus_of_task({"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": str(tasks), **others}) == expected
+    assert gpus_of_task(others) is None  # not started by srun
 
 
 def start(shared_environment, *environments, arguments=()):

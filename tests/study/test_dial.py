@@ -24,7 +24,7 @@ from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, c
 from xception_jax.study.dial.execute import chosen_rates, run_dial
 from xception_jax.study.dial.gates import Gate, check_gates
 from xception_jax.study.dial.network import CONTROLS, DialArm, DialNetwork, count, solve
-from xception_jax.study.dial.records import CELLS, add_record, done, read_dial, read_records, state
+from xception_jax.study.dial.records import CELLS, NETWORKS, add_record, done, read_dial, read_records, state
 from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
@@ -268,6 +268,10 @@ def test_a_study_runs_resumes_to_the_same_values_and_refuses_another_design(tmp_
     assert [row["stage"] for row in rows] == ["tune", "test", "test"]
     assert "%" not in said[-1]  # accuracies of counted cells stay hidden while the study runs
     assert read_dial(tmp_path)[0] == TINY
+    saved = {file.name: np.load(file) for file in (tmp_path / NETWORKS).iterdir()}
+    assert set(saved) == {"regular.across_0.0.npz", "regular.across_0.1.npz"}
+    kernel = saved["regular.across_0.0.npz"]["params/block1_spatial/kernel"]
+    assert kernel.shape == (3, 3, 12, 2)
     lines = (tmp_path / CELLS).read_text().splitlines(keepends=True)
     (tmp_path / CELLS).write_text("".join(lines[:-1]))
     said.clear()

@@ -17,7 +17,7 @@ from xception_jax.signals import StopRequested, StopSignals
 from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS
-from xception_jax.study.dial.design import TUNING, DialCell, DialStudy, counted_cells, tuning_cells
+from xception_jax.study.dial.design import COUNTED, TUNING, DialCell, DialStudy, counted_cells, tuning_cells
 from xception_jax.study.dial.records import (
     BANKS,
     CELLS,
@@ -27,6 +27,7 @@ from xception_jax.study.dial.records import (
     done,
     read_records,
     record_key,
+    save_network,
     state,
 )
 from xception_jax.study.dial.training import train
@@ -84,7 +85,7 @@ def _run_cells(
         start = time.monotonic()
         bank = _bank_record(study, cell.bank, cell.seed, root)
         assert cell.rate is not None
-        outcome = train(
+        outcome, variables = train(
             study.arm(cell.arm),
             costs[cell.arm].widths,
             make_bank(cell.bank, cell.seed),
@@ -96,6 +97,8 @@ def _run_cells(
         )
         values: dict[str, Any] = dataclasses.asdict(outcome)
         values |= {"pulled_within": outcome.pulled.within, "pulled_across": outcome.pulled.across}
+        if cell.stage == COUNTED:
+            save_network(root, cell, variables)
         add_record(root, CELLS, cell_record(study, cell, values))
         took.setdefault(cell.arm, []).append(time.monotonic() - start)
         typical = float(np.mean([seconds for arm in took.values() for seconds in arm]))

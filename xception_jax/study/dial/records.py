@@ -3,6 +3,7 @@
 study.json                     the design as data, and when it was stated and extended
 banks.csv                      one row for each bank and seed: strength, Bayes accuracy, measured dial, marginals
 cells.csv                      one row for each finished cell
+networks/                      the variables of each counted cell, as .npz, written before its row
 report.md, figures/
 """
 
@@ -17,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.study.dial.banks import BankSpec
@@ -25,7 +28,7 @@ from xception_jax.study.dial.network import DialArm
 from xception_jax.study.dial.training import Recipe
 from xception_jax.user_files import read_json, read_text, reading, writing
 
-STUDY, BANKS, CELLS = "study.json", "banks.csv", "cells.csv"
+STUDY, BANKS, CELLS, NETWORKS = "study.json", "banks.csv", "cells.csv", "networks"
 _KIND = "dial"
 
 CELL_COLUMNS = (
@@ -160,6 +163,20 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_text, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def save_network(root: Path, cell: DialCell, variables: Mapping[str, np.ndarray]) -> None:
+    """Writes the variables of a cell's network to networks/ARM.BANK.SEED.npz.
+
+    Raises:
+      StorageError: the file cannot be written.
+    """
+    path = root / NETWORKS / f"{cell.arm}.{cell.bank.name}.{cell.seed}.npz"
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **variables)
+    with writing("network", path):
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, buffer.getvalue())
 
 
 def record_key(name: str, row: Mapping[str, str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 from xception_jax.study.dial import task
@@ -81,7 +82,7 @@ def train(
     seed: int,
     recipe: Recipe,
     test_part: int = task.TEST,
-) -> Outcome:
+) -> tuple[Outcome, dict[str, np.ndarray]]:
     """Trains a network and tests it.
 
     Args:
@@ -93,6 +94,9 @@ def train(
       seed: of the images and the initial parameters.
       recipe: see `Recipe`.
       test_part: part of the stream for the test: `task.TEST`, or `task.TUNE` to choose a rate.
+
+    Returns:
+      (outcome, variables of the network by path).
     """
     start, cpu_start = time.monotonic(), time.process_time()
     programs = _Programs.of(arm, widths, recipe)
@@ -113,7 +117,8 @@ def train(
     last_loss = float(np.array_split(loss, CURVE)[-1].mean())
     dial = measure(np.asarray(pulled)) if np.isfinite(pulled).all() else Dial(np.nan, np.nan, 0, 0)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
-    return Outcome(accuracy, curve[-1], last_loss, curve, dial, round(seconds, 1), round(cpu_seconds, 1))
+    outcome = Outcome(accuracy, curve[-1], last_loss, curve, dial, round(seconds, 1), round(cpu_seconds, 1))
+    return outcome, {path: np.asarray(value) for path, value in flatten_dict(variables, sep="/").items()}
 
 
 class _Programs:
