@@ -48,8 +48,8 @@ def start_distributed(distributed: DistributedConfig) -> None:
     """Connects to the other processes of this run, if there are any.
 
     `distributed` takes precedence over the environment. JAX itself detects TPU pods, GKE, Slurm (with srun), Open MPI
-    and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, SkyPilot, and all GPUs of a node for
-    a Slurm task that has the node to itself.
+    and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, SkyPilot, and all GPUs of a node
+    for a Slurm task that has the node to itself.
 
     Raises:
       ConfigError: a launcher started several processes, but they cannot find each other.
