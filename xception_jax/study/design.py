@@ -17,6 +17,7 @@ from xception_jax.command_line import run_file
 from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, resolve, to_json
 from xception_jax.config.shipped import find_config
 from xception_jax.errors import ConfigError
+from xception_jax.study.claims import Claim, claim_problems, claims_from_json
 
 # The costs of a network, as attributes of `models.cost.Cost`, and their names in reports.
 COSTS = {
@@ -129,6 +130,8 @@ class Study:
       analysis: one of `ANALYSES`, see analysis.py.
       gate: the training accuracy that every arm must reach. Otherwise the study compares how fast arms learn, and not
         what they can represent: the report says so and interprets no comparison.
+      claims: what is predicted about several arms together; see claims.py.
+      activations: whether each cell measures what enters the activation between two convolutions, see activations.py.
       budget: the cost of the study in words.
     """
 
@@ -150,6 +153,8 @@ class Study:
     search: Search | None = Search()
     analysis: str = "paired"
     gate: float | None = None
+    claims: tuple[Claim, ...] = ()
+    activations: bool = False
     budget: str = ""
 
     @property
@@ -281,6 +286,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         yield f"the analysis is {study.analysis!r}", f"set it to one of {', '.join(ANALYSES)}"
     if study.gate is not None and not 0 < study.gate <= 1:
         yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
+    yield from claim_problems(study.claims, names, study.axis, study.activations)
 
 
 def study_to_json(study: Study) -> dict[str, Any]:
@@ -308,6 +314,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
                     Interaction(**entry | {"pairs": tuple(map(tuple, entry["pairs"]))})
                     for entry in data["interactions"]
                 ),
+                "claims": claims_from_json(data.get("claims", ())),
                 "search": Search(**search | {"trials": tuple(search["trials"])}) if search else None,
             }
         )
