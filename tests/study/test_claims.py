@@ -1,0 +1,68 @@
+"""Claims about several arms, on arms whose accuracies are known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.study.simulated import small_study
+from xception_jax.errors import ConfigError
+from xception_jax.study.analysis import ANALYSES, Sample
+from xception_jax.study.claims import Claim, Part, claims_from_json
+from xception_jax.study.contrasts import CONTRASTS
+from xception_jax.study.design import check_study
+from xception_jax.study.tested_claims import Measured, evaluate_claims
+
+RNG = np.random.default_rng(0)
+SAMPLES = {
+    name: Sample((right := RNG.random((6, 300)) < share).mean(1), right)
+    for name, share in {"a": 0.9, "b": 0.7, "c": 0.5, "d": 0.3, "zero": 0.9}.items()
+}
+DEAD = {name: 1 - sample.accuracy for name, sample in SAMPLES.items()}
+MEASURED = Measured(SAMPLES, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "zero": 0.0}, {"dead_end": DEAD})
+LINE = tuple((name, "", 1.0) for name in "abcd")
+EVERY = tuple((name, "zero", 1.0) for name in "abcd")
+
+
+@pytest.mark.parametrize("analysis", CONTRASTS)
+def test_a_contrast_of_two_arms_is_their_comparison(analysis):
+    found = CONTRASTS[analysis]({"a": 1.0, "b": -1.0}, SAMPLES)
+    theirs = ANALYSES[analysis](SAMPLES["a"], SAMPLES["b"], list(SAMPLES.values()))
+    for name in ("mean", "error", "df", "low", "high", "p"):
+        assert getattr(found, name) == pytest.approx(getattr(theirs, name), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("part", "verdict"),
+    [
+        (Part("difference", (("a", "b", 1.0),), "above", 0.1), "supported"),
+        (Part("difference", (("a", "b", 1.0),), "below", 0.1), "contradicted"),
+        (Part("mean", (("a", "b", 0.5), ("c", "d", 0.5)), "above", 0.1), "supported"),
+        (Part("slope", LINE, "below", -0.15, "slope"), "supported"),
+        (Part("slope", LINE, "above", 0.0, "slope"), "contradicted"),
+        (Part("r", EVERY, "above", 0.8, "correlation", "dead_end"), "supported"),
+        (Part("r", EVERY, "below", 0.0, "correlation", "dead_end"), "contradicted"),
+    ],
+)
+def test_known_effects(part, verdict):
+    claim = Claim("X", "It is so.", (part,))
+    assert evaluate_claims((claim,), MEASURED, "welch", set())[0].verdict == verdict
+    assert evaluate_claims((claim,), MEASURED, "welch", {part.terms[0][0]})[0].verdict == "not interpreted"
+    assert claims_from_json([dataclasses.asdict(claim)]) == (claim,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"terms": (("nobody", "", 1.0),)}, "nobody"),
+        ({"side": "left"}, "side is 'left'"),
+        ({"measure": "slope"}, "has 1 terms"),
+        ({"measure": "guess"}, "measure is 'guess'"),
+        ({"bound": float("nan")}, "bound is nan"),
+        ({"column": "dead_end"}, "has no effect"),
+    ],
+)
+def test_a_claim_that_makes_no_sense_is_refused(fields, words):
+    part = dataclasses.replace(Part("p", (("1_relu", "1_none", 1.0),), "above", 0.0), **fields)
+    with pytest.raises(ConfigError, match=words):
+        check_study(small_study(claims=(Claim("X", "It is so.", (part,)),)), "a test")
