@@ -12,7 +12,12 @@ from pathlib import Path
 
 from xception_jax.config import DataConfig
 from xception_jax.data.metadata import open_builder
-from xception_jax.data.prepare.fashion_mnist import fashion_mnist, fashion_mnist_scenes, fashion_mnist_subset
+from xception_jax.data.prepare.fashion_mnist import (
+    fashion_mnist,
+    fashion_mnist_scenes,
+    fashion_mnist_stacks,
+    fashion_mnist_subset,
+)
 from xception_jax.data.prepare.imagenet import imagenet2012
 from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
 from xception_jax.data.prepare.writer import Dataset, write_dataset
@@ -39,6 +44,7 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 SHIPPED: dict[str, Callable[[], Dataset]] = {
     "fashion_mnist_subset": fashion_mnist_subset,
     "fashion_mnist_scenes": fashion_mnist_scenes,
+    "fashion_mnist_stacks": fashion_mnist_stacks,
 }
 """Builds each dataset from images in this package. `open_dataset` writes them on first use."""
 
