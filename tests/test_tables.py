@@ -12,6 +12,7 @@ from xception_jax.data.augmentation import AUGMENTATIONS
 from xception_jax.metrics import METRICS
 from xception_jax.models.layers import INITIALIZERS
 from xception_jax.models.modules import ACTIVATIONS
+from xception_jax.models.xception import MODULES
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.smoke
     ("field", "table"),
     [
         ("model.name", models.NETWORKS),
+        ("model.module", MODULES),
         ("model.intermediate_activation", ACTIVATIONS),
         ("model.initialization", INITIALIZERS),
         ("data.augmentation", AUGMENTATIONS),

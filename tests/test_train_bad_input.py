@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.conftest import ROOT
 from tests.tiny_run import TINY, three_lines
+from xception_jax.cli import main
+from xception_jax.command_line import run_main
 
 
 @pytest.mark.parametrize(
@@ -19,7 +24,7 @@ from tests.tiny_run import TINY, three_lines
         (["--config.mesh.fsdp=3"], 78, "does not fit 1 devices"),
         (["--config.model.num_classes=11"], 78, "set it to 10"),
         (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
-        (["--config.data.name=imagenet2012"], 66, "python -m xception_jax prepare imagenet2012"),
+        (["--config.data.name=imagenet2012"], 66, "xception-jax prepare imagenet2012"),
         (["--config.data.eval_split=nothing"], 66, "no split 'nothing'"),
         (["--config=configs/nothing.py"], 66, "choose one of fashion_mnist"),
         (["--config=nothing"], 66, "choose one of fashion_mnist"),
@@ -34,8 +39,13 @@ from tests.tiny_run import TINY, three_lines
         (["--config.batch_size=2000", "--config.duration=1 epoch"], 78, "at most 640"),
     ],
 )
-def test_bad_input_costs_three_lines(run_python, tmp_path, arguments, code, words):
-    process = run_python("train.py", *TINY, f"--workdir={tmp_path / 'run'}", *arguments)
+def test_bad_input_costs_three_lines(monkeypatch, capsys, tmp_path, arguments, code, words):
+    command = ["xception-jax", "train", *TINY, f"--workdir={tmp_path / 'run'}", *arguments]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as raised:
+        run_main(main)
+    process = subprocess.CompletedProcess(command, raised.value.code, *capsys.readouterr())
     assert process.returncode == code, process.stderr
     assert words in " ".join(three_lines(process))
     assert not (ROOT / "gs:").exists()

@@ -73,6 +73,7 @@ VARIANTS = {
         "strides": (1, 2, 2, 1),
     },
     "inception module": {"module": "inception", "dtype": "bfloat16", "batch_norm.statistics": "device"},
+    "regular convolutions": {"module": "regular", "initialization": "variance_preserving"},
     "inception_v3": {"name": "inception_v3", "aux_head": True, "middle_blocks": 8},
     "inception_v3_2016": {"name": "inception_v3_2016", "middle_blocks": 8, "padding": "symmetric"},
 }

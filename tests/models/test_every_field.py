@@ -41,7 +41,7 @@ VALUES: dict[str, tuple[list, dict]] = {
     "intermediate_activation": (["relu", "elu", "leaky_relu", "scaled_elu"], {}),
     "intermediate_slope": ([0.5], {"intermediate_activation": "leaky_relu"}),
     "intermediate_batch_norm": ([True], {}),
-    "module": (["inception"], {}),
+    "module": (["inception", "regular"], {}),
     "residual": ([False], {}),
     "depth_multiplier": ([2], {}),
     "kernel_size": ([1, 5], {}),
@@ -132,7 +132,7 @@ def test_every_field_changes_inception_v3(name, value):
         assert not is_the_same(139, beside, {**beside, name: value})
 
 
-@pytest.mark.parametrize("module", ["separable", "inception"])
+@pytest.mark.parametrize("module", ["separable", "inception", "regular"])
 def test_initialization_is_that_of_every_convolution(module):
     """The one field that changes neither shapes nor what is computed from them."""
     found = []
@@ -142,7 +142,7 @@ def test_initialization_is_that_of_every_convolution(module):
             found.append(layer.initialization)
 
     trace_layers(create_model(XCEPTION | {"module": module, "initialization": "variance_preserving"}), 64, visit)
-    assert len(found) > 20
+    assert len(found) > 15
     assert set(found) == {"variance_preserving"}
 
 
@@ -219,6 +219,12 @@ def test_inception_v3_refuses_the_fields_of_xception(variant, name):
         ({"module": "inception", "intermediate_activation": "elu"}, "intermediate_activation"),
         ({"module": "inception", "depth_multiplier": 2}, "depth_multiplier"),
         ({"module": "inception", "intermediate_batch_norm": True}, "intermediate_batch_norm"),
+        ({"module": "regular", "segments": 2}, "segments"),
+        ({"module": "regular", "group_width": "all"}, "group_width"),
+        ({"module": "regular", "order": "pointwise_first"}, "order"),
+        ({"module": "regular", "intermediate_activation": "relu"}, "intermediate_activation"),
+        ({"module": "regular", "depth_multiplier": 2}, "depth_multiplier"),
+        ({"module": "regular", "intermediate_batch_norm": True}, "intermediate_batch_norm"),
         ({"intermediate_slope": 0.5}, "intermediate_slope"),
         ({"intermediate_activation": "relu", "intermediate_slope": 0.5}, "intermediate_slope"),
         ({"dtype": "float64"}, "dtype"),

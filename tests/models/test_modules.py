@@ -15,6 +15,7 @@ from xception_jax.config.model import XceptionConfig
 from xception_jax.models.layers import BatchNorm, Conv
 from xception_jax.models.modules import (
     InceptionModule,
+    RegularConv,
     SeparableConv,
     SimplifiedInceptionModule,
     figure_3_from_figure_2,
@@ -244,3 +245,10 @@ def test_variance_preserving_keeps_the_variance_and_glorot_does_not(segments):
         gains[name] = float(layer.init_with_output(jax.random.key(0), x)[0].var() / x.var())
     assert gains["variance_preserving"] == pytest.approx(1, rel=0.15)
     assert gains["glorot"] == pytest.approx(2 / (1 + segments), rel=0.15)
+
+
+def test_regular_is_one_convolution_without_a_pointwise_partner():
+    module, x = RegularConv(10, dtype=FLOAT64), draw((2, 5, 6, CHANNELS))
+    params = random_variables(module, x)["params"]
+    assert jax.tree.map(jnp.shape, params) == {"spatial": {"kernel": (3, 3, CHANNELS, 10)}}
+    assert_close(jax.jit(module.apply)({"params": params}, x), native(x, params["spatial"]["kernel"]))

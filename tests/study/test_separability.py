@@ -76,6 +76,7 @@ def test_only_regular_convolutions_are_looked_at():
     assert len(regular) == 2 + 10
     assert names(segments=2) == ["block1_conv1", "block1_conv2"]
     assert "block3_sepconv1/tower_double_2" in names(module="inception")
+    assert names(module="regular") == regular
 
 
 class _Zeros:

@@ -151,7 +151,7 @@ class WatchdogConfig(Section):
     path: ClassVar[str] = "watchdog."
 
     factor: int = integer(20, 0, "local: times the median step without the end of a step; 0 is off")
-    min_seconds: int = integer(600, 1, "local: in training steps and waiting for input", unless={"factor": 0})
+    min_seconds: int = integer(600, 1, "local: in training steps and waiting for input", unless={"factor": (0,)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Field:
       expects: what the check accepts, in words.
       source: where the default comes from, starting with one of the labels above.
       kind: type of the value, for the command line.
-      unless: values of other fields of the section that leave this field without effect, by field name.
+      unless: values of other fields of the section, each of which leaves this field without effect, by field name.
       owners: names of the networks, optimizers or schedules that have this field; () if all have it.
       optional: a config may hold None, which stands for the default (of the chosen owner).
     """
@@ -63,7 +63,7 @@ class Field:
     expects: str
     source: str
     kind: type
-    unless: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unless: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     owners: tuple[str, ...] = ()
     optional: bool = False
 
@@ -74,7 +74,7 @@ def _field(
     expects: str,
     source: str,
     kind: type,
-    unless: Mapping[str, Any] | None = None,
+    unless: Mapping[str, tuple] | None = None,
 ) -> Any:
     field = Field(default, check, expects, source, kind, unless or {}, optional=default is None)
     return dataclasses.field(default=default, metadata={"field": field})
@@ -104,7 +104,7 @@ def _compile(pattern: str) -> None:
         re.compile(pattern)
 
 
-def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
+def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, tuple] | None = None) -> Any:
     """Declares a whole number of at least `low`."""
 
     def check(value: Any) -> int:
@@ -122,7 +122,7 @@ def number(
     source: str,
     *,
     above: bool = False,
-    unless: Mapping[str, Any] | None = None,
+    unless: Mapping[str, tuple] | None = None,
 ) -> Any:
     """Declares a float in [low, high], or in (low, high] if `above`."""
 
@@ -137,7 +137,7 @@ def number(
     )
 
 
-def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
+def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mapping[str, tuple] | None = None) -> Any:
     """Declares one of a few words."""
 
     def check(value: Any) -> str:
@@ -148,7 +148,12 @@ def choice(default: str, options: tuple[str, ...], source: str, *, unless: Mappi
 
 
 def choice_or_integer(
-    default: str | int | None, words: tuple[str, ...], low: int, source: str, *, unless: Mapping[str, Any] | None = None
+    default: str | int | None,
+    words: tuple[str, ...],
+    low: int,
+    source: str,
+    *,
+    unless: Mapping[str, tuple] | None = None,
 ) -> Any:
     """Declares one of the words, or a whole number (which the command line passes as a string)."""
 
@@ -163,7 +168,7 @@ def choice_or_integer(
     return _field(default, check, expects, source, str, unless)
 
 
-def flag(default: bool, source: str, *, unless: Mapping[str, Any] | None = None) -> Any:
+def flag(default: bool, source: str, *, unless: Mapping[str, tuple] | None = None) -> Any:
     """Declares True or False."""
 
     def check(value: Any) -> bool:

@@ -13,7 +13,7 @@ from xception_jax.config.fields import choice, choice_or_integer, flag, integer,
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
-_INCEPTION_MODULES = {"module": "inception"}  # these have towers instead of segments
+_OTHER_MODULES = {"module": ("inception", "regular")}  # these have no segments, and nothing between two convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ModelConfig(Section):
     num_classes: int = integer(1000, 1, "paper: section 4.1, ImageNet")
     width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
     fc_layers: int = integer(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
-    fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": 0})
+    fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": (0,)})
     dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
     dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
@@ -51,36 +51,40 @@ class XceptionConfig(ModelConfig):
 
     name: str = "xception"
     middle_blocks: int = integer(8, 0, "paper: figure 5")
-    module: str = choice("separable", ("separable", "inception"), "paper: figure 5 has separable convolutions")
+    module: str = choice(
+        "separable",
+        ("separable", "inception", "regular"),
+        "paper: figure 5 has separable convolutions; 'regular' is one convolution without a pointwise partner",
+    )
     segments: str | int = choice_or_integer(
-        "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless=_INCEPTION_MODULES
+        "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless=_OTHER_MODULES
     )
     group_width: str | int | None = choice_or_integer(
         None,
         ("all",),
         1,
         "local: channels per segment, an alternative to `segments`; 'all' is one segment",
-        unless=_INCEPTION_MODULES,
+        unless=_OTHER_MODULES,
     )
     order: str = choice(
         "depthwise_first",
         ("depthwise_first", "pointwise_first"),
         "reference: as Keras' layer",
-        unless=_INCEPTION_MODULES,
+        unless=_OTHER_MODULES,
     )
     intermediate_activation: str = choice(
         "none",
         ("none", "relu", "elu", "leaky_relu", "scaled_elu"),
         "paper: section 4.7, figure 10; 'scaled_elu' is elu(x / rms) with the root mean square of each image",
-        unless=_INCEPTION_MODULES,
+        unless=_OTHER_MODULES,
     )
     intermediate_slope: float = number(
-        0.1, 0.0, 1.0, "local: of 'leaky_relu' for negative values", unless=_INCEPTION_MODULES
+        0.1, 0.0, 1.0, "local: of 'leaky_relu' for negative values", unless=_OTHER_MODULES
     )
     intermediate_batch_norm: bool = flag(
-        False, "paper: section 3, none between the two convolutions; MobileNets have it", unless=_INCEPTION_MODULES
+        False, "paper: section 3, none between the two convolutions; MobileNets have it", unless=_OTHER_MODULES
     )
-    depth_multiplier: int = integer(1, 1, "reference", unless=_INCEPTION_MODULES)
+    depth_multiplier: int = integer(1, 1, "reference", unless=_OTHER_MODULES)
     residual: bool = flag(True, "paper: section 4.6, figure 9")
     kernel_size: int = integer(3, 1, "paper: figure 5")
     stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")

@@ -35,10 +35,10 @@ class Section:
                 object.__setattr__(self, field.name, checked(spec, self.path + field.name, value))
         for field in dataclasses.fields(self):
             for name, without_effect in field.metadata["field"].unless.items() if "field" in field.metadata else ():
-                if getattr(self, name) == without_effect and getattr(self, field.name) != defaults[field.name]:
+                if getattr(self, name) in without_effect and getattr(self, field.name) != defaults[field.name]:
                     raise ConfigError(
                         f"config.{self.path}{field.name}={getattr(self, field.name)!r} has no effect with "
-                        f"{self.path}{name}={without_effect!r}",
+                        f"{self.path}{name}={getattr(self, name)!r}",
                         f"config.{self.path}{field.name}",
                         f"leave it at {defaults[field.name]!r}",
                     )

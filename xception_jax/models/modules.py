@@ -97,6 +97,29 @@ class SeparableConv(nn.Module):
         return conv(features, kernel_size, segments=segments, name="spatial")(x)
 
 
+class RegularConv(nn.Module):
+    """One regular convolution in place of a separable one, without a pointwise partner.
+
+    A separable convolution with one segment is not this: it has a linear map across channels beside the spatial one.
+
+    Attributes:
+      features: output channels.
+      kernel_size: side of the convolution.
+      initialization: of the kernel, one of `layers.INITIALIZERS`.
+      dtype: dtype of the computation.
+    """
+
+    features: int
+    kernel_size: int = 3
+    initialization: str = "glorot"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h w f"]:
+        kernel_size = (self.kernel_size, self.kernel_size)
+        return Conv(self.features, kernel_size, initialization=self.initialization, dtype=self.dtype, name="spatial")(x)
+
+
 class InceptionModule(nn.Module):
     """Figure 1: the canonical Inception module with four concatenated towers of equal width.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from xception_jax import ops
 from xception_jax.config import XceptionConfig
 from xception_jax.models.layers import Conv, Head, norm_of
-from xception_jax.models.modules import InceptionModule, SeparableConv
+from xception_jax.models.modules import InceptionModule, RegularConv, SeparableConv
 
 
 class Xception(nn.Module):
@@ -107,21 +107,29 @@ class Xception(nn.Module):
     def _module(self, features: int, name: str) -> Callable[[Array, bool], Any]:
         """Returns the module in place of a separable convolution of figure 5, a function of (x, train)."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        if config.module == "inception":
-            return InceptionModule(
-                features, norm_of(config), config.kernel_size, config.initialization, dtype, name=name
-            )
-        return SeparableConv(
-            features,
-            segments=config.segments,
-            group_width=config.group_width,
-            order=config.order,
-            intermediate_activation=config.intermediate_activation,
-            intermediate_slope=config.intermediate_slope,
-            intermediate_norm=norm_of(config) if config.intermediate_batch_norm else None,
-            depth_multiplier=config.depth_multiplier,
-            kernel_size=config.kernel_size,
-            initialization=config.initialization,
-            dtype=dtype,
-            name=name,
-        )
+        common = {
+            "kernel_size": config.kernel_size, "initialization": config.initialization, "dtype": dtype, "name": name
+        }  # fmt: skip
+        return MODULES[config.module](config, features, common)
+
+
+def _separable(config: XceptionConfig, features: int, common: dict[str, Any]) -> nn.Module:
+    return SeparableConv(
+        features,
+        segments=config.segments,
+        group_width=config.group_width,
+        order=config.order,
+        intermediate_activation=config.intermediate_activation,
+        intermediate_slope=config.intermediate_slope,
+        intermediate_norm=norm_of(config) if config.intermediate_batch_norm else None,
+        depth_multiplier=config.depth_multiplier,
+        **common,
+    )
+
+
+# What stands in place of a separable convolution of figure 5.
+MODULES: dict[str, Callable[[XceptionConfig, int, dict[str, Any]], nn.Module]] = {
+    "separable": _separable,
+    "inception": lambda config, features, common: InceptionModule(features, norm_of(config), **common),
+    "regular": lambda config, features, common: RegularConv(features, **common),
+}

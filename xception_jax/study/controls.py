@@ -19,7 +19,7 @@ from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
 from xception_jax.models.layers import Conv
-from xception_jax.models.modules import SeparableConv
+from xception_jax.models.modules import RegularConv, SeparableConv
 from xception_jax.models.trace import trace_layers
 from xception_jax.study.design import COSTS, Arm, Study
 
@@ -43,8 +43,8 @@ class ArmCost:
       live_parameters: the same without weights that meet only padding.
       multiply_adds: of one forward pass on one image.
       live_multiply_adds: the same without products of padding.
-      channels_per_segment: geometric mean, over the separable layers, of the channels that a spatial filter sees; NaN
-        if there is no such layer.
+      channels_per_segment: geometric mean, over the separable or regular layers, of the channels that a spatial filter
+        sees; NaN if there is no such layer.
     """
 
     width_multiplier: float
@@ -178,11 +178,15 @@ def _match(study: Study, arm: Arm, reference: Cost, cost_at: Callable[[Arm, floa
 
 
 def channels_per_segment(model: nn.Module, image_size: int) -> float:
-    """Returns the geometric mean, over the separable layers, of the channels that a spatial filter sees."""
+    """Returns the geometric mean, over the separable or regular layers, of the channels that a spatial filter sees."""
     sizes: list[int] = []
 
     def visit(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(layer, Conv) and layer.name == "spatial" and isinstance(layer.parent, SeparableConv):
+        if (
+            isinstance(layer, Conv)
+            and layer.name == "spatial"
+            and isinstance(layer.parent, RegularConv | SeparableConv)
+        ):
             sizes.append(layer.get_variable("params", "kernel").shape[2])
 
     trace_layers(model, image_size, visit)
