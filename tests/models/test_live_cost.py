@@ -25,6 +25,7 @@ NETWORKS = {
     "grouped": SMALL | {"segments": 4, "padding": "symmetric"},
     "pointwise first": SMALL | {"order": "pointwise_first", "stem": "small"},
     "one convolution": SMALL | {"module": "regular"},
+    "stem of modules": SMALL | {"stem": "module"},
     "towers": SMALL | {"module": "inception", "kernel_size": 5},
     "multiplier": SMALL | {"depth_multiplier": 2, "kernel_size": 7, "fc_layers": 1, "fc_width": 8},
     "inception_v3": {"name": "inception_v3", "num_classes": 3, "width_multiplier": 0.03},

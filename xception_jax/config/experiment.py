@@ -34,8 +34,8 @@ class DataConfig(Section):
         ("none", "kronecker", "free"),
         "local: orthogonal mixing of channels and pixels in blocks of 2 x 2, after everything else, see data/turn.py",
     )
-    turn_angle: float = number(1.0, 0.0, 1.0, "local: 0 leaves images as they are", unless={"turn": "none"})
-    turn_seed: int = integer(0, 0, "local: draws the direction of the turn", unless={"turn": "none"})
+    turn_angle: float = number(1.0, 0.0, 1.0, "local: 0 leaves images as they are", unless={"turn": ("none",)})
+    turn_seed: int = integer(0, 0, "local: draws the direction of the turn", unless={"turn": ("none",)})
     eval_crop: float = number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True)
     threads: int = integer(16, 1, "local: decoding threads in each process")
     workers: int = integer(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")

@@ -13,6 +13,7 @@ from xception_jax.config.fields import choice, choice_or_integer, flag, integer,
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
+IMAGE_CHANNELS = 3
 _OTHER_MODULES = {"module": ("inception", "regular")}  # these have no segments, and nothing between two convolutions
 
 
@@ -87,7 +88,11 @@ class XceptionConfig(ModelConfig):
     depth_multiplier: int = integer(1, 1, "reference", unless=_OTHER_MODULES)
     residual: bool = flag(True, "paper: section 4.6, figure 9")
     kernel_size: int = integer(3, 1, "paper: figure 5")
-    stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
+    stem: str = choice(
+        "imagenet",
+        ("imagenet", "small", "module"),
+        "paper: figure 5; 'small' keeps the size, for 32 x 32; 'module' has the modules of other layers",
+    )
     stem_width: int | None = integer(
         None, 1, "local: filters of the first convolution, and half of those of the second; None: 32 x width_multiplier"
     )
@@ -132,6 +137,15 @@ class XceptionConfig(ModelConfig):
                     f"config.model.{name}",
                     f"choose one for which the layer has a multiple of {self.channel_divisor} channels",
                 )
+
+        if self.stem == "module" and self.order == "depthwise_first" and IMAGE_CHANNELS % self.channel_divisor:
+            name = "segments" if self.group_width is None else "group_width"
+            raise ConfigError(
+                f"config.model.{name}={getattr(self, name)!r} does not divide the {IMAGE_CHANNELS} channels of an "
+                f"image, as stem='module' requires",
+                f"config.model.{name}",
+                f"set it to a divisor of {IMAGE_CHANNELS}, or config.model.stem='small'",
+            )
 
     @property
     def channel_divisor(self) -> int:
