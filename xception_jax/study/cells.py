@@ -186,8 +186,8 @@ def _cell_config(
     arm = study.arm(arm_name)
     arm = dataclasses.replace(arm, overrides=dict(arm.overrides) | dict(tuned))
     width = costs[arm_name].width_multiplier
-    own = {"seed": seed, "model.width_multiplier": width, "name": f"{study.name}, {arm_name}, seed {seed}"}
-    return study.arm_config(arm, own)
+    own = {"model.width_multiplier": width, "name": f"{study.name}, {arm_name}, seed {seed}"}
+    return study.arm_config(arm, study.seeded_fields(seed) | own)
 
 
 def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:

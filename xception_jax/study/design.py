@@ -17,6 +17,7 @@ from xception_jax.command_line import run_file
 from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, resolve, to_json
 from xception_jax.config.shipped import find_config
 from xception_jax.errors import ConfigError
+from xception_jax.study.gates import Gate, gate_problems
 
 # The costs of a network, as attributes of `models.cost.Cost`, and their names in reports.
 COSTS = {
@@ -129,6 +130,8 @@ class Study:
       analysis: one of `ANALYSES`, see analysis.py.
       gate: the training accuracy that every arm must reach. Otherwise the study compares how fast arms learn, and not
         what they can represent: the report says so and interprets no comparison.
+      gates: conditions without which no claim is interpreted, see gates.py.
+      seeded: fields that take the seed of a cell, as `seed` does, such as 'data.turn_seed'.
       budget: the cost of the study in words.
     """
 
@@ -150,6 +153,8 @@ class Study:
     search: Search | None = Search()
     analysis: str = "paired"
     gate: float | None = None
+    gates: tuple[Gate, ...] = ()
+    seeded: tuple[str, ...] = ()
     budget: str = ""
 
     @property
@@ -166,6 +171,10 @@ class Study:
     def arm(self, name: str) -> Arm:
         """Returns the arm with this name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def seeded_fields(self, seed: int) -> dict[str, int]:
+        """Returns the fields that take the seed of a cell, with this seed."""
+        return dict.fromkeys(("seed", *self.seeded), seed)
 
     def arm_config(self, arm: Arm, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
         """Returns the config of an arm, with additional overrides.
@@ -256,7 +265,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         if comparison.expected not in EXPECTATIONS:
             what = f"{comparison.name} is expected to be {comparison.expected!r}"
             yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
-    own = [*_SET_BY_THE_STUDY, *(["model.width_multiplier"] if study.control != "width" else [])]
+    own = [*_SET_BY_THE_STUDY, *study.seeded, *(["model.width_multiplier"] if study.control != "width" else [])]
     for arm in study.arms:
         for name in set(own) & set(arm.overrides):
             yield f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides"
@@ -279,6 +288,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         yield "the search shares a seed with the study", "give it its own seed"
     if study.analysis not in ANALYSES:
         yield f"the analysis is {study.analysis!r}", f"set it to one of {', '.join(ANALYSES)}"
+    for name in study.seeded:
+        if name not in FIELDS or FIELDS[name].kind is not int:
+            yield f"seeded names {name!r}", "name config fields that are seeds, such as 'data.turn_seed'"
+    yield from gate_problems(study.gates, names)
     if study.gate is not None and not 0 < study.gate <= 1:
         yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
 
@@ -308,6 +321,8 @@ def study_from_json(data: dict[str, Any]) -> Study:
                     Interaction(**entry | {"pairs": tuple(map(tuple, entry["pairs"]))})
                     for entry in data["interactions"]
                 ),
+                "gates": tuple(Gate(**gate | {"arms": tuple(gate["arms"])}) for gate in data.get("gates", ())),
+                "seeded": tuple(data.get("seeded", ())),
                 "search": Search(**search | {"trials": tuple(search["trials"])}) if search else None,
             }
         )

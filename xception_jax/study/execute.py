@@ -19,6 +19,7 @@ from xception_jax.study.design import COSTS, Study
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
+from xception_jax.study.turns import measure_turns, read_turns, turned_data, write_turns
 
 
 def check_datasets(study: Study) -> None:
@@ -51,6 +52,8 @@ def run_study(
       PreemptedError: on SIGTERM or SIGINT.
       InputMissingError: a dataset or one of its splits is missing.
     """
+    if len(turned_data(stored.study)) > len(read_turns(stored.root)):  # the first run, or seeds were added
+        write_turns(stored.root, measure_turns(stored.study))
     search, trained = stored.search(), stored.cells()
     _reuse(search, reuse)
     codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
