@@ -94,9 +94,7 @@ H7 = Claim(
     "Depth makes up for it: at t = 1, the effect is closer to zero with the middle flow than without.",
     (
         Part("effect at 1 without middle flow", effect(1.0), "below", 0.0),
-        Part(
-            "effect with middle flow - effect without", effect(1.0, depth=DEEP) + effect(1.0, -1.0), "above", 0.0
-        ),
+        Part("effect with middle flow - effect without", effect(1.0, depth=DEEP) + effect(1.0, -1.0), "above", 0.0),
     ),
 )
 
@@ -196,7 +194,9 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     parts = SIZES[size] | {"config": SIZES[size]["config"]()}
     names = [arm.name for arm in parts["arms"]]
     rate = parts["config"].schedule.learning_rate
-    search = Search(trials=tuple({"schedule.learning_rate": float(f"{rate * factor / RATES[1]:.3g}")} for factor in RATES))
+    search = Search(
+        trials=tuple({"schedule.learning_rate": float(f"{rate * factor / RATES[1]:.3g}")} for factor in RATES)
+    )
     return Study(
         **{"search": search} | parts,
         name=f"isometry-{size}-{control}",
@@ -207,7 +207,9 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
         margin=MARGIN,
         reference="depthwise_none",
         comparisons=tuple(
-            PlannedComparison(name("depthwise", *turn, depth), name("regular", *turn, depth), claim="depthwise - regular")
+            PlannedComparison(
+                name("depthwise", *turn, depth), name("regular", *turn, depth), claim="depthwise - regular"
+            )
             for turn, depth in (*((turn, "") for turn in TURNS), *((turn, DEEP) for turn in ENDS))
             if name("depthwise", *turn, depth) in names
         ),

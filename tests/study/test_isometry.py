@@ -155,7 +155,10 @@ def test_a_flat_gate_compares_means_and_waits_for_all_cells():
         ({"gates": (Gate("free", math.nan),)}, "is nan"),
         ({"seeded": ("data.name",)}, "seeded names 'data.name'"),
         ({"seeded": ("data.turns",)}, "seeded names 'data.turns'"),
-        ({"arms": (Arm("depthwise_none", {"data.turn_seed": 1}),), "comparisons": (), "claims": ()}, "sets data.turn_seed"),
+        (
+            {"arms": (Arm("depthwise_none", {"data.turn_seed": 1}),), "comparisons": (), "claims": ()},
+            "sets data.turn_seed",
+        ),
     ],
 )
 def test_gates_and_seeds_that_make_no_sense_are_refused(study, change, words):

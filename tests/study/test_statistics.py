@@ -44,7 +44,7 @@ def test_holm_leaves_out_what_could_not_be_compared():
 @pytest.mark.parametrize("values", list(DIFFERENCES), ids=range(6))
 def test_equivalence_is_statsmodels_tost(values):
     theirs = DescrStatsW(values).ttost_mean(-0.005, 0.005)[0]
-    assert statistics.equivalence_p(values, 0.005) == pytest.approx(theirs, rel=1e-9)
+    assert statistics.tost_p(statistics.estimate(values), 0.005) == pytest.approx(theirs, rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [3, 5, 10])
@@ -58,15 +58,15 @@ def test_too_few_values():
     assert (one.mean, one.n, none.n) == (0.5, 1, 0)
     assert all(math.isnan(value) for value in (one.sd, one.low, one.p, none.mean, none.bootstrap_high))
     assert statistics.verdict(one, 0.01, one.p) == statistics.verdict(none, 0.01, none.p) == "undecided"
-    assert math.isnan(statistics.equivalence_p([0.1], 0.2))
+    assert math.isnan(statistics.tost_p(statistics.estimate([0.1]), 0.2))
 
 
 def test_equal_differences():
     same = statistics.estimate([0.02, 0.02, 0.02])
     assert (same.low, same.high, same.p) == (0.02, 0.02, 0.0)
     assert statistics.estimate([0.0, 0.0]).p == 1.0
-    assert statistics.equivalence_p([0.02, 0.02], 0.01) == 1.0
-    assert statistics.equivalence_p([0.0, 0.0], 0.01) == 0.0
+    assert statistics.tost_p(statistics.estimate([0.02, 0.02]), 0.01) == 1.0
+    assert statistics.tost_p(statistics.estimate([0.0, 0.0]), 0.01) == 0.0
 
 
 def between(low, high):

@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
     "scaled_elu": _scaled_elu,
 }
 _TINY = 1e-20  # an image of zeros stays one
+BEFORE_ACTIVATION = "before_activation"  # name of what enters the activation, in the collection 'intermediates'
 
 
 class SeparableConv(nn.Module):
@@ -84,6 +85,7 @@ class SeparableConv(nn.Module):
     def _between(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         if self.intermediate_norm is not None:
             x = self.intermediate_norm(name="intermediate_bn")(x, train)
+        self.sow("intermediates", BEFORE_ACTIVATION, x)  # for who asks for this collection; else it costs nothing
         return ACTIVATIONS[self.intermediate_activation](x, self.intermediate_slope)
 
     def _spatial(self, conv: Callable[..., nn.Module], x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:

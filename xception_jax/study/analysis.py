@@ -85,7 +85,7 @@ def crossed(arm: Sample, baseline: Sample, study: Sequence[Sample]) -> Estimate:
     images = cells[0].mean(0) - cells[1].mean(0)
     of_seeds = [values.mean(1).var(ddof=1) / len(values) for values in cells]
     of_images = images.var(ddof=1) / len(images)
-    variance = sum(of_seeds) + max(of_images - sum(map(_of_both, cells)), 0.0)
+    variance = sum(of_seeds) + max(of_images - sum(map(mean_square_of_both, cells)), 0.0)
     degrees = sum(part**2 / (len(values) - 1) for part, values in zip(of_seeds, cells, strict=True))
     degrees += of_images**2 / (len(images) - 1)
     variance = variance if variance > _ROUNDING else 0.0
@@ -123,7 +123,7 @@ def _independent(arm: Sample, baseline: Sample, error: float, df: float) -> Esti
     )
 
 
-def _of_both(cells: Float[Array, "cells images"]) -> float:
+def mean_square_of_both(cells: Float[Array, "cells images"]) -> float:
     """Returns the part of the variance of a mean that varies with seed and image together."""
     residual = cells - cells.mean(0) - cells.mean(1, keepdims=True) + cells.mean()
     n, count = cells.shape

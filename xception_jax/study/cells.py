@@ -25,6 +25,7 @@ from xception_jax.user_files import read_json
 RECORD = "cell.json"
 LOG = "log.txt"
 PREDICTIONS = "predictions_test.npz"
+ACTIVATIONS = "activations.json"
 
 State = Literal["waiting", "done", "stopped", "failed"]
 
@@ -56,6 +57,7 @@ class Cell:
       directory: its work directory.
       config: its config.
       trial: number of the trial if it belongs to a search.
+      activations: whether it measures what enters the activations at its end, see activations.py.
     """
 
     arm: str
@@ -63,6 +65,7 @@ class Cell:
     directory: Path
     config: ExperimentConfig
     trial: int | None = None
+    activations: bool = False
 
     @property
     def name(self) -> str:
@@ -110,8 +113,9 @@ class Cell:
         """Copies the result of another cell with an equal config. Checkpoints are not copied."""
         self.prepare()
         shutil.copyfile(other.directory / "metrics.jsonl", self.directory / "metrics.jsonl")
-        if (other.directory / PREDICTIONS).exists():  # not in cells of earlier releases
-            shutil.copyfile(other.directory / PREDICTIONS, self.directory / PREDICTIONS)
+        for name in (PREDICTIONS, ACTIVATIONS):
+            if (other.directory / name).exists():  # not in cells of earlier releases, or of studies that do not measure
+                shutil.copyfile(other.directory / name, self.directory / name)
         self.write_record(**other.record() | {"config_hash": self.config_hash, "reused_from": other.config.name})
 
     def is_held(self) -> bool:
@@ -132,19 +136,21 @@ class Cell:
 def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell, Cell]]:
     """Pairs each cell that has not begun with the first finished one of `others` that has an equal config.
 
-    The name of the run is ignored, because equal configs give equal results. Cells without such a partner are left out.
+    The name of the run is ignored, because equal configs give equal results. A cell that measures activations needs a
+    partner that did. Cells without such a partner are left out.
     """
 
     def key(cell: Cell) -> str:
         return json.dumps(json.loads(to_json(cell.config)) | {"name": ""})
 
-    finished: dict[str, Cell] = {}
+    finished: dict[tuple[str, bool], Cell] = {}
     for cell in others:
         if cell.state() == "done":
-            finished.setdefault(key(cell), cell)
+            for measured in {False, (cell.directory / ACTIVATIONS).exists()}:
+                finished.setdefault((key(cell), measured), cell)
     begun = (CHECKPOINTS, RECORD)
     new = (cell for cell in cells if not any((cell.directory / name).exists() for name in begun))
-    pairs = ((cell, finished.get(key(cell))) for cell in new)
+    pairs = ((cell, finished.get((key(cell), cell.activations))) for cell in new)
     return [(cell, other) for cell, other in pairs if other is not None]
 
 
@@ -163,7 +169,9 @@ def study_cells(
     for seed in study.seeds:
         for arm in study.arms:
             config = _cell_config(study, arm.name, costs, seed, tuned.get(arm.name, {}))
-            cells.append(Cell(arm.name, seed, root / "cells" / arm.name / f"seed{seed}", config))
+            cells.append(
+                Cell(arm.name, seed, root / "cells" / arm.name / f"seed{seed}", config, None, study.activations)
+            )
     return cells
 
 

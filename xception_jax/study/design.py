@@ -17,6 +17,7 @@ from xception_jax.command_line import run_file
 from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, resolve, to_json
 from xception_jax.config.shipped import find_config
 from xception_jax.errors import ConfigError
+from xception_jax.study.claims import Claim, claim_problems, claims_from_json
 from xception_jax.study.gates import Gate, gate_problems
 
 # The costs of a network, as attributes of `models.cost.Cost`, and their names in reports.
@@ -132,6 +133,8 @@ class Study:
         what they can represent: the report says so and interprets no comparison.
       gates: conditions without which no claim is interpreted, see gates.py.
       seeded: fields that take the seed of a cell, as `seed` does, such as 'data.turn_seed'.
+      claims: what is predicted about several arms together; see claims.py.
+      activations: whether each cell measures what enters the activation between two convolutions, see activations.py.
       budget: the cost of the study in words.
     """
 
@@ -155,6 +158,8 @@ class Study:
     gate: float | None = None
     gates: tuple[Gate, ...] = ()
     seeded: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    activations: bool = False
     budget: str = ""
 
     @property
@@ -294,6 +299,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
     yield from gate_problems(study.gates, names)
     if study.gate is not None and not 0 < study.gate <= 1:
         yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
+    yield from claim_problems(study.claims, names, study.axis, study.activations)
 
 
 def study_to_json(study: Study) -> dict[str, Any]:
@@ -323,6 +329,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
                 ),
                 "gates": tuple(Gate(**gate | {"arms": tuple(gate["arms"])}) for gate in data.get("gates", ())),
                 "seeded": tuple(data.get("seeded", ())),
+                "claims": claims_from_json(data.get("claims", ())),
                 "search": Search(**search | {"trials": tuple(search["trials"])}) if search else None,
             }
         )

@@ -233,6 +233,7 @@ def list_cells(study: Study) -> str:
             + f"{cost.channels_per_segment:7.1f}"
         )
     lines += [f"hypothesis: {' '.join(study.hypothesis.split())}"]
+    lines += [f"  {claim.code}: {' '.join(claim.text.split())}" for claim in study.claims]
     lines += [f"  {c.name}: {c.expected}" for c in study.comparisons]
     lines += [f"  {entry.name} along {study.axis}: {entry.expected}" for entry in study.interactions]
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)

@@ -16,13 +16,17 @@ from xception_jax.names import LINE_LENGTH, csv_cell, printable
 from xception_jax.reports.environment import format_interval, format_p, format_points, make_environment
 from xception_jax.reports.style import themed
 from xception_jax.study import figures
+from xception_jax.study.activation_files import activations_csv
 from xception_jax.study.cells import State, state_of
+from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import cost_headline, deviations
 from xception_jax.study.design import COSTS
 from xception_jax.study.predictions import write_answers
-from xception_jax.study.results import COLUMNS, Results, collect
+from xception_jax.study.results import Results, collect
+from xception_jax.study.rows import COLUMNS
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
+from xception_jax.study.tested_claims import TestedPart
 from xception_jax.user_files import writing
 
 # What an interval of each analysis is.
@@ -40,7 +44,7 @@ _COSTS = {
 
 
 def write_study_report(root: Path) -> Results:
-    """Analyses a study directory and writes its reports, figures, cells.csv and predictions.npz.
+    """Analyses a study directory and writes its reports, figures, cells.csv, activations.csv and predictions.npz.
 
     Raises:
       InputMissingError: there is no study in the directory.
@@ -55,6 +59,8 @@ def write_study_report(root: Path) -> Results:
     for name, figure in drawn.items():
         files[f"figures/{name}.svg"] = figure["file"].replace("<svg ", '<svg style="background: white" ', 1)
     files["cells.csv"] = cells_csv(results)
+    if found := activations_csv(results.stored.cells() if results.stored.study.activations else []):
+        files["activations.csv"] = found
     with writing("directory of figures", root / "figures"):
         (root / "figures").mkdir(exist_ok=True)
     write_answers(root, dict(results.answers))
@@ -86,6 +92,9 @@ def format_results(results: Results) -> str:
             f"  {entry.comparison.name}: {_difference(d)} points, n={d.n}, Holm p {format_p(entry.p_holm)}: "
             f"{entry.verdict}{outcome}"
         )
+    for tested in results.claims:
+        lines.append(f"  {tested.claim.code}: {tested.verdict}, Holm p {format_p(tested.p_holm)}: {tested.claim.text}")
+        lines += [f"    {part.part.name}: {format_part(part, results)}: {part.state}" for part in tested.parts]
     for interaction in results.interactions:
         if interaction.trend is not None:
             lines.append(
@@ -107,6 +116,18 @@ def gate_notice(results: Results) -> str:
         f"This study ranks speed, not representation: the training accuracy of {', '.join(below)} is below the gate of "
         f"{gate:.1%}. Comparisons with these arms are not interpreted."
     )
+
+
+def format_part(tested: TestedPart, results: Results) -> str:
+    """Returns the estimate of a part of a claim, its interval, and where the claim says that it lies."""
+    part = tested.part
+    if part.measure == "correlation":
+        found, bound, unit = f"{tested.value:.2f} [{tested.low:.2f}, {tested.high:.2f}]", f"{part.bound:g}", ""
+    else:
+        found = f"{format_points(tested.value)} {format_interval((tested.low, tested.high))}"
+        bound, unit = f"{100 * part.bound:g}", " points" + f" {_unit(results)}" * (part.measure == "slope")
+    place = f"within \N{PLUS-MINUS SIGN}{bound}" if part.side == "within" else f"{part.side} {bound}"
+    return f"{found}{unit}, said to be {place}"
 
 
 def _difference(estimate: Estimate) -> str:
@@ -145,10 +166,24 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "gate": gate_notice(results),
         "interval": INTERVALS[study.analysis],
         "claims": list(dict.fromkeys(entry.claim for entry in study.comparisons)),
+        "tested": [
+            (tested, [(part, format_part(part, results)) for part in tested.parts]) for tested in results.claims
+        ],
+        "activations": _activations(results),
         "main_figures": [drawn[name] for name in ("axis", "effects") if name in drawn],
         "cost_figures": [drawn[name] for name in _COSTS if name in drawn],
         "curves": [_marked(title, svg) for title, svg in _curves(results) if svg],
     }
+
+
+def _activations(results: Results) -> dict[str, list[float]]:
+    """Returns the means over finished cells of what the arms measured in front of their activations."""
+    found: dict[str, list[float]] = {}
+    for arm in results.arms:
+        rows = [row for row in _cells_in(results, "done") if row["arm"] == arm.name and row["dead_end"] is not None]
+        if rows:
+            found[arm.name] = [sum(row[name] for row in rows) / len(rows) for name in ACTIVATION_COLUMNS]
+    return found
 
 
 def _figures(results: Results) -> dict[str, dict[str, Any]]:

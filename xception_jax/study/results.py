@@ -13,21 +13,15 @@ from jaxtyping import Float
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
 from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images
-from xception_jax.study.cells import Cell, read_outcome, state_of
+from xception_jax.study.cells import Cell, state_of
+from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison
 from xception_jax.study.predictions import Answers, read_answers
+from xception_jax.study.rows import row_of
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
-
-COLUMNS = (
-    "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "train_accuracy", "width_multiplier", "parameters",
-    "live_parameters", "multiply_adds", "live_multiply_adds", "channels_per_segment", "images_per_second", "steps",
-    "seconds", "learning_rate", "weight_decay", "config_hash", "reused_from",
-)  # fmt: skip
-
-
-NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
+from xception_jax.study.tested_claims import NOT_INTERPRETED, Measured, TestedClaim, evaluate_claims
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -123,6 +117,7 @@ class Results:
     arms: tuple[ArmResult, ...]
     comparisons: tuple[ComparisonResult, ...]
     interactions: tuple[InteractionResult, ...]
+    claims: tuple[TestedClaim, ...]
     answers: Mapping[tuple[str, int], Answers]
 
     @property
@@ -156,6 +151,7 @@ class Results:
                 ],
                 "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
                 "interactions": [dataclasses.asdict(interaction) for interaction in self.interactions],
+                "claims": [dataclasses.asdict(claim) for claim in self.claims],
                 "cells": list(self.rows),
             }
         )
@@ -189,26 +185,39 @@ def collect(stored: StoredStudy) -> Results:
     A cell counts only if it ended with exit code 0. Counting an accuracy from before a failure would be a choice.
     """
     cells = stored.cells()
-    rows = tuple(_row(stored, cell) for cell in cells)
+    rows = tuple(row_of(stored, cell) for cell in cells)
     done = [row for row in rows if state_of(row["exit_code"]) == "done"]
     accuracy = _Values(done, stored.study.seeds, "test_accuracy")
     answers = read_answers(stored.root, [cell for cell in cells if cell.state() == "done"])
     arms = _arms(stored, cells, rows, accuracy)
     below = {arm.name for arm in arms if arm.passes is False}
+    samples = _samples(stored, accuracy, answers)
     return Results(
         stored,
         rows,
         arms,
-        _comparisons(stored, _samples(stored, accuracy, answers), below),
+        _comparisons(stored, samples, below),
         _interactions(stored, accuracy, below),
+        evaluate_claims(stored.study.claims, _measured(stored, samples, done), stored.study.analysis, below),
         answers,
+    )
+
+
+def _measured(stored: StoredStudy, samples: Mapping[str, Sample], done: Sequence[Mapping[str, Any]]) -> Measured:
+    """Returns what claims are tested on."""
+    columns = {name: _Values(done, stored.study.seeds, name) for name in ACTIVATION_COLUMNS}
+    x = {arm: _axis_value(stored, arm) for arm in samples}
+    return Measured(
+        samples,
+        {arm: math.log2(value) for arm, value in x.items()} if stored.study.axis in CHANNEL_AXES else x,
+        {name: {arm: values.of(arm) for arm in samples} for name, values in columns.items()},
     )
 
 
 def read_samples(stored: StoredStudy) -> dict[str, Sample]:
     """Returns the finished cells of each arm."""
     done = [cell for cell in stored.cells() if cell.state() == "done"]
-    accuracy = _Values([_row(stored, cell) for cell in done], stored.study.seeds, "test_accuracy")
+    accuracy = _Values([row_of(stored, cell) for cell in done], stored.study.seeds, "test_accuracy")
     return _samples(stored, accuracy, read_answers(stored.root, done))
 
 
@@ -309,25 +318,6 @@ def _interactions(stored: StoredStudy, accuracy: _Values, below: Set[str]) -> tu
             )
         )
     return tuple(results)
-
-
-def _row(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
-    cost, config = stored.costs[cell.arm], cell.config
-    record = cell.record()
-    values = (
-        dataclasses.asdict(cost)
-        | read_outcome(cell, stored.study.metric)
-        | {
-            "arm": cell.arm,
-            "seed": cell.seed,
-            "exit_code": record.get("exit_code"),
-            "learning_rate": config.schedule.learning_rate,
-            "weight_decay": config.optimizer.weight_decay,
-            "config_hash": cell.config_hash,
-            "reused_from": record.get("reused_from", ""),
-        }
-    )
-    return {name: values[name] for name in COLUMNS}
 
 
 def _axis_value(stored: StoredStudy, arm: str) -> float:

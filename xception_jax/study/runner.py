@@ -148,6 +148,7 @@ class Runner:
             cell.prepare()
             command = [sys.executable, "-m", "xception_jax.study.train_cell", str(cell.directory)]
             command += ["--cores", ",".join(map(str, slot.cores)), "--end-with-stdin"]
+            command += ["--activations"] if cell.activations else []
             with open(cell.directory / LOG, "ab") as log:
                 process = subprocess.Popen(
                     command,

@@ -1,8 +1,13 @@
-"""The three sizes of a study: small networks for a CPU, larger ones for one GPU, and the paper's for a pod."""
+"""The sizes of a study: small networks for a CPU, larger ones for one GPU, and the paper's for a pod.
+
+`study_size` has the networks of the first studies, whose stem follows the width and whose last maps have one pixel.
+`fair_size` has those of later studies: stem and head are no part of what is compared, and every weight meets a pixel.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -33,7 +38,19 @@ def study_size(size: str) -> Size:
     Raises:
       ConfigError: there is no such size.
     """
-    sizes = {"cpu": _cpu, "cifar": _cifar, "imagenet": _imagenet}
+    return _chosen(size, {"cpu": _cpu, "cifar": _cifar, "imagenet": _imagenet})
+
+
+def fair_size(size: str) -> Size:
+    """Returns the size named 'smoke', 'cpu', 'cifar' or 'imagenet', with a fixed stem and head and no map below 7.
+
+    Raises:
+      ConfigError: there is no such size.
+    """
+    return _chosen(size, {"smoke": _smoke, "cpu": _fair_cpu, "cifar": _fair_cifar, "imagenet": _fair_imagenet})
+
+
+def _chosen(size: str, sizes: Mapping[str, Callable[[], Size]]) -> Size:
     if size not in sizes:
         raise ConfigError(f"there is no size {size!r}", "the study, after its colon", f"choose {', '.join(sizes)}")
     return sizes[size]()
@@ -113,3 +130,58 @@ def _imagenet() -> Size:
     config.schedule.warmup = "5 epochs"
     config.ema.decay = 0.999
     return Size(config, (0, 1, 2), 0.005, "1.1 to 2.4 H100-hours per cell, estimated by a roofline")
+
+
+def _fair_cpu() -> Size:
+    """Returns the size for Fashion-MNIST at its 28 pixels: ten epochs, maps of 28, 14 and 7, one middle module."""
+    config = _cpu().config
+    config.model.width_multiplier = 0.1
+    config.model.stem = "small"
+    config.model.stem_width = 16
+    config.model.head_width = 192
+    config.model.strides = (2, 2, 1, 1)
+    config.data.image_size = 28
+    config.data.eval_crop = 0.875  # without the black frame of two pixels
+    config.duration = "10 epochs"
+    config.evaluation.every = "1 epoch"
+    config.checkpoint.every = "2 epochs"
+    return Size(config, tuple(range(10)), 0.003, "")
+
+
+def _smoke() -> Size:
+    """Returns the size that only shows that a study runs: ten steps on the images in the package."""
+    config = _fair_cpu().config
+    config.model.width_multiplier = 0.05
+    config.model.middle_blocks = 0
+    config.model.stem_width = 8
+    config.model.head_width = 64
+    config.data.name = "fashion_mnist_subset"
+    config.data.train_split = "train[:320]"
+    config.data.eval_split = "train[9400:]"
+    config.data.test_split = "test[:200]"
+    config.batch_size = 32
+    config.duration = "10 steps"
+    config.schedule.warmup = "0 steps"
+    config.log_every = "5 steps"
+    config.evaluation.every = "10 steps"
+    config.checkpoint.every = "10 steps"
+    config.evaluation.batch_size = 200
+    return Size(config, (0, 1), 0.003, "under two minutes of one core; shows that the study runs")
+
+
+def _fair_cifar() -> Size:
+    """Returns the size for CIFAR-10: 60 epochs, maps of 32, 16 and 8, four middle modules."""
+    config = _cifar().config
+    config.model.width_multiplier = 0.25
+    config.model.stem_width = 32
+    config.model.head_width = 512
+    config.model.strides = (1, 2, 2, 1)
+    return Size(config, tuple(range(10)), 0.003, "not measured; for one GPU")
+
+
+def _fair_imagenet() -> Size:
+    """Returns the size for ImageNet: the paper's network, whose last maps have ten pixels, with its stem and head."""
+    config = _imagenet().config
+    config.model.stem_width = 32
+    config.model.head_width = 2048
+    return Size(config, (0, 1, 2), 0.005, "not measured; for a pod")

@@ -143,11 +143,6 @@ def holm_within(claims: Sequence[str], p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def equivalence_p(values: Sequence[float] | Float[Array, " n"], margin: float) -> float:
-    """Returns the p-value of `tost_p` for the mean of `values`, one for each seed."""
-    return tost_p(estimate(values), margin)
-
-
 def tost_p(found: Estimate, margin: float) -> float:
     """Returns the p-value of two one-sided t tests (TOST), which is small if the mean is between -margin and margin."""
     if math.isnan(found.error):
@@ -156,6 +151,31 @@ def tost_p(found: Estimate, margin: float) -> float:
         return float(abs(found.mean) >= margin)
     above, below = (found.mean + margin) / found.error, (found.mean - margin) / found.error
     return float(max(stats.t.sf(above, found.df), stats.t.cdf(below, found.df)))
+
+
+def region_state(found: Estimate, side: str, bound: float) -> Literal["holds", "fails", "open"]:
+    """Returns whether the 95 % interval lies where a claim says, lies elsewhere, or neither.
+
+    Args:
+      found: the estimate.
+      side: 'above' or 'below' the bound, or 'within' for between -bound and bound.
+      bound: of the claim.
+    """
+    if not math.isfinite(found.low):
+        return "open"
+    regions = {"above": (bound, math.inf), "below": (-math.inf, bound), "within": (-bound, bound)}
+    low, high = regions[side]
+    if low < found.low and found.high < high:
+        return "holds"
+    return "fails" if found.high <= low or found.low >= high else "open"
+
+
+def region_p(found: Estimate, side: str, bound: float) -> float:
+    """Returns the one-sided p-value of a claim, see `region_state`; that of two one-sided tests for 'within'."""
+    if side == "within" or math.isnan(found.error):
+        return tost_p(found, bound)
+    off = (found.mean - bound) * (1 if side == "above" else -1)
+    return float(stats.t.sf(off / found.error, found.df)) if found.error > 0 else float(off <= 0)
 
 
 def verdict(difference: Estimate, margin: float, adjusted_p: float) -> Verdict:

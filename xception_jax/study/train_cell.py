@@ -1,6 +1,6 @@
 """Trains one cell of a study from the config.json in its work directory.
 
-    python -m xception_jax.study.train_cell WORKDIR [--cores 0,1] [--end-with-stdin]
+    python -m xception_jax.study.train_cell WORKDIR [--cores 0,1] [--end-with-stdin] [--activations]
 
 The runner of a study starts each cell with this command, and so can you. It is the ordinary training program and
 resumes like it.
@@ -35,6 +35,11 @@ def main() -> None:
     parser.add_argument("workdir", type=Path, help="a work directory with config.json")
     parser.add_argument("--cores", help="CPU cores to run on, such as 0,1; by default all")
     parser.add_argument("--end-with-stdin", action="store_true", help="save and end when standard input is closed")
+    parser.add_argument(
+        "--activations",
+        action="store_true",
+        help="measure, at the end, what enters the activations between convolutions",
+    )
     args = parser.parse_args()
     if args.end_with_stdin:
         threading.Thread(target=_stop_at_end_of_input, name="runner", daemon=True).start()
@@ -50,6 +55,10 @@ def main() -> None:
     from xception_jax.training.loop import train
 
     print(train(config, str(args.workdir)))
+    if args.activations:
+        from xception_jax.study.activations import write_activations
+
+        write_activations(args.workdir)
 
 
 def _stop_at_end_of_input() -> None:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.statistics import Estimate, equivalence_p, estimate, holm
+from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
 
 REGULAR, DEPTHWISE, POINTWISE = "regular", "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
@@ -57,24 +56,12 @@ class Part:
     @property
     def state(self) -> str:
         """Returns 'holds', 'fails' or 'open'."""
-        e = self.estimate
-        if not math.isfinite(e.low):
-            return "open"
-        regions = {"above": (self.bound, math.inf), "below": (-math.inf, self.bound)}
-        low, high = regions.get(self.side, (-self.bound, self.bound))
-        return "holds" if low < e.low and e.high < high else "fails" if e.high <= low or e.low >= high else "open"
+        return region_state(self.estimate, self.side, self.bound)
 
     @property
     def p(self) -> float:
         """Returns the one-sided p-value of the claim; that of two one-sided tests for 'within'."""
-        if self.side == "within":
-            return equivalence_p(self.values, self.bound)
-        x = self.values[np.isfinite(self.values)]
-        if len(x) < 2:
-            return math.nan
-        off = (x.mean() - self.bound) * (1 if self.side == "above" else -1)
-        error = x.std(ddof=1) / math.sqrt(len(x))
-        return float(stats.t.sf(off / error, len(x) - 1)) if error > 0 else float(off <= 0)
+        return region_p(self.estimate, self.side, self.bound)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""Measures the spectrum between regular and depthwise convolutions, with arms that cost the same (section 1.2).
+
+    xception-jax study run studies/spectrum_fair --workdir runs/spectrum_fair
+
+The first study of the spectrum (`studies/spectrum`) compared networks whose stem followed the width, whose last maps
+had one pixel, and whose regular end had a pointwise convolution in front. Here stem and head are fixed, no map is
+smaller than seven pixels, the control is a live cost, each arm has its own learning rate, and one convolution without
+a pointwise partner stands at the regular end.
+
+Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet; controls: live_multiply_adds (default),
+live_parameters, parameters, multiply_adds, width. Design, gate and claims: docs/studies/spectrum_fair.md.
+"""
+
+from xception_jax.study.claims import Claim, Part, Term
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Search, Study
+from xception_jax.study.sizes import fair_size
+
+POINTS: dict[str, dict[str, int | str]] = {
+    **{str(width): {"model.group_width": width} for width in (1, 2, 4, 8, 16)},
+    "all": {"model.group_width": "all"},
+}
+BATCH_NORM = {"model.intermediate_batch_norm": True}
+# BatchNorm without an activation separates the effect of an activation behind BatchNorm from that of BatchNorm.
+LINES = {
+    "none": {},
+    "relu": {"model.intermediate_activation": "relu"},
+    "bn": BATCH_NORM,
+    "bn_relu": BATCH_NORM | {"model.intermediate_activation": "relu"},
+    "bn_elu": BATCH_NORM | {"model.intermediate_activation": "elu"},
+}
+EFFECTS = {"relu": "none", "bn_relu": "bn", "bn_elu": "bn"}
+RATES = {
+    "cpu": (0.0125, 0.025, 0.05, 0.1),
+    "cifar": (0.05, 0.1, 0.2, 0.4),
+    "imagenet": (0.1, 0.2, 0.4, 0.8),
+}
+GATES = {"smoke": 0.95, "cpu": 0.95, "cifar": 0.95, "imagenet": None}
+TOLERANCES = {"smoke": 0.2, "cpu": 0.02, "cifar": 0.02, "imagenet": 0.01}
+
+
+def claims(points: tuple[str, ...], margin: float) -> tuple[Claim, ...]:
+    """Returns the claims; slopes are over log2 of the channels that a spatial filter sees."""
+
+    def along(line: str, baseline: str = "") -> tuple[Term, ...]:
+        return tuple((f"{point}_{line}", f"{point}_{baseline}" if baseline else "", 1.0) for point in points)
+
+    def at(point: str, line: str, baseline: str) -> tuple[Term, ...]:
+        return ((f"{point}_{line}", f"{point}_{baseline}", 1.0),)
+
+    return (
+        Claim(
+            "S1",
+            "At equal live cost, a depthwise separable network is better than a regular one by more than the margin.",
+            (Part("depthwise - regular, none", (("1_none", "regular", 1.0),), "above", margin),),
+        ),
+        Claim(
+            "S2",
+            "At equal live cost, accuracy falls with the channels that a spatial filter sees.",
+            (Part("slope of the accuracy, none", along("none"), "below", 0.0, "slope"),),
+        ),
+        Claim(
+            "S3",
+            "The effect of a ReLU between the convolutions rises with the channels that a spatial filter sees, as in "
+            "the paper and behind BatchNorm.",
+            (
+                Part("slope of relu - none", along("relu", "none"), "above", 0.0, "slope"),
+                Part("slope of BN and relu - BN", along("bn_relu", "bn"), "above", 0.0, "slope"),
+            ),
+        ),
+        Claim(
+            "S4",
+            "Behind BatchNorm, the effect of a ReLU changes its sign along the spectrum: it harms depthwise, and "
+            "helps where a spatial filter sees all channels.",
+            (
+                Part("BN and relu - BN, depthwise", at("1", "bn_relu", "bn"), "below", 0.0),
+                Part("BN and relu - BN, all channels", at("all", "bn_relu", "bn"), "above", 0.0),
+            ),
+        ),
+        Claim(
+            "S5",
+            "Behind BatchNorm, the effect of an ELU rises with the channels that a spatial filter sees, and depthwise "
+            "an ELU harms less than a ReLU.",
+            (
+                Part("slope of BN and elu - BN", along("bn_elu", "bn"), "above", 0.0, "slope"),
+                Part("elu - relu behind BN, depthwise", at("1", "bn_elu", "bn_relu"), "above", 0.0),
+            ),
+        ),
+    )
+
+
+def get_study(size: str = "cpu", control: str = "live_multiply_adds") -> Study:
+    sized = fair_size(size)
+    smoke = size == "smoke"
+    points = tuple(POINTS) if not smoke else ("1", "all")
+    lines = list(LINES) if not smoke else ["none", "relu"]
+    arms = [Arm(f"{point}_{line}", POINTS[point] | LINES[line], line=line) for point in points for line in lines]
+    effects = {line: baseline for line, baseline in EFFECTS.items() if line in lines}
+    stated = claims(points, sized.margin)
+    names = {arm.name for arm in arms} | {"regular"}
+    return Study(
+        name=f"spectrum_fair-{size}-{control}",
+        question="How many channels should a spatial filter see, and does that decide whether an activation helps?",
+        hypothesis="Correlations across channels and in space are best mapped apart: at equal live cost, accuracy "
+        "falls from depthwise to regular convolutions. A ReLU between the convolutions harms where a filter sees one "
+        "channel and helps where it sees all of them (section 4.7).",
+        config=sized.config,
+        arms=(*arms, Arm("regular", {"model.module": "regular"}, line="regular")),
+        seeds=sized.seeds,
+        margin=sized.margin,
+        reference="1_none",
+        comparisons=(
+            *(
+                PlannedComparison(f"{point}_none", "1_none", "worse", "channels a filter sees")
+                for point in points
+                if point != "1"
+            ),
+            PlannedComparison("all_none", "regular", "unknown", "pointwise partner"),
+            *(
+                PlannedComparison(f"{point}_{line}", f"{point}_{baseline}", "unknown", f"{line} - {baseline}")
+                for line, baseline in effects.items()
+                for point in points
+            ),
+        ),
+        interactions=tuple(
+            Interaction(
+                f"{line} - {baseline}",
+                tuple((f"{point}_{line}", f"{point}_{baseline}") for point in points),
+                "rises through zero",
+            )
+            for line, baseline in effects.items()
+        ),
+        control=control,
+        tolerance=TOLERANCES[size],
+        axis=CHANNELS_PER_SEGMENT,
+        search=None if smoke else Search(tuple({"schedule.learning_rate": rate} for rate in RATES[size])),
+        analysis="welch",
+        gate=GATES[size],
+        claims=tuple(claim for claim in stated if claim.arms <= names),
+        budget=sized.budget,
+    )

@@ -1,0 +1,123 @@
+"""Describes claims about several arms, as data that a study states beforehand. `tested_claims.py` tests them.
+
+A claim consists of parts. A part is a number that is said to lie above or below a bound, or between -bound and bound:
+
+'sum'          the weighted sum of differences in accuracy, such as the mean effect of an activation over four networks.
+'slope'        the least-squares slope of weighted differences over the axis of the study.
+'correlation'  between a measured column of the arms and their harm, which is minus the weighted difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+MEASURES = ("sum", "slope", "correlation")
+SIDES = ("above", "below", "within")
+# Columns of cells.csv that `Study.activations` measures, see activations.py.
+ACTIVATION_COLUMNS = ("dead_start", "dead_end", "rms_start", "rms_end")
+
+Term = tuple[str, str, float]
+"""(arm, baseline, weight): the accuracy of the arm minus that of the baseline, or minus 0 if the baseline is ''."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a claim.
+
+    Attributes:
+      name: what is estimated.
+      terms: the differences in accuracy that it consists of.
+      side: one of `SIDES`.
+      bound: of accuracies as shares (0.003 is 0.3 percentage points), of slopes per unit of the axis (per doubling on
+        the axis of channels), or of a correlation.
+      measure: one of `MEASURES`.
+      column: of the cells, for a correlation: one of `ACTIVATION_COLUMNS`.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    side: str
+    bound: float
+    measure: str = "sum"
+    column: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim that is supported only if each of its parts holds.
+
+    Attributes:
+      code: such as 'H1'.
+      text: the claim in a sentence.
+      parts: what is tested.
+    """
+
+    code: str
+    text: str
+    parts: tuple[Part, ...]
+
+    @property
+    def arms(self) -> set[str]:
+        """Returns the names of the arms that it needs."""
+        return {name for part in self.parts for term in part.terms for name in term[:2] if name}
+
+
+def claims_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[Claim, ...]:
+    """Returns claims that were stored as plain data."""
+    return tuple(
+        Claim(
+            **{
+                **claim,
+                "parts": tuple(
+                    Part(**{**part, "terms": tuple((arm, baseline, weight) for arm, baseline, weight in part["terms"])})
+                    for part in claim["parts"]
+                ),
+            }
+        )
+        for claim in data
+    )
+
+
+def claim_problems(
+    claims: Collection[Claim], arms: Collection[str], axis: str, activations: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it) for the claims of a study with these arms and this axis."""
+    codes = [claim.code for claim in claims]
+    for claim in claims:
+        if codes.count(claim.code) > 1 or not claim.code:
+            yield f"two claims are called {claim.code!r}, or one has no code", "give each claim its own code"
+        if not claim.parts:
+            yield f"claim {claim.code} has no parts", "state what it predicts"
+        for name in sorted(claim.arms - set(arms)):
+            yield f"claim {claim.code} names an arm {name!r} that does not exist", f"choose one of {', '.join(arms)}"
+        for part in claim.parts:
+            for what, fix in _part_problems(part, axis, activations):
+                yield f"claim {claim.code}, {part.name!r}: {what}", fix
+
+
+def _part_problems(part: Part, axis: str, activations: bool) -> Iterator[tuple[str, str]]:
+    least = {"sum": 1, "slope": 2, "correlation": 3}
+    if part.measure not in MEASURES:
+        yield f"the measure is {part.measure!r}", f"set it to one of {', '.join(MEASURES)}"
+    elif len(part.terms) < least[part.measure]:
+        yield f"it has {len(part.terms)} terms", f"a {part.measure} needs at least {least[part.measure]}"
+    if part.side not in SIDES:
+        yield f"the side is {part.side!r}", f"set it to one of {', '.join(SIDES)}"
+    if not all(math.isfinite(weight) for *_, weight in part.terms) or not any(weight for *_, weight in part.terms):
+        yield "its weights are zero or not finite", "set the weight of each term"
+    if not math.isfinite(part.bound) or (part.side == "within" and part.bound <= 0):
+        yield f"the bound is {part.bound}", "set it to a number, above 0 for 'within'"
+    if part.measure == "slope" and not axis:
+        yield "a slope needs an axis", "set the axis of the study"
+    if part.measure == "correlation":
+        if part.column not in ACTIVATION_COLUMNS:
+            yield f"the column is {part.column!r}", f"set it to one of {', '.join(ACTIVATION_COLUMNS)}"
+        if not activations:
+            yield "nothing measures its column", "set activations=True in the study"
+        if not -1 < part.bound < 1:
+            yield f"the bound is {part.bound}", "set it to a correlation between -1 and 1"
+    elif part.column:
+        yield f"the column {part.column!r} has no effect", "remove it, or set measure='correlation'"

@@ -1,0 +1,39 @@
+"""Returns the raw data of a study: a row of values for each cell, as in cells.csv."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from xception_jax.study.activation_files import activation_columns, read_activations
+from xception_jax.study.cells import Cell, read_outcome
+from xception_jax.study.claims import ACTIVATION_COLUMNS
+from xception_jax.study.store import StoredStudy
+
+COLUMNS = (
+    "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "train_accuracy", "width_multiplier", "parameters",
+    "live_parameters", "multiply_adds", "live_multiply_adds", "channels_per_segment", "images_per_second", "steps",
+    "seconds", "learning_rate", "weight_decay", "config_hash", "reused_from",
+    *ACTIVATION_COLUMNS,
+)  # fmt: skip
+
+
+def row_of(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
+    """Returns the row of a cell, with None for values that are not known."""
+    cost, config = stored.costs[cell.arm], cell.config
+    record = cell.record()
+    values = (
+        dataclasses.asdict(cost)
+        | read_outcome(cell, stored.study.metric)
+        | {
+            "arm": cell.arm,
+            "seed": cell.seed,
+            "exit_code": record.get("exit_code"),
+            "learning_rate": config.schedule.learning_rate,
+            "weight_decay": config.optimizer.weight_decay,
+            "config_hash": cell.config_hash,
+            "reused_from": record.get("reused_from", ""),
+        }
+        | activation_columns(read_activations(cell.directory) if cell.activations else {})
+    )
+    return {name: values[name] for name in COLUMNS}

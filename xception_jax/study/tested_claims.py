@@ -1,0 +1,184 @@
+"""Tests the claims of a study.
+
+A part holds if the whole 95 % interval lies where the claim says, and fails if the whole interval lies elsewhere. A
+claim is supported if all of its parts hold (an intersection-union test, Berger 1982) and its p-value, the largest of
+its parts, is below 0.05 after Holm's correction over the claims of the study. It is contradicted if a part fails.
+Otherwise it is undecided.
+
+Sums and slopes are linear in the accuracies of the arms, so that the analysis of the study gives their error. The
+correlation is that of means over seeds. Its interval, a jackknife over seeds on Fisher's scale, covers other seeds of
+the same arms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+
+import numpy as np
+from jaxtyping import Float
+
+from xception_jax.study.analysis import Sample
+from xception_jax.study.claims import Claim, Part
+from xception_jax.study.contrasts import CONTRASTS
+from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
+
+NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
+NOT_TESTED = "not tested"
+_SIGNIFICANCE = 0.05
+_LARGEST_R = 1 - 1e-9  # Fisher's scale has no place for 1
+
+Seeds = Float[np.ndarray, " seeds"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the claims of a study are tested on.
+
+    Attributes:
+      samples: the finished cells of each arm.
+      positions: of each arm on the axis; logarithms to base 2 on an axis of channels.
+      columns: measured columns, then the value of each arm for each seed, NaN where there is none.
+    """
+
+    samples: Mapping[str, Sample]
+    positions: Mapping[str, float]
+    columns: Mapping[str, Mapping[str, Seeds]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TestedPart:
+    """A part of a claim and its outcome.
+
+    Attributes:
+      part: the part.
+      n: number of seeds.
+      value, low, high: the estimate and its 95 % interval, in the unit of the part's bound.
+      p: one-sided p-value of the part; that of two one-sided tests for 'within'.
+      state: 'holds', 'fails' or 'open'.
+    """
+
+    __test__ = False  # not a test of pytest's
+
+    part: Part
+    n: int
+    value: float
+    low: float
+    high: float
+    p: float
+    state: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TestedClaim:
+    """A claim and its outcome.
+
+    Attributes:
+      claim: the claim.
+      parts: its parts.
+      p_holm: the largest p-value of its parts, corrected for all claims of the study.
+      verdict: 'supported', 'contradicted', 'undecided', `NOT_TESTED` if cells are missing, or `NOT_INTERPRETED`.
+    """
+
+    __test__ = False
+
+    claim: Claim
+    parts: tuple[TestedPart, ...]
+    p_holm: float
+    verdict: str
+
+
+def evaluate_claims(
+    claims: Sequence[Claim], measured: Measured, analysis: str, below: Set[str]
+) -> tuple[TestedClaim, ...]:
+    """Tests all claims.
+
+    Args:
+      claims: of the study.
+      measured: its finished cells.
+      analysis: of the study.
+      below: the arms that do not pass its gate. Claims that need them are not interpreted.
+    """
+    parts = {claim.code: tuple(_tested(part, measured, analysis) for part in claim.parts) for claim in claims}
+    p = [_largest([part.p for part in parts[claim.code]]) for claim in claims]
+    return tuple(
+        TestedClaim(claim, parts[claim.code], corrected, _verdict(claim, parts[claim.code], corrected, below))
+        for claim, corrected in zip(claims, holm(p), strict=True)
+    )
+
+
+def _verdict(claim: Claim, parts: Sequence[TestedPart], p_holm: float, below: Set[str]) -> str:
+    states = {part.state for part in parts}
+    if below & claim.arms:
+        return NOT_INTERPRETED
+    if math.isnan(p_holm):
+        return NOT_TESTED
+    if "fails" in states:
+        return "contradicted"
+    return "supported" if states == {"holds"} and p_holm < _SIGNIFICANCE else "undecided"
+
+
+def _largest(p: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, p)) else max(p)
+
+
+def _tested(part: Part, measured: Measured, analysis: str) -> TestedPart:
+    found, bound, inverse = _MEASURES[part.measure](part, measured, analysis)
+    value, low, high = (float(inverse(end)) for end in (found.mean, found.low, found.high))
+    state, p = region_state(found, part.side, bound), region_p(found, part.side, bound)
+    return TestedPart(part, found.n, value, low, high, p, state)
+
+
+_Found = tuple[Estimate, float, Callable[[float], float]]
+"""An estimate, the bound on its scale, and the function that turns values of this scale into those of the part."""
+
+
+def _sum(part: Part, measured: Measured, analysis: str) -> _Found:
+    return _linear(part, [1.0] * len(part.terms), measured, analysis)
+
+
+def _slope(part: Part, measured: Measured, analysis: str) -> _Found:
+    x = np.array([measured.positions[arm] for arm, *_ in part.terms])
+    centred = x - x.mean()
+    return _linear(part, centred / (centred @ centred), measured, analysis)
+
+
+def _linear(
+    part: Part, factors: Sequence[float] | Float[np.ndarray, " terms"], measured: Measured, analysis: str
+) -> _Found:
+    weights: dict[str, float] = {}
+    for (arm, baseline, weight), factor in zip(part.terms, factors, strict=True):
+        for name, sign in ((arm, 1), (baseline, -1)):
+            weights[name] = weights.get(name, 0.0) + sign * factor * weight
+    weights.pop("", None)
+    return CONTRASTS[analysis](weights, measured.samples), part.bound, float
+
+
+def _correlation(part: Part, measured: Measured, analysis: str) -> _Found:
+    accuracy = {arm: sample.accuracy for arm, sample in measured.samples.items()}
+    harm = np.stack([-weight * (accuracy[arm] - accuracy.get(base, 0.0)) for arm, base, weight in part.terms])
+    values = np.stack([measured.columns[part.column][arm] for arm, *_ in part.terms])
+    complete = np.isfinite(harm).all(0) & np.isfinite(values).all(0)
+    harm, values = harm[:, complete], values[:, complete]
+    n = harm.shape[1]
+    if n < 3:  # two pseudo-values tell too little about their spread
+        return estimate([]), math.atanh(part.bound), math.tanh
+
+    def z(seeds: Sequence[int]) -> float:
+        x, y = values[:, seeds].mean(1), harm[:, seeds].mean(1)
+        if not (x.std() > 0 and y.std() > 0):
+            return math.nan
+        r = float(np.corrcoef(x, y)[0, 1])
+        return math.atanh(min(max(r, -_LARGEST_R), _LARGEST_R))
+
+    everything = z(range(n))
+    pseudo = [n * everything - (n - 1) * z([seed for seed in range(n) if seed != left]) for left in range(n)]
+    return estimate(pseudo if np.isfinite(pseudo).all() else []), math.atanh(part.bound), math.tanh
+
+
+_MEASURES: dict[str, Callable[[Part, Measured, str], _Found]] = {
+    "sum": _sum,
+    "slope": _slope,
+    "correlation": _correlation,
+}
