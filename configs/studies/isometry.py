@@ -33,8 +33,10 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 KINDS = ("kronecker", "free")
 ANGLES = (0.25, 0.5, 1.0)
-RATES = (0.02, 0.05, 0.125)
+RATES = (0.4, 1.0, 2.5)  # times the rate of the config
 MARGIN = 0.01
+GATE = 0.8  # training accuracy
+FLAT = 0.015  # regular networks find both kinds of turns as difficult
 DEEP = "deep"
 
 NONE = ("none", 0.0)
@@ -111,7 +113,7 @@ def _network(config: ConfigDict) -> ConfigDict:
 
 
 def _cpu() -> ConfigDict:
-    """Returns the size for garments stacked as channels: three epochs of 27,000 images of 28 x 28 pixels."""
+    """Returns the size for garments stacked as channels: six epochs of 27,000 images of 28 x 28 pixels."""
     config = _network(study_size("cpu").config)
     config.model.width_multiplier = 0.15
     config.model.stem_width = 8
@@ -121,7 +123,7 @@ def _cpu() -> ConfigDict:
     config.data.train_split = "train"
     config.data.eval_split = "dev"
     config.data.test_split = "test"
-    config.duration = "3 epochs"
+    config.duration = "6 epochs"
     config.schedule.learning_rate = 0.05
     config.evaluation.every = "1 epoch"
     config.checkpoint.every = "1 epoch"
@@ -130,7 +132,6 @@ def _cpu() -> ConfigDict:
 
 def _smoke() -> ConfigDict:
     config = _cpu()
-    config.model.width_multiplier = 0.03
     config.data.train_split = "train[:640]"
     config.data.eval_split = "dev[:100]"
     config.data.test_split = "test[:100]"
@@ -162,7 +163,7 @@ ALL = tuple(MODULES)
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {
         "config": _smoke,
-        "arms": tuple(arms(BOTH, (NONE, *ENDS))),
+        "arms": (*arms(BOTH, ENDS), *arms(BOTH[1:], (NONE,))),
         "seeds": (0, 1),
         "search": None,
         "budget": "two minutes of one core; shows that the study runs",
@@ -194,9 +195,8 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     parts = SIZES[size] | {"config": SIZES[size]["config"]()}
     names = [arm.name for arm in parts["arms"]]
     rate = parts["config"].schedule.learning_rate
-    search = Search(
-        trials=tuple({"schedule.learning_rate": float(f"{rate * factor / RATES[1]:.3g}")} for factor in RATES)
-    )
+    rates = [float(f"{factor * rate:.3g}") for factor in RATES]
+    search = Search(trials=tuple({"schedule.learning_rate": each} for each in rates))
     return Study(
         **{"search": search} | parts,
         name=f"isometry-{size}-{control}",
@@ -207,16 +207,24 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
         margin=MARGIN,
         reference="depthwise_none",
         comparisons=tuple(
-            PlannedComparison(
-                name("depthwise", *turn, depth), name("regular", *turn, depth), claim="depthwise - regular"
-            )
+            PlannedComparison(name("depthwise", *turn, depth), name("regular", *turn, depth))
             for turn, depth in (*((turn, "") for turn in TURNS), *((turn, DEEP) for turn in ENDS))
-            if name("depthwise", *turn, depth) in names
+            if {name(module, *turn, depth) for module in BOTH} <= set(names)
         ),
         control=control,
+        unequal=tuple(cost for cost in ("multiply_adds", "live_multiply_adds") if cost != control),
         tolerance=0.02,  # channels of narrow networks come in coarse steps
         axis="data.turn_angle",
         claims=tuple(claim for claim in (H6, H7) if claim.arms <= set(names)),
-        gates=(Gate("kronecker", 1e-4), Gate("free", 0.9)),
+        gate=GATE,
+        gates=(
+            Gate("kronecker", 1e-4),
+            Gate("free", 0.9),
+            *(
+                Gate("flat", FLAT, tuple(name("regular", *turn, depth) for turn in ENDS))
+                for depth in ("", DEEP)
+                if name("regular", *ENDS[0], depth) in names
+            ),
+        ),
         seeded=("data.turn_seed",),
     )

@@ -52,8 +52,7 @@ def run_study(
       PreemptedError: on SIGTERM or SIGINT.
       InputMissingError: a dataset or one of its splits is missing.
     """
-    if len(turned_data(stored.study)) > len(read_turns(stored.root)):  # the first run, or seeds were added
-        write_turns(stored.root, measure_turns(stored.study))
+    _keep_turns(stored)
     search, trained = stored.search(), stored.cells()
     _reuse(search, reuse)
     codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
@@ -69,6 +68,13 @@ def run_study(
 
     print(format_results(write_study_report(stored.root)))
     return next(filter(None, codes), SUCCESS_EXIT_CODE)
+
+
+def _keep_turns(stored: StoredStudy) -> None:
+    """Measures the turned images of a study unless it was done before; added seeds need it again."""
+    if len(turned_data(stored.study)) > len(read_turns(stored.root)):
+        say("measuring how separable the turned images are")
+        write_turns(stored.root, measure_turns(stored.study))
 
 
 def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
@@ -160,6 +166,7 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
         )
     if not _is_left(cell, retry=False):
         return cell.record()["exit_code"]
+    _keep_turns(stored)
     slots = make_slots(1, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
     runner = Runner([cell], slots, _cell_environment(stored.root, environment), lambda runner: None)
     runner.run()
