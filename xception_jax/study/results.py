@@ -336,7 +336,7 @@ def _axis_value(stored: StoredStudy, arm: str) -> float:
         return stored.costs[arm].channels_per_segment
     value: Any = stored.study.arm_config(stored.study.arm(arm))
     for key in axis.split("."):
-        value = value[key]
+        value = getattr(value, key)
     return float(value)
 
 
