@@ -146,7 +146,7 @@ def _smoke() -> ConfigDict:
 def _cifar() -> ConfigDict:
     config = _network(study_size("cifar").config)
     config.model.stem_width = 32
-    config.model.head_width = 512
+    config.model.head_width = 128
     return config
 
 

@@ -66,6 +66,21 @@ def test_the_small_stem_keeps_the_size():
     assert [endpoints[f"block{i}"].shape[1] for i in (1, 2, 3, 4, 12, 13, 14)] == [32, 16, 8, 4, 4, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("fields", "first"),
+    [
+        ({}, {"spatial": (3, 3, 1, 3), "pointwise": (1, 1, 3, 32)}),
+        ({"order": "pointwise_first"}, {"pointwise": (1, 1, 3, 32), "spatial": (3, 3, 1, 32)}),
+        ({"group_width": "all"}, {"spatial": (3, 3, 3, 3), "pointwise": (1, 1, 3, 32)}),
+        ({"module": "regular"}, {"spatial": (3, 3, 3, 32)}),
+    ],
+)
+def test_a_stem_of_modules_meets_the_pixels_with_them_and_keeps_the_size(fields, first):
+    params, (_, endpoints) = shapes(32, stem="module", middle_blocks=0, **fields)
+    assert {name: layer["kernel"].shape for name, layer in params["block1_conv1"].items()} == first
+    assert endpoints["block1"].shape[1:] == (32, 32, 64)
+
+
 @pytest.mark.parametrize("fields", [{"segments": 3}, {"segments": 8, "order": "pointwise_first"}, {"group_width": 5}])
 def test_widths_are_rounded_to_what_the_segments_divide(fields):
     """Also with a width multiplier; no layer may silently fall back to another number of segments."""
