@@ -18,7 +18,8 @@ from xception_jax.logs.metrics_log import read_metrics
 
 LEG = 3  # steps
 # In float64, because a network of so few channels makes of a rounding error another loss within a few steps.
-FLAGS = [*TINY, "--config.model.dtype=float64", "--config.log_every=1 steps", "--config.evaluation.every=100 steps"]
+FLAGS = [*TINY, "--config.model.dtype=float64", "--config.log_every=1 steps"]
+FLAGS += ["--config.evaluation.every=100 steps", "--config.evaluation.batch_size=96"]  # divisible by 8 devices
 
 pytestmark = pytest.mark.faults
 
