@@ -37,7 +37,16 @@ def test_sides_and_widths_at_299_are_those_of_figure_5():
     assert found == {f"block{i}": (side, side, width) for i, (side, width) in enumerate(outer, start=1)}
 
 
-@pytest.mark.parametrize("width", [{"width_multiplier": 0.02}, {"head_width": 3}], ids=str)
+@pytest.mark.parametrize(
+    "width",
+    [
+        {"width_multiplier": 0.02},
+        {"head_width": 3},
+        {"stem": "module", "width_multiplier": 0.1},
+        {"stem": "module", "stem_width": 3},
+    ],
+    ids=str,
+)
 def test_an_inception_module_narrower_than_its_towers_is_refused(width):
     with pytest.raises(ConfigError, match="has 3 channels, fewer than its 4 towers"):
         create_model({"name": "xception", "module": "inception", **width})

@@ -13,15 +13,9 @@ from xception_jax.config.fields import choice, choice_or_integer, flag, integer,
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
-<<<<<<< HEAD
 IMAGE_CHANNELS = 3
 _OTHER_MODULES = {"module": ("inception", "regular")}  # these have no segments, and nothing between two convolutions
-||||||| e83e650
-_INCEPTION_MODULES = {"module": "inception"}  # these have towers instead of segments
-=======
-_INCEPTION_MODULES = {"module": "inception"}  # these have towers instead of segments
 _TOWERS = 4  # of an Inception module
->>>>>>> main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +130,15 @@ class XceptionConfig(ModelConfig):
                 "config.model.intermediate_slope",
                 "leave it at 0.1, or set config.model.intermediate_activation='leaky_relu'",
             )
-        narrowest = min(round(128 * self.width_multiplier), self.head_width or _TOWERS)
-        if self.module == "inception" and narrowest < _TOWERS:
+        widths = [round(128 * self.width_multiplier), self.head_width or _TOWERS]
+        if self.stem == "module":
+            widths.append(self.stem_width or round(32 * self.width_multiplier))
+        if self.module == "inception" and min(widths) < _TOWERS:
             raise ConfigError(
-                f"an Inception module has {narrowest} channels, fewer than its {_TOWERS} towers",
+                f"an Inception module has {min(widths)} channels, fewer than its {_TOWERS} towers",
                 "config.model",
-                f"set width_multiplier to at least {_TOWERS / 128:g}, and head_width to at least {_TOWERS}",
+                f"set width_multiplier to at least {_TOWERS / (128 if len(widths) == 2 else 32):g}, and the widths of "
+                f"stem and head to at least {_TOWERS}",
             )
         for name, channels in (("stem_width", 2 * (self.stem_width or 0)), ("head_width", self.head_width or 0)):
             if channels % self.channel_divisor:
