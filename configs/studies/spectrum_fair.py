@@ -3,16 +3,16 @@
     xception-jax study run studies/spectrum_fair --workdir runs/spectrum_fair
 
 The first study of the spectrum (`studies/spectrum`) compared networks whose stem followed the width, whose last maps
-had one pixel, and whose regular end had a pointwise convolution in front. Here stem and head are fixed, no map is
+had one pixel, and whose regular end had a pointwise convolution behind it. Here the stem is fixed, no map is
 smaller than seven pixels, the control is a live cost, each arm has its own learning rate, and one convolution without
 a pointwise partner stands at the regular end.
 
-Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet; controls: live_multiply_adds (default),
-live_parameters, parameters, multiply_adds, width. Design, gate and claims: docs/studies/spectrum_fair.md.
+Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet; controls: live_parameters (default),
+live_multiply_adds, parameters, multiply_adds, width. Design, gate and claims: docs/studies/spectrum_fair.md.
 """
 
 from xception_jax.study.claims import Claim, Part, Term
-from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Search, Study
+from xception_jax.study.design import CHANNELS_PER_SEGMENT, COSTS, Arm, Interaction, PlannedComparison, Search, Study
 from xception_jax.study.sizes import fair_size
 
 POINTS: dict[str, dict[str, int | str]] = {
@@ -35,6 +35,8 @@ RATES = {
     "imagenet": (0.1, 0.2, 0.4, 0.8),
 }
 GATES = {"smoke": 0.95, "cpu": 0.95, "cifar": 0.95, "imagenet": None}
+# Every weight is alive here, so that this cost is the same as the one that is controlled. The others differ.
+EQUAL_WITH = {"parameters": "live_parameters", "live_parameters": "parameters"}
 TOLERANCES = {"smoke": 0.2, "cpu": 0.02, "cifar": 0.02, "imagenet": 0.01}
 
 
@@ -88,7 +90,7 @@ def claims(points: tuple[str, ...], margin: float) -> tuple[Claim, ...]:
     )
 
 
-def get_study(size: str = "cpu", control: str = "live_multiply_adds") -> Study:
+def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
     sized = fair_size(size)
     smoke = size == "smoke"
     points = tuple(POINTS) if not smoke else ("1", "all")
@@ -130,6 +132,7 @@ def get_study(size: str = "cpu", control: str = "live_multiply_adds") -> Study:
             for line, baseline in effects.items()
         ),
         control=control,
+        unequal=tuple(cost for cost in COSTS if cost not in (control, EQUAL_WITH.get(control))),
         tolerance=TOLERANCES[size],
         axis=CHANNELS_PER_SEGMENT,
         search=None if smoke else Search(tuple({"schedule.learning_rate": rate} for rate in RATES[size])),

@@ -1,7 +1,7 @@
 """The sizes of a study: small networks for a CPU, larger ones for one GPU, and the paper's for a pod.
 
 `study_size` has the networks of the first studies, whose stem follows the width and whose last maps have one pixel.
-`fair_size` has those of later studies: stem and head are no part of what is compared, and every weight meets a pixel.
+`fair_size` has those of later studies: the stem is no part of what is compared, and every weight meets a pixel.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def study_size(size: str) -> Size:
 
 
 def fair_size(size: str) -> Size:
-    """Returns the size named 'smoke', 'cpu', 'cifar' or 'imagenet', with a fixed stem and head and no map below 7.
+    """Returns the size named 'smoke', 'cpu', 'cifar' or 'imagenet', with a fixed stem and no map below 7.
 
     Raises:
       ConfigError: there is no such size.
@@ -135,10 +135,8 @@ def _imagenet() -> Size:
 def _fair_cpu() -> Size:
     """Returns the size for Fashion-MNIST at its 28 pixels: ten epochs, maps of 28, 14 and 7, one middle module."""
     config = _cpu().config
-    config.model.width_multiplier = 0.1
     config.model.stem = "small"
     config.model.stem_width = 16
-    config.model.head_width = 192
     config.model.strides = (2, 2, 1, 1)
     config.data.image_size = 28
     config.data.eval_crop = 0.875  # without the black frame of two pixels
@@ -151,10 +149,9 @@ def _fair_cpu() -> Size:
 def _smoke() -> Size:
     """Returns the size that only shows that a study runs: ten steps on the images in the package."""
     config = _fair_cpu().config
-    config.model.width_multiplier = 0.05
+    config.model.width_multiplier = 0.1
     config.model.middle_blocks = 0
     config.model.stem_width = 8
-    config.model.head_width = 64
     config.data.name = "fashion_mnist_subset"
     config.data.train_split = "train[:320]"
     config.data.eval_split = "train[9400:]"
@@ -174,14 +171,12 @@ def _fair_cifar() -> Size:
     config = _cifar().config
     config.model.width_multiplier = 0.25
     config.model.stem_width = 32
-    config.model.head_width = 512
     config.model.strides = (1, 2, 2, 1)
     return Size(config, tuple(range(10)), 0.003, "not measured; for one GPU")
 
 
 def _fair_imagenet() -> Size:
-    """Returns the size for ImageNet: the paper's network, whose last maps have ten pixels, with its stem and head."""
+    """Returns the size for ImageNet: the paper's network, whose last maps have ten pixels, with its stem."""
     config = _imagenet().config
     config.model.stem_width = 32
-    config.model.head_width = 2048
     return Size(config, (0, 1, 2), 0.005, "not measured; for a pod")
