@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
+from tests.study.simulated import small_study
 from xception_jax.config import override
 from xception_jax.data.turn import Turn
 from xception_jax.errors import BadDataError, ConfigError
@@ -20,7 +21,7 @@ from xception_jax.study.gates import GATES, Gate, check_gates
 from xception_jax.study.report import format_results, write_study_report
 from xception_jax.study.results import collect
 from xception_jax.study.store import STUDY, StoredStudy, read_study
-from xception_jax.study.turns import FILE, TurnedShare, measure_turns, read_turns, turned_data, write_turns
+from xception_jax.study.turns import FILE, TurnedShare, lacks_turns, measure_turns, read_turns, turned_data, write_turns
 
 FILE_OF_STUDY = str(Path(__file__).parents[2] / "configs/studies/isometry.py")
 EFFECTS = {"free": -0.03, "kronecker": -0.005}  # of a turn on depthwise - regular, at t = 1
@@ -93,7 +94,7 @@ def test_all_arms_of_a_seed_share_a_direction(study, tmp_path):
         assert cell.config.data.turn_seed == cell.config.seed == study.search.seed
     for cell in untuned_cells(stored):
         assert cell.config.data.turn_seed == cell.config.seed == cell.seed
-    assert {data.turn_seed for data in turned_data(study)} == set(study.seeds)
+    assert {seed for _, _, seed in turned_data(study)} == set(study.seeds)
     assert len(turned_data(study)) == 7 * len(study.seeds)
 
 
@@ -201,6 +202,10 @@ def test_turns_are_measured_on_the_images_that_networks_see(photographs, tmp_pat
     shares = measure_turns(photographs)
     write_turns(tmp_path, shares)
     assert read_turns(tmp_path) == shares
+    assert not lacks_turns(photographs, shares)
+    assert lacks_turns(dataclasses.replace(photographs, seeds=(0, 1, 2)), shares)
+    assert lacks_turns(photographs, [dataclasses.replace(share, angle=0.1) for share in shares])
+    assert not lacks_turns(small_study(), [])
     plain = {share.seed: share for share in shares if share.angle == 0}
     assert set(plain) == {0, 1}
     for share in shares:

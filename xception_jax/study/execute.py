@@ -19,7 +19,7 @@ from xception_jax.study.design import COSTS, Study
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
-from xception_jax.study.turns import measure_turns, read_turns, turned_data, write_turns
+from xception_jax.study.turns import lacks_turns, measure_turns, read_turns, write_turns
 
 
 def check_datasets(study: Study) -> None:
@@ -72,7 +72,7 @@ def run_study(
 
 def _keep_turns(stored: StoredStudy) -> None:
     """Measures the turned images of a study unless it was done before; added seeds need it again."""
-    if len(turned_data(stored.study)) > len(read_turns(stored.root)):
+    if lacks_turns(stored.study, read_turns(stored.root)):
         say("measuring how separable the turned images are")
         write_turns(stored.root, measure_turns(stored.study))
 

@@ -50,20 +50,24 @@ class TurnedShare:
     whitened: float
 
 
-def turned_data(study: Study) -> list[DataConfig]:
-    """Returns `config.data` of each turn that cells of the study see, once for each seed; [] if nothing is turned."""
-    configs = [study.arm_config(arm, study.seeded_fields(seed)).data for arm in study.arms for seed in study.seeds]
-    turned = [data for data in configs if data.turn != "none"]
-    found = {(data.turn if data.turn_angle else "", data.turn_angle, data.turn_seed): data for data in turned}
-    return list(found.values())
+Key = tuple[str, float, int]
+
+
+def turned_data(study: Study) -> dict[Key, DataConfig]:
+    """Returns `config.data` of each turn that cells of the study see, by (kind, angle, seed); 'none' is the angle 0."""
+    turned = [arm for arm in study.arms if study.arm_config(arm).data.turn != "none"]
+    configs = [study.arm_config(arm, study.seeded_fields(seed)).data for arm in turned for seed in study.seeds]
+    return {(data.turn if data.turn_angle else "none", data.turn_angle, data.turn_seed): data for data in configs}
 
 
 def measure_turns(study: Study) -> list[TurnedShare]:
     """Measures training images of the study as its networks see them, without augmentation."""
-    return [
-        TurnedShare(data.turn if data.turn_angle else "none", data.turn_angle, data.turn_seed, *_shares(data))
-        for data in turned_data(study)
-    ]
+    return [TurnedShare(*key, *_shares(data)) for key, data in turned_data(study).items()]
+
+
+def lacks_turns(study: Study, shares: Iterable[TurnedShare]) -> bool:
+    """Returns whether cells of the study see a turn that was not measured."""
+    return not turned_data(study).keys() <= {(share.turn, share.angle, share.seed) for share in shares}
 
 
 def _shares(data: DataConfig) -> tuple[float, float]:
