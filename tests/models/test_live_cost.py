@@ -68,7 +68,7 @@ def test_every_convolution_of_every_network_is_counted_as_its_ones_are(name):
     dense = sum(c.multiply_adds for name, c in cost.layers.items() if name.startswith("head/"))
     assert (cost.parameters, cost.live_parameters) == (parameters, parameters - dead)
     assert cost.live_multiply_adds == inside + dense < cost.multiply_adds
-    assert (dead > 0) == (name != "pointwise first")  # whose smallest map has three pixels
+    assert (dead > 0) == (name not in ("pointwise first", "stem of modules"))  # whose smallest maps have three pixels
 
 
 @pytest.mark.parametrize("segments", [1, 2, 8], ids=["regular", "grouped", "depthwise"])
