@@ -30,6 +30,7 @@ examples:
   xception-jax study report runs/spectrum
   xception-jax study power runs/pilot --margin 0.003
   xception-jax study kernels runs/kernels
+  xception-jax study kernels vgg16.safetensors
   xception-jax study separability photos/
 """
 
@@ -78,10 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     power.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    kernels = actions.add_parser(
-        "kernels", help="measure how separable the regular convolutions of trained networks are"
+    kernels = actions.add_parser("kernels", help="measure how separable the kernels of regular convolutions are")
+    kernels.add_argument("source", help="work directory of a run, study directory, or weight file of any network")
+    kernels.add_argument(
+        "--axes",
+        choices=("hwio", "oihw", "ohwi"),  # weight_file.AXES, whose package imports JAX
+        help="order of the axes of a kernel in a weight file, where i is input and o is output (default: found out)",
     )
-    kernels.add_argument("source", help="work directory of a run, study directory or weight file")
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
     patches = actions.add_parser(
@@ -128,11 +132,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_json(), indent=1) if args.json else format_patches(found))
         return 0
     require_known(args.source)
-    from xception_jax.study.separability import analyse, format_separability
-
-    layers = analyse(Path(args.source))
-    print(json.dumps([layer.to_json() for layer in layers], indent=1) if args.json else format_separability(layers))
-    return 0
+    return _kernels(args)
 
 
 def _margin(text: str) -> float:
@@ -158,6 +158,16 @@ def _power(args: argparse.Namespace) -> int:
 
     plan = plan_seeds(Path(args.source), args.margin)
     print(json.dumps(plan.to_json(), indent=1) if args.json else format_plan(plan))
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    require_known(args.source)
+    from xception_jax.study.kernels.networks import analyse
+    from xception_jax.study.kernels.table import format_kernels
+
+    report = analyse(args.source, args.axes)
+    print(json.dumps(report.to_json(), indent=1) if args.json else format_kernels(report))
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Measures how separable the kernels of regular convolutions are, and whether the measure can be trusted."""
