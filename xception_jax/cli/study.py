@@ -31,6 +31,7 @@ examples:
   xception-jax study power runs/pilot --margin 0.003
   xception-jax study kernels runs/kernels
   xception-jax study kernels vgg16.safetensors
+  xception-jax study kernels runs/dial
   xception-jax study separability photos/
 """
 
@@ -80,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     power.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     kernels = actions.add_parser("kernels", help="measure how separable the kernels of regular convolutions are")
-    kernels.add_argument("source", help="work directory of a run, study directory, or weight file of any network")
+    kernels.add_argument(
+        "source", help="work directory of a run, study directory (also of a dial study), or weight file of any network"
+    )
     kernels.add_argument(
         "--axes",
         choices=("hwio", "oihw", "ohwi"),  # weight_file.AXES, whose package imports JAX
@@ -163,11 +166,27 @@ def _power(args: argparse.Namespace) -> int:
 
 def _kernels(args: argparse.Namespace) -> int:
     require_known(args.source)
+    from xception_jax.study.dial.records import is_dial
+    from xception_jax.study.kernels.claims import format_verdicts, judge_calibration, judge_labels
     from xception_jax.study.kernels.networks import analyse
-    from xception_jax.study.kernels.table import format_kernels
+    from xception_jax.study.kernels.table import format_calibration, format_kernels
+    from xception_jax.study.store import STUDY, read_study
 
-    report = analyse(args.source, args.axes)
-    print(json.dumps(report.to_json(), indent=1) if args.json else format_kernels(report))
+    root = Path(args.source)
+    if is_dial(root):
+        from xception_jax.study.kernels.calibration import calibrate, write_calibration_figures
+
+        found = calibrate(root)
+        figures = [str(path) for path in write_calibration_figures(found)]
+        data, text, verdicts = found.to_json(), format_calibration(found), judge_calibration(found)
+        text += "".join(f"\nfigure: {printable_path(path)}" for path in figures)
+    else:
+        report = analyse(args.source, args.axes)
+        data, text = report.to_json(), format_kernels(report)
+        verdicts = judge_labels(read_study(root), report) if (root / STUDY).exists() else None
+    if verdicts is not None:
+        data, text = data | verdicts.to_json(), f"{text}\n{format_verdicts(verdicts)}"
+    print(json.dumps(data, indent=1) if args.json else text)
     return 0
 
 

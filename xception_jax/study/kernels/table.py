@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.study.kernels.calibration import Calibration
+from xception_jax.study.kernels.measure import FAMILIES
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, format_left_out
+from xception_jax.study.statistics import estimate
 
 _RANKS = (1, 2, 3, 4)
 _NOTES = (
@@ -66,3 +69,34 @@ def _table(layers: Sequence[LayerSeparability]) -> list[str]:
 
 def _beside(values: Sequence[float], random: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ({np.mean(random):.3f})"
+
+
+def format_calibration(found: Calibration) -> str:
+    """Returns tables of the measured dial of each layer beside that of its bank, and the rank correlations."""
+    lines = []
+    for family in FAMILIES:
+        lines.append(
+            f"dial {family} filters: mean over seeds, and of random kernels with the same energies in brackets"
+        )
+        for arm in dict.fromkeys(arm for arm, _ in found.layers):
+            banks = found.banks(arm, family)
+            layers = [layer for each, layer in found.layers if each == arm]
+            width = max(map(len, (*layers, "true dial of the bank")))
+            lines.append(f"{arm:{width}} " + " ".join(f"{bank:>13}" for bank in banks) + f" {'rank correlation':>22}")
+            true = [estimate(found.values(arm, layers[0], bank, "true", family)).mean for bank in banks]
+            lines.append(f"{'true dial of the bank':{width}} " + " ".join(f"{value:>13.3f}" for value in true))
+            for layer in layers:
+                cells = (
+                    _beside(
+                        *(
+                            [estimate(found.values(arm, layer, bank, kind, family)).mean]
+                            for kind in ("measured", "null")
+                        )
+                    )
+                    for bank in banks
+                )
+                rank = estimate(found.rank_correlations(arm, layer, family))
+                shown = f"{rank.mean:+.2f} [{rank.low:+.2f}, {rank.high:+.2f}]" if rank.n else "-"
+                lines.append(f"{layer:{width}} " + " ".join(f"{cell:>13}" for cell in cells) + f" {shown:>22}")
+    lines.append("rank correlation: Spearman's, over the banks of a family; mean and 95 % interval over seeds")
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)
