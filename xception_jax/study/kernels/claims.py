@@ -143,8 +143,8 @@ def _later_layers(found: Labels) -> Iterator[Part]:
 
 CALIBRATION: dict[str, Claim[Calibration]] = {
     "K1": Claim(
-        "In the first layer of the regular network of two blocks, the dial across filters recovers that of the bank: the "
-        "rank correlation of the two over the banks is above 0.8.",
+        "In the first layer of the regular network of two blocks, the dial across filters recovers that of the bank: "
+        "the rank correlation of the two over the banks is above 0.8.",
         _recovers("across"),
     ),
     "K2": Claim(
