@@ -21,6 +21,7 @@ from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.study.dial.design import DialStudy
+    from xception_jax.study.kernels.claims import Verdicts
 
 EXAMPLES = """\
 examples:
@@ -173,6 +174,7 @@ def _kernels(args: argparse.Namespace) -> int:
     from xception_jax.study.store import STUDY, read_study
 
     root = Path(args.source)
+    verdicts: Verdicts | None
     if is_dial(root):
         from xception_jax.study.kernels.calibration import calibrate, write_calibration_figures
 

@@ -173,7 +173,8 @@ def save_network(root: Path, cell: DialCell, variables: Mapping[str, np.ndarray]
     """
     path = network_path(root, cell.arm, cell.bank.name, cell.seed)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **variables)
+    arrays: dict[str, Any] = dict(variables)  # NumPy's types do not tell its options from arrays
+    np.savez_compressed(buffer, **arrays)
     with writing("network", path):
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, buffer.getvalue())

@@ -19,6 +19,7 @@ from xception_jax.study.cells import read_outcome
 from xception_jax.study.dial.claims import Part, decide
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.gates import Gate
+from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
 from xception_jax.study.store import StoredStudy
@@ -32,7 +33,6 @@ POSITION_MARGIN = 0.1
 MEMORISED = 0.9
 """The training accuracy that both arms must reach whose labels are compared."""
 
-TRUE_LABELS, RANDOM_LABELS = "true_labels", "random_labels"
 FIRST_LAYER, FIRST_CONVOLUTION = "block1_spatial", "block1_conv1"
 _STEM = ("block1_conv1", "block1_conv2")
 
