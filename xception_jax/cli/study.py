@@ -15,6 +15,7 @@ from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
+from xception_jax.storage import names_object_store
 from xception_jax.study.design import as_study, run_study_file
 from xception_jax.user_files import writing
 from xception_jax.weights.sources import require_known
@@ -90,6 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("hwio", "oihw", "ohwi"),  # weight_file.AXES, whose package imports JAX
         help="order of the axes of a kernel in a weight file, where i is input and o is output (default: found out)",
     )
+    kernels.add_argument(
+        "--replace",
+        action="store_true",
+        help="of a run: replace regular kernels by kernels of low rank, and print the accuracy lost on the test split",
+    )
+    kernels.add_argument(
+        "--data_dir", metavar="DIR", help="directory of the datasets for --replace (default: of the run)"
+    )
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
     patches = actions.add_parser(
@@ -112,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
       UserError: see the functions that it calls.
     """
     environment = dict(os.environ)  # of the cells
-    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to the cells
+    if not getattr(args, "replace", False):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to the cells
     if args.action == "run":
         return _run(args, environment)
     if args.action == "report":
@@ -167,6 +177,12 @@ def _power(args: argparse.Namespace) -> int:
 
 def _kernels(args: argparse.Namespace) -> int:
     require_known(args.source)
+    if args.replace:
+        return _replace_kernels(args)
+    if args.data_dir is not None:
+        raise UsageError("--data_dir is only for --replace", "--data_dir", "remove it, or add --replace")
+    if args.axes and (os.path.isdir(args.source) or names_object_store(args.source)):
+        raise UsageError("--axes is only for weight files", "--axes", "remove it: the axes of a run are known")
     from xception_jax.study.dial.records import is_dial
     from xception_jax.study.kernels.claims import format_verdicts, judge_calibration, judge_labels
     from xception_jax.study.kernels.networks import analyse
@@ -189,6 +205,19 @@ def _kernels(args: argparse.Namespace) -> int:
     if verdicts is not None:
         data, text = data | verdicts.to_json(), f"{text}\n{format_verdicts(verdicts)}"
     print(json.dumps(data, indent=1) if args.json else text)
+    return 0
+
+
+def _replace_kernels(args: argparse.Namespace) -> int:
+    if args.axes:
+        raise UsageError("--axes does not work with --replace", "--axes", "remove --axes")
+    if not names_object_store(args.source) and not os.path.exists(os.path.join(args.source, "config.json")):
+        fix = "name the work directory of a run; of a study, that of one of its cells: cells/ARM/seed0"
+        raise UsageError("--replace needs a run", args.source, fix)
+    from xception_jax.study.kernels.replacement import format_replacements, replace_kernels
+
+    found = replace_kernels(args.source, args.data_dir)
+    print(json.dumps(found.to_json(), indent=1) if args.json else format_replacements(found))
     return 0
 
 
