@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 
 from tests.study import kernel_files
 from tests.study.kernel_files import REGULAR, across, flax_file, keras_file, random, torch_file, within
-from xception_jax.cli import main
+from xception_jax.cli import main, parse
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.study.kernels.measure import first_component
 from xception_jax.study.kernels.networks import analyse
+from xception_jax.study.kernels.weight_file import AXES
 
 FEW = {"conv1": (3, 3, 5, 5), "conv2": (3, 3, 5, 5)}  # all of whose sides could be sides of a kernel
 
@@ -168,6 +169,13 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "left out: 4 1 x 1, 1 grouped, 1 depthwise" in out
     assert run(monkeypatch, file, "--axes", "oihw", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == len(REGULAR) + 1
+
+
+def test_every_order_of_axes_can_be_given():
+    for order in AXES:
+        assert parse(["study", "kernels", "x", "--axes", order]).axes == order
+    with pytest.raises(UsageError):
+        parse(["study", "kernels", "x", "--axes", "chwn"])
 
 
 def test_a_hostile_file_is_refused(tmp_path, monkeypatch):
