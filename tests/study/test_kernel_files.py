@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -68,6 +69,18 @@ def test_axes_of_keras_are_known(tmp_path):
     assert {len(names) for names in report.left_out["net.h5"].values()} == {1, 2}  # pointwise, two depthwise
 
 
+def test_a_tree_of_keras(tmp_path):
+    rng = np.random.default_rng(0)
+    kernels = {"conv2d": (3, 3, 3, 8), "conv2d_1": (3, 3, 8, 8), "depthwise_conv2d": (3, 3, 8, 2)}
+    with h5py.File(tmp_path / "net.weights.h5", "w") as file:
+        for name, shape in kernels.items():
+            file[f"layers/{name}/vars/0"] = random(rng, shape).astype(np.float32)
+            file[f"layers/{name}/vars/1"] = np.zeros(shape[3], np.float32)
+    report = analyse(tmp_path / "net.weights.h5")
+    assert [layer.layer for layer in report.layers] == ["layers/conv2d/0", "layers/conv2d_1/0"]
+    assert list(report.left_out["net.weights.h5"].values()) == [("layers/depthwise_conv2d/0",)]
+
+
 def test_vectors_beside_the_kernels_tell_the_axes(tmp_path):
     """Shapes alone allow all orders here, and the names are those of nobody."""
     rng = np.random.default_rng(0)
@@ -78,7 +91,7 @@ def test_vectors_beside_the_kernels_tell_the_axes(tmp_path):
             tensors[f"{name}.offset"] = np.zeros(shape[3])
         save_file(tensors, tmp_path / f"{order}.safetensors")
         report = analyse(tmp_path / f"{order}.safetensors")
-        assert re.match(f"{order}, because the biases and norms", report.axes[f"{order}.safetensors"])
+        assert re.match(f"{order}, because the biases of their layers", report.axes[f"{order}.safetensors"])
         assert [layer.shape for layer in report.layers] == list(FEW.values())
 
 
@@ -107,13 +120,15 @@ def test_tensors_that_are_no_kernels(tmp_path):
         "quantized.weight": np.ones((8, 8, 3, 3), np.int8),
         "dead.weight": np.zeros((8, 8, 3, 3), np.float32),
         "empty.weight": np.zeros((0, 8, 3, 3), np.float32),
-        "huge.weight": (rng.normal(size=(8, 8, 3, 3)) * 1e37).astype(np.float32),
+        "huge.weight": rng.normal(size=(8, 8, 3, 3)) * 1e300,  # its squares overflow
+        "tiny.weight": rng.normal(size=(8, 8, 3, 3)) * 1e-300,
         "half.weight": rng.normal(size=(8, 8, 3, 3)).astype(np.float16),
     }
     torch_file(tmp_path / "net.safetensors", extra=extra)
     report = analyse(tmp_path / "net.safetensors")
     names = [layer.layer for layer in report.layers]
-    assert set(names) == {f"{name}.weight" for name in [*REGULAR, "huge", "half"]}
+    assert set(names) == {f"{name}.weight" for name in [*REGULAR, "huge", "tiny", "half"]}
+    assert all(0.5 < layer.within < 0.9 for layer in report.layers if layer.layer[:4] in ("huge", "tiny", "half"))
     left_out = report.left_out["net.safetensors"]
     assert left_out["not floating-point"] == ("quantized.weight",)
     assert left_out["zero"] == ("dead.weight",)

@@ -35,6 +35,7 @@ RANKS = (1, 2, 4)
 ALL_LAYERS = "all layers"
 _BACK = {"within": (1, 2, 0), "across": (1, 0, 2)}  # from the matrices of `FAMILIES` to [taps, c, f]
 _Name = tuple[str, str, int]  # layer, family, rank
+_AS_IT_IS: _Name = ("", "", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def replace_kernels(workdir: str, data_dir: str | None = None) -> Replacements:
     data = config.data if data_dir is None else config.data.replace(data_dir=data_dir)
     source = open_dataset(data, config.data.test_split)
     right = _evaluate(config.replace(data=data), model, network.variables, kernels, source)
-    base = right.pop(None)
+    base = right.pop(_AS_IT_IS)
     found = []
     for (layer, family, rank), ours in right.items():
         difference = base.astype(float) - ours
@@ -138,19 +139,19 @@ def _replaced(kernels: Mapping[str, Kernel]) -> Iterator[tuple[_Name, dict[str, 
 
 def _evaluate(
     config: ExperimentConfig, model: Any, variables: Mapping[str, Any], kernels: Mapping[str, Kernel], source: Source
-) -> dict[_Name | None, np.ndarray]:
-    """Returns which images are classified correctly: by the network as it is (None), and with each replacement."""
+) -> dict[_Name, np.ndarray]:
+    """Returns which images are classified correctly: by the network `_AS_IT_IS`, and with each replacement."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     everywhere = NamedSharding(mesh, PartitionSpec())
     leaves = tree.flatten(jax.device_put(variables, everywhere))
-    sets: dict[_Name | None, dict[str, Any]] = {None: tree.unflatten(leaves)}
+    sets: dict[_Name, dict[str, Any]] = {_AS_IT_IS: tree.unflatten(leaves)}
     for name, new in _replaced(kernels):
         placed = {}
         for layer, kernel in new.items():
             path = f"params/{layer}/kernel"
             placed[path] = jax.device_put(kernel.astype(leaves[path].dtype), everywhere)
         sets[name] = tree.unflatten(leaves | placed)
-    right: dict[_Name | None, list[np.ndarray]] = {name: [] for name in sets}
+    right: dict[_Name, list[np.ndarray]] = {name: [] for name in sets}
     step = make_evaluation_step(model, config)
     batches = EvaluationBatches(config.data, source, batch_size=config.evaluation.batch_size)
     with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:

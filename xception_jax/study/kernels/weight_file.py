@@ -23,10 +23,10 @@ AXES = {"hwio": (0, 1, 2, 3), "oihw": (2, 3, 1, 0), "ohwi": (1, 2, 3, 0)}
 
 ONE_BY_ONE, DEPTHWISE, GROUPED = "1 x 1", "depthwise or with one input channel", "grouped"
 NO_KERNEL = "neither a square nor a line of at most 16 pixels"
-NOT_FLOATS, ZERO, LARGE = "not floating-point", "zero", "of over 2^25 numbers"
+NOT_FLOATS, ZERO, LARGE = "not floating-point", "zero", "of over 2^24 numbers"
 
 _LONGEST_SIDE = 16  # of a regular kernel: AlexNet has 11, the patches of ViT have 16
-_MOST_ELEMENTS = 1 << 25
+_MOST_ELEMENTS = 1 << 24
 _CLEAR = 0.8  # share of the tensors that must make sense
 _IMAGE_CHANNELS = 3
 _KERNEL_NAMES = {"hwio": re.compile(r"kernel(:0)?$"), "oihw": re.compile(r"weight$")}
@@ -116,7 +116,7 @@ def _decide(
         return best[0], f"in which {share} can be kernels; in any other order {others} at most"
     for name, votes in (
         (
-            "the biases and norms beside them have as many numbers as there are filters",
+            "the biases of their layers have as many numbers as there are filters",
             _votes_of_sizes(tensors, shapes),
         ),
         ("they are named like that", _votes_of_names(shapes)),
