@@ -14,6 +14,7 @@ from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
 _INCEPTION_MODULES = {"module": "inception"}  # these have towers instead of segments
+_TOWERS = 4  # of an Inception module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class XceptionConfig(ModelConfig):
     )
 
     def check(self) -> None:
-        """Refuses two answers to one question, kernels without a centre, and widths that segments do not divide."""
+        """Refuses two answers to one question, kernels without a centre, and widths that no segments or towers fit."""
         if self.group_width is not None and self.segments != "depthwise":
             raise ConfigError(
                 f"config.model.segments={self.segments!r} and group_width={self.group_width!r} contradict each other",
@@ -119,6 +120,13 @@ class XceptionConfig(ModelConfig):
                 f"intermediate_activation={self.intermediate_activation!r}",
                 "config.model.intermediate_slope",
                 "leave it at 0.1, or set config.model.intermediate_activation='leaky_relu'",
+            )
+        narrowest = min(round(128 * self.width_multiplier), self.head_width or _TOWERS)
+        if self.module == "inception" and narrowest < _TOWERS:
+            raise ConfigError(
+                f"an Inception module has {narrowest} channels, fewer than its {_TOWERS} towers",
+                "config.model",
+                f"set width_multiplier to at least {_TOWERS / 128:g}, and head_width to at least {_TOWERS}",
             )
         for name, channels in (("stem_width", 2 * (self.stem_width or 0)), ("head_width", self.head_width or 0)):
             if channels % self.channel_divisor:
