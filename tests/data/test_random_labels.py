@@ -65,6 +65,7 @@ def test_runs_cannot_be_confused(data):
     assert open_dataset(data.replace(random_labels=-1), "train").info == true.info
 
 
+@pytest.mark.slow  # writes the dataset
 def test_several_labels_cannot_be_random(data):
     with pytest.raises(ConfigError, match="any number of labels"):
         open_dataset(data.replace(name="fashion_mnist_scenes", random_labels=0), "train")

@@ -13,7 +13,7 @@ from xception_jax.cli import main
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.study.dial.banks import make_bank
 from xception_jax.study.dial.design import COUNTED, DialCell
-from xception_jax.study.dial.records import network_path, read_dial, save_network
+from xception_jax.study.dial.records import BANKS, CELLS, network_path, read_dial, save_network
 from xception_jax.study.kernels.calibration import calibrate, write_calibration_figures
 from xception_jax.study.kernels.claims import judge_calibration
 
@@ -55,11 +55,11 @@ def write_study(root, first_layer, **options):
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
     root = tmp_path_factory.mktemp("calibration")
-    return {make.__name__: write_study(root / make.__name__, make) for make in (faithful, mixed, deaf)}
+    return {make.__name__: calibrate(write_study(root / make.__name__, make)) for make in (faithful, mixed, deaf)}
 
 
 def test_the_measured_dial_is_the_true_one(studies):
-    found = calibrate(studies["faithful"])
+    found = studies["faithful"]
     assert found.passed
     assert len(found.points) == 9 * 4 * 2
     for point in found.points:
@@ -83,12 +83,12 @@ def test_the_measured_dial_is_the_true_one(studies):
     ],
 )
 def test_claims(studies, kind, expected):
-    verdicts = judge_calibration(calibrate(studies[kind]))
+    verdicts = judge_calibration(studies[kind])
     assert {code: verdicts.claims[code][1] for code in expected} == expected
 
 
 def test_the_command_draws_and_prints(studies, monkeypatch, capsys):
-    root = studies["faithful"]
+    root = studies["faithful"].results.root
     monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "kernels", str(root)])
     assert main() == 0
     out = capsys.readouterr().out
@@ -112,6 +112,31 @@ def test_nothing_is_claimed_where_networks_are_missing(tmp_path):
     json.dumps(found.to_json() | judge_calibration(found).to_json(), allow_nan=False)
 
 
+def test_a_network_without_its_bank_or_its_row_does_not_count(tmp_path):
+    root = write_study(tmp_path, faithful, seeds=(0, 1))
+    for name, start in ((BANKS, "within_22,0,"), (CELLS, "test,regular,across_45,1,")):
+        lines = (root / name).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if not line.startswith(start)]
+        assert len(kept) == len(lines) - 1
+        (root / name).write_text("".join(kept))
+    found = calibrate(root)
+    assert len(found.points) == 2 * (9 * 2 - 2)
+    json.dumps(found.to_json() | judge_calibration(found).to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_networks_that_diverged_are_counted(tmp_path, value):
+    root = write_study(tmp_path, faithful, seeds=(0, 1))
+    study, _ = read_dial(root)
+    broken = {f"params/block{n}_spatial/kernel": np.full((3, 3, 12, 12), value, np.float32) for n in (1, 2)}
+    save_network(root, DialCell(COUNTED, "regular", study.rows[0].banks[0], 1, 0.01), broken)
+    found = calibrate(root)
+    assert len(found.points) == 2 * (9 * 2 - 1)
+    assert [(gate.name, gate.value) for gate in found.gates if not gate.passed] == [
+        ("networks with kernels that are zero or not finite", 1)
+    ]
+
+
 def test_nothing_is_claimed_where_a_gate_of_the_dial_study_fails(tmp_path):
     root = write_study(tmp_path, faithful, seeds=(0, 1), bank_change=lambda row: row.update(from_means=0.9))
     assert {verdict for _, verdict, _, _ in judge_calibration(calibrate(root)).claims.values()} == {"not tested"}
@@ -120,9 +145,8 @@ def test_nothing_is_claimed_where_a_gate_of_the_dial_study_fails(tmp_path):
 @pytest.mark.parametrize(
     "variables",
     [
-        {"params/block1_spatial/kernel": np.zeros((3, 3, 12, 12), np.float32)},
-        {"params/block1_spatial/kernel": np.full((3, 3, 12, 12), np.nan, np.float32)},
         {"params/block1_spatial/kernel": np.ones(12, np.float32)},
+        {"params/block1_spatial/kernel": np.full((3, 3, 12, 12), "x")},
         {},
     ],
 )

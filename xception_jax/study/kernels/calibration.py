@@ -149,7 +149,7 @@ def _as_json(found: Estimate) -> dict[str, float | None]:
 
 
 def calibrate(root: Path) -> Calibration:
-    """Measures the kernels of the regular networks of a dial study. The study may still run.
+    """Measures the kernels of a dial study's regular networks that did not diverge. The study may still run.
 
     Raises:
       InputMissingError: there is no dial study, or no network of it.
@@ -164,21 +164,29 @@ def calibrate(root: Path) -> Calibration:
         for seed in results.study.seeds
     ]
     points: list[Point] = []
-    missing = 0
+    missing = diverged = 0
     for arm, bank, seed in tqdm(wanted, "measuring networks", disable=None, leave=False):
         path = network_path(root, arm.name, bank, seed)
-        if not path.exists():
-            missing += 1
-            continue
         place = results.study.seeds.index(seed)
         dials = {family: float(results.of_banks(family, bank)[place]) for family in FAMILIES}
-        for layer, kernel in _kernels(path, arm.depth).items():
+        recorded = math.isfinite(results.accuracy(arm.name, bank)[place]) and all(map(math.isfinite, dials.values()))
+        if not recorded or not path.exists():
+            missing += 1
+            continue
+        kernels = _kernels(path, arm.depth)
+        if not all(np.isfinite(kernel).all() and kernel.any() for kernel in kernels.values()):
+            diverged += 1
+            continue
+        for layer, kernel in kernels.items():
             points.append(Point(arm.name, layer, bank, seed, **dials, measured=measure_layer(str(path), layer, kernel)))
     if not points:
         fix = "run `xception-jax study run` for it; studies of earlier releases did not keep their networks"
         raise InputMissingError("there are no networks of regular arms", str(root), fix)
-    detail = f"{len(wanted) - missing} of {len(wanted)}"
-    return Calibration(results, points, (*check_gates(results), Gate("networks that are missing", missing, 0, detail)))
+    gates = (
+        Gate("networks or records that are missing", missing, 0, f"of {len(wanted)}"),
+        Gate("networks with kernels that are zero or not finite", diverged, 0, f"of {len(wanted)}"),
+    )
+    return Calibration(results, points, (*check_gates(results), *gates))
 
 
 def _kernels(path: Path, depth: int) -> dict[str, np.ndarray]:

@@ -7,8 +7,8 @@ A regular kernel equals a depthwise separable convolution if it has rank one in 
   best blueprint. Here no mean is subtracted, so that one minus this share is the squared relative error of the
   replacement.
 - Across filters, depthwise first: for each input channel, all filters share one spatial kernel. With r kernels per
-  channel this is a sum of r depthwise separable convolutions, the decomposition of Network Decoupling (Guo et al. 2018,
-  arXiv 1808.05517), which is exact if r is the number of taps.
+  channel this is a sum of r depthwise separable convolutions, which is exact if r is the number of taps: one of the
+  two decompositions of Network Decoupling (Guo et al. 2018, arXiv 1808.05517).
 
 Both are singular value decompositions. Random kernels also have a first component, so they are the null hypothesis.
 One null has the shape of the kernel only. The other one also has its energies (squared norms) for each tap, each
