@@ -25,6 +25,9 @@ class DataConfig(Section):
     test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
     image_size: int = integer(299, 1, "paper: section 4")
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
+    random_labels: int = integer(
+        -1, -1, "local: seed of a random label for each image of all splits, as a control; -1 keeps the labels"
+    )
     sampling: str = choice("uniform", ("uniform", "balanced"), "modern: 'balanced' draws every class equally often")
     color_distortion: bool = flag(True, "inferred: brightness 32/255, saturation 0.5 to 1.5")
     crop_area: tuple[float, float] = numbers((0.05, 1.0), 2, "inferred: smallest and largest share of the image")

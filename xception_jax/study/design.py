@@ -44,11 +44,13 @@ class Arm:
       name: also the name of its directory.
       overrides: the config fields that define it, such as {'model.segments': 4}.
       line: arms with the same value form one line in the figures over the axis.
+      tuned_as: name of another arm whose trial of the search it takes; '' if it is tuned itself.
     """
 
     name: str
     overrides: Mapping[str, Any]
     line: str = ""
+    tuned_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +263,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
             yield f"an arm is called {name!r}", "name arms with letters, digits, _ . and -"
         if names.count(name) > 1:
             yield f"two arms are called {name!r}", "give each arm its own name"
+    tuned = [arm.name for arm in study.arms if not arm.tuned_as]
+    for arm in study.arms:
+        if arm.tuned_as and arm.tuned_as not in tuned:
+            yield f"arm {arm.name} is tuned as {arm.tuned_as!r}", f"choose one of {', '.join(tuned)}"
     used = [study.reference, *(name for c in study.comparisons for name in (c.arm, c.baseline))]
     used += [name for interaction in study.interactions for pair in interaction.pairs for name in pair]
     for name in used:

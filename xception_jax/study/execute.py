@@ -217,13 +217,13 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
 def list_cells(study: Study) -> str:
     """Returns a table of the arms of a study and their costs. Nothing is trained, and no data are opened."""
     costs = solve_costs(study, {})
-    trials = len(study.trials)
+    trials, tuned = len(study.trials), sum(not arm.tuned_as for arm in study.arms)
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [
         f"{study.name}: {' '.join(study.question.split())}",
         f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
-        + f", after {trials} trials of each arm = {trials * len(study.arms)}" * bool(trials),
+        + f", after {trials} trials of {tuned} arms = {trials * tuned}" * bool(trials),
         f"  {cost_headline(study, costs)}",
         f"  margin {study.margin:.2%}; budget: {study.budget or 'not stated'}",
         f"{'arm':{name_width}} {'width':>8} "

@@ -21,6 +21,7 @@ from xception_jax.data.prepare.fashion_mnist import (
 from xception_jax.data.prepare.imagenet import imagenet2012
 from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
 from xception_jax.data.prepare.writer import Dataset, write_dataset
+from xception_jax.data.random_labels import RandomLabels
 from xception_jax.data.sources import (
     SYNTHETIC,
     Source,
@@ -55,14 +56,19 @@ def open_dataset(data: DataConfig, split: str) -> Source:
     The name may have a builder config and a version, 'name/config:1.0.0'. Without a version, the newest is opened.
 
     Args:
-      data: `config.data`; reads name, data_dir and synthetic_examples.
+      data: `config.data`; reads name, data_dir, synthetic_examples and random_labels.
       split: such as 'train', 'train[:98%]' or 'validation'.
 
     Raises:
       InputMissingError: the dataset or the split is missing, or the split is empty.
       BadDataError: the dataset has no image with a label (or labels).
-      ConfigError: the split cannot be parsed.
+      ConfigError: the split cannot be parsed, or images have several labels that cannot be random.
     """
+    source = _open_dataset(data, split)
+    return source if data.random_labels < 0 else RandomLabels(source, data.random_labels)
+
+
+def _open_dataset(data: DataConfig, split: str) -> Source:
     if data.name == SYNTHETIC:
         return SyntheticSource(data.synthetic_examples, split)
     data_dir = resolve_data_dir(data.data_dir)
