@@ -94,7 +94,7 @@ def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
     sized = fair_size(size)
     smoke = size == "smoke"
     points = tuple(POINTS) if not smoke else ("1", "all")
-    lines = list(LINES) if not smoke else ["none", "relu"]
+    lines = list(LINES) if not smoke else ["none"]
     arms = [Arm(f"{point}_{line}", POINTS[point] | LINES[line], line=line) for point in points for line in lines]
     effects = {line: baseline for line, baseline in EFFECTS.items() if line in lines}
     stated = claims(points, sized.margin)
