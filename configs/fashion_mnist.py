@@ -37,6 +37,6 @@ def get_config():
     config.optimizer.weight_decay = 1e-3
     config.ema.decay = 0.995
     config.log_every = "20 steps"
-    config.evaluation.batch_size = 500
+    config.evaluation.batch_size = 512
     config.evaluation.heat_maps = 24
     return config

@@ -73,5 +73,5 @@ def get_config(variant=""):
         config.data.cache = True
         config.duration = "5 epochs"
         config.schedule.learning_rate = 0.03
-        config.evaluation.batch_size = 500
+        config.evaluation.batch_size = 512
     return config

@@ -37,6 +37,6 @@ def get_config():
     config.schedule.warmup = "1 epoch"
     config.ema.decay = 0.99
     config.log_every = "10 steps"
-    config.evaluation.batch_size = 250
+    config.evaluation.batch_size = 256
     config.evaluation.heat_maps = 24
     return config

@@ -664,6 +664,10 @@ def test_what_is_no_duration(duration):
         ({"model__module": "inception", "model__segments": 2}, "model.segments", "leave it at 'depthwise'"),
         ({"model__name": "inception_v3", "model__residual": False}, "model.residual", "leave it at True"),
         ({"model__name": "inception_v3_2016", "model__stem": "small"}, "model.stem", "leave it at 'imagenet'"),
+        ({"model__stem": "module", "model__segments": 2}, "model.segments", "a divisor of 3"),
+        ({"model__stem": "module", "model__group_width": 8}, "model.group_width", "a divisor of 3"),
+        ({"data__turn": "free", "data__image_size": 299}, "data.image_size", "set it to an even number, such as 300"),
+        ({"data__turn_angle": 0.5}, "data.turn_angle", "leave it at 1.0"),
     ],
 )
 def test_contradictions(fields, where, fix):

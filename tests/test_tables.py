@@ -9,6 +9,7 @@ import pytest
 from xception_jax import models
 from xception_jax.config import FIELDS
 from xception_jax.data.augmentation import AUGMENTATIONS
+from xception_jax.data.turn import KINDS
 from xception_jax.metrics import METRICS
 from xception_jax.models.layers import INITIALIZERS
 from xception_jax.models.modules import ACTIVATIONS
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.smoke
         ("model.intermediate_activation", ACTIVATIONS),
         ("model.initialization", INITIALIZERS),
         ("data.augmentation", AUGMENTATIONS),
+        ("data.turn", ("none", *KINDS)),
         ("loss.name", LOSSES),
         ("loss.name", METRICS),
         ("optimizer.name", OPTIMIZERS),

@@ -8,28 +8,65 @@ nearly separable kernels. `study kernels` measures, for each layer, the share of
 spatial blueprint (BSConv) and the error of a sum of r depthwise separable convolutions (Network Decoupling), and
 compares both with random kernels.
 
-Sizes: cpu (default), cifar, imagenet; controls: parameters (default), live_parameters, multiply_adds,
-live_multiply_adds, width. Cost: docs/howto/study.md.
+Two more arms see the same few images, one with their labels and one with random labels: what they share is owed to the
+images and to training, and not to the task (Chowers and Weiss 2022, arXiv 2206.02454).
+
+The stem is fixed, and no map is smaller than 7 x 7 pixels, so that every tap of a kernel meets pixels. Images of size
+cpu have three garments as channels, because grey ones would make kernels separable whatever is learned.
+
+Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet (without the two arms); controls: parameters
+(default), live_parameters, multiply_adds, live_multiply_adds, width. Design, gates and claims: docs/studies/kernels.md.
 """
 
-from xception_jax.study.design import Arm, PlannedComparison, Study
-from xception_jax.study.sizes import study_size
+from xception_jax.study.design import Arm, PlannedComparison, Search, Study
+from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
+from xception_jax.study.sizes import Size, fair_size
+
+# As many images are seen as by the other arms of the size, but few different ones, which can be learned by heart.
+FEW_IMAGES = {
+    "smoke": {"data.train_split": "train[:96]"},
+    "cpu": {"data.train_split": "train[:2000]", "duration": "80 epochs"},
+    "cifar": {"data.train_split": "train[:10000]", "duration": "270 epochs"},
+}
+BY_HEART = {"model.segments": 1, "data.augmentation": "none"}
+BUDGETS = {"cpu": "about five processor minutes per cell, estimated from steps of the isometry study"}
+GATES = {"smoke": 0.9, "cpu": 0.8, "cifar": 0.9, "imagenet": None}
+
+
+def _sized(size: str) -> Size:
+    sized = fair_size(size)
+    if size == "cpu":
+        data = sized.config.data
+        data.name, data.eval_crop = "fashion_mnist_stacks", 1.0
+        data.train_split, data.eval_split, data.test_split = "train", "dev", "test"
+        sized.config.model.width_multiplier = 0.15
+        sized.config.model.stem_width = 8
+        sized.config.duration = "6 epochs"
+    return sized
 
 
 def get_study(size: str = "cpu", control: str = "parameters") -> Study:
-    sized = study_size(size)
+    sized, few = _sized(size), FEW_IMAGES.get(size)
+    labels: tuple[Arm, ...] = ()
+    if few is not None:
+        labels = (
+            Arm(TRUE_LABELS, {**BY_HEART, **few}),
+            Arm(RANDOM_LABELS, {**BY_HEART, **few, "data.random_labels": 0}, tuned_as=TRUE_LABELS),
+        )
     return Study(
         name=f"kernels-{size}-{control}",
         question="Are the kernels of trained regular convolutions separable, and more so with a ReLU after them?",
         hypothesis="In every layer the first component holds a larger share than in random kernels, and its excess is "
-        "larger in late layers than in early ones; with a ReLU in between a regular network is better (spectrum).",
+        "larger in late layers than in early ones; with a ReLU in between a regular network is better (spectrum). "
+        "Claims K5 and K6 on true and random labels are in xception_jax/study/kernels/claims.py.",
         config=sized.config,
         arms=(
             Arm("depthwise", {"model.segments": "depthwise"}),
             Arm("regular_none", {"model.segments": 1}),
             Arm("regular_relu", {"model.segments": 1, "model.intermediate_activation": "relu"}),
+            *labels,
         ),
-        seeds=sized.seeds,
+        seeds=sized.seeds if size in ("smoke", "imagenet") else (0, 1, 2, 3, 4),
         margin=sized.margin,
         reference="depthwise",
         comparisons=(
@@ -37,5 +74,7 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
             PlannedComparison("depthwise", "regular_none", "better"),
         ),
         control=control,
-        budget=sized.budget,
+        search=None if size == "smoke" else Search(),
+        gate=GATES[size],
+        budget=BUDGETS.get(size, sized.budget),
     )

@@ -11,17 +11,19 @@ Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet; contro
 live_multiply_adds, parameters, multiply_adds, width. Design, gate and claims: docs/studies/spectrum_fair.md.
 """
 
+from typing import Any
+
 from xception_jax.study.claims import Claim, Part, Term
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, COSTS, Arm, Interaction, PlannedComparison, Search, Study
 from xception_jax.study.sizes import fair_size
 
-POINTS: dict[str, dict[str, int | str]] = {
+POINTS: dict[str, dict[str, Any]] = {
     **{str(width): {"model.group_width": width} for width in (1, 2, 4, 8, 16)},
     "all": {"model.group_width": "all"},
 }
 BATCH_NORM = {"model.intermediate_batch_norm": True}
 # BatchNorm without an activation separates the effect of an activation behind BatchNorm from that of BatchNorm.
-LINES = {
+LINES: dict[str, dict[str, Any]] = {
     "none": {},
     "relu": {"model.intermediate_activation": "relu"},
     "bn": BATCH_NORM,

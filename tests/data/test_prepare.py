@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import google_crc32c
 import numpy as np
 import pytest
@@ -217,6 +219,26 @@ def test_scenes_are_the_same_every_time_and_share_no_garment():
     )
     train, test = (fashion_mnist.read_split(fashion_mnist.SHIPPED, split)[0] for split in ("train", "test"))
     assert not {picture.tobytes() for picture in train} & {picture.tobytes() for picture in test}
+
+
+def test_a_stack_has_a_garment_in_each_channel_and_the_label_of_the_first():
+    garments, labels = fashion_mnist.read_split(fashion_mnist.SHIPPED, "train")
+    of_dev = {picture.tobytes() for picture in garments[9000:]}
+    splits = fashion_mnist.fashion_mnist_stacks().splits
+    count, classes = 0, collections.Counter()
+    for _, example in splits["dev"]:
+        count += 1
+        classes[example["label"]] += 1
+        if count <= 500:
+            stack = cv2.imdecode(np.frombuffer(example["image"], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+            assert {stack[..., channel].tobytes() for channel in range(3)} <= of_dev
+            assert stack[..., 0].tobytes() == garments[9000 + (count - 1) % 1000].tobytes()
+            assert example["label"] == labels[9000 + (count - 1) % 1000]
+    assert count == fashion_mnist.fashion_mnist_stacks().expected["dev"] == 3000
+    assert {label: times % 3 for label, times in classes.items()} == dict.fromkeys(range(10), 0)
+    assert not of_dev & {picture.tobytes() for picture in garments[:9000]}
+    first, again = (next(iter(fashion_mnist.fashion_mnist_stacks().splits["test"])) for _ in range(2))
+    assert first == again
 
 
 # --- TFRECORD copies ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 
 from tests.models.random_weights import random_variables
+from xception_jax.data.images import Preprocessing
+from xception_jax.data.turn import Turn
 from xception_jax.explain import methods
 from xception_jax.explain.endpoints import cut, list_endpoints
+from xception_jax.explain.explainer import uniform_image
 from xception_jax.explain.options import METHODS
 from xception_jax.models import create_model
 
@@ -49,6 +53,15 @@ def xception() -> Small:
 @pytest.fixture(scope="module", params=NETWORKS)
 def small(request) -> Small:
     return Small(request.param)
+
+
+@pytest.mark.parametrize("name", ["black", "white", "grey"])
+def test_a_baseline_is_turned_as_images_are(name):
+    view = Preprocessing(size=4)
+    plain, turn = uniform_image(view, name), Turn("free", 1.0, 0)
+    found = uniform_image(dataclasses.replace(view, turn=turn), name)[0]
+    turn.back()(found)
+    np.testing.assert_allclose(found, np.broadcast_to(plain[0], found.shape), atol=1e-6)
 
 
 def test_every_method_that_is_named_has_a_function():

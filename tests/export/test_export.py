@@ -25,9 +25,10 @@ from xception_jax.cli import COMMANDS
 from xception_jax.cli import export as command
 from xception_jax.config import default_config, override, resolve
 from xception_jax.data.images import central_view
+from xception_jax.data.turn import Turn
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.export.card import as_markdown, make_card, read_evaluation
-from xception_jax.export.formats import PLATFORMS, to_stablehlo
+from xception_jax.export.formats import PLATFORMS, to_stablehlo, write_network
 from xception_jax.export.inference import (
     compile_inference,
     fold_batch_norm,
@@ -77,6 +78,19 @@ VARIANTS = {
     "inception_v3": {"name": "inception_v3", "aux_head": True, "middle_blocks": 8},
     "inception_v3_2016": {"name": "inception_v3_2016", "middle_blocks": 8, "padding": "symmetric"},
 }
+
+
+def test_a_network_of_turned_images_is_exported_only_with_its_turn(tmp_path):
+    network = make_network({"stem": "module"}, size=72)
+    view = dataclasses.replace(network.preprocessing, turn=Turn("free", 0.5, 3))
+    network = dataclasses.replace(network, preprocessing=view)
+    for format in ("stablehlo", "onnx"):
+        with pytest.raises(UsageError, match="trained on turned images"):
+            write_network(network, tmp_path / "file", format)
+    write_network(network, tmp_path / "file.safetensors", "safetensors")
+    assert load_network(tmp_path / "file.safetensors").preprocessing == view
+    card = make_card(network, "x", "safetensors", "0", uint8=False, evaluation=None, difference=None)
+    assert "Last: turned (free, angle 0.5, seed 3" in as_markdown(card)
 
 
 @functools.cache

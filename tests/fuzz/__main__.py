@@ -22,7 +22,14 @@ from tests.fuzz.targets import REGRESSIONS, TARGETS
 
 ROOT = Path(__file__).parents[2]
 DIRECTORY = ROOT / ".fuzz"
-LIMITS = ("-timeout=20", "-rss_limit_mb=3072", "-use_value_profile=1", "-print_final_stats=0", "-verbosity=1")
+LIMITS = (
+    "-timeout=60",
+    "-report_slow_units=60",
+    "-rss_limit_mb=3072",
+    "-use_value_profile=1",
+    "-print_final_stats=0",
+    "-verbosity=1",
+)
 MOST_CRASHES = 10
 
 _STATISTICS = re.compile(r"#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+) corp: (\d+)/")

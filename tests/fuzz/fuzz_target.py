@@ -1,8 +1,8 @@
 """Fuzzes one target with Atheris: `python -m tests.fuzz.fuzz_target NAME FINDS [arguments of libFuzzer]`.
 
-A find is an exception that is no `UserError`, an input that takes more than `SLOW` seconds, or one that needs more than
-`MEMORY` bytes. The first of each kind is kept and fuzzing goes on. Crashes and hangs end the process; libFuzzer keeps
-their inputs.
+A find is an exception that is no `UserError`, an input that takes more seconds than its target allows, or one that
+needs more than `MEMORY` bytes. The first of each kind is kept and fuzzing goes on. Crashes and hangs end the process;
+libFuzzer keeps their inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import atheris
 
-SLOW = 5.0
 MEMORY = 512 << 20
 
 
@@ -48,7 +47,7 @@ def main() -> None:
             ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "xception_jax" in frame.filename]
             frame = (ours or [frame])[-1]
             keep(f"{type(error).__name__} {Path(frame.filename).stem} {frame.lineno}", data)
-        if (seconds := time.monotonic() - start) > SLOW:
+        if (seconds := time.monotonic() - start) > TARGETS[name].seconds:
             keep(f"slow {seconds:.0f}", data)
         if (grown := (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10) > MEMORY:
             keep(f"memory {grown >> 20}", data)

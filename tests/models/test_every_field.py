@@ -45,7 +45,7 @@ VALUES: dict[str, tuple[list, dict]] = {
     "residual": ([False], {}),
     "depth_multiplier": ([2], {}),
     "kernel_size": ([1, 5], {}),
-    "stem": (["small"], {}),
+    "stem": (["small", "module"], {}),
     "stem_width": ([16], {}),
     "head_width": ([96], {}),
     "strides": ([(1, 2, 2, 1)], {}),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from random_weights import random_variables
 
+from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
 
 
@@ -34,6 +35,28 @@ def test_sides_and_widths_at_299_are_those_of_figure_5():
     assert found.pop("pre_logits") == (2048,)
     outer = [(147, 64), (74, 128), (37, 256), (19, 728), *[(19, 728)] * 8, (10, 1024), (10, 2048)]
     assert found == {f"block{i}": (side, side, width) for i, (side, width) in enumerate(outer, start=1)}
+
+
+@pytest.mark.parametrize(
+    "width",
+    [
+        {"width_multiplier": 0.02},
+        {"head_width": 3},
+        {"stem": "module", "width_multiplier": 0.1},
+        {"stem": "module", "stem_width": 3},
+    ],
+    ids=str,
+)
+def test_an_inception_module_narrower_than_its_towers_is_refused(width):
+    with pytest.raises(ConfigError, match="has 3 channels, fewer than its 4 towers"):
+        create_model({"name": "xception", "module": "inception", **width})
+
+
+def test_the_narrowest_networks_can_be_built():
+    for fields in ({"module": "inception", "width_multiplier": 0.03}, {"segments": 3, "width_multiplier": 1e-9}):
+        _, (logits, _) = shapes(middle_blocks=0, num_classes=2, **fields)
+        assert logits.shape == (2, 2)
+    shapes(128, "inception_v3", width_multiplier=1e-9)
 
 
 def test_sides_and_widths_of_inception_v3_at_299():
@@ -64,6 +87,21 @@ def test_without_residuals_there_are_no_shortcuts():
 def test_the_small_stem_keeps_the_size():
     _, (_, endpoints) = shapes(32, stem="small")
     assert [endpoints[f"block{i}"].shape[1] for i in (1, 2, 3, 4, 12, 13, 14)] == [32, 16, 8, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "first"),
+    [
+        ({}, {"spatial": (3, 3, 1, 3), "pointwise": (1, 1, 3, 32)}),
+        ({"order": "pointwise_first"}, {"pointwise": (1, 1, 3, 32), "spatial": (3, 3, 1, 32)}),
+        ({"group_width": "all"}, {"spatial": (3, 3, 3, 3), "pointwise": (1, 1, 3, 32)}),
+        ({"module": "regular"}, {"spatial": (3, 3, 3, 32)}),
+    ],
+)
+def test_a_stem_of_modules_meets_the_pixels_with_them_and_keeps_the_size(fields, first):
+    params, (_, endpoints) = shapes(32, stem="module", middle_blocks=0, **fields)
+    assert {name: layer["kernel"].shape for name, layer in params["block1_conv1"].items()} == first
+    assert endpoints["block1"].shape[1:] == (32, 32, 64)
 
 
 @pytest.mark.parametrize("fields", [{"segments": 3}, {"segments": 8, "order": "pointwise_first"}, {"group_width": 5}])

@@ -13,16 +13,19 @@ from xception_jax.study.dial.design import counted_cells
 from xception_jax.study.dial.records import BANK_COLUMNS, BANKS, CELL_COLUMNS, CELLS, cell_record, state
 
 
-def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=None):
+def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None):
     """Writes a directory of the cpu size.
 
     Args:
       root: the directory.
       effect: returns the accuracy of (arm, bank name, measured dial across).
       seeds: of the study.
+      arms: names of the arms that the study has; by default all.
       bank_change, cell_change: change a row, given as a dict, before it is written.
     """
     study = dataclasses.replace(get_study("cpu"), seeds=seeds)
+    if arms is not None:
+        study = dataclasses.replace(study, rows=tuple(row for row in study.rows if row.arm.name in arms))
     root.mkdir(parents=True, exist_ok=True)
     state(root, study)
     rng = np.random.default_rng(0)

@@ -272,6 +272,7 @@ def test_a_study_runs_resumes_to_the_same_values_and_refuses_another_design(tmp_
     assert set(saved) == {"regular.across_0.0.npz", "regular.across_0.1.npz"}
     kernel = saved["regular.across_0.0.npz"]["params/block1_spatial/kernel"]
     assert kernel.shape == (3, 3, 12, 2)
+    assert np.isfinite(kernel).all()
     lines = (tmp_path / CELLS).read_text().splitlines(keepends=True)
     (tmp_path / CELLS).write_text("".join(lines[:-1]))
     said.clear()

@@ -21,9 +21,9 @@ from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.cells import choose_trials, find_equal, read_outcome
 from xception_jax.study.design import Search
 from xception_jax.study.execute import run_study, slurm_script
+from xception_jax.study.kernels.networks import analyse
 from xception_jax.study.report import write_study_report
 from xception_jax.study.runner import make_slots, visible_gpus
-from xception_jax.study.separability import analyse
 from xception_jax.study.store import StoredStudy, open_study, read_study
 from xception_jax.training.workdir import hold_directory
 
@@ -149,7 +149,7 @@ def test_a_study_survives_kills_of_cell_and_runner(start):
     assert (root / "report.html").exists()
 
     # What it trained can be looked at.
-    layers = analyse(root)
+    layers = analyse(root).layers
     assert [(layer.network, layer.layer) for layer in layers] == [("good seed 0", f"block1_conv{n}") for n in (1, 2)]
     assert all(0.1 < layer.first_component < 1 for layer in layers)
 

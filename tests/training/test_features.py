@@ -206,10 +206,13 @@ def test_the_digest_covers_images_weights_and_view(config, data_dir):
         features._digest(config, source, "others"),
         features._digest(config, open_dataset(config.data, "test"), "weights"),
         features._digest(override(config, {"data.eval_crop": 0.5}), source, "weights"),
+        features._digest(override(config, {"data.turn": "free"}), source, "weights"),
+        features._digest(override(config, {"data.turn": "free", "data.turn_angle": 0.5}), source, "weights"),
+        features._digest(override(config, {"data.turn": "free", "data.turn_seed": 3}), source, "weights"),
         features._digest(override(config, {"model.dtype": "bfloat16"}), source, "weights"),
     ]
     record = next(source.directory.glob("*.array_record*"))
     content = record.read_bytes()
     record.write_bytes(content)
     others.append(features._digest(config, source, "weights"))
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 9

@@ -192,7 +192,7 @@ def _report(args: argparse.Namespace, network: Network) -> None:
         "head": "head" in network.variables["params"],
         "num_classes": network.model.num_classes,
         "classes": None if network.classes is None else len(network.classes),
-        "preprocessing": dataclasses.asdict(network.preprocessing),
+        "preprocessing": network.preprocessing.to_fields(),
     }
     lines = (f"{name:16}{printable(value, LINE_LENGTH)}" for name, value in report.items())
     print(json.dumps(report) if args.json else "\n".join(lines))

@@ -15,12 +15,14 @@ from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
+from xception_jax.storage import names_object_store
 from xception_jax.study.design import as_study, run_study_file
 from xception_jax.user_files import writing
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
     from xception_jax.study.dial.design import DialStudy
+    from xception_jax.study.kernels.claims import Verdicts
 
 EXAMPLES = """\
 examples:
@@ -30,6 +32,8 @@ examples:
   xception-jax study report runs/spectrum
   xception-jax study power runs/pilot --margin 0.003
   xception-jax study kernels runs/kernels
+  xception-jax study kernels vgg16.safetensors
+  xception-jax study kernels runs/dial
   xception-jax study separability photos/
 """
 
@@ -78,10 +82,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     power.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    kernels = actions.add_parser(
-        "kernels", help="measure how separable the regular convolutions of trained networks are"
+    kernels = actions.add_parser("kernels", help="measure how separable the kernels of regular convolutions are")
+    kernels.add_argument(
+        "source", help="work directory of a run, study directory (also of a dial study), or weight file of any network"
     )
-    kernels.add_argument("source", help="work directory of a run, study directory or weight file")
+    kernels.add_argument(
+        "--axes",
+        choices=("hwio", "oihw", "ohwi"),  # weight_file.AXES, whose package imports JAX
+        help="order of the axes of a kernel in a weight file, where i is input and o is output (default: found out)",
+    )
+    kernels.add_argument(
+        "--replace",
+        action="store_true",
+        help="of a run: replace regular kernels by kernels of low rank, and print the accuracy lost on the test split",
+    )
+    kernels.add_argument(
+        "--data_dir", metavar="DIR", help="directory of the datasets for --replace (default: of the run)"
+    )
     kernels.add_argument("--json", action="store_true", help="print the results as JSON")
 
     patches = actions.add_parser(
@@ -104,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
       UserError: see the functions that it calls.
     """
     environment = dict(os.environ)  # of the cells
-    os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to the cells
+    if not getattr(args, "replace", False):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # leaves the accelerators to the cells
     if args.action == "run":
         return _run(args, environment)
     if args.action == "report":
@@ -128,11 +146,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_json(), indent=1) if args.json else format_patches(found))
         return 0
     require_known(args.source)
-    from xception_jax.study.separability import analyse, format_separability
-
-    layers = analyse(Path(args.source))
-    print(json.dumps([layer.to_json() for layer in layers], indent=1) if args.json else format_separability(layers))
-    return 0
+    return _kernels(args)
 
 
 def _margin(text: str) -> float:
@@ -158,6 +172,52 @@ def _power(args: argparse.Namespace) -> int:
 
     plan = plan_seeds(Path(args.source), args.margin)
     print(json.dumps(plan.to_json(), indent=1) if args.json else format_plan(plan))
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    require_known(args.source)
+    if args.replace:
+        return _replace_kernels(args)
+    if args.data_dir is not None:
+        raise UsageError("--data_dir is only for --replace", "--data_dir", "remove it, or add --replace")
+    if args.axes and (os.path.isdir(args.source) or names_object_store(args.source)):
+        raise UsageError("--axes is only for weight files", "--axes", "remove it: the axes of a run are known")
+    from xception_jax.study.dial.records import is_dial
+    from xception_jax.study.kernels.claims import format_verdicts, judge_calibration, judge_labels
+    from xception_jax.study.kernels.networks import analyse
+    from xception_jax.study.kernels.table import format_calibration, format_kernels
+    from xception_jax.study.store import STUDY, read_study
+
+    root = Path(args.source)
+    verdicts: Verdicts | None
+    if is_dial(root):
+        from xception_jax.study.kernels.calibration import calibrate, write_calibration_figures
+
+        found = calibrate(root)
+        figures = [str(path) for path in write_calibration_figures(found)]
+        data, text, verdicts = found.to_json(), format_calibration(found), judge_calibration(found)
+        text += "".join(f"\nfigure: {printable_path(path)}" for path in figures)
+    else:
+        report = analyse(args.source, args.axes)
+        data, text = report.to_json(), format_kernels(report)
+        verdicts = judge_labels(read_study(root), report) if (root / STUDY).exists() else None
+    if verdicts is not None:
+        data, text = data | verdicts.to_json(), f"{text}\n{format_verdicts(verdicts)}"
+    print(json.dumps(data, indent=1) if args.json else text)
+    return 0
+
+
+def _replace_kernels(args: argparse.Namespace) -> int:
+    if args.axes:
+        raise UsageError("--axes does not work with --replace", "--axes", "remove --axes")
+    if not names_object_store(args.source) and not os.path.exists(os.path.join(args.source, "config.json")):
+        fix = "name the work directory of a run; of a study, that of one of its cells: cells/ARM/seed0"
+        raise UsageError("--replace needs a run", args.source, fix)
+    from xception_jax.study.kernels.replacement import format_replacements, replace_kernels
+
+    found = replace_kernels(args.source, args.data_dir)
+    print(json.dumps(found.to_json(), indent=1) if args.json else format_replacements(found))
     return 0
 
 

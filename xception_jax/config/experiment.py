@@ -25,10 +25,20 @@ class DataConfig(Section):
     test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
     image_size: int = integer(299, 1, "paper: section 4")
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
+    random_labels: int = integer(
+        -1, -1, "local: seed of a random label for each image of all splits, as a control; -1 keeps the labels"
+    )
     sampling: str = choice("uniform", ("uniform", "balanced"), "modern: 'balanced' draws every class equally often")
     color_distortion: bool = flag(True, "inferred: brightness 32/255, saturation 0.5 to 1.5")
     crop_area: tuple[float, float] = numbers((0.05, 1.0), 2, "inferred: smallest and largest share of the image")
     shift_pixels: int = integer(2, 0, "modern: for augmentation 'shift', after padding the image by as much")
+    turn: str = choice(
+        "none",
+        ("none", "kronecker", "free"),
+        "local: orthogonal mixing of channels and pixels in blocks of 2 x 2, after everything else, see data/turn.py",
+    )
+    turn_angle: float = number(1.0, 0.0, 1.0, "local: 0 leaves images as they are", unless={"turn": ("none",)})
+    turn_seed: int = integer(0, 0, "local: draws the direction of the turn", unless={"turn": ("none",)})
     eval_crop: float = number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True)
     threads: int = integer(16, 1, "local: decoding threads in each process")
     workers: int = integer(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")
@@ -43,7 +53,13 @@ class DataConfig(Section):
     synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 
     def check(self) -> None:
-        """Refuses an interval that is none, and a run without images."""
+        """Refuses an interval that is none, a run without images, and odd images that are to be turned."""
+        if self.turn != "none" and self.image_size % 2:
+            raise ConfigError(
+                f"images of {self.image_size} x {self.image_size} pixels cannot be turned in blocks of 2 x 2 pixels",
+                "config.data.image_size",
+                f"set it to an even number, such as {self.image_size + 1}, or config.data.turn='none'",
+            )
         if not self.train_split.strip():
             fix = "set it to a split, such as 'train' or 'train[:98%]'"
             raise ConfigError("config.data.train_split is empty", "config.data.train_split", fix)

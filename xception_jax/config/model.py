@@ -13,7 +13,9 @@ from xception_jax.config.fields import choice, choice_or_integer, flag, integer,
 from xception_jax.config.section import Section
 from xception_jax.errors import ConfigError
 
+IMAGE_CHANNELS = 3
 _OTHER_MODULES = {"module": ("inception", "regular")}  # these have no segments, and nothing between two convolutions
+_TOWERS = 4  # of an Inception module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,11 @@ class XceptionConfig(ModelConfig):
     depth_multiplier: int = integer(1, 1, "reference", unless=_OTHER_MODULES)
     residual: bool = flag(True, "paper: section 4.6, figure 9")
     kernel_size: int = integer(3, 1, "paper: figure 5")
-    stem: str = choice("imagenet", ("imagenet", "small"), "paper: figure 5; 'small' keeps the size, for 32 x 32")
+    stem: str = choice(
+        "imagenet",
+        ("imagenet", "small", "module"),
+        "paper: figure 5; 'small' keeps the size, for 32 x 32; 'module' has the modules of other layers",
+    )
     stem_width: int | None = integer(
         None, 1, "local: filters of the first convolution, and half of those of the second; None: 32 x width_multiplier"
     )
@@ -104,7 +110,7 @@ class XceptionConfig(ModelConfig):
     )
 
     def check(self) -> None:
-        """Refuses two answers to one question, kernels without a centre, and widths that segments do not divide."""
+        """Refuses two answers to one question, kernels without a centre, and widths that no segments or towers fit."""
         if self.group_width is not None and self.segments != "depthwise":
             raise ConfigError(
                 f"config.model.segments={self.segments!r} and group_width={self.group_width!r} contradict each other",
@@ -124,6 +130,16 @@ class XceptionConfig(ModelConfig):
                 "config.model.intermediate_slope",
                 "leave it at 0.1, or set config.model.intermediate_activation='leaky_relu'",
             )
+        widths = [round(128 * self.width_multiplier), self.head_width or _TOWERS]
+        if self.stem == "module":
+            widths.append(self.stem_width or round(32 * self.width_multiplier))
+        if self.module == "inception" and min(widths) < _TOWERS:
+            raise ConfigError(
+                f"an Inception module has {min(widths)} channels, fewer than its {_TOWERS} towers",
+                "config.model",
+                f"set width_multiplier to at least {_TOWERS / (128 if len(widths) == 2 else 32):g}, and the widths of "
+                f"stem and head to at least {_TOWERS}",
+            )
         for name, channels in (("stem_width", 2 * (self.stem_width or 0)), ("head_width", self.head_width or 0)):
             if channels % self.channel_divisor:
                 raise ConfigError(
@@ -132,6 +148,15 @@ class XceptionConfig(ModelConfig):
                     f"config.model.{name}",
                     f"choose one for which the layer has a multiple of {self.channel_divisor} channels",
                 )
+
+        if self.stem == "module" and self.order == "depthwise_first" and IMAGE_CHANNELS % self.channel_divisor:
+            name = "segments" if self.group_width is None else "group_width"
+            raise ConfigError(
+                f"config.model.{name}={getattr(self, name)!r} does not divide the {IMAGE_CHANNELS} channels of an "
+                f"image, as stem='module' requires",
+                f"config.model.{name}",
+                f"set it to a divisor of {IMAGE_CHANNELS}, or config.model.stem='small'",
+            )
 
     @property
     def channel_divisor(self) -> int:

@@ -26,6 +26,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 from xception_jax.config import DataConfig
 from xception_jax.data.decoding_memory import DECODING
 from xception_jax.data.image_headers import Header, HeaderError, read_header
+from xception_jax.data.turn import BLOCK, Turn
 
 MAX_FILE_BYTES = 1 << 30
 """Limit for the size of an image file; more than any image within the default limits needs."""
@@ -259,6 +260,7 @@ class Preprocessing:
         'antialiased_bilinear' and 'antialiased_bicubic' use `antialiased_view`.
       mean: subtracted from the pixels, one value per channel, after scaling them to [0, 1].
       std: divides the result, one value per channel. The defaults scale to [-1, 1], as Keras does.
+      turn: applied last; None for none.
     """
 
     size: int = 299
@@ -266,6 +268,12 @@ class Preprocessing:
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    turn: Turn | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Preprocessing:
+        """Returns the view of evaluation images that `config.data` describes."""
+        return cls(data.image_size, data.eval_crop, turn=Turn.of(data))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Preprocessing:
@@ -278,6 +286,8 @@ class Preprocessing:
             name: tuple(map(float, value)) if isinstance(value, list | tuple) else value
             for name, value in fields.items()
         }
+        if given.get("turn") is not None:
+            given["turn"] = Turn.from_fields(given["turn"])
         new = cls(**given)
         numbers = (new.crop, *new.mean, *new.std)
         if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
@@ -286,15 +296,24 @@ class Preprocessing:
             raise ValueError("size, crop and std must be above 0, and crop at most 1")
         if (len(new.mean), len(new.std)) != (3, 3) or new.interpolation not in _VIEWS:
             raise ValueError(f"mean and std must have three values, and interpolation be one of {sorted(_VIEWS)}")
+        if new.turn is not None and new.size % BLOCK:
+            raise ValueError(f"images of {new.size} pixels cannot be turned in blocks of {BLOCK} x {BLOCK}")
         return new
+
+    def to_fields(self) -> dict[str, Any]:
+        """Returns the fields for a file, which has a turn only if there is one."""
+        fields = dataclasses.asdict(self)
+        return fields if self.turn is not None else {name: fields[name] for name in fields if name != "turn"}
 
     def __call__(self, image: UInt8[np.ndarray, "h w 3"], out: Float32[np.ndarray, "s s 3"]) -> None:
         if set(self.mean) == set(self.std) == {0.5}:
             to_float(self.pixels(image), out)
-            return
-        std = np.asarray(self.std, np.float32)
-        np.multiply(self.pixels(image), 1 / (255 * std), out=out)
-        np.subtract(out, np.asarray(self.mean, np.float32) / std, out=out)
+        else:
+            std = np.asarray(self.std, np.float32)
+            np.multiply(self.pixels(image), 1 / (255 * std), out=out)
+            np.subtract(out, np.asarray(self.mean, np.float32) / std, out=out)
+        if self.turn is not None:
+            self.turn(out)
 
     def pixels(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
         """Returns the view as bytes, before it is scaled."""

@@ -15,6 +15,7 @@ from xception_jax.data import images
 from xception_jax.data.augmentation import AUGMENTATIONS
 from xception_jax.data.buffers import Buffers
 from xception_jax.data.sources import Source, check_label
+from xception_jax.data.turn import Turn
 from xception_jax.errors import BadDataError
 
 Batch = dict[str, np.ndarray]
@@ -33,14 +34,14 @@ class BatchLoader:
       data: `config.data`.
       source: the examples.
       seed: seeds the augmentation; with None, images have their evaluation view and the batch has a mask.
-      view: the evaluation view; by default the central `data.eval_crop` at `data.image_size`.
+      view: the evaluation view; by default that of `data`.
     """
 
     def __init__(self, data: DataConfig, source: Source, seed: int | None, view: images.Preprocessing | None = None):
         self._data, self._source, self._seed = data, source, seed
         self._limits = images.Limits.of(data)
-        self._view = view or images.Preprocessing(data.image_size, data.eval_crop)
-        self._augment = AUGMENTATIONS[data.augmentation]
+        self._view = view or images.Preprocessing.of(data)
+        self._augment, self._turn = AUGMENTATIONS[data.augmentation], Turn.of(data)
         self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")  # starts them on first use
         self._cache: dict[int, tuple[UInt8[np.ndarray, "h w 3"], Any]] = {}  # (image, label) by index
 
@@ -126,3 +127,5 @@ class BatchLoader:
             self._view(image, out)
         else:
             self._augment(image, self._data, np.random.default_rng((self._seed, epoch, index)), out)
+            if self._turn is not None:
+                self._turn(out)

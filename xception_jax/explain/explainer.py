@@ -76,10 +76,15 @@ def make_explainer(
     return jax.jit(functools.partial(FUNCTIONS[method], create_model(network.model), classes=label, **given))
 
 
-def uniform_image(view: Preprocessing, name: str | None) -> Float32[np.ndarray, "1 1 1 3"]:
-    """Returns an image of `BASELINES` (by default the first) as one preprocessed pixel."""
+def uniform_image(view: Preprocessing, name: str | None) -> Float32[np.ndarray, "1 s s 3"]:
+    """Returns an image of `BASELINES` (by default the first), preprocessed; as one pixel if all pixels are the same."""
     level = BASELINES[name or next(iter(BASELINES))]
-    return ((level - np.asarray(view.mean)) / np.asarray(view.std)).astype(np.float32).reshape(1, 1, 1, 3)
+    pixel = ((level - np.asarray(view.mean)) / np.asarray(view.std)).astype(np.float32).reshape(1, 1, 1, 3)
+    if view.turn is None:
+        return pixel
+    image = np.tile(pixel, (1, view.size, view.size, 1))
+    view.turn(image[0])
+    return image
 
 
 def explain_files(

@@ -72,7 +72,7 @@ def make_card(
         "output": {"name": "logits", "dtype": "float32", "shape": ["b", model.num_classes]},
         "probabilities": network.probabilities,
         "batch_norm": "as trained" if format == "safetensors" else "folded into the convolutions",
-        "preprocessing": dataclasses.asdict(network.preprocessing),
+        "preprocessing": network.preprocessing.to_fields(),
         "classes": None if network.classes is None else list(network.classes),
         "evaluation": None if evaluation is None else _telling(evaluation, model.num_classes),
         "check": None if difference is None else dataclasses.asdict(difference),
@@ -220,7 +220,11 @@ def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
         shorter = math.floor(size / share)
         resized = f"The shorter side resized to {shorter} ({interpolation}), then the central {size} x {size}."
     where = "In the file" if dtype == "uint8" else "Then"
-    return f"{resized} {where}: (pixel / 255 - mean) / std, with mean {mean} and std {std} for red, green, blue."
+    scaled = f"{resized} {where}: (pixel / 255 - mean) / std, with mean {mean} and std {std} for red, green, blue."
+    turn = preprocessing.get("turn")
+    if turn is None:
+        return scaled
+    return f"{scaled} Last: turned ({turn['kind']}, angle {turn['angle']:g}, seed {turn['seed']}; data/turn.py)."
 
 
 def _classes_text(card: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from xception_jax.errors import UsageError
 from xception_jax.export.inference import make_inference
 from xception_jax.files import write_atomically
 from xception_jax.names import escaped
@@ -64,10 +65,13 @@ def write_network(network: Network, path: Path, format: str, *, uint8: bool = Fa
       uint8: whether the function takes pixels from 0 to 255; not for 'safetensors'.
 
     Raises:
-      UsageError: the network is too large for the format.
+      UsageError: the network is too large for the format, or its images are turned, which the format cannot do.
       InputMissingError: a package that the format needs is not installed.
       OSError: the file could not be written.
     """
+    if network.preprocessing.turn is not None and format != "safetensors":
+        what = f"the network was trained on turned images (config.data.turn), which {format} files do not turn"
+        raise UsageError(what, network.source, "export it as safetensors, which records the turn")
     if format == "stablehlo":
         write_atomically(path, to_stablehlo(network, uint8=uint8))
     elif format == "onnx":

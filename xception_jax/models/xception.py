@@ -55,9 +55,13 @@ class Xception(nn.Module):
         stem_width, stem_output = width(32), width(64)
         if config.stem_width is not None:
             stem_width, stem_output = config.stem_width, 2 * config.stem_width
-        x = nn.relu(conv_bn(images, stem_width, "block1_conv1", kernel_size=(3, 3), **stem))  # [b, 149, 149, 32]
-        stem.pop("stride", None)
-        x = nn.relu(conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem))  # [b, 147, 147, 64]
+        if config.stem == "module":
+            x = nn.relu(sepconv_bn(images, stem_width, "block1_conv1"))
+            x = nn.relu(sepconv_bn(x, stem_output, "block1_conv2"))
+        else:
+            x = nn.relu(conv_bn(images, stem_width, "block1_conv1", kernel_size=(3, 3), **stem))  # [b, 149, 149, 32]
+            stem.pop("stride", None)
+            x = nn.relu(conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem))  # [b, 147, 147, 64]
         endpoints["block1"] = x
 
         for block, channels, stride in zip((2, 3, 4), (128, 256, 728), config.strides[:3], strict=True):

@@ -181,7 +181,7 @@ def search_cells(study: Study, costs: Mapping[str, ArmCost], root: Path) -> list
         return []
     cells = []
     for number, trial in enumerate(study.trials):
-        for arm in study.arms:
+        for arm in (arm for arm in study.arms if not arm.tuned_as):
             config = _cell_config(study, arm.name, costs, study.search.seed, {**trial, "data.test_split": ""})
             directory = root / "search" / arm.name / f"trial{number}"
             cells.append(Cell(arm.name, study.search.seed, directory, config, number))
@@ -194,15 +194,15 @@ def _cell_config(
     arm = study.arm(arm_name)
     arm = dataclasses.replace(arm, overrides=dict(arm.overrides) | dict(tuned))
     width = costs[arm_name].width_multiplier
-    own = {"seed": seed, "model.width_multiplier": width, "name": f"{study.name}, {arm_name}, seed {seed}"}
-    return study.arm_config(arm, own)
+    own = {"model.width_multiplier": width, "name": f"{study.name}, {arm_name}, seed {seed}"}
+    return study.arm_config(arm, study.seeded_fields(seed) | own)
 
 
 def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
     """Returns the overrides of the best trial of each arm, by accuracy on the development split.
 
     Trials that are not done are ignored. Of equal trials the first one is chosen. Arms without a finished trial are
-    left out.
+    left out. An arm that is tuned as another one takes its overrides.
     """
     assert study.search is not None
     best: dict[str, tuple[float, int]] = {}
@@ -213,6 +213,7 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
         if accuracy is not None and (cell.arm not in best or (accuracy, -cell.trial) > best[cell.arm]):
             best[cell.arm] = (accuracy, -cell.trial)
+    best |= {arm.name: best[arm.tuned_as] for arm in study.arms if arm.tuned_as in best}
     return {arm: dict(study.trials[-negative]) for arm, (_, negative) in best.items()}
 
 

@@ -18,6 +18,7 @@ from xception_jax.config import FIELDS, ExperimentConfig, from_json, override, r
 from xception_jax.config.shipped import find_config
 from xception_jax.errors import ConfigError
 from xception_jax.study.claims import Claim, claim_problems, claims_from_json
+from xception_jax.study.gates import Gate, gate_problems
 
 # The costs of a network, as attributes of `models.cost.Cost`, and their names in reports.
 COSTS = {
@@ -43,11 +44,13 @@ class Arm:
       name: also the name of its directory.
       overrides: the config fields that define it, such as {'model.segments': 4}.
       line: arms with the same value form one line in the figures over the axis.
+      tuned_as: name of another arm whose trial of the search it takes; '' if it is tuned itself.
     """
 
     name: str
     overrides: Mapping[str, Any]
     line: str = ""
+    tuned_as: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,8 @@ class Study:
       analysis: one of `ANALYSES`, see analysis.py.
       gate: the training accuracy that every arm must reach. Otherwise the study compares how fast arms learn, and not
         what they can represent: the report says so and interprets no comparison.
+      gates: conditions without which no claim is interpreted, see gates.py.
+      seeded: fields that take the seed of a cell, as `seed` does, such as 'data.turn_seed'.
       claims: what is predicted about several arms together; see claims.py.
       activations: whether each cell measures what enters the activation between two convolutions, see activations.py.
       budget: the cost of the study in words.
@@ -153,6 +158,8 @@ class Study:
     search: Search | None = Search()
     analysis: str = "paired"
     gate: float | None = None
+    gates: tuple[Gate, ...] = ()
+    seeded: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     activations: bool = False
     budget: str = ""
@@ -171,6 +178,10 @@ class Study:
     def arm(self, name: str) -> Arm:
         """Returns the arm with this name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def seeded_fields(self, seed: int) -> dict[str, int]:
+        """Returns the fields that take the seed of a cell, with this seed."""
+        return dict.fromkeys(("seed", *self.seeded), seed)
 
     def arm_config(self, arm: Arm, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
         """Returns the config of an arm, with additional overrides.
@@ -252,6 +263,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
             yield f"an arm is called {name!r}", "name arms with letters, digits, _ . and -"
         if names.count(name) > 1:
             yield f"two arms are called {name!r}", "give each arm its own name"
+    tuned = [arm.name for arm in study.arms if not arm.tuned_as]
+    for arm in study.arms:
+        if arm.tuned_as and arm.tuned_as not in tuned:
+            yield f"arm {arm.name} is tuned as {arm.tuned_as!r}", f"choose one of {', '.join(tuned)}"
     used = [study.reference, *(name for c in study.comparisons for name in (c.arm, c.baseline))]
     used += [name for interaction in study.interactions for pair in interaction.pairs for name in pair]
     for name in used:
@@ -261,7 +276,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         if comparison.expected not in EXPECTATIONS:
             what = f"{comparison.name} is expected to be {comparison.expected!r}"
             yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
-    own = [*_SET_BY_THE_STUDY, *(["model.width_multiplier"] if study.control != "width" else [])]
+    own = [*_SET_BY_THE_STUDY, *study.seeded, *(["model.width_multiplier"] if study.control != "width" else [])]
     for arm in study.arms:
         for name in set(own) & set(arm.overrides):
             yield f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides"
@@ -284,6 +299,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         yield "the search shares a seed with the study", "give it its own seed"
     if study.analysis not in ANALYSES:
         yield f"the analysis is {study.analysis!r}", f"set it to one of {', '.join(ANALYSES)}"
+    for name in study.seeded:
+        if name not in FIELDS or FIELDS[name].kind is not int:
+            yield f"seeded names {name!r}", "name config fields that are seeds, such as 'data.turn_seed'"
+    yield from gate_problems(study.gates, names)
     if study.gate is not None and not 0 < study.gate <= 1:
         yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
     yield from claim_problems(study.claims, names, study.axis, study.activations)
@@ -314,6 +333,8 @@ def study_from_json(data: dict[str, Any]) -> Study:
                     Interaction(**entry | {"pairs": tuple(map(tuple, entry["pairs"]))})
                     for entry in data["interactions"]
                 ),
+                "gates": tuple(Gate(**gate | {"arms": tuple(gate["arms"])}) for gate in data.get("gates", ())),
+                "seeded": tuple(data.get("seeded", ())),
                 "claims": claims_from_json(data.get("claims", ())),
                 "search": Search(**search | {"trials": tuple(search["trials"])}) if search else None,
             }

@@ -19,6 +19,7 @@ from xception_jax.study.design import COSTS, Study
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
+from xception_jax.study.turns import lacks_turns, measure_turns, read_turns, write_turns
 
 
 def check_datasets(study: Study) -> None:
@@ -51,6 +52,7 @@ def run_study(
       PreemptedError: on SIGTERM or SIGINT.
       InputMissingError: a dataset or one of its splits is missing.
     """
+    _keep_turns(stored)
     search, trained = stored.search(), stored.cells()
     _reuse(search, reuse)
     codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
@@ -66,6 +68,13 @@ def run_study(
 
     print(format_results(write_study_report(stored.root)))
     return next(filter(None, codes), SUCCESS_EXIT_CODE)
+
+
+def _keep_turns(stored: StoredStudy) -> None:
+    """Measures the turned images of a study unless it was done before; added seeds need it again."""
+    if lacks_turns(stored.study, read_turns(stored.root)):
+        say("measuring how separable the turned images are")
+        write_turns(stored.root, measure_turns(stored.study))
 
 
 def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
@@ -157,6 +166,7 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
         )
     if not _is_left(cell, retry=False):
         return cell.record()["exit_code"]
+    _keep_turns(stored)
     slots = make_slots(1, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
     runner = Runner([cell], slots, _cell_environment(stored.root, environment), lambda runner: None)
     runner.run()
@@ -207,13 +217,13 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
 def list_cells(study: Study) -> str:
     """Returns a table of the arms of a study and their costs. Nothing is trained, and no data are opened."""
     costs = solve_costs(study, {})
-    trials = len(study.trials)
+    trials, tuned = len(study.trials), sum(not arm.tuned_as for arm in study.arms)
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [
         f"{study.name}: {' '.join(study.question.split())}",
         f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
-        + f", after {trials} trials of each arm = {trials * len(study.arms)}" * bool(trials),
+        + f", after {trials} trials of {tuned} arms = {trials * tuned}" * bool(trials),
         f"  {cost_headline(study, costs)}",
         f"  margin {study.margin:.2%}; budget: {study.budget or 'not stated'}",
         f"{'arm':{name_width}} {'width':>8} "

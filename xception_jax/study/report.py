@@ -27,6 +27,7 @@ from xception_jax.study.rows import COLUMNS
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study
 from xception_jax.study.tested_claims import TestedPart
+from xception_jax.study.turns import mean_shares, read_turns
 from xception_jax.user_files import writing
 
 # What an interval of each analysis is.
@@ -85,6 +86,10 @@ def format_results(results: Results) -> str:
     lines = [f"{results.stored.study.name}: {done} of {len(results.rows)} cells done"]
     if results.below_gate:
         lines.append(f"  {gate_notice(results)}")
+    for gate in results.gates:
+        if not gate.passed:
+            found = f"{gate.name}: {gate.value:.4g}, limit {gate.gate.limit:g} ({gate.detail})"
+            lines.append(f"  gate not passed, so that nothing is interpreted: {found}")
     for entry in results.comparisons:
         d = entry.difference
         outcome = f" ({entry.outcome})" if entry.outcome else ""
@@ -170,6 +175,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
             (tested, [(part, format_part(part, results)) for part in tested.parts]) for tested in results.claims
         ],
         "activations": _activations(results),
+        "turns": mean_shares(read_turns(results.stored.root)),
         "main_figures": [drawn[name] for name in ("axis", "effects") if name in drawn],
         "cost_figures": [drawn[name] for name in _COSTS if name in drawn],
         "curves": [_marked(title, svg) for title, svg in _curves(results) if svg],

@@ -17,11 +17,13 @@ from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison
+from xception_jax.study.gates import CheckedGate, check_gates
 from xception_jax.study.predictions import Answers, read_answers
 from xception_jax.study.rows import row_of
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.tested_claims import NOT_INTERPRETED, Measured, TestedClaim, evaluate_claims
+from xception_jax.study.turns import read_turns
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -118,6 +120,7 @@ class Results:
     comparisons: tuple[ComparisonResult, ...]
     interactions: tuple[InteractionResult, ...]
     claims: tuple[TestedClaim, ...]
+    gates: tuple[CheckedGate, ...]
     answers: Mapping[tuple[str, int], Answers]
 
     @property
@@ -152,6 +155,7 @@ class Results:
                 "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
                 "interactions": [dataclasses.asdict(interaction) for interaction in self.interactions],
                 "claims": [dataclasses.asdict(claim) for claim in self.claims],
+                "gates": [gate.to_json() for gate in self.gates],
                 "cells": list(self.rows),
             }
         )
@@ -190,7 +194,10 @@ def collect(stored: StoredStudy) -> Results:
     accuracy = _Values(done, stored.study.seeds, "test_accuracy")
     answers = read_answers(stored.root, [cell for cell in cells if cell.state() == "done"])
     arms = _arms(stored, cells, rows, accuracy)
-    below = {arm.name for arm in arms if arm.passes is False}
+    complete = {arm.name: arm.accuracy.mean if arm.accuracy.n == len(stored.study.seeds) else math.nan for arm in arms}
+    gates = check_gates(stored.study.gates, complete, read_turns(stored.root))
+    open_to_claims = all(gate.passed for gate in gates)
+    below = {arm.name for arm in arms if arm.passes is False or not open_to_claims}
     samples = _samples(stored, accuracy, answers)
     return Results(
         stored,
@@ -199,6 +206,7 @@ def collect(stored: StoredStudy) -> Results:
         _comparisons(stored, samples, below),
         _interactions(stored, accuracy, below),
         evaluate_claims(stored.study.claims, _measured(stored, samples, done), stored.study.analysis, below),
+        gates,
         answers,
     )
 
@@ -328,7 +336,7 @@ def _axis_value(stored: StoredStudy, arm: str) -> float:
         return stored.costs[arm].channels_per_segment
     value: Any = stored.study.arm_config(stored.study.arm(arm))
     for key in axis.split("."):
-        value = value[key]
+        value = getattr(value, key)
     return float(value)
 
 

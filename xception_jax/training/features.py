@@ -151,8 +151,10 @@ def _digest(config: ExperimentConfig, source: Source, weights: str) -> str:
         "image_size": config.data.image_size,
         "eval_crop": config.data.eval_crop,
     }
-    limits = {name: getattr(config.data, name) for name in ("max_pixels", "max_scans")}
-    parts |= {name: value for name, value in limits.items() if value != getattr(DataConfig, name)}
+    others = ("max_pixels", "max_scans", "turn", "turn_angle", "turn_seed")
+    parts |= {
+        name: getattr(config.data, name) for name in others if getattr(config.data, name) != getattr(DataConfig, name)
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -195,9 +195,11 @@ def _for_our_images(network: Network) -> dict[str, Any]:
     preprocessing, ours = network.preprocessing, Preprocessing()
     if (preprocessing.mean, preprocessing.std) == (ours.mean, ours.std):
         return network.variables
-    if isinstance(network.model, XceptionConfig) and network.model.stem == "small":
+    if isinstance(network.model, XceptionConfig) and network.model.stem != "imagenet":
         what = f"the weights expect images with mean {preprocessing.mean} and standard deviation {preprocessing.std}"
-        raise ConfigError(what, network.source, "use weights for images in [-1, 1], which model.stem='small' requires")
+        raise ConfigError(
+            what, network.source, f"use weights for images in [-1, 1], which model.stem={network.model.stem!r} requires"
+        )
     first = "block1_conv1" if network.model.name == "xception" else "stem_0"
     flat = flatten_dict(network.variables, sep="/")
     mean, std = np.asarray(preprocessing.mean), np.asarray(preprocessing.std)

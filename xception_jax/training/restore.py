@@ -59,7 +59,7 @@ def run_network(source: str, run: Run) -> Network:
     return Network(
         model=run.config.model,
         variables=list(run.variables.values())[-1],
-        preprocessing=Preprocessing(size=data.image_size, crop=data.eval_crop),
+        preprocessing=Preprocessing.of(data),
         classes=find_class_names(data),
         source=source,
         sha256=run.sha256,

@@ -249,7 +249,7 @@ def _heat_maps(
     shown = indices[: config.evaluation.heat_maps]
     if not shown or jax.process_count() > 1:
         return {}
-    view = Preprocessing(size=config.data.image_size, crop=config.data.eval_crop)
+    view = Preprocessing.of(config.data)
     network = Network(config.model, jax.device_get(variables), view, experiment.data.class_names, "", "")
     limits = images.Limits.of(config.data)
     pixels = [images.decode(source[index]["image"], limits) for index in shown]

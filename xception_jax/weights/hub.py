@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def describe(
                 _, height, value = value
                 if height != value:
                     raise ValueError("our images are square")
-            preprocessing = described_preprocessing(dataclasses.asdict(preprocessing) | {ours: value})
+            preprocessing = described_preprocessing(preprocessing.to_fields() | {ours: value})
         except (ValueError, TypeError, KeyError, OverflowError):
             used = getattr(default, ours)
             notes.append(f"{theirs} {_short(given[theirs])} in {path.name} is not supported; using {used}")

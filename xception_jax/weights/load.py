@@ -113,6 +113,20 @@ def load_timm(path: str | os.PathLike, model: ModelConfig, *, head: bool | None 
     return _variables(import_timm(content.tensors, path, resolve_model(model), head))
 
 
+def read_content(source: str | os.PathLike) -> Content[np.ndarray]:
+    """Returns the tensors and texts of a weight file of any network; a process of its own reads it.
+
+    Args:
+      source: as for `load_network`.
+
+    Raises:
+      InputMissingError: there is no such file.
+      BadDataError: the file is damaged, refused or of an unknown kind.
+      StorageError: the file cannot be downloaded or read.
+    """
+    return _content(sources.find(source).path)
+
+
 def _content(path: Path) -> Content[np.ndarray]:
     with open_weights(path) as reader:
         return reader.content()

@@ -45,7 +45,7 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
     description = {
         "version": _VERSION,
         "model": to_dict(network.model),
-        "preprocessing": dataclasses.asdict(network.preprocessing),
+        "preprocessing": network.preprocessing.to_fields(),
         "classes": network.classes,
         "multi_label": network.multi_label,
         "source": network.source,

@@ -12,10 +12,16 @@ from pathlib import Path
 
 from xception_jax.config import DataConfig
 from xception_jax.data.metadata import open_builder
-from xception_jax.data.prepare.fashion_mnist import fashion_mnist, fashion_mnist_scenes, fashion_mnist_subset
+from xception_jax.data.prepare.fashion_mnist import (
+    fashion_mnist,
+    fashion_mnist_scenes,
+    fashion_mnist_stacks,
+    fashion_mnist_subset,
+)
 from xception_jax.data.prepare.imagenet import imagenet2012
 from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
 from xception_jax.data.prepare.writer import Dataset, write_dataset
+from xception_jax.data.random_labels import RandomLabels
 from xception_jax.data.sources import (
     SYNTHETIC,
     Source,
@@ -39,6 +45,7 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 SHIPPED: dict[str, Callable[[], Dataset]] = {
     "fashion_mnist_subset": fashion_mnist_subset,
     "fashion_mnist_scenes": fashion_mnist_scenes,
+    "fashion_mnist_stacks": fashion_mnist_stacks,
 }
 """Builds each dataset from images in this package. `open_dataset` writes them on first use."""
 
@@ -49,14 +56,19 @@ def open_dataset(data: DataConfig, split: str) -> Source:
     The name may have a builder config and a version, 'name/config:1.0.0'. Without a version, the newest is opened.
 
     Args:
-      data: `config.data`; reads name, data_dir and synthetic_examples.
+      data: `config.data`; reads name, data_dir, synthetic_examples and random_labels.
       split: such as 'train', 'train[:98%]' or 'validation'.
 
     Raises:
       InputMissingError: the dataset or the split is missing, or the split is empty.
       BadDataError: the dataset has no image with a label (or labels).
-      ConfigError: the split cannot be parsed.
+      ConfigError: the split cannot be parsed, or images have several labels that cannot be random.
     """
+    source = _open_dataset(data, split)
+    return source if data.random_labels < 0 else RandomLabels(source, data.random_labels)
+
+
+def _open_dataset(data: DataConfig, split: str) -> Source:
     if data.name == SYNTHETIC:
         return SyntheticSource(data.synthetic_examples, split)
     data_dir = resolve_data_dir(data.data_dir)

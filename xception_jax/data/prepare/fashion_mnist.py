@@ -1,8 +1,8 @@
-"""Fashion-MNIST: the full dataset, the subset shipped with this package, and multi-label scenes made from the subset.
+"""Fashion-MNIST: the full dataset, the subset shipped with this package, and scenes and stacks made from the subset.
 
 Xiao, Rasul and Vollgraf, "Fashion-MNIST", arXiv 1708.07747; MIT licence, Zalando SE. Images are padded with black from
-28 x 28 to 32 x 32, so that no later step needs to resize them: set `data.image_size` to 32 (64 for the scenes) and
-`data.eval_crop` to 1.
+28 x 28 to 32 x 32, so that no later step needs to resize them: set `data.image_size` to 32 (64 for the scenes, 28 for
+the stacks, which have no padding) and `data.eval_crop` to 1.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ SHIPPED = Path(__file__).parent.parent / "fashion_mnist"
 SCENE_SIZE = 64
 NUM_SCENES = {"train": 5000, "test": 1000}
 MAX_GARMENTS = 4
+
+STACKED = {"train": ("train", 0, 9000, 3), "dev": ("train", 9000, 10_000, 3), "test": ("test", 0, 2000, 5)}
+"""Splits of the stacks: (split of the subset, first and last garment, stacks for each garment)."""
+
 _FILE_PREFIXES = {"train": "train", "test": "t10k"}
 _MAX_BYTES = 64 << 20  # of a file; the largest has 47 MB
 _PADDING = ((0, 0), (2, 2), (2, 2))  # 28 x 28 to 32 x 32
@@ -65,6 +69,40 @@ def fashion_mnist_scenes() -> Dataset:
         description="Scenes of one to four garments of Fashion-MNIST, for multi-label training.",
         expected=NUM_SCENES,
     )
+
+
+def fashion_mnist_stacks() -> Dataset:
+    """Builds images of 28 x 28 pixels whose three channels are three garments. The class is that of the first channel.
+
+    Neither the channels nor the pixels tell the class by themselves: the grey image shows three garments on top of each
+    other, and the brightness of a channel does not tell what it shows. The splits share no garment, and each garment of
+    a split is the first channel of equally many stacks. The stacks are the same every time.
+    """
+    expected = {split: (last - first) * stacks for split, (_, first, last, stacks) in STACKED.items()}
+    return Dataset(
+        name="fashion_mnist_stacks",
+        features=tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(28, 28, 3), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+            }
+        ),
+        splits={split: _stacks(split) for split in STACKED},
+        description="Three garments of Fashion-MNIST as the channels of an image; the class is that of the first.",
+        expected=expected,
+    )
+
+
+def _stacks(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    source, first, last, stacks = STACKED[split]
+    images, labels = (array[first:last] for array in read_split(SHIPPED, source))
+    rng = np.random.default_rng(list(split.encode()))
+    for number in range(stacks):
+        second, third = rng.permutation(len(images)), rng.permutation(len(images))
+        for index, label in enumerate(labels):
+            stack = images[[third[index], second[index], index]].transpose(1, 2, 0)  # OpenCV writes blue first
+            key = f"{index}_{number}"
+            yield key, {"image": _png(np.ascontiguousarray(stack)), "label": int(label)}
 
 
 def _single_label(name: str, source: Path, description: str) -> Dataset:
@@ -102,7 +140,7 @@ def _scenes(images: np.ndarray, labels: np.ndarray, count: int, split: str) -> I
         yield str(index), {"image": _png(scene), "labels": sorted({int(label) for label in labels[chosen]})}
 
 
-def _png(image: UInt8[np.ndarray, "h w"]) -> bytes:
+def _png(image: UInt8[np.ndarray, "h w"] | UInt8[np.ndarray, "h w 3"]) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 

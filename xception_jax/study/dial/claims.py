@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -189,8 +189,21 @@ def evaluate_claims(results: DialResults) -> list[Tested]:
     """Tests all claims whose arms the study has. Seeds with missing cells are left out."""
     arms = {row.arm.name for row in results.study.rows}
     parts = {code: tuple(claim.parts(results)) if set(claim.arms) <= arms else () for code, claim in CLAIMS.items()}
+    decided = decide(parts)
+    return [Tested(code, CLAIMS[code], found, *decided[code]) for code, found in parts.items()]
+
+
+def decide(parts: Mapping[str, Sequence[Part]]) -> dict[str, tuple[float, str]]:
+    """Decides claims by their parts, as one family.
+
+    Args:
+      parts: of each claim, by code; empty if arms or cells are missing.
+
+    Returns:
+      (p after Holm's correction, verdict) by code; see `Tested`.
+    """
     p = [max((part.p for part in found), default=math.nan) for found in parts.values()]
-    tested = []
+    decided = {}
     for (code, found), p_holm in zip(parts.items(), holm(p), strict=True):
         states = [part.state for part in found]
         if not found:
@@ -201,5 +214,5 @@ def evaluate_claims(results: DialResults) -> list[Tested]:
             verdict = "supported"
         else:
             verdict = "undecided"
-        tested.append(Tested(code, CLAIMS[code], found, p_holm, verdict))
-    return tested
+        decided[code] = p_holm, verdict
+    return decided

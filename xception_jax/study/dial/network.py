@@ -88,7 +88,18 @@ class DialNetwork(nn.Module):
                 side = SIDE if kind == SPATIAL else 1
                 x = TorusConv(features, side, segments, name=f"block{number}_{kind}")(x)
             x = nn.relu(BatchNorm(name=f"block{number}_bn")(x, train))
-        return nn.Dense(CLASSES, name="classifier")(jnp.concatenate([x.max((1, 2)), x.mean((1, 2))], axis=-1))
+        return nn.Dense(CLASSES, name="classifier")(jnp.concatenate([_maximum(x), x.mean((1, 2))], axis=-1))
+
+
+def _maximum(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    """Returns the maximum of each channel.
+
+    The gradient of `max` looks for elements that equal the maximum. If the compiler computes `x` twice with different
+    rounding, there is none, and the gradient is 0 / 0. Here it goes to the place of the maximum.
+    """
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    places = flat.argmax(1, keepdims=True)
+    return jnp.take_along_axis(flat, places, axis=1)[:, 0]
 
 
 _Layer = tuple[str, int, int]  # kind, output channels, segments

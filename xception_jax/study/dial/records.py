@@ -171,12 +171,18 @@ def save_network(root: Path, cell: DialCell, variables: Mapping[str, np.ndarray]
     Raises:
       StorageError: the file cannot be written.
     """
-    path = root / NETWORKS / f"{cell.arm}.{cell.bank.name}.{cell.seed}.npz"
+    path = network_path(root, cell.arm, cell.bank.name, cell.seed)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **variables)
+    arrays: dict[str, Any] = dict(variables)  # NumPy's types do not tell its options from arrays
+    np.savez_compressed(buffer, **arrays)
     with writing("network", path):
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, buffer.getvalue())
+
+
+def network_path(root: Path, arm: str, bank: str, seed: int) -> Path:
+    """Returns the file with the variables of a counted cell's network."""
+    return root / NETWORKS / f"{arm}.{bank}.{seed}.npz"
 
 
 def record_key(name: str, row: Mapping[str, str]) -> tuple[str, ...]:

@@ -5,15 +5,19 @@ from ml_collections import ConfigDict
 from xception_jax.config import resolve_model
 from xception_jax.errors import InputMissingError
 from xception_jax.models import create_model
-from xception_jax.study.separability import (
-    LayerSeparability,
-    _null,
-    analyse,
+from xception_jax.study.dial.banks import BankSpec, make_bank, measure
+from xception_jax.study.kernels.measure import (
+    Spread,
+    dial,
+    draw_alike,
+    energies,
     first_component,
-    format_separability,
+    random_dials,
+    random_kernels,
     rank_errors,
-    regular_kernels,
 )
+from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, analyse, regular_kernels
+from xception_jax.study.kernels.table import format_kernels
 from xception_jax.weights import Network, Preprocessing, save_network, tree
 
 RNG = np.random.default_rng(0)
@@ -56,10 +60,46 @@ def test_one_blueprint_a_filter_is_all_of_it():
 
 
 def test_random_kernels_have_a_first_component_too():
-    firsts, errors = _null((3, 3, 32, 32))
-    assert 0.18 < firsts.mean() < 0.26  # nine equal components would hold a ninth each
-    assert firsts.std() < 0.01
+    firsts, errors = random_kernels((3, 3, 32, 32))
+    assert 0.18 < firsts.mean < 0.26  # nine equal components would hold a ninth each
+    assert firsts.high - firsts.low < 0.02
     assert 0.85 < errors[0] < 0.92
+
+
+@pytest.mark.parametrize("family", ["within", "across"])
+def test_the_dial_is_that_of_the_banks(family):
+    bank = make_bank(BankSpec(family, 45), seed=1)  # [filters, 3, 3, channels]
+    measured = measure(bank)
+    for each in ("within", "across"):
+        assert dial(bank.transpose(1, 2, 3, 0), each) == pytest.approx(getattr(measured, each))
+
+
+def uneven_kernel(shape=(3, 3, 6, 10)):
+    """Random numbers with a strong centre, channels of different strength, and dead filters and channels."""
+    kernel = RNG.normal(size=shape) * np.geomspace(1, 30, shape[2])[:, None] * np.geomspace(1, 9, shape[3])
+    kernel[shape[0] // 2, shape[1] // 2] *= 5
+    kernel[..., 4] = kernel[:, :, 2] = 0
+    return kernel
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 6, 10), (1, 7, 6, 10), (2, 2, 3, 5)])
+def test_random_kernels_have_the_energies_of_the_kernel(shape):
+    kernel = uneven_kernel(shape)
+    drawn = draw_alike(np.random.default_rng(1), kernel)
+    for theirs, ours in zip(energies(drawn), energies(kernel), strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-6, atol=0)
+    other = draw_alike(np.random.default_rng(2), kernel)
+    correlation = np.corrcoef((drawn / np.abs(kernel).max()).ravel(), (other / np.abs(kernel).max()).ravel())[0, 1]
+    assert abs(correlation) < 0.4  # signs and places are new
+
+
+def test_energies_alone_do_not_count_as_separable():
+    kernel = uneven_kernel((3, 3, 24, 40))
+    shape_only = 1 - random_kernels(kernel.shape)[0].mean
+    for family, null in random_dials(kernel).items():
+        assert dial(kernel, family) < shape_only - 0.1  # it would look separable
+        assert dial(kernel, family) == pytest.approx(null.mean, abs=0.05)
+        assert null.low <= null.mean <= null.high
 
 
 def test_only_regular_convolutions_are_looked_at():
@@ -68,7 +108,7 @@ def test_only_regular_convolutions_are_looked_at():
     def names(**fields):
         model = create_model(ConfigDict(small | fields))
         zeros = _Zeros()
-        return list(regular_kernels(model, zeros, 32))
+        return list(regular_kernels(model, zeros, 32).kernels)
 
     assert names() == ["block1_conv1", "block1_conv2"]
     regular = names(segments=1)
@@ -89,11 +129,23 @@ class _Zeros:
 def test_the_table_has_means_over_seeds():
     layers = [
         LayerSeparability(
-            f"regular seed {seed}", "block2/spatial", (3, 3, 4, 4), share, (0.5, 0.4, 0.6), (0.8,) * 9, (0.9,) * 9
+            f"regular seed {seed}",
+            "block2/spatial",
+            (3, 3, 4, 4),
+            share,
+            Spread(0.5, 0.4, 0.6),
+            (0.8,) * 9,
+            (0.9,) * 9,
+            0.25,
+            0.35,
+            Spread(0.55, 0.5, 0.6),
+            Spread(0.45, 0.4, 0.5),
         )
         for seed, share in ((0, 0.6), (1, 0.7))
     ]
-    table = format_separability(layers)
+    table = format_kernels(KernelReport(tuple(layers), {}, {}))
+    assert "0.250 (0.550)" in table
+    assert "0.350 (0.450)" in table
     assert "65.0% (7.1%)" in table
     assert "0.800 (0.900)" in table
     assert table.splitlines()[0] == "regular"
@@ -105,7 +157,10 @@ def test_a_weight_file(tmp_path):
     leaves = {name: RNG.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in tree.shapes(model).items()}
     file = tmp_path / "weights.safetensors"
     save_network(file, Network(model, tree.unflatten(leaves), Preprocessing(size=32), None, "", ""))
-    layers = analyse(file)
+    report = analyse(file)
+    layers = report.layers
+    assert report.axes == {}  # our own files describe their network
+    assert len(report.left_out[file.name]["1 x 1"]) == 14  # ten pointwise ones and four shortcuts
     assert {layer.network for layer in layers} == {"weights.safetensors"}
     assert [layer.layer for layer in layers] == ["block1_conv1", "block1_conv2"]
     expected = first_component(leaves["params/block1_conv2/kernel"].astype(np.float64)).mean()

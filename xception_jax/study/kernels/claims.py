@@ -1,0 +1,244 @@
+"""States what study 4 claims beforehand, K1 to K6, and tests it. docs/studies/kernels.md has the reasons.
+
+K1 to K4 are about networks of the dial study, where the truth is known. K5 and K6 are about two arms of studies/kernels
+that see the same few images, one with true and one with random labels. The rules are those of the dial study: a claim
+has parts, the unit is the seed, and the p-values of claims that are tested together are corrected together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.study.cells import read_outcome
+from xception_jax.study.dial.claims import Part, decide
+from xception_jax.study.dial.design import REGULAR
+from xception_jax.study.dial.gates import Gate
+from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
+from xception_jax.study.kernels.calibration import Calibration
+from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
+from xception_jax.study.store import StoredStudy
+
+RECOVERED = 0.8
+"""The rank correlation from which on a statistic recovers the truth."""
+
+POSITION_MARGIN = 0.1
+"""The smallest difference of positions that matters; 0 is separable, 1 is as random kernels with the same energies."""
+
+MEMORISED = 0.9
+"""The training accuracy that both arms must reach whose labels are compared."""
+
+FIRST_LAYER, FIRST_CONVOLUTION = "block1_spatial", "block1_conv1"
+_STEM = ("block1_conv1", "block1_conv2")
+
+_Results = TypeVar("_Results")
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim(Generic[_Results]):
+    """A claim that can be tested.
+
+    Attributes:
+      text: the claim, as it is stated beforehand.
+      parts: computes its parts from the results.
+    """
+
+    text: str
+    parts: Callable[[_Results], Iterator[Part]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The networks of two arms that differ only in their labels.
+
+    Attributes:
+      positions: by arm and layer, by seed; of the dial within filters.
+      gates: both arms are complete and have learned their labels.
+    """
+
+    positions: Mapping[tuple[str, str], np.ndarray]
+    gates: Sequence[Gate]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """Claims that were tested together, or were not because a gate failed.
+
+    Attributes:
+      gates: of the study.
+      claims: text, verdict, p after Holm's correction and parts of each claim, by code.
+    """
+
+    gates: Sequence[Gate]
+    claims: Mapping[str, tuple[str, str, float, tuple[Part, ...]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns gates and claims as plain data; NaN is None."""
+        return {
+            "gates": [
+                {"gate": gate.name, "value": _finite(gate.value), "limit": gate.limit, "passed": gate.passed}
+                for gate in self.gates
+            ],
+            "claims": [
+                {
+                    "code": code,
+                    "claim": text,
+                    "verdict": verdict,
+                    "p_holm": _finite(p),
+                    "parts": [
+                        {"name": part.name, "side": part.side, "bound": part.bound, "state": part.state}
+                        | {key: _finite(getattr(part.estimate, key)) for key in ("mean", "low", "high", "n")}
+                        for part in parts
+                    ],
+                }
+                for code, (text, verdict, p, parts) in self.claims.items()
+            ],
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _recovers(family: str) -> Callable[[Calibration], Iterator[Part]]:
+    def parts(found: Calibration) -> Iterator[Part]:
+        values = found.rank_correlations(REGULAR, FIRST_LAYER, family)
+        name = f"rank correlation of measured and true dial {family} filters, {FIRST_LAYER}"
+        yield Part(name, values, "above", RECOVERED, points=False)
+
+    return parts
+
+
+def _free(found: Calibration) -> Iterator[Part]:
+    for family in ("within", "across"):
+        values = found.values(REGULAR, FIRST_LAYER, "free", "position", family) - 1
+        yield Part(f"position {family} filters - 1, free bank", values, "within", POSITION_MARGIN, points=False)
+
+
+def _separable(found: Calibration) -> Iterator[Part]:
+    for family in ("within", "across"):
+        values = found.values(REGULAR, FIRST_LAYER, f"{family}_0", "position", family)
+        name = f"position {family} filters, bank {family}_0"
+        yield Part(name, values, "below", 1 - POSITION_MARGIN, points=False)
+
+
+def _first_layer(found: Labels) -> Iterator[Part]:
+    values = found.positions[TRUE_LABELS, FIRST_CONVOLUTION] - found.positions[RANDOM_LABELS, FIRST_CONVOLUTION]
+    name = f"position within filters, true - random labels, {FIRST_CONVOLUTION}"
+    yield Part(name, values, "within", POSITION_MARGIN, points=False)
+
+
+def _later_layers(found: Labels) -> Iterator[Part]:
+    later = [layer for arm, layer in found.positions if arm == TRUE_LABELS and layer not in _STEM]
+    differences = [found.positions[TRUE_LABELS, layer] - found.positions[RANDOM_LABELS, layer] for layer in later]
+    values = np.mean(differences, axis=0)
+    name = "position within filters, true - random labels, mean over the layers behind the stem"
+    yield Part(name, values, "below", 0.0, points=False)
+
+
+CALIBRATION: dict[str, Claim[Calibration]] = {
+    "K1": Claim(
+        "In the first layer of the regular network of two blocks, the dial across filters recovers that of the bank: "
+        "the rank correlation of the two over the banks is above 0.8.",
+        _recovers("across"),
+    ),
+    "K2": Claim(
+        "In the same layer, the dial within filters recovers that of the bank: the rank correlation is above 0.8.",
+        _recovers("within"),
+    ),
+    "K3": Claim(
+        "Where the bank is free, the dial of this layer is that of random kernels with the same energies: positions "
+        "within and across filters are 1, within 0.1.",
+        _free,
+    ),
+    "K4": Claim(
+        "Where the bank is separable within (across) filters, the position of this layer within (across) filters is "
+        "below 0.9.",
+        _separable,
+    ),
+}
+
+LABELS: dict[str, Claim[Labels]] = {
+    "K5": Claim(
+        "The separability of the first convolution is that of the images: its position within filters is the same for "
+        "true and for random labels, within 0.1.",
+        _first_layer,
+    ),
+    "K6": Claim(
+        "Behind the stem, true labels make kernels more separable within filters than random labels do: the mean "
+        "position over these layers is lower.",
+        _later_layers,
+    ),
+}
+
+
+def _test(claims: Mapping[str, Claim[_Results]], found: _Results, gates: Sequence[Gate]) -> Verdicts:
+    if not all(gate.passed for gate in gates):
+        return Verdicts(gates, {code: (claim.text, "not tested", math.nan, ()) for code, claim in claims.items()})
+    parts = {code: tuple(claim.parts(found)) for code, claim in claims.items()}
+    decided = decide(parts)
+    return Verdicts(
+        gates,
+        {code: (claim.text, decided[code][1], decided[code][0], parts[code]) for code, claim in claims.items()},
+    )
+
+
+def judge_calibration(found: Calibration) -> Verdicts:
+    """Tests K1 to K4, if the gates of the dial study are passed."""
+    return _test(CALIBRATION, found, found.gates)
+
+
+def judge_labels(stored: StoredStudy, report: KernelReport) -> Verdicts | None:
+    """Tests K5 and K6 if a study has an arm with true and one with random labels, and both pass their gates.
+
+    Args:
+      stored: the study.
+      report: its kernels.
+    """
+    names = {arm.name for arm in stored.study.arms}
+    if not {TRUE_LABELS, RANDOM_LABELS} <= names:
+        return None
+    arms = (TRUE_LABELS, RANDOM_LABELS)
+    cells = [cell for cell in stored.cells() if cell.arm in arms]
+    by_cell = {(layer.network, layer.layer): layer for layer in report.layers}
+    layers = dict.fromkeys(layer.layer for layer in report.layers if layer.network.startswith(TRUE_LABELS))
+    positions = {
+        (arm, layer): np.array(
+            [_position(by_cell.get((cell.name, layer))) for cell in cells if cell.arm == arm], np.float64
+        )
+        for arm in arms
+        for layer in layers
+    }
+    missing = sum(cell.state() != "done" for cell in cells)
+    gates = [Gate("cells that are missing", missing, 0, f"{len(cells) - missing} of {len(cells)}")]
+    for arm in arms:
+        accuracy = [read_outcome(cell, stored.study.metric)["train_accuracy"] for cell in cells if cell.arm == arm]
+        known = [value for value in accuracy if value is not None]
+        mean = float(np.mean(known)) if known else math.nan
+        gates.append(Gate(f"training error of {arm}, mean over seeds", 1 - mean, 1 - MEMORISED))
+    return _test(LABELS, Labels(positions, gates), gates)
+
+
+def _position(layer: LayerSeparability | None) -> float:
+    return math.nan if layer is None else layer.position("within")
+
+
+def format_verdicts(verdicts: Verdicts) -> str:
+    """Returns gates that are not passed, and the claims, for a terminal."""
+    lines = [
+        f"gate not passed: {gate.name}: {gate.value:.4g}, limit {gate.limit:g} ({gate.detail})"
+        for gate in verdicts.gates
+        if not gate.passed
+    ]
+    lines += ["a gate is not passed, so no claim is tested"] if lines else []
+    for code, (text, verdict, p, parts) in verdicts.claims.items():
+        lines.append(f"{code} {verdict}" + (f" (p {p:.3g})" if math.isfinite(p) else "") + f": {text}")
+        for part in parts:
+            e = part.estimate
+            lines.append(f"  {part.name}: {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}], n {e.n}: {part.state}")
+    return "\n".join(printable(line, LINE_LENGTH) for line in lines)
