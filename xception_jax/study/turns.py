@@ -11,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,11 +22,10 @@ from xception_jax.config import DataConfig
 from xception_jax.data.pipeline import EvaluationBatches
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.turn import BLOCK, CHANNELS
-from xception_jax.errors import BadDataError
 from xception_jax.files import write_atomically
 from xception_jax.study.design import Study
 from xception_jax.study.patch_covariance import covariance, kronecker_share, whiten
-from xception_jax.user_files import writing
+from xception_jax.user_files import read_text, reading, writing
 
 FILE = "turns.csv"
 _MOST_IMAGES, _MOST_BLOCKS = 500, 400_000
@@ -49,6 +49,8 @@ class TurnedShare:
     raw: float
     whitened: float
 
+
+_COLUMNS = [field.name for field in dataclasses.fields(TurnedShare)]
 
 Key = tuple[str, float, int]
 
@@ -90,7 +92,7 @@ def _blocks(images: Float[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "n 2 2 3"
 def write_turns(root: Path, shares: Iterable[TurnedShare]) -> None:
     """Writes the table into a study directory."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [field.name for field in dataclasses.fields(TurnedShare)], lineterminator="\n")
+    writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(dataclasses.asdict, shares))
     with writing("table of turns", root / FILE):
@@ -103,17 +105,17 @@ def read_turns(root: Path) -> list[TurnedShare]:
     Raises:
       BadDataError: it is damaged.
     """
-    try:
-        rows = list(csv.DictReader(io.StringIO((root / FILE).read_text())))
+    path = root / FILE
+    if not os.path.lexists(path):
+        return []
+    with reading("table of turns", path, "remove it, then run the study again, which measures the turns anew"):
+        rows = csv.DictReader(io.StringIO(read_text(path)))
+        if rows.fieldnames != _COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(_COLUMNS)}")
         return [
             TurnedShare(row["turn"], float(row["angle"]), int(row["seed"]), float(row["raw"]), float(row["whitened"]))
             for row in rows
         ]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "remove it, then run the study again, which measures the turns anew"
-        raise BadDataError(f"the table of turns cannot be read: {error}", str(root / FILE), fix) from error
 
 
 def mean_shares(shares: Iterable[TurnedShare]) -> dict[tuple[str, float], TurnedShare]:
