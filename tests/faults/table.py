@@ -238,7 +238,7 @@ FAULTS = {
         (
             "test_lease.py",
             "test_two_runs_race_for_one_directory",
-            "test_a_frozen_run_that_was_taken_over_stops_before_its_next_commit",
+            "test_a_frozen_run_that_was_taken_over_completes_no_further_step",
         ),
     ),
     54: Fault(

@@ -6,7 +6,6 @@ as it says, and formats file names with it. What is checked here is therefore ch
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from xception_jax.errors import BadDataError
+from xception_jax.user_files import parse_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 MAX_CLASSES = 1 << 20
@@ -63,14 +63,11 @@ def open_builder(directory: Path) -> tfds.core.DatasetBuilder:
 def _load(path: Path) -> dict[str, Any]:
     _check_size(path)
     try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+        return parse_json(path.read_bytes(), dict)
     except (ValueError, RecursionError) as error:
         raise BadDataError(f"the file is not valid JSON: {_one_line(error)}", str(path), _FIX) from None
     except OSError as error:
         raise BadDataError(f"the file cannot be read: {error.strerror}", str(path), _FIX) from None
-    return value
 
 
 def _check_size(path: Path) -> None:
@@ -117,7 +114,7 @@ def _check_classes(value: dict[str, Any], directory: Path) -> None:
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, str]]:
-    """Yields (key, text) of all objects in a JSON value. (json.loads has bounded its depth.)"""
+    """Yields (key, text) of all objects in a JSON value. (`parse_json` has bounded its depth.)"""
     if isinstance(value, dict):
         for key, inner in value.items():
             if isinstance(inner, str):
