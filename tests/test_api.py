@@ -125,6 +125,7 @@ def test_what_cannot_be_read_is_named(network, files):
         xception_jax.load(files / "missing.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_is_loaded(tmp_path, shared_environment):
     config = default_config()
     config.model.update(SMALL)

@@ -121,6 +121,7 @@ def wait_for_step(process, step):
     raise AssertionError("".join(lines))
 
 
+@pytest.mark.slow
 def test_kill_minus_9_and_sigterm_and_the_same_command_end_with_the_same_bits(
     uninterrupted, run_python, shared_environment, tmp_path
 ):

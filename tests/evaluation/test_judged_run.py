@@ -128,6 +128,7 @@ def test_the_report_is_there_while_the_run_goes_on(finished):
     assert "Split <code>test</code>, 60 images of 20 groups" in last
 
 
+@pytest.mark.slow
 def test_the_report_of_a_run_that_was_asked_to_stop_says_so(config, tmp_path):
     path = tmp_path / "report.html"
 

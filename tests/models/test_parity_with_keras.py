@@ -119,6 +119,7 @@ def test_one_training_step_in_float64(float64_reference):
             assert np.abs(np.asarray(before) - value).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_at_299(name):
     """The arithmetic that a user runs, in programs compiled as for a user: within 1e-4, and the same class."""

@@ -23,6 +23,8 @@ CASES = {
     "fsdp": {"model.segments": 2, "mesh.fsdp": 2},
 }
 
+pytestmark = pytest.mark.slow  # all of them compile four programs
+
 
 @pytest.fixture(scope="module")
 def steps(run_python):
@@ -38,7 +40,6 @@ def count(step, kind):
     return sum(one["count"] for one in step["collectives"] if one["kind"] == kind)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["segments", "depthwise"])
 def test_nothing_but_sums(steps, case):
     assert {one["kind"] for one in steps[case]["collectives"]} == {"all-reduce"}

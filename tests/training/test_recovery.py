@@ -96,6 +96,7 @@ def recovered(run_python, data_dir, tmp_path_factory):
     return workdir, process
 
 
+@pytest.mark.slow
 def test_the_stretch_is_passed_over(recovered):
     workdir, process = recovered
     assert "went back to the checkpoint of step 10" in process.stderr

@@ -43,6 +43,7 @@ def is_stopped(pid):
         return file.read().rpartition(")")[2].split()[0] == "T"
 
 
+@pytest.mark.slow
 def test_only_a_step_that_does_not_end_ends_the_process(start, tmp_path):
     process = start("stopped")
     while not is_stopped(process.pid):
