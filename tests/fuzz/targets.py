@@ -23,14 +23,12 @@ class Target:
       seeds: returns small files by name.
       longest: bytes of the longest input.
       words: what the files may contain, for the fuzzer.
-      seconds: the most that an input may take.
     """
 
     read: Callable[[bytes], None]
     seeds: Callable[[], dict[str, bytes]]
     longest: int = 1 << 14
     words: tuple[str, ...] = ()
-    seconds: int = 5
 
 
 _JSON = ("null", "true", "[", "]", "{", "}", ":", ",", '""', "NaN", "Infinity", "1e999", "-1", "9223372036854775808")
@@ -39,18 +37,9 @@ TARGETS = {
     "image": Target(
         readers.image, seeds.images, words=("eXIf", "tEXt", "IHDR", "IDAT", "VP8X", "VP8L", "EXIF", "Exif")
     ),
-    "legacy_h5": Target(
-        functools.partial(readers.weights, suffix=".h5"), seeds.legacy_h5, 1 << 15, seconds=readers.HDF5_SECONDS + 5
-    ),
-    "weights_h5": Target(
-        functools.partial(readers.weights, suffix=".weights.h5"),
-        seeds.weights_h5,
-        1 << 15,
-        seconds=readers.HDF5_SECONDS + 5,
-    ),
-    "keras": Target(
-        functools.partial(readers.weights, suffix=".keras"), seeds.keras, 1 << 15, seconds=readers.HDF5_SECONDS + 5
-    ),
+    "legacy_h5": Target(functools.partial(readers.weights, suffix=".h5"), seeds.legacy_h5, 1 << 15),
+    "weights_h5": Target(functools.partial(readers.weights, suffix=".weights.h5"), seeds.weights_h5, 1 << 15),
+    "keras": Target(functools.partial(readers.weights, suffix=".keras"), seeds.keras, 1 << 15),
     "safetensors": Target(readers.safetensors, seeds.safetensors, 1 << 17, _JSON),
     "timm": Target(readers.safetensors, seeds.timm, words=_JSON),
     "config": Target(readers.config, seeds.config, words=_JSON),
