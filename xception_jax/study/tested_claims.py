@@ -34,7 +34,7 @@ Seeds = Float[np.ndarray, " seeds"]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What the claims of a study are tested on.
+    """The measurements with which the claims of a study are tested.
 
     Attributes:
       samples: the finished cells of each arm.

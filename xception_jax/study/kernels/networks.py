@@ -151,7 +151,7 @@ def analyse(source: str | Path, axes: str | None = None) -> KernelReport:
       axes: order of the axes in a weight file, one of `weight_file.AXES`; by default it is found out.
 
     Raises:
-      InputMissingError: there is no network, no checkpoint or no regular convolution.
+      InputMissingError: the source has no network, or the network has no checkpoint or no regular convolution.
       BadDataError: a checkpoint or the weight file is damaged.
       UsageError: the order of the axes of a weight file is not clear.
     """

@@ -95,7 +95,7 @@ def replace_kernels(workdir: str, data_dir: str | None = None) -> Replacements:
       data_dir: directory of the datasets; by default that of the run.
 
     Raises:
-      InputMissingError: there is no run, no regular kernel, or no dataset.
+      InputMissingError: the run or its dataset is missing, or the network has no regular kernel.
       UsageError: the run has no test split, or images of several labels.
       BadDataError: the checkpoint or the dataset is damaged.
     """
