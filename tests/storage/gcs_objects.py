@@ -179,8 +179,9 @@ class Objects:
             if bucket not in self.buckets:
                 raise Refused(404, "The specified bucket does not exist.")
             stored = sorted((item for item in self._stored.values() if item.bucket == bucket), key=lambda s: s.name)
-        items: list[dict[str, Any]] = []
-        prefixes: list[str] = []
+        items: list[Any] = []
+        prefixes: list[Any] = []
+        entry: Any
         for item in stored:
             if (
                 not item.name.startswith(prefix)
