@@ -7,12 +7,19 @@ import pytest
 import scipy.stats
 from statsmodels.stats.power import TTestIndPower
 
-from xception_jax.study.analysis import ANALYSES, MAX_SEEDS, Sample, crossed, resample_images, seeds_needed
+from xception_jax.study.analysis import ANALYSES, Sample, resample_images
 from xception_jax.study.design import ANALYSES as NAMES
+from xception_jax.study.power import MAX_SEEDS, seeds_needed
 
 RNG = np.random.default_rng(0)
 A, B, C = (Sample(RNG.normal(mean, sd, 6)) for mean, sd in ((0.9, 0.004), (0.89, 0.01), (0.88, 0.006)))
 GAP = Sample(np.array([*B.accuracy[:4], np.nan, B.accuracy[5]]))
+
+
+def compare(name, arm, baseline, *others):
+    """Compares two arms of a study that may have others."""
+    samples = dict(enumerate((arm, baseline, *others)))
+    return ANALYSES[name]({0: 1.0, 1: -1.0}, samples)
 
 
 def test_a_study_can_name_every_analysis():
@@ -22,7 +29,7 @@ def test_a_study_can_name_every_analysis():
 @pytest.mark.parametrize("baseline", [B, GAP], ids=["complete", "gap"])
 @pytest.mark.parametrize(("name", "equal_var"), [("welch", False), ("pooled", True)])
 def test_independent_seeds_are_scipy_s(name, equal_var, baseline):
-    ours = ANALYSES[name](A, baseline, (A, baseline))
+    ours = compare(name, A, baseline)
     theirs = scipy.stats.ttest_ind(A.known, baseline.known, equal_var=equal_var)
     interval = theirs.confidence_interval(0.95)
     assert (ours.low, ours.high, ours.p) == pytest.approx((interval.low, interval.high, theirs.pvalue))
@@ -30,14 +37,33 @@ def test_independent_seeds_are_scipy_s(name, equal_var, baseline):
 
 
 def test_pairs_are_scipy_s():
-    ours = ANALYSES["paired"](A, GAP, ())
+    ours = compare("paired", A, GAP)
     both = np.isfinite(GAP.accuracy)
     assert ours.p == pytest.approx(scipy.stats.ttest_rel(A.accuracy[both], GAP.accuracy[both]).pvalue)
     assert ours.n == 5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_a_sum(name):
+    whole, other = answers(1, 0.3, 0.05), answers(2, 0.3, 0.05)
+    samples = {"a": whole, "b": other}
+    one = ANALYSES[name]({"a": 1.0, "b": -1.0}, samples)
+    three = ANALYSES[name]({"a": 3.0, "b": -3.0}, samples)
+    for field in ("mean", "sd", "error", "low", "bootstrap_low", "bootstrap_high"):
+        assert getattr(three, field) == pytest.approx(3 * getattr(one, field))
+    assert (three.df, three.p) == (pytest.approx(one.df), pytest.approx(one.p))
+
+
+@pytest.mark.parametrize("name", ["welch", "pooled"])
+def test_a_difference_of_differences_has_the_errors_of_four_means(name):
+    found = ANALYSES[name]({"a": 1.0, "b": -1.0, "c": -1.0, "d": 1.0}, dict(zip("abcd", (A, B, C, A), strict=True)))
+    variances = [x.known.var(ddof=1) / 6 for x in (A, B, C, A)]
+    assert found.mean == pytest.approx(2 * A.known.mean() - B.known.mean() - C.known.mean())
+    assert found.error == pytest.approx(math.sqrt(sum(variances)))
+
+
 def test_the_variance_of_every_arm_is_pooled():
-    found = ANALYSES["pooled"](A, B, (A, B, C))
+    found = compare("pooled", A, B, C)
     values = [sample.known for sample in (A, B, C)]
     pooled = np.mean([x.var(ddof=1) for x in values])
     assert (found.error, found.df) == (pytest.approx(math.sqrt(pooled / 3)), 15)
@@ -49,7 +75,7 @@ def test_too_few_cells_decide_nothing(name):
     nothing = Sample(np.array([math.nan, math.nan]))
     one = Sample(np.array([0.5, math.nan]), np.ones((1, 7), bool))
     for pair in ((nothing, one), (one, one), (one, nothing), (nothing, nothing)):
-        found = ANALYSES[name](*pair, pair)
+        found = compare(name, *pair)
         assert math.isnan(found.low)
         assert math.isnan(found.p)
 
@@ -64,7 +90,7 @@ def answers(draw, image, seed, seeds=4, images=500):
 
 def test_images_add_to_the_variance_of_seeds():
     arm, baseline = answers(1, 0.39, 0.001), answers(2, 0.39, 0.001)
-    found, of_seeds = crossed(arm, baseline, ()), ANALYSES["welch"](arm, baseline, ())
+    found, of_seeds = compare("crossed", arm, baseline), compare("welch", arm, baseline)
     assert found.mean == of_seeds.mean
     assert found.error > of_seeds.error
     assert found.df > of_seeds.df  # most of the variance comes from many images
@@ -75,7 +101,7 @@ def test_images_add_to_the_variance_of_seeds():
 def test_equal_answers_leave_no_difference():
     arm = answers(1, 0.1, 0.0)
     twins = Sample(np.full(3, arm.accuracy[0]), np.repeat(arm.right[:1], 3, axis=0))
-    found = crossed(twins, twins, ())
+    found = compare("crossed", twins, twins)
     assert (found.mean, found.error, found.p) == (0.0, 0.0, 1.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from scipy import stats
 
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.logs.metrics_log import json_ready
-from xception_jax.study.analysis import MAX_SEEDS, Sample, seeds_needed
+from xception_jax.study.analysis import Sample
 from xception_jax.study.cells import state_of
+from xception_jax.study.statistics import CONFIDENCE
 from xception_jax.user_files import read_text, reading
 
 POWER = 0.8
 UPPER = 0.9  # one-sided confidence of the upper limit of a standard deviation
+MAX_SEEDS = 10_000
 _MARGINS = (0.5, 1.0, 2.0)  # times the margin
+_QUANTILES = (np.arange(100) + 0.5) / 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,3 +190,47 @@ def _image_error(samples: Mapping[str, Sample], pairs: Sequence[tuple[str, str]]
             images = a.mean(0) - b.mean(0)
             errors.append(float(images.std(ddof=1) / math.sqrt(len(images))))
     return float(np.mean(errors)) if errors else None
+
+
+def seeds_needed(
+    sd: float, margin: float, *, paired: bool, images: float = 0.0, power: float = 0.8
+) -> tuple[int | None, int | None]:
+    """Returns the seeds of each arm that decide a margin with this power.
+
+    Args:
+      sd: standard deviation of a cell over seeds.
+      margin: the margin.
+      paired: whether the differences of pairs are analysed, with half of the degrees of freedom.
+      images: standard error of a difference that comes from the test images, which no seed reduces.
+      power: the power.
+
+    Returns:
+      (equivalence, difference): seeds with which two arms without any difference are found equivalent, and with which a
+      difference as large as the margin is found. None for more than `MAX_SEEDS`.
+    """
+
+    def smallest(chance: Callable[[float, float, float], float]) -> int | None:
+        def enough(n: int) -> bool:
+            return chance(math.sqrt(2 / n) * sd, (n - 1) * (1 if paired else 2), images) >= power
+
+        if not enough(MAX_SEEDS):
+            return None
+        low, high = 1, MAX_SEEDS
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high
+
+    return smallest(lambda *parts: _power(0.0, margin, *parts)[0]), smallest(
+        lambda *parts: _power(margin, margin, *parts)[1]
+    )
+
+
+def _power(true: float, margin: float, error: float, df: float, images: float) -> tuple[float, float]:
+    """Returns the probabilities of finding equivalence, and of finding a difference of the right sign."""
+    # Averaged over the estimated variance, of which only the part of the seeds is uncertain.
+    estimated = np.sqrt(error**2 * stats.chi2.ppf(_QUANTILES, df) / df + images**2)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * estimated
+    spread = math.hypot(error, images)
+    inside = stats.norm.cdf((margin - half - true) / spread) - stats.norm.cdf((-margin + half - true) / spread)
+    return float(np.maximum(inside, 0).mean()), float(stats.norm.sf((half - true) / spread).mean())

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
-from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images
+from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import ArmCost
@@ -281,9 +281,9 @@ def _right(answers: Iterable[Answers]) -> np.ndarray:
 
 
 def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[str]) -> tuple[ComparisonResult, ...]:
-    study, every = stored.study, list(samples.values())
-    pairs = [(samples[entry.arm], samples[entry.baseline]) for entry in study.comparisons]
-    estimates = [ANALYSES[study.analysis](*pair, every) for pair in pairs]
+    study = stored.study
+    pairs = [versus(entry.arm, entry.baseline) for entry in study.comparisons]
+    estimates = [ANALYSES[study.analysis](pair, samples) for pair in pairs]
     adjusted = statistics.holm_within([entry.claim for entry in study.comparisons], [found.p for found in estimates])
     results = []
     for comparison, pair, difference, p in zip(study.comparisons, pairs, estimates, adjusted, strict=True):
@@ -293,7 +293,7 @@ def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[
             ComparisonResult(
                 comparison=comparison,
                 difference=difference,
-                over_images=crossed(*pair, every),
+                over_images=crossed(pair, samples),
                 p_holm=p,
                 p_equivalent=statistics.tost_p(difference, study.margin),
                 verdict=verdict,

@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 import numpy as np
 from jaxtyping import Float
 
-from xception_jax.study.analysis import Sample
+from xception_jax.study.analysis import ANALYSES, Sample
 from xception_jax.study.claims import Claim, Part
-from xception_jax.study.contrasts import CONTRASTS
 from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
 
 NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
@@ -152,7 +151,7 @@ def _linear(
         for name, sign in ((arm, 1), (baseline, -1)):
             weights[name] = weights.get(name, 0.0) + sign * factor * weight
     weights.pop("", None)
-    return CONTRASTS[analysis](weights, measured.samples), part.bound, float
+    return ANALYSES[analysis](weights, measured.samples), part.bound, float
 
 
 def _correlation(part: Part, measured: Measured, analysis: str) -> _Found:

@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 from scipy import stats
 
-from xception_jax.study.analysis import ANALYSES, Sample, resample_images
+from xception_jax.study.analysis import ANALYSES, Sample, resample_images, versus
 from xception_jax.study.statistics import CONFIDENCE, bootstrap_intervals, t_intervals
 
 _IMAGE_RESAMPLES = 200
@@ -102,8 +102,10 @@ def measure_analyses(*, studies: int, seeds: int, images: int = 100, unequal: bo
         expected = stats.norm.cdf(difficulty / np.sqrt(spread**2 + 0.25)).mean((1, 2))
         truth = expected[0] - expected[1]
         again = [resample_images(cells, _IMAGE_RESAMPLES) for cells in right]
-        samples = [Sample(cells.mean(1), cells, means) for cells, means in zip(right, again, strict=True)]
-        found = {name: analysis(samples[0], samples[1], samples) for name, analysis in ANALYSES.items()}
+        samples = {
+            name: Sample(cells.mean(1), cells, means) for name, cells, means in zip("abc", right, again, strict=True)
+        }
+        found = {name: analysis(versus("a", "b"), samples) for name, analysis in ANALYSES.items()}
         for name in ("paired", "welch", "pooled"):
             hits.setdefault(name, []).append(found[name].low <= truth <= found[name].high)
         paired, crossed = found["paired"], found["crossed"]
