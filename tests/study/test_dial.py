@@ -22,12 +22,13 @@ from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
 from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells
 from xception_jax.study.dial.execute import chosen_rates, run_dial
-from xception_jax.study.dial.gates import Gate, check_gates
+from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import CONTROLS, DialArm, DialNetwork, count, solve
 from xception_jax.study.dial.records import CELLS, NETWORKS, add_record, done, read_dial, read_records, state
 from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
+from xception_jax.study.gates import CheckedGate
 
 FILE = Path(__file__).parents[2] / "configs/studies/dial.py"
 REGULAR = DialArm("regular", "regular")
@@ -219,7 +220,7 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
     text = (root / "report.md").read_text()
     assert "interprets nothing" in text
     assert "supported" not in text
-    assert not Gate("x", float("nan"), 1.0).passed
+    assert not CheckedGate("x", float("nan"), 1.0).passed
     (root / CELLS).write_text("arm,seed\nx,1\n")
     with pytest.raises(BadDataError, match="other columns"):
         write_dial_report(root)

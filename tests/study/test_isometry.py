@@ -150,7 +150,9 @@ def test_no_claim_is_interpreted_if_a_gate_fails(written, wrong):
     assert {tested.verdict for tested in results.claims} == {"not interpreted"}
     assert {entry.outcome for entry in results.comparisons} == {"not interpreted"}
     assert "gate not passed" in format_results(results)
-    failed = [checked["gate"]["kind"] for checked in results.to_json()["gates"] if not checked["passed"]]
+    failed = [
+        gate.kind for gate, checked in zip(results.stored.study.gates, results.gates, strict=True) if not checked.passed
+    ]
     assert failed == (["kronecker", "free"] if wrong == "missing" else [wrong])
 
 

@@ -37,29 +37,30 @@ class CheckedGate:
     """A gate and what was measured.
 
     Attributes:
-      gate: the gate.
       name: what must hold.
-      value: compared with the limit; NaN if it is not known yet.
+      value: the measured value; NaN if it is not known yet.
+      limit: the largest value with which the gate is passed.
       detail: where the value was found.
     """
 
-    gate: Gate
     name: str
     value: float
-    detail: str
+    limit: float
+    detail: str = ""
 
     @property
     def passed(self) -> bool:
         """Returns whether the value is known and within the limit."""
-        return math.isfinite(self.value) and self.value <= self.gate.limit
+        return math.isfinite(self.value) and self.value <= self.limit
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the attributes as plain data."""
-        return dataclasses.asdict(self) | {"passed": self.passed}
+        """Returns the attributes as plain data; NaN is None."""
+        value = self.value if math.isfinite(self.value) else None
+        return dataclasses.asdict(self) | {"value": value, "passed": self.passed}
 
 
 Accuracies = Mapping[str, float]
-_Found = tuple[str, float, str]
+_Found = tuple[str, float, str]  # name, value and detail of a checked gate
 
 
 def check_gates(
@@ -72,7 +73,8 @@ def check_gates(
       accuracies: the mean accuracy of each arm on the test split; NaN while cells of the arm are missing.
       shares: the separability of turned images.
     """
-    return tuple(CheckedGate(gate, *GATES[gate.kind](gate, accuracies, shares)) for gate in gates)
+    found = ((GATES[gate.kind](gate, accuracies, shares), gate.limit) for gate in gates)
+    return tuple(CheckedGate(name, value, limit, detail) for (name, value, detail), limit in found)
 
 
 def _flat(gate: Gate, accuracies: Accuracies, shares: Sequence[TurnedShare]) -> _Found:

@@ -88,7 +88,7 @@ def format_results(results: Results) -> str:
         lines.append(f"  {gate_notice(results)}")
     for gate in results.gates:
         if not gate.passed:
-            found = f"{gate.name}: {gate.value:.4g}, limit {gate.gate.limit:g} ({gate.detail})"
+            found = f"{gate.name}: {gate.value:.4g}, limit {gate.limit:g} ({gate.detail})"
             lines.append(f"  gate not passed, so that nothing is interpreted: {found}")
     for entry in results.comparisons:
         d = entry.difference

@@ -47,6 +47,11 @@ class Estimate:
     error: float = math.nan
     df: float = math.nan
 
+    def to_json(self) -> dict[str, float | None]:
+        """Returns mean, interval and number of values as plain data; NaN is None."""
+        found = {name: getattr(self, name) for name in ("mean", "low", "high", "n")}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
 
 def from_error(
     mean: float,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -62,6 +63,11 @@ class Part:
     def p(self) -> float:
         """Returns the one-sided p-value of the claim; that of two one-sided tests for 'within'."""
         return region_p(self.estimate, self.side, self.bound)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns claim, state and estimate as plain data; NaN is None."""
+        stated = {"name": self.name, "side": self.side, "bound": self.bound, "state": self.state}
+        return stated | self.estimate.to_json()
 
 
 @dataclasses.dataclass(frozen=True)

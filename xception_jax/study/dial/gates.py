@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -12,6 +11,7 @@ import numpy as np
 from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.design import COUNTED, REGULAR
 from xception_jax.study.dial.results import DialResults
+from xception_jax.study.gates import CheckedGate
 
 BAYES_RANGE = 0.003
 FLAT = 0.01
@@ -22,60 +22,38 @@ _EXACT = 1e-6
 _Key = TypeVar("_Key")
 
 
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """A condition of the study.
-
-    Attributes:
-      name: what must hold.
-      value: the measured value; NaN if it is not known yet.
-      limit: the largest value with which the gate is passed.
-      detail: where the value was found.
-    """
-
-    name: str
-    value: float
-    limit: float
-    detail: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Returns whether the value is known and within its limit."""
-        return math.isfinite(self.value) and self.value <= self.limit
-
-
-def check_gates(results: DialResults) -> list[Gate]:
+def check_gates(results: DialResults) -> list[CheckedGate]:
     """Computes all gates."""
     return [gate for check in _CHECKS for gate in check(results)]
 
 
-def _complete(results: DialResults) -> Iterator[Gate]:
+def _complete(results: DialResults) -> Iterator[CheckedGate]:
     done = sum(row["stage"] == COUNTED for row in results.cells)
     detail = f"{done} of {results.planned} cells"
-    yield Gate("cells that are missing", results.planned - done, 0, detail)
+    yield CheckedGate("cells that are missing", results.planned - done, 0, detail)
 
 
 def _all_banks(results: DialResults) -> dict[str, BankSpec]:
     return {bank.name: bank for row in results.study.rows for bank in row.banks}
 
 
-def _bayes(results: DialResults) -> Iterator[Gate]:
+def _bayes(results: DialResults) -> Iterator[CheckedGate]:
     means = {name: float(results.of_banks("bayes_accuracy", name).mean()) for name in _all_banks(results)}
     yield _range("range of the Bayes accuracy over the banks, mean over seeds", means, BAYES_RANGE)
 
 
-def _flat(results: DialResults) -> Iterator[Gate]:
+def _flat(results: DialResults) -> Iterator[CheckedGate]:
     for row in results.study.rows:
         if row.arm.form == REGULAR:
             means = {bank.name: float(results.accuracy(row.arm.name, bank.name).mean()) for bank in row.banks}
             yield _range(f"range of the accuracy of {row.arm.name} over the banks, mean over seeds", means, FLAT)
 
 
-def _range(name: str, means: dict[str, float], limit: float) -> Gate:
+def _range(name: str, means: dict[str, float], limit: float) -> CheckedGate:
     if any(map(math.isnan, means.values())):
-        return Gate(name, math.nan, limit, "cells are missing")
+        return CheckedGate(name, math.nan, limit, "cells are missing")
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    return Gate(name, means[high] - means[low], limit, f"{low} {means[low]:.2%}, {high} {means[high]:.2%}")
+    return CheckedGate(name, means[high] - means[low], limit, f"{low} {means[low]:.2%}, {high} {means[high]:.2%}")
 
 
 def _largest(values: dict[_Key, float]) -> _Key:
@@ -83,7 +61,7 @@ def _largest(values: dict[_Key, float]) -> _Key:
     return max(values, key=lambda key: (math.isnan(values[key]), values[key]))
 
 
-def _ranks(results: DialResults) -> Iterator[Gate]:
+def _ranks(results: DialResults) -> Iterator[CheckedGate]:
     """Checks the measured dial: exact at the separable end and for ranks, and rising with the angle for each seed."""
     wrong, checked = [], 0
     banks = _all_banks(results)
@@ -101,17 +79,17 @@ def _ranks(results: DialResults) -> Iterator[Gate]:
             good &= results.of_banks(spec.family, other.name) < dial
         checked += len(good)
         wrong += [name] * int((~good).sum())
-    yield Gate("banks whose measured rank or dial is not the intended one", len(wrong), 0, f"of {checked}")
+    yield CheckedGate("banks whose measured rank or dial is not the intended one", len(wrong), 0, f"of {checked}")
 
 
-def _marginals(results: DialResults) -> Iterator[Gate]:
+def _marginals(results: DialResults) -> Iterator[CheckedGate]:
     for column, name in (("from_means", "the channel means"), ("from_sums", "the channel sums")):
         means = {bank: float(results.of_banks(column, bank).mean()) for bank in _all_banks(results)}
         worst = _largest(means)
-        yield Gate(f"accuracy of the best classifier that sees only {name}", means[worst], MARGINAL, worst)
+        yield CheckedGate(f"accuracy of the best classifier that sees only {name}", means[worst], MARGINAL, worst)
 
 
-def _pulled(results: DialResults) -> Iterator[Gate]:
+def _pulled(results: DialResults) -> Iterator[CheckedGate]:
     """Compares the dial of the regular networks' templates, pulled back to the input, with that of the banks."""
     for row in results.study.rows:
         if row.arm.form != REGULAR:
@@ -123,9 +101,9 @@ def _pulled(results: DialResults) -> Iterator[Gate]:
                 off[bank.name, family] = float(np.abs(pulled - results.of_banks(family, bank.name)).mean())
         worst = _largest(off)
         name = f"largest difference between the dial of {row.arm.name}, pulled back, and that of its bank"
-        yield Gate(name, off[worst], PULLED, f"{worst[1]} filters, {worst[0]}")
+        yield CheckedGate(name, off[worst], PULLED, f"{worst[1]} filters, {worst[0]}")
 
 
-_CHECKS: tuple[Callable[[DialResults], Iterator[Gate]], ...] = (
+_CHECKS: tuple[Callable[[DialResults], Iterator[CheckedGate]], ...] = (
     _complete, _bayes, _flat, _ranks, _marginals, _pulled,
 )  # fmt: skip

@@ -20,9 +20,10 @@ from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, REGULAR, SEGMENTS, Part, Tested, evaluate_claims
 from xception_jax.study.dial.design import COUNTED, DialStudy
 from xception_jax.study.dial.execute import chosen_rates
-from xception_jax.study.dial.gates import Gate, check_gates
+from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
+from xception_jax.study.gates import CheckedGate
 from xception_jax.study.statistics import estimate
 from xception_jax.user_files import writing
 
@@ -40,7 +41,7 @@ class DialReport:
     """
 
     results: DialResults
-    gates: Sequence[Gate]
+    gates: Sequence[CheckedGate]
     claims: Sequence[Tested]
 
     @property
@@ -50,33 +51,17 @@ class DialReport:
 
     def to_json(self) -> dict[str, Any]:
         """Returns gates and claims as plain data; NaN is None."""
-        gates = [
-            {"gate": gate.name, "value": _finite(gate.value), "limit": gate.limit, "passed": gate.passed}
-            for gate in self.gates
-        ]
+        gates = [gate.to_json() for gate in self.gates]
         claims = [
             {
                 "code": tested.code,
                 "verdict": tested.verdict,
-                "p_holm": _finite(tested.p_holm),
-                "parts": [
-                    {
-                        "name": part.name,
-                        "side": part.side,
-                        "bound": part.bound,
-                        "state": part.state,
-                        **{key: _finite(getattr(part.estimate, key)) for key in ("mean", "low", "high", "n")},
-                    }
-                    for part in tested.parts
-                ],
+                "p_holm": None if math.isnan(tested.p_holm) else tested.p_holm,
+                "parts": [part.to_json() for part in tested.parts],
             }
             for tested in self.claims
         ]
         return {"passed": self.passed, "gates": gates, "claims": claims}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def write_dial_report(root: Path) -> DialReport:

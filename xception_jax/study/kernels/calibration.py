@@ -22,12 +22,13 @@ from xception_jax.errors import InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.reports.style import COLORS, QUIET, draw_svg, legend_label
 from xception_jax.study.dial.design import REGULAR
-from xception_jax.study.dial.gates import Gate, check_gates
+from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.records import network_path
 from xception_jax.study.dial.results import DialResults, collect_dial
+from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels.measure import FAMILIES
 from xception_jax.study.kernels.networks import LayerSeparability, measure_layer
-from xception_jax.study.statistics import Estimate, estimate
+from xception_jax.study.statistics import estimate
 from xception_jax.user_files import read_arrays, reading, writing
 
 _FEWEST_BANKS = 3  # for a rank correlation
@@ -64,7 +65,7 @@ class Calibration:
 
     results: DialResults
     points: Sequence[Point]
-    gates: Sequence[Gate]
+    gates: Sequence[CheckedGate]
 
     @property
     def passed(self) -> bool:
@@ -115,14 +116,11 @@ class Calibration:
         points = [dataclasses.asdict(point) | {"measured": point.measured.to_json()} for point in self.points]
         correlations = [
             {"arm": arm, "layer": layer, "family": family}
-            | _as_json(estimate(self.rank_correlations(arm, layer, family)))
+            | estimate(self.rank_correlations(arm, layer, family)).to_json()
             for arm, layer in self.layers
             for family in FAMILIES
         ]
-        gates = [
-            {"gate": gate.name, "value": _finite(gate.value), "limit": gate.limit, "passed": gate.passed}
-            for gate in self.gates
-        ]
+        gates = [gate.to_json() for gate in self.gates]
         return {"passed": self.passed, "gates": gates, "rank_correlations": correlations, "points": points}
 
 
@@ -138,14 +136,6 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     if not np.isfinite([x, y]).all() or np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(stats.spearmanr(x, y).statistic)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _as_json(found: Estimate) -> dict[str, float | None]:
-    return {name: _finite(getattr(found, name)) for name in ("mean", "low", "high", "n")}
 
 
 def calibrate(root: Path) -> Calibration:
@@ -183,8 +173,8 @@ def calibrate(root: Path) -> Calibration:
         fix = "run `xception-jax study run` for it; studies of earlier releases did not keep their networks"
         raise InputMissingError("there are no networks of regular arms", str(root), fix)
     gates = (
-        Gate("networks or records that are missing", missing, 0, f"of {len(wanted)}"),
-        Gate("networks with kernels that are zero or not finite", diverged, 0, f"of {len(wanted)}"),
+        CheckedGate("networks or records that are missing", missing, 0, f"of {len(wanted)}"),
+        CheckedGate("networks with kernels that are zero or not finite", diverged, 0, f"of {len(wanted)}"),
     )
     return Calibration(results, points, (*check_gates(results), *gates))
 

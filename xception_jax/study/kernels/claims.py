@@ -18,7 +18,7 @@ from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.study.cells import read_outcome
 from xception_jax.study.dial.claims import Part, decide
 from xception_jax.study.dial.design import REGULAR
-from xception_jax.study.dial.gates import Gate
+from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
@@ -62,7 +62,7 @@ class Labels:
     """
 
     positions: Mapping[tuple[str, str], np.ndarray]
-    gates: Sequence[Gate]
+    gates: Sequence[CheckedGate]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,35 +74,24 @@ class Verdicts:
       claims: text, verdict, p after Holm's correction and parts of each claim, by code.
     """
 
-    gates: Sequence[Gate]
+    gates: Sequence[CheckedGate]
     claims: Mapping[str, tuple[str, str, float, tuple[Part, ...]]]
 
     def to_json(self) -> dict[str, Any]:
         """Returns gates and claims as plain data; NaN is None."""
         return {
-            "gates": [
-                {"gate": gate.name, "value": _finite(gate.value), "limit": gate.limit, "passed": gate.passed}
-                for gate in self.gates
-            ],
+            "gates": [gate.to_json() for gate in self.gates],
             "claims": [
                 {
                     "code": code,
                     "claim": text,
                     "verdict": verdict,
-                    "p_holm": _finite(p),
-                    "parts": [
-                        {"name": part.name, "side": part.side, "bound": part.bound, "state": part.state}
-                        | {key: _finite(getattr(part.estimate, key)) for key in ("mean", "low", "high", "n")}
-                        for part in parts
-                    ],
+                    "p_holm": None if math.isnan(p) else p,
+                    "parts": [part.to_json() for part in parts],
                 }
                 for code, (text, verdict, p, parts) in self.claims.items()
             ],
         }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _recovers(family: str) -> Callable[[Calibration], Iterator[Part]]:
@@ -177,7 +166,7 @@ LABELS: dict[str, Claim[Labels]] = {
 }
 
 
-def _test(claims: Mapping[str, Claim[_Results]], found: _Results, gates: Sequence[Gate]) -> Verdicts:
+def _test(claims: Mapping[str, Claim[_Results]], found: _Results, gates: Sequence[CheckedGate]) -> Verdicts:
     if not all(gate.passed for gate in gates):
         return Verdicts(gates, {code: (claim.text, "not tested", math.nan, ()) for code, claim in claims.items()})
     parts = {code: tuple(claim.parts(found)) for code, claim in claims.items()}
@@ -215,12 +204,12 @@ def judge_labels(stored: StoredStudy, report: KernelReport) -> Verdicts | None:
         for layer in layers
     }
     missing = sum(cell.state() != "done" for cell in cells)
-    gates = [Gate("cells that are missing", missing, 0, f"{len(cells) - missing} of {len(cells)}")]
+    gates = [CheckedGate("cells that are missing", missing, 0, f"{len(cells) - missing} of {len(cells)}")]
     for arm in arms:
         accuracy = [read_outcome(cell, stored.study.metric)["train_accuracy"] for cell in cells if cell.arm == arm]
         known = [value for value in accuracy if value is not None]
         mean = float(np.mean(known)) if known else math.nan
-        gates.append(Gate(f"training error of {arm}, mean over seeds", 1 - mean, 1 - MEMORISED))
+        gates.append(CheckedGate(f"training error of {arm}, mean over seeds", 1 - mean, 1 - MEMORISED))
     return _test(LABELS, Labels(positions, gates), gates)
 
 
