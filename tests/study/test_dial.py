@@ -23,7 +23,7 @@ from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
 from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells
 from xception_jax.study.dial.execute import chosen_rates, run_dial
 from xception_jax.study.dial.gates import check_gates
-from xception_jax.study.dial.network import CONTROLS, DialArm, DialNetwork, count, solve
+from xception_jax.study.dial.network import CONTROLS, FORMS, DialArm, DialNetwork, count, solve
 from xception_jax.study.dial.records import CELLS, NETWORKS, add_record, done, read_dial, read_records, state
 from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
@@ -138,6 +138,23 @@ def test_a_network_keeps_the_variance_and_does_not_see_the_place(arm):
     np.testing.assert_allclose(
         network.apply(variables, moved, False), network.apply(variables, images, False), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_middle_block_without_weights_changes_nothing(form):
+    images = jax.random.normal(jax.random.key(1), (4, 12, 12, 12))
+    deep = DialNetwork(DialArm(form, form, depth=3), (24, 24, 24))
+    variables = deep.init(jax.random.key(2), images, False)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if path[0].key.startswith("block2_") else leaf, variables["params"]
+    )
+    found = deep.apply({**variables, "params": params}, images, False)
+    kept = {
+        kind: {name.replace("block3", "block2"): leaf for name, leaf in tree.items() if not name.startswith("block2_")}
+        for kind, tree in variables.items()
+    }
+    expected = DialNetwork(DialArm(form, form), (24, 24)).apply(kept, images, False)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def expected(arm, bank, dial):

@@ -1,9 +1,9 @@
 """Defines the networks of the dial study, and finds their widths at equal cost.
 
 A network is a stack of blocks on a torus, each of one spatial or of one spatial and one pointwise convolution, then
-BatchNorm and ReLU. The classifier reads the maximum and the mean of each channel. On a torus without strides every
-weight of a convolution meets every pixel, so equal weights in the convolutions are equal multiply-adds, and all of them
-are live.
+BatchNorm and ReLU. Blocks between the first and the last add their input, so that deep stacks train. The classifier
+reads the maximum and the mean of each channel. On a torus without strides every weight of a convolution meets every
+pixel, so equal weights in the convolutions are equal multiply-adds, and all of them are live.
 """
 
 from __future__ import annotations
@@ -84,10 +84,13 @@ class DialNetwork(nn.Module):
         for number, (_, features, _) in enumerate(before):
             x = TorusConv(features, 1, name=f"before{number}")(x)
         for number, block in enumerate([*blocks, *([after] if after else [])], 1):
+            block_input = x
             for kind, features, segments in block:
                 side = SIDE if kind == SPATIAL else 1
                 x = TorusConv(features, side, segments, name=f"block{number}_{kind}")(x)
             x = nn.relu(BatchNorm(name=f"block{number}_bn")(x, train))
+            if 1 < number < self.arm.depth:
+                x = block_input + x
         return nn.Dense(CLASSES, name="classifier")(jnp.concatenate([_maximum(x), x.mean((1, 2))], axis=-1))
 
 
