@@ -23,7 +23,16 @@ from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
 from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells
 from xception_jax.study.dial.execute import chosen_rates, run_dial
 from xception_jax.study.dial.gates import check_gates
-from xception_jax.study.dial.network import CONTROLS, FORMS, DialArm, DialNetwork, count, solve
+from xception_jax.study.dial.network import (
+    CONTROLS,
+    FORMS,
+    DialArm,
+    DialNetwork,
+    _maximum_backward,
+    count,
+    maximum,
+    solve,
+)
 from xception_jax.study.dial.records import CELLS, NETWORKS, add_record, done, read_dial, read_records, state
 from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
@@ -155,6 +164,17 @@ def test_a_middle_block_without_weights_changes_nothing(form):
     }
     expected = DialNetwork(DialArm(form, form), (24, 24)).apply(kept, images, False)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_maximum_also_where_its_input_was_rounded_differently():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 3)).at[1, :, :, 2].set(0.25)  # all are the largest
+    value, gradient_of = jax.vjp(maximum, x)
+    expected, expected_gradient_of = jax.vjp(lambda x: x.max((1, 2)), x)
+    np.testing.assert_array_equal(value, expected)
+    weights = jax.random.normal(jax.random.key(1), (2, 3))
+    np.testing.assert_allclose(gradient_of(weights)[0], expected_gradient_of(weights)[0], rtol=1e-6)
+    rounded = jnp.nextafter(value, jnp.inf)  # no element is as large
+    np.testing.assert_array_equal(_maximum_backward((x, rounded), weights)[0], gradient_of(weights)[0])
 
 
 def expected(arm, bank, dial):
