@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
@@ -273,14 +273,14 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
 
 
 # Options of `study run` that mean nothing for a dial study, and the values that they have if they are not given.
-_NOT_FOR_DIAL = {"--jobs": 1, "--reuse": [], "--slurm": None, "--retry": False}
+_NOT_FOR_DIAL: dict[str, Any] = {"--reuse": [], "--slurm": None, "--retry": False}
 
 
 def _run_dial(args: argparse.Namespace, study: DialStudy, path: str, environment: dict[str, str]) -> int:
-    """Runs a dial study: in this process, on the accelerator if there is one."""
+    """Runs a dial study, on the accelerator if there is one."""
     for option, default in _NOT_FOR_DIAL.items():
         if getattr(args, option.removeprefix("--")) != default:
-            what = f"{option} does not work with this study, whose cells run one after another in one process"
+            what = f"{option} does not work with this study, whose cells are trained by one command"
             raise UsageError(what, option, f"remove {option}")
     from xception_jax.study.dial.design import check_dial
     from xception_jax.study.dial.execute import list_dial, run_dial
@@ -293,7 +293,7 @@ def _run_dial(args: argparse.Namespace, study: DialStudy, path: str, environment
 
     # The file of the study has imported JAX, which read the variable that `run` had set.
     jax.config.update("jax_platforms", environment.get("JAX_PLATFORMS"))
-    return run_dial(study, local_directory(args.workdir, "--workdir"))
+    return run_dial(study, local_directory(args.workdir, "--workdir"), jobs=args.jobs)
 
 
 def _report_dial(root: Path, as_json: bool) -> int:

@@ -86,6 +86,7 @@ class BatchNorm(nn.Module):
       statistics: 'global' for a single group, 'device' for one group per device of the ambient mesh, which needs no
         communication, or the number of images in each group.
       dtype: dtype of the result. Statistics are always computed in float32 or float64.
+      scale_init: initializes the factor (gamma).
     """
 
     momentum: float = 0.99
@@ -93,6 +94,7 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
     statistics: str | int = "global"
     dtype: Dtype = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
@@ -100,7 +102,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
         beta = self.param("bias", nn.initializers.zeros, channels, dtype)
-        gamma = self.param("scale", nn.initializers.ones, channels, dtype) if self.use_scale else 1.0
+        gamma = self.param("scale", self.scale_init, channels, dtype) if self.use_scale else 1.0
         if not train:
             factor = jax.lax.rsqrt(running_var.value + self.epsilon) * gamma
             return (x * factor + (beta - running_mean.value * factor)).astype(self.dtype)

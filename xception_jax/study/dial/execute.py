@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,25 @@ from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS
 from xception_jax.study.dial.design import COUNTED, TUNING, DialCell, DialStudy, counted_cells, tuning_cells
+from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.records import (
     BANKS,
     CELLS,
-    Record,
     add_record,
     cell_record,
     done,
     read_records,
-    record_key,
     save_network,
     state,
 )
-from xception_jax.study.dial.training import train
+from xception_jax.study.dial.training import Outcome, train
+from xception_jax.study.dial.workers import Run, open_workers
+from xception_jax.study.runner import make_slots, visible_gpus
 from xception_jax.training.workdir import hold_directory
 
 
-def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say) -> int:
-    """Runs the cells that are left, one after another on all cores or on one GPU, and writes the report.
+def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say, jobs: int = 1) -> int:
+    """Runs the cells that are left, and writes the report.
 
     Each finished cell adds a row to cells.csv. After an interruption, the same command trains the missing cells.
 
@@ -43,6 +45,8 @@ def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say) 
       study: the study.
       root: its directory.
       report: called with a line for each cell.
+      jobs: number of cells that run at a time, each in a process with its share of cores and GPUs; 1 for this process.
+        On a CPU, a cell hardly uses more than one core.
 
     Returns:
       0.
@@ -51,23 +55,25 @@ def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say) 
       WorkdirError: another process runs this study, or the directory cannot be written.
       ConfigError: the directory holds cells of another design.
       StorageError: a record cannot be written.
-      PreemptedError: on SIGTERM or SIGINT.
+      PreemptedError: on SIGTERM or SIGINT, or a process was killed.
     """
     try:
         with StopSignals(report, str(root)), hold_directory(root):
-            return _run(study, root, report)
+            slots = make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(os.environ))
+            with open_workers(slots) as run:
+                return _run(study, root, report, run, jobs)
     except StopRequested as stop:
         what = f"stopped by {stop}; finished cells are saved, and the running one starts again"
         raise PreemptedError(what, str(root), "run the same command to resume") from None
 
 
-def _run(study: DialStudy, root: Path, report: Callable[[str], None]) -> int:
+def _run(study: DialStudy, root: Path, report: Callable[[str], None], run: Run, jobs: int) -> int:
     state(root, study)
     cells = tuning_cells(study)
     planned = len(cells) + len(counted_cells(study, {}))
-    _run_cells(study, cells, root, planned, report)
+    _run_cells(study, cells, root, planned, report, run, jobs)
     rates = chosen_rates(study, read_records(root, CELLS))
-    _run_cells(study, counted_cells(study, rates), root, planned, report)
+    _run_cells(study, counted_cells(study, rates), root, planned, report, run, jobs)
 
     from xception_jax.study.dial.report import format_dial, write_dial_report
 
@@ -76,33 +82,32 @@ def _run(study: DialStudy, root: Path, report: Callable[[str], None]) -> int:
 
 
 def _run_cells(
-    study: DialStudy, cells: Sequence[DialCell], root: Path, planned: int, report: Callable[[str], None]
+    study: DialStudy,
+    cells: Sequence[DialCell],
+    root: Path,
+    planned: int,
+    report: Callable[[str], None],
+    run: Run,
+    jobs: int,
 ) -> None:
     finished = done(root)
     left = [cell for cell in cells if cell.key not in finished]
+    known = _strengths(root)
+    missing = [bank for bank in dict.fromkeys((cell.bank, cell.seed) for cell in left) if _name(*bank) not in known]
+    for _, bank_values in run((bank, functools.partial(_bank_values, study, *bank)) for bank in missing):
+        add_record(root, BANKS, bank_values)
+    strengths = _strengths(root)
     costs, took = study.costs(), dict[str, list[float]]()
-    for number, cell in enumerate(left):
-        start = time.monotonic()
-        bank = _bank_record(study, cell.bank, cell.seed, root)
-        assert cell.rate is not None
-        outcome, variables = train(
-            study.arm(cell.arm),
-            costs[cell.arm].widths,
-            make_bank(cell.bank, cell.seed),
-            float(bank["strength"]),
-            rate=cell.rate,
-            seed=cell.seed,
-            recipe=study.recipe,
-            test_part=task.TUNE if cell.stage == TUNING else task.TEST,
-        )
+    work = ((cell, _training(study, cell, costs[cell.arm], strengths[_name(cell.bank, cell.seed)])) for cell in left)
+    for number, (cell, (outcome, variables)) in enumerate(run(work), 1):
         values: dict[str, Any] = dataclasses.asdict(outcome)
         values |= {"pulled_within": outcome.pulled.within, "pulled_across": outcome.pulled.across}
         if cell.stage == COUNTED:
             save_network(root, cell, variables)
         add_record(root, CELLS, cell_record(study, cell, values))
-        took.setdefault(cell.arm, []).append(time.monotonic() - start)
+        took.setdefault(cell.arm, []).append(outcome.seconds)
         typical = float(np.mean([seconds for arm in took.values() for seconds in arm]))
-        seconds = sum(float(np.mean(took.get(later.arm, [typical]))) for later in left[number + 1 :])
+        seconds = sum(float(np.mean(took.get(later.arm, [typical]))) for later in left[number:]) / jobs
         # Accuracies of counted cells are not shown: who watches them could stop at a good moment.
         shown = f", {outcome.accuracy:.1%}" if cell.stage == TUNING else ""
         report(
@@ -111,12 +116,33 @@ def _run_cells(
         )
 
 
-def _bank_record(study: DialStudy, spec: BankSpec, seed: int, root: Path) -> Record:
-    """Returns the row of a bank, computed once for each seed."""
-    wanted = (spec.name, str(seed))
-    for row in read_records(root, BANKS):
-        if record_key(BANKS, row) == wanted:
-            return row
+def _training(study: DialStudy, cell: DialCell, cost: DialCost, strength: float) -> Callable[[], tuple[Outcome, Any]]:
+    """Returns the function that trains a cell."""
+    assert cell.rate is not None
+    return functools.partial(
+        train,
+        study.arm(cell.arm),
+        cost.widths,
+        make_bank(cell.bank, cell.seed),
+        strength,
+        rate=cell.rate,
+        seed=cell.seed,
+        recipe=study.recipe,
+        test_part=task.TUNE if cell.stage == TUNING else task.TEST,
+    )
+
+
+def _name(bank: BankSpec, seed: int) -> tuple[str, str]:
+    return bank.name, str(seed)
+
+
+def _strengths(root: Path) -> dict[tuple[str, str], float]:
+    """Returns the strength of each bank that is known."""
+    return {(row["bank"], row["seed"]): float(row["strength"]) for row in read_records(root, BANKS)}
+
+
+def _bank_values(study: DialStudy, spec: BankSpec, seed: int) -> dict[str, Any]:
+    """Computes the row of a bank."""
     bank = make_bank(spec, seed)
     strength = task.match_strength(bank, task.stream(seed, task.BAYES), count=min(study.bayes_images, 40_960))
     key = task.stream(seed, task.CHECK)
@@ -124,9 +150,7 @@ def _bank_record(study: DialStudy, spec: BankSpec, seed: int, root: Path) -> Rec
     from_means, from_sums = task.marginal_accuracies(bank, strength, key, min(study.bayes_images, 20_480))
     dial = dataclasses.asdict(measure(bank))
     values: dict[str, Any] = {"bank": spec.name, "seed": seed, "strength": strength, "bayes_accuracy": bayes.value}
-    values |= {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}
-    add_record(root, BANKS, values)
-    return _bank_record(study, spec, seed, root)
+    return values | {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}
 
 
 def chosen_rates(study: DialStudy, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Defines the networks of the dial study, and finds their widths at equal cost.
 
 A network is a stack of blocks on a torus, each of one spatial or of one spatial and one pointwise convolution, then
-BatchNorm and ReLU. Blocks between the first and the last add their input, so that deep stacks train. The classifier
-reads the maximum and the mean of each channel. On a torus without strides every weight of a convolution meets every
-pixel, so equal weights in the convolutions are equal multiply-adds, and all of them are live.
+BatchNorm and ReLU. Blocks between the first and the last add their input before the ReLU, and their BatchNorm starts
+with a scale of zero: a deep network begins as one of two blocks, and trains. The classifier reads the maximum and the
+mean of each channel. On a torus without strides every weight of a convolution meets every pixel, so equal weights in
+the convolutions are equal multiply-adds, and all of them are live.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ class DialNetwork(nn.Module):
             for kind, features, segments in block:
                 side = SIDE if kind == SPATIAL else 1
                 x = TorusConv(features, side, segments, name=f"block{number}_{kind}")(x)
-            x = nn.relu(BatchNorm(name=f"block{number}_bn")(x, train))
-            if 1 < number < self.arm.depth:
-                x = block_input + x
+            in_middle = 1 < number < self.arm.depth
+            scale_init = nn.initializers.zeros if in_middle else nn.initializers.ones
+            x = BatchNorm(scale_init=scale_init, name=f"block{number}_bn")(x, train)
+            x = nn.relu(x + block_input if in_middle else x)
         return nn.Dense(CLASSES, name="classifier")(jnp.concatenate([maximum(x), x.mean((1, 2))], axis=-1))
 
 
