@@ -328,9 +328,12 @@ class _Peers:
             who = f"{_named(missing)} did not connect" if missing else "not all processes of this run connected"
             what = f"{who} within {self._distributed.timeout} s"
             return PreemptedError(what, self._distributed.coordinator or "the launcher of the processes", fix)
-        now = time.monotonic()
-        silent = [n for n, heard in self._heard.items() if now - heard > _SILENT * self._distributed.heartbeat]
-        if not silent or now - self._answered > 2 * self._interval:
+        now, me = time.monotonic(), _number()
+        ages = {number: now - heard for number, heard in self._heard.items() if number != me}
+        silent = [number for number, age in ages.items() if age > _SILENT * self._distributed.heartbeat]
+        if me != 0 and (not silent or now - self._answered > 2 * self._interval):
             silent = [0]  # without the coordinator, nothing is known of the others
-        what = f"lost {_named(silent)} of {len(self._heard)}; this is process {_number()}"
+        elif not silent:
+            silent = [max(ages, key=ages.__getitem__)]
+        what = f"lost {_named(silent)} of {len(self._heard)}; this is process {me}"
         return PreemptedError(what, self._workdir, fix)

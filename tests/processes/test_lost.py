@@ -69,6 +69,21 @@ def test_the_others_end_resumable_and_name_it(start, number, signum):
     assert time.monotonic() - began < 3 * HEARTBEAT
 
 
+@pytest.mark.faults
+def test_process_0_does_not_take_itself_for_lost(start):
+    """While it is stopped, it hears of nobody, and nobody of it."""
+    processes = start(0, 1, 2)
+    for process in processes:
+        assert any(line == "working\n" for line in process.stdout)
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    assert processes[2].wait(timeout=10 * HEARTBEAT) == PreemptedError.exit_code
+    os.kill(processes[0].pid, signal.SIGCONT)
+    _, errors = processes[0].communicate(timeout=10 * HEARTBEAT)
+    assert processes[0].returncode == PreemptedError.exit_code, errors
+    assert "lost processes 1, 2 of 3; this is process 0" in errors
+
+
 def assert_named_as_missing(processes, missing):
     for process in processes:
         _, errors = process.communicate(timeout=60)

@@ -34,7 +34,7 @@ State = Any  # variables of the network, and the momentum of its parameters
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How all cells are trained: SGD with momentum, and a cosine schedule that ends at zero.
+    """How all cells are trained: SGD with momentum, a warmup over a tenth of the steps, then a cosine that ends at zero.
 
     Attributes:
       steps: number of steps.
@@ -90,7 +90,7 @@ def train(
       widths: output channels of its blocks.
       bank: the templates.
       strength: factor of the templates.
-      rate: first learning rate.
+      rate: highest learning rate.
       seed: of the images and the initial parameters.
       recipe: see `Recipe`.
       test_part: part of the stream for the test: `task.TEST`, or `task.TUNE` to choose a rate.
@@ -147,6 +147,7 @@ class _Programs:
     ) -> tuple[State, Float[Array, "2 steps"]]:
         """Trains for a chunk of steps; those after the last one change nothing, because their rate is zero."""
         recipe = self._recipe
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, recipe.steps // 10, recipe.steps)
 
         def loss_of(params: Any, statistics: Any, images: Array, labels: Array) -> tuple[Array, tuple[Array, Any]]:
             variables = {"params": params, "batch_stats": statistics}
@@ -161,8 +162,7 @@ class _Programs:
             (loss, (right, statistics)), gradient = gradient_of(
                 variables["params"], variables["batch_stats"], images, labels
             )
-            progress = jnp.minimum(number / recipe.steps, 1.0)
-            now = rate * (1 + jnp.cos(jnp.pi * progress)) / 2
+            now = rate * schedule(number)
             momentum = jax.tree.map(lambda old, new: recipe.momentum * old + new, momentum, gradient)
             params = jax.tree.map(lambda value, change: value - now * change, variables["params"], momentum)
             return ({"params": params, "batch_stats": statistics}, momentum), jnp.stack([loss, right])
