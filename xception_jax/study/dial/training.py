@@ -34,7 +34,7 @@ State = Any  # variables of the network, and the momentum of its parameters
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How all cells are trained: SGD with momentum, a warmup over a tenth of the steps, then a cosine that ends at zero.
+    """How all cells are trained: SGD with momentum, a warmup over a tenth of the steps, and a cosine that ends at zero.
 
     Attributes:
       steps: number of steps.
