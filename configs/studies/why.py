@@ -137,7 +137,7 @@ def get_study(size: str = "cpu", control: str = "width") -> Study:
         "of the harm or more, and the share of dead channels predicts the harm over the arms.",
         config=sized.config,
         arms=tuple(arms),
-        seeds=sized.seeds if smoke or size == "imagenet" else tuple(range(8)),
+        seeds=sized.seeds if smoke or size == "imagenet" else tuple(range(6)),
         margin=MARGIN,
         reference=f"{FIGURE_10}_none",
         comparisons=tuple(comparisons),
