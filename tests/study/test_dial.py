@@ -391,6 +391,6 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     deep = Row(ARMS[-1], (BankSpec("across", 0),))
     with pytest.raises(ConfigError, match="no regular arm of depth 8"):
         check_dial(dataclasses.replace(TINY, rows=(*TINY.rows, deep)), "here")
-    monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "run", "studies/dial", "--workdir=x", "--jobs=2"])
-    with pytest.raises(UsageError, match="--jobs does not work"):
+    monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "run", "studies/dial", "--workdir=x", "--retry"])
+    with pytest.raises(UsageError, match="--retry does not work"):
         main()
