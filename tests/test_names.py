@@ -227,7 +227,8 @@ def test_advice_can_be_pasted(tmp_path, monkeypatch):
     check_text(environment.command())
 
 
-def test_logs_and_messages_stay_on_their_lines(capsys, caplog):
+def test_logs_and_messages_stay_on_their_lines(capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [caplog.handler])  # without those of libraries, which write to stderr
     factory, formatting = logging.getLogRecordFactory(), warnings.formatwarning
     try:
         command_line._protect_output()
