@@ -52,7 +52,7 @@ def test_everybody_knows_who_is_missing(join):
 
 def test_one_that_leaves_because_others_are_missing_is_not_missing(join):
     zero, one = join(0), join(1)
-    wait_until(lambda: zero.missing() == [2, 3])
+    wait_until(lambda: zero.missing() == one.missing() == [2, 3])
     one.leave()
     one.__exit__()
     one._server.shutdown(socket.SHUT_RDWR)
