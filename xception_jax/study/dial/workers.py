@@ -19,9 +19,9 @@ from xception_jax.errors import PreemptedError
 from xception_jax.study.runner import Slot
 
 Job = tuple[Any, Callable[[], Any]]
-"""What a function computes, and the function."""
+"""A name for a result, and the function that computes it."""
 Run = Callable[[Iterable[Job]], Iterator[tuple[Any, Any]]]
-"""Calls all functions, and yields what they compute with their results, as soon as they are known."""
+"""Calls the functions of all jobs, and yields (name, result) as soon as each result is known."""
 
 
 @contextlib.contextmanager
@@ -51,15 +51,15 @@ def open_workers(slots: Sequence[Slot]) -> Iterator[Run]:
 
 
 def _one_after_another(jobs: Iterable[Job]) -> Iterator[tuple[Any, Any]]:
-    for what, function in jobs:
-        yield what, function()
+    for name, function in jobs:
+        yield name, function()
 
 
 def _together(executor: ProcessPoolExecutor, count: int, jobs: Iterable[Job]) -> Iterator[tuple[Any, Any]]:
     left, running = iter(jobs), dict[Future, Any]()
     while True:
-        for what, function in itertools.islice(left, count - len(running)):
-            running[executor.submit(function)] = what
+        for name, function in itertools.islice(left, count - len(running)):
+            running[executor.submit(function)] = name
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
