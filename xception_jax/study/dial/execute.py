@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from xception_jax.study.dial.records import (
 )
 from xception_jax.study.dial.training import Outcome, train
 from xception_jax.study.dial.workers import Run, open_workers
-from xception_jax.study.runner import make_slots, visible_gpus
 from xception_jax.training.workdir import hold_directory
 
 
@@ -59,8 +57,7 @@ def run_dial(study: DialStudy, root: Path, report: Callable[[str], None] = say, 
     """
     try:
         with StopSignals(report, str(root)), hold_directory(root):
-            slots = make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(os.environ))
-            with open_workers(slots) as run:
+            with open_workers(jobs) as run:
                 return _run(study, root, report, run, jobs)
     except StopRequested as stop:
         what = f"stopped by {stop}; finished cells are saved, and the running one starts again"
@@ -71,9 +68,18 @@ def _run(study: DialStudy, root: Path, report: Callable[[str], None], run: Run, 
     state(root, study)
     cells = tuning_cells(study)
     planned = len(cells) + len(counted_cells(study, {}))
-    _run_cells(study, cells, root, planned, report, run, jobs)
+
+    def finished(cell: DialCell, outcome: Outcome, seconds_left: float) -> None:
+        # Accuracies of counted cells are not shown: who watches them could stop at a good moment.
+        shown = f", {outcome.accuracy:.1%}" if cell.stage == TUNING else ""
+        report(
+            f"{len(done(root))}/{planned} {cell.stage} {cell.arm}, {cell.bank.name}, seed {cell.seed}, rate "
+            f"{cell.rate:g}{shown}: {outcome.seconds:.0f} s; {format_duration(seconds_left / jobs)} left of this stage"
+        )
+
+    _run_cells(study, cells, root, run, finished)
     rates = chosen_rates(study, read_records(root, CELLS))
-    _run_cells(study, counted_cells(study, rates), root, planned, report, run, jobs)
+    _run_cells(study, counted_cells(study, rates), root, run, finished)
 
     from xception_jax.study.dial.report import format_dial, write_dial_report
 
@@ -85,20 +91,19 @@ def _run_cells(
     study: DialStudy,
     cells: Sequence[DialCell],
     root: Path,
-    planned: int,
-    report: Callable[[str], None],
     run: Run,
-    jobs: int,
+    finished: Callable[[DialCell, Outcome, float], None],
 ) -> None:
-    finished = done(root)
-    left = [cell for cell in cells if cell.key not in finished]
-    known = _strengths(root)
-    missing = [bank for bank in dict.fromkeys((cell.bank, cell.seed) for cell in left) if _name(*bank) not in known]
-    for _, bank_values in run((bank, functools.partial(_bank_values, study, *bank)) for bank in missing):
+    """Trains the cells that are left, and calls `finished` with each, its outcome and the seconds that the rest takes."""
+    known, strengths = done(root), _strengths(root)
+    left = [cell for cell in cells if cell.key not in known]
+    banks = dict.fromkeys((cell.bank, cell.seed) for cell in left)
+    missing = [(bank, seed) for bank, seed in banks if (bank.name, seed) not in strengths]
+    for _, bank_values in run((each, functools.partial(_bank_values, study, *each)) for each in missing):
         add_record(root, BANKS, bank_values)
     strengths = _strengths(root)
     costs, took = study.costs(), dict[str, list[float]]()
-    work = ((cell, _training(study, cell, costs[cell.arm], strengths[_name(cell.bank, cell.seed)])) for cell in left)
+    work = ((cell, _training(study, cell, costs[cell.arm], strengths[cell.bank.name, cell.seed])) for cell in left)
     for number, (cell, (outcome, variables)) in enumerate(run(work), 1):
         values: dict[str, Any] = dataclasses.asdict(outcome)
         values |= {"pulled_within": outcome.pulled.within, "pulled_across": outcome.pulled.across}
@@ -107,13 +112,8 @@ def _run_cells(
         add_record(root, CELLS, cell_record(study, cell, values))
         took.setdefault(cell.arm, []).append(outcome.seconds)
         typical = float(np.mean([seconds for arm in took.values() for seconds in arm]))
-        seconds = sum(float(np.mean(took.get(later.arm, [typical]))) for later in left[number:]) / jobs
-        # Accuracies of counted cells are not shown: who watches them could stop at a good moment.
-        shown = f", {outcome.accuracy:.1%}" if cell.stage == TUNING else ""
-        report(
-            f"{len(done(root))}/{planned} {cell.stage} {cell.arm}, {cell.bank.name}, seed {cell.seed}, rate "
-            f"{cell.rate:g}{shown}: {outcome.seconds:.0f} s; {format_duration(seconds)} left of this stage"
-        )
+        seconds = sum(float(np.mean(took.get(later.arm, [typical]))) for later in left[number:])
+        finished(cell, outcome, seconds)
 
 
 def _training(study: DialStudy, cell: DialCell, cost: DialCost, strength: float) -> Callable[[], tuple[Outcome, Any]]:
@@ -132,13 +132,9 @@ def _training(study: DialStudy, cell: DialCell, cost: DialCost, strength: float)
     )
 
 
-def _name(bank: BankSpec, seed: int) -> tuple[str, str]:
-    return bank.name, str(seed)
-
-
-def _strengths(root: Path) -> dict[tuple[str, str], float]:
-    """Returns the strength of each bank that is known."""
-    return {(row["bank"], row["seed"]): float(row["strength"]) for row in read_records(root, BANKS)}
+def _strengths(root: Path) -> dict[tuple[str, int], float]:
+    """Returns the strength of each bank that is known, by name and seed."""
+    return {(row["bank"], int(row["seed"])): float(row["strength"]) for row in read_records(root, BANKS)}
 
 
 def _bank_values(study: DialStudy, spec: BankSpec, seed: int) -> dict[str, Any]:

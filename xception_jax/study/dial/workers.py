@@ -9,14 +9,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 from xception_jax.errors import PreemptedError
-from xception_jax.study.runner import Slot
+from xception_jax.study.runner import Slot, make_slots, visible_gpus
 
 Job = tuple[Any, Callable[[], Any]]
 """A name for a result, and the function that computes it."""
@@ -25,22 +25,22 @@ Run = Callable[[Iterable[Job]], Iterator[tuple[Any, Any]]]
 
 
 @contextlib.contextmanager
-def open_workers(slots: Sequence[Slot]) -> Iterator[Run]:
-    """Starts a process for each slot, if there are several. They end with this process.
+def open_workers(jobs: int) -> Iterator[Run]:
+    """Starts `jobs` processes that divide cores and GPUs, or none for a single job. They end with this process.
 
     Raises:
       PreemptedError: one of the processes was killed.
     """
-    if len(slots) == 1:
+    if jobs == 1:
         yield _one_after_another
         return
     context = multiprocessing.get_context("spawn")
     shares = context.SimpleQueue()
-    for slot in slots:
+    for slot in make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(os.environ)):
         shares.put(slot)
-    with ProcessPoolExecutor(len(slots), context, _start, (shares,)) as executor:
+    with ProcessPoolExecutor(jobs, context, _start, (shares,)) as executor:
         try:
-            yield functools.partial(_together, executor, len(slots))
+            yield functools.partial(_together, executor, jobs)
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.terminate()
