@@ -94,7 +94,7 @@ def _run_cells(
     run: Run,
     finished: Callable[[DialCell, Outcome, float], None],
 ) -> None:
-    """Trains the cells that are left, and calls `finished` with each, its outcome and the seconds that the rest takes."""
+    """Trains the cells that are left. Calls `finished` with each, its outcome and the seconds that are left."""
     known, strengths = done(root), _strengths(root)
     left = [cell for cell in cells if cell.key not in known]
     banks = dict.fromkeys((cell.bank, cell.seed) for cell in left)
