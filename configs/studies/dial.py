@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "rows": rows((BASE, ALL), (SEGMENTS, ACROSS), (BOTH_ENDS, ENDS), (deep(8)[:2], THREE)),
         "seeds": (0, 1, 2, 3, 4),
         "recipe": Recipe(steps=3000),
-        "tuning": Tuning((0.02, 0.04, 0.08), TUNING_BANKS),
+        "tuning": Tuning((0.02, 0.04, 0.08, 0.16), TUNING_BANKS),
         "budget": "a night of two cores",
     },
     "full": {
@@ -73,7 +73,7 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         "seeds": tuple(range(10)),
         "recipe": Recipe(steps=6000),
-        "tuning": Tuning((0.02, 0.04, 0.08), TUNING_BANKS),
+        "tuning": Tuning((0.02, 0.04, 0.08, 0.16), TUNING_BANKS),
         "budget": "not measured; for one GPU",
     },
 }  # fmt: skip

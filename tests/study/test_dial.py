@@ -23,7 +23,7 @@ from xception_jax.study.design import load_study, run_study_file
 from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
-from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells
+from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells, tuning_cells
 from xception_jax.study.dial.execute import chosen_rates, run_dial
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import (
@@ -36,7 +36,16 @@ from xception_jax.study.dial.network import (
     maximum,
     solve,
 )
-from xception_jax.study.dial.records import CELLS, NETWORKS, add_record, done, read_dial, read_records, state
+from xception_jax.study.dial.records import (
+    CELLS,
+    NETWORKS,
+    add_record,
+    cell_record,
+    done,
+    read_dial,
+    read_records,
+    state,
+)
 from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
@@ -352,6 +361,26 @@ def test_a_study_with_cells_takes_further_seeds_and_no_other_design(tmp_path):
     add_record(tmp_path, CELLS, read_records(tmp_path, CELLS)[3] | {"accuracy": 0.5})  # replaced, not added
     rows = read_records(tmp_path, CELLS)
     assert (len(rows), rows[-1]["accuracy"]) == (len(cells), "0.5")
+
+
+def test_rates_may_be_added_until_a_cell_counts(tmp_path):
+    def with_rates(*rates: float) -> DialStudy:
+        return dataclasses.replace(study, tuning=dataclasses.replace(study.tuning, rates=rates))
+
+    study = get_study()
+    values = dict.fromkeys(("accuracy", "train_accuracy", "loss", "pulled_within", "pulled_across"), 0.5)
+    values |= {"curve": (0.5,), "seconds": 1.0, "cpu_seconds": 2.0}
+    state(tmp_path, with_rates(0.02, 0.04))
+    add_record(tmp_path, CELLS, cell_record(study, tuning_cells(study)[0], values))
+    state(tmp_path, with_rates(0.02, 0.04, 0.08))
+    assert read_dial(tmp_path)[0] == with_rates(0.02, 0.04, 0.08)
+    assert [entry["change"] for entry in read_dial(tmp_path)[1]] == ["stated", "added rates [0.08]"]
+    with pytest.raises(ConfigError, match="the study has changed"):
+        state(tmp_path, with_rates(0.04, 0.08))
+    add_record(tmp_path, CELLS, cell_record(study, counted_cells(study, {"regular": 0.04})[0], values))
+    state(tmp_path, with_rates(0.02, 0.04, 0.08))
+    with pytest.raises(ConfigError, match="the study has changed"):
+        state(tmp_path, with_rates(0.02, 0.04, 0.08, 0.16))
 
 
 def test_the_best_rate_is_chosen_and_a_diverged_one_is_not():

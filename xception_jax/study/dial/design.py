@@ -107,7 +107,7 @@ class DialStudy:
 
 
 ADDABLE = ("seeds", "budget")
-"""Fields that may change after the first cells: seeds may be added."""
+"""Fields that may change after the first cells that count: seeds may be added."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,36 +90,46 @@ def state(root: Path, study: DialStudy) -> None:
     """Stores the design of a study, before its first cell.
 
     Raises:
-      ConfigError: there are cells of another design. Only seeds may be added to a study that has cells.
+      ConfigError: there are cells of another design. Seeds may be added, and rates as long as no cell counts.
     """
-    history: list[Mapping[str, Any]] = []
-    if (root / STUDY).exists() and read_records(root, CELLS):
-        before, stated = read_dial(root)
-        history = list(stated)
-        changed = [
-            name for name, value in study.design().items() if name not in ADDABLE and value != before.design()[name]
-        ]
-        removed = set(before.seeds) - set(study.seeds)
-        if changed or removed:
-            details = [*changed, *(f"seed {seed} was removed" for seed in sorted(removed))]
-            raise ConfigError(
-                "the study has changed since its first cells",
-                str(root / STUDY),
-                "undo the changes or choose another study directory; only seeds may be added",
-                details,
-            )
-        if study.seeds == before.seeds:
+    history: tuple[Mapping[str, Any], ...] = ()
+    change, records = "stated", read_records(root, CELLS)
+    counted = sum(row["stage"] == COUNTED for row in records)
+    if records and (root / STUDY).exists():
+        before, history = read_dial(root)
+        change = ", ".join(_additions(before, study, not counted, root))
+        if not change:
             return
-    change = f"added seeds {sorted(set(study.seeds) - set(before.seeds))}" if history else "stated"
     entry = {
         "time": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "change": change,
-        "cells_done": sum(row["stage"] == COUNTED for row in read_records(root, CELLS)),
+        "cells_done": counted,
         "design": study.design_hash(),
     }
     data = {"kind": _KIND, "study": study.design(), "history": [*history, entry]}
     with writing("study", root / STUDY):
         write_atomically(root / STUDY, json.dumps(data, indent=1) + "\n")
+
+
+def _additions(before: DialStudy, after: DialStudy, rates_too: bool, root: Path) -> list[str]:
+    """Returns what was added to a study. Raises ConfigError if anything else has changed."""
+    if rates_too and set(before.tuning.rates) <= set(after.tuning.rates):
+        tuning = dataclasses.replace(before.tuning, rates=after.tuning.rates)
+    else:
+        tuning = before.tuning
+    then, now = dataclasses.replace(before, tuning=tuning).design(), after.design()
+    removed = sorted(set(before.seeds) - set(after.seeds))
+    details = [name for name in now if name not in ADDABLE and now[name] != then[name]]
+    details += [f"seed {seed} was removed" for seed in removed]
+    if details:
+        raise ConfigError(
+            "the study has changed since its first cells",
+            str(root / STUDY),
+            "undo the changes or choose another study directory; seeds may be added, and rates until a cell counts",
+            details,
+        )
+    pairs = {"seeds": (before.seeds, after.seeds), "rates": (before.tuning.rates, after.tuning.rates)}
+    return [f"added {what} {sorted(set(b) - set(a))}" for what, (a, b) in pairs.items() if set(b) - set(a)]
 
 
 def read_records(root: Path, name: str) -> list[Record]:
