@@ -24,7 +24,7 @@ from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
 from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells, tuning_cells
-from xception_jax.study.dial.execute import chosen_rates, run_dial
+from xception_jax.study.dial.execute import chosen_rates, run_dial, tried_rates
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import (
     CONTROLS,
@@ -290,7 +290,7 @@ def test_the_report_says_what_is_equal_and_what_came_out(tmp_path, monkeypatch, 
     text = (root / "report.md").read_text()
     assert "equal multiply-adds, but not equal live parameters (depthwise_first +17%" in text
     assert "**H5: supported**" in text
-    for name in ("across", "within", "segments", "price"):
+    for name in ("crossing", "segments", "price"):
         assert (root / "figures" / f"{name}.svg").read_text().startswith("<svg")
 
 
@@ -389,6 +389,7 @@ def test_the_best_rate_is_chosen_and_a_diverged_one_is_not():
         for rate, accuracy in (("0.001", "0.5"), ("0.01", "0.5"), ("0.1", "nan"))
     ]
     study = dataclasses.replace(TINY, tuning=Tuning((0.1, 0.01, 0.001), TINY.tuning.banks))
+    assert tried_rates(study, rows) == {"regular": {0.001: 0.5, 0.01: 0.5, 0.1: 0.0}}
     assert chosen_rates(study, rows) == {"regular": 0.001}
 
 

@@ -21,14 +21,13 @@ from jaxtyping import Float
 
 from xception_jax.study.dial.results import DialResults
 from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
+from xception_jax.study.tested_claims import Seeds
 
 REGULAR, DEPTHWISE, POINTWISE = "regular", "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
 DEPTHWISE_ENDS, POINTWISE_ENDS = "depthwise_first_ends", "pointwise_first_ends"
 SEGMENTS = {"segments_1": 1, "segments_2": 2, "segments_4": 4, DEPTHWISE: 12}
 """Arms with the spatial convolution first, by the segments of the image's 12 channels."""
-
-Seeds = Float[np.ndarray, " seeds"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,25 +149,24 @@ def _bank_values(study: DialStudy, spec: BankSpec, seed: int) -> dict[str, Any]:
     return values | {"bayes_error": bayes.error, "from_means": from_means, "from_sums": from_sums, **dial}
 
 
-def chosen_rates(study: DialStudy, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Returns the rate of each arm with the highest mean accuracy over the banks of the tuning.
-
-    Of equally good rates the smallest is chosen. A network that diverged counts as guessing.
-    """
-    chosen = {}
-    for name in (row.arm.name for row in study.rows):
-        means = {}
+def tried_rates(study: DialStudy, rows: Sequence[Mapping[str, str]]) -> dict[str, dict[float, float]]:
+    """Returns the mean accuracy over the banks of the tuning, by arm and rate. A network that diverged counts as 0."""
+    tried: dict[str, dict[float, float]] = {}
+    for arm in (row.arm.name for row in study.rows):
         for rate in sorted(study.tuning.rates):
             found = [
                 np.nan_to_num(float(row["accuracy"]))
                 for row in rows
-                if (row["stage"], row["arm"], row["rate"]) == (TUNING, name, f"{rate:g}")
+                if (row["stage"], row["arm"], row["rate"]) == (TUNING, arm, f"{rate:g}")
             ]
             if found:
-                means[rate] = float(np.mean(found))
-        if means:
-            chosen[name] = max(means, key=lambda rate: (means[rate], -rate))
-    return chosen
+                tried.setdefault(arm, {})[rate] = float(np.mean(found))
+    return tried
+
+
+def chosen_rates(study: DialStudy, rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Returns the rate of each arm with the highest mean accuracy; of equally good ones the smallest."""
+    return {arm: max(means, key=lambda rate: (means[rate], -rate)) for arm, means in tried_rates(study, rows).items()}
 
 
 def list_dial(study: DialStudy) -> str:

@@ -19,14 +19,17 @@ from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, le
 from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, REGULAR, SEGMENTS, Part, Tested, evaluate_claims
 from xception_jax.study.dial.design import COUNTED, DialStudy
-from xception_jax.study.dial.execute import chosen_rates
+from xception_jax.study.dial.execute import chosen_rates, tried_rates
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.statistics import estimate
+from xception_jax.study.tested_claims import Seeds
 from xception_jax.user_files import writing
 
+BASE = (REGULAR, DEPTHWISE, POINTWISE)
+_ACROSS = "dial across filters: 1 - share of the best rank-one part"
 _DIFFERENT = 0.10  # relative difference of a cost that the headline must mention
 
 
@@ -90,6 +93,7 @@ def write_dial_report(root: Path) -> DialReport:
         "banks": list(dict.fromkeys(bank.name for row in study.rows for bank in row.banks)),
         "rates": rates,
         "edges": edges(study, rates),
+        "tried": tried_rates(study, results.cells),
         "costs": costs,
         "mean": _mean,
         "shown": _shown,
@@ -158,13 +162,13 @@ def _shown(part: Part, value: float) -> str:
 def _figures(results: DialResults) -> dict[str, tuple[str, str]]:
     """Returns (title, SVG) of each figure for which there are cells, by file name."""
     found = {}
-    for family in ("across", "within"):
-        arms = [arm for arm in (REGULAR, DEPTHWISE, POINTWISE) if len(results.dial_of(family, arm)) > 1]
-        if arms:
-            found[family] = (f"Accuracy along the dial {family} filters", _along(results, family, arms))
+    families = [family for family in ("within", "across") if len(results.dial_of(family, *BASE)) > 1]
+    if len(families) == 2:
+        title = "Accuracy from the separable end within filters, over free banks, to the separable end across filters"
+        found["crossing"] = (title, _crossing(results))
     arms = [arm for arm in SEGMENTS if len(results.dial_of("across", arm)) > 1]
     if len(arms) > 1:
-        found["segments"] = ("Accuracy by segments, along the dial across filters", _along(results, "across", arms))
+        found["segments"] = ("Accuracy by segments, along the dial across filters", _segments(results, arms))
     pairs = [(f"{DEPTHWISE}{suffix}", f"{REGULAR}{suffix}") for suffix in ("", "_4", "_8")]
     pairs = [pair for pair in pairs if len(results.dial_of("across", *pair)) > 1]
     if pairs:
@@ -176,23 +180,48 @@ def _points(results: DialResults, family: str, banks: Sequence[BankSpec]) -> lis
     return [float(np.nanmean(results.of_banks(family, bank.name))) for bank in banks]
 
 
-def _along(results: DialResults, family: str, arms: Sequence[str]) -> str:
+def _line(axes: Axes, x: Sequence[float], y: Sequence[Seeds], label: str, number: int) -> None:
+    """Draws means over seeds with their intervals."""
+    estimates = [estimate(values) for values in y]
+    half = [e.mean - e.low if math.isfinite(e.low) else 0.0 for e in estimates]
+    style: dict[str, Any] = {"color": COLORS[number], "marker": "os^D"[number % 4], "markersize": 4.5, "capsize": 2.5}
+    axes.errorbar(x, [e.mean for e in estimates], half, label=legend_label(label), **style)
+
+
+def _crossing(results: DialResults) -> str:
+    """Draws the base arms over both dials: within filters to the left of the free bank, across them to the right."""
+    within, across = (results.dial_of(family, *BASE) for family in ("within", "across"))
+    left, right = np.array(_points(results, "within", within)), np.array(_points(results, "across", across))
+    free = left[-1], right[-1]
+    x = [*(left - free[0]), *(free[1] - right[-2::-1])]
+    banks = [bank.name for bank in (*within, *across[-2::-1])]
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=ZERO, linewidth=1)
+        bayes = [results.of_banks("bayes_accuracy", bank).mean() for bank in banks]
+        axes.plot(x, bayes, color=QUIET, linewidth=1, linestyle=(0, (4, 2)), label="best possible")
+        for number, arm in enumerate(BASE):
+            _line(axes, x, [results.accuracy(arm, bank) for bank in banks], arm.replace("_", " "), number)
+        dials = np.arange(0, min(free) - 0.02, 0.2)
+        axes.set_xticks([*(dials - free[0]), *(free[1] - dials)], [f"{dial:.1f}" for dial in (*dials, *dials)])
+        places = (("separable within filters", "left", -free[0]), ("free", "center", 0))
+        for text, align, place in (*places, ("separable across filters", "right", free[1])):
+            axes.text(place, 1.02, text, ha=align, transform=axes.get_xaxis_transform())
+        axes.set_xlabel("dial: 1 - share of the best rank-one part of each filter (left), channel (right)", color=QUIET)
+        axes.set_ylabel("test accuracy", color=QUIET)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend()
+
+    return draw_svg(560, 320, (0.1, 0.15, 0.88, 0.77), draw)
+
+
+def _segments(results: DialResults, arms: Sequence[str]) -> str:
     def draw(axes: Axes) -> None:
         for number, arm in enumerate(arms):
-            banks = results.dial_of(family, arm)
-            estimates = [estimate(results.accuracy(arm, bank.name)) for bank in banks]
-            half = [e.mean - e.low if math.isfinite(e.low) else 0.0 for e in estimates]
-            axes.errorbar(
-                _points(results, family, banks),
-                [e.mean for e in estimates],
-                half,
-                label=legend_label(arm),
-                color=COLORS[number],
-                marker="os^D"[number % 4],
-                markersize=4.5,
-                capsize=2.5,
-            )
-        axes.set_xlabel(f"dial {family} filters: 1 - share of the best rank-one part", color=QUIET)
+            banks = results.dial_of("across", arm)
+            accuracies = [results.accuracy(arm, bank.name) for bank in banks]
+            _line(axes, _points(results, "across", banks), accuracies, arm.replace("_", " "), number)
+        axes.set_xlabel(_ACROSS, color=QUIET)
         axes.set_ylabel("test accuracy", color=QUIET)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend()
@@ -209,20 +238,11 @@ def _price(results: DialResults, pairs: Sequence[tuple[str, str]]) -> str:
         for number, (arm, baseline) in enumerate(pairs):
             banks = results.dial_of("across", arm, baseline)
             effects = [
-                estimate(results.accuracy(arm, bank.name) - results.accuracy(baseline, bank.name)) for bank in banks
+                100 * (results.accuracy(arm, bank.name) - results.accuracy(baseline, bank.name)) for bank in banks
             ]
-            half = [100 * (e.mean - e.low) if math.isfinite(e.low) else 0.0 for e in effects]
-            axes.errorbar(
-                _points(results, "across", banks),
-                [100 * e.mean for e in effects],
-                half,
-                label=f"{results.study.arm(arm).depth} blocks",
-                color=COLORS[number],
-                marker="os^"[number % 3],
-                markersize=4.5,
-                capsize=2.5,
-            )
-        axes.set_xlabel("dial across filters: 1 - share of the best rank-one part", color=QUIET)
+            blocks = f"{results.study.arm(arm).depth} blocks"
+            _line(axes, _points(results, "across", banks), effects, blocks, number)
+        axes.set_xlabel(_ACROSS, color=QUIET)
         axes.set_ylabel("depthwise first - regular, points", color=QUIET)
         axes.legend()
 
