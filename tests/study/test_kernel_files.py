@@ -41,6 +41,30 @@ def test_a_file_of_pytorch(tmp_path):
     assert left_out["grouped"] == ("layer2.0.conv2.weight",)
 
 
+@pytest.mark.parametrize(
+    ("channels_and_filters", "grouped"),
+    [
+        # as AlexNet, whose halves of the channels are on two GPUs
+        ({"conv1": (3, 12), "conv2": (6, 32), "conv3": (32, 48), "conv4": (24, 48)}, ["conv2", "conv4"]),
+        # halves the map in layers whose names come last
+        ({"conv16_1": (16, 16), "conv32_1": (32, 32), "conv32_down": (16, 32)}, []),
+        # splits its channels in two, and convolves one of them
+        ({"conv1": (3, 16), "conv2": (16, 32), "half1": (16, 16), "half2": (16, 16)}, []),
+        # a second half that no kernel produces, but the kernel itself
+        ({"conv1": (3, 32), "conv2": (16, 16)}, ["conv2"]),
+    ],
+)
+def test_a_kernel_that_reads_a_part_of_the_channels_is_grouped(channels_and_filters, grouped, tmp_path):
+    rng = np.random.default_rng(0)
+    kernels = {
+        f"{name}.weight": rng.normal(size=(filters, channels, 3, 3)).astype(np.float32)
+        for name, (channels, filters) in channels_and_filters.items()
+    }
+    save_file(kernels, tmp_path / "net.safetensors")
+    (left_out,) = analyse(tmp_path / "net.safetensors").left_out.values()
+    assert left_out.get("grouped", ()) == tuple(f"{name}.weight" for name in grouped)
+
+
 @pytest.mark.parametrize("write", [torch_file, flax_file])
 @pytest.mark.parametrize("make", [within, across])
 def test_separable_kernels_are_found_exactly(tmp_path, write, make):

@@ -156,6 +156,7 @@ def _sorted_out(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], axes: Sequence[int]
 ) -> Iterator[tuple[str, str]]:
     """Yields (name, why the kernel is left out, or '' for a regular one), in natural order of the names."""
+    produced = Counter(shape[axes[3]] for shape in shapes.values())
     before = 0  # channels that the kernel before this one produces
     for name in sorted(shapes, key=natural):
         shape = shapes[name]
@@ -169,7 +170,7 @@ def _sorted_out(
             reason = ONE_BY_ONE
         elif _is_depthwise(name, channels, filters):
             reason = DEPTHWISE
-        elif _is_grouped(channels, filters, before):
+        elif _is_grouped(channels, filters, before, produced[channels] > (filters == channels)):
             reason = GROUPED
         else:
             reason = LARGE if tensors[name].size > _MOST_ELEMENTS else ""
@@ -182,12 +183,20 @@ def _is_depthwise(name: str, channels: int, filters: int) -> bool:
     return channels == 1 or filters == 1 or re.search(r"depthwise|separable", name, re.IGNORECASE) is not None
 
 
-def _is_grouped(channels: int, filters: int, before: int) -> bool:
+def _is_grouped(channels: int, filters: int, before: int, others_match: bool) -> bool:
     """Returns whether a kernel reads a part of the channels that the kernel before it produces.
 
     A file does not say how convolutions are connected, so this is a guess. It is right for networks whose layers follow
-    each other in the order of their names, such as ResNeXt and RegNet.
+    each other in the order of their names, such as ResNeXt and RegNet. Other networks halve their maps in layers whose
+    names come late, or split their channels in two: a kernel that reads half is regular if others match.
+
+    Args:
+      channels: how many the kernel reads.
+      filters: how many it produces.
+      before: how many the kernel before it produces.
+      others_match: whether another kernel produces as many as it reads.
     """
-    return (
-        channels != _IMAGE_CHANNELS and before > channels and before % channels == 0 == filters % (before // channels)
-    )
+    if channels == _IMAGE_CHANNELS or before <= channels or before % channels:
+        return False
+    groups = before // channels
+    return filters % groups == 0 and not (groups == 2 and others_match)
