@@ -11,6 +11,7 @@ Sizes: smoke (seconds, interprets nothing), cpu (default: a night of two cores),
 (default), live_parameters: studies/dial:cpu,live_parameters. Design, gates and claims: docs/studies/dial.md.
 """
 
+import dataclasses
 from typing import Any
 
 from xception_jax.errors import ConfigError
@@ -37,6 +38,10 @@ BASE = (
 SEGMENTS = tuple(DialArm(f"segments_{n}", "depthwise_first", segments=n) for n in (1, 2, 4))
 POINTWISE_SEGMENTS = tuple(DialArm(f"pointwise_segments_{n}", "pointwise_first", segments=n) for n in (1, 2, 4))
 BOTH_ENDS = tuple(DialArm(f"{form}_ends", form, ends=True) for form in ("depthwise_first", "pointwise_first"))
+# Controls: two blocks at the cost of eight, twice the steps, and about as many spatial filters as pointwise first has.
+WIDE = tuple(dataclasses.replace(arm, name=f"{arm.name}_wide", cost_depth=8) for arm in BASE[:2])
+LONG = tuple(dataclasses.replace(arm, name=f"{arm.name}_long", longer=2) for arm in BASE[:2])
+MULTIPLIER = (DialArm("depthwise_first_multiplier_6", "depthwise_first", multiplier=6),)
 
 
 def deep(depth: int) -> tuple[DialArm, ...]:
@@ -60,7 +65,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "budget": "under two minutes of two cores; shows that the study runs",
     },
     "cpu": {
-        "rows": rows((BASE, ALL), (SEGMENTS, ACROSS), (BOTH_ENDS, ENDS), (deep(8)[:2], THREE)),
+        "rows": rows(
+            (BASE, ALL), (SEGMENTS, ACROSS), (BOTH_ENDS, ENDS), (deep(8)[:2], THREE),
+            (WIDE, THREE), (LONG, THREE), (MULTIPLIER, ENDS),
+        ),
         "seeds": (0, 1, 2, 3, 4),
         "recipe": Recipe(steps=3000),
         "tuning": Tuning((0.02, 0.04, 0.08, 0.16), TUNING_BANKS),
@@ -69,7 +77,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "rows": rows(
             (BASE, ALL + RANKS), (SEGMENTS, ALL), (POINTWISE_SEGMENTS, ALL), (BOTH_ENDS, ALL),
-            (deep(4), ALL), (deep(8), ALL),
+            (deep(4), ALL), (deep(8), ALL), (WIDE, ALL), (LONG, ALL), (MULTIPLIER, ALL),
         ),
         "seeds": tuple(range(10)),
         "recipe": Recipe(steps=6000),

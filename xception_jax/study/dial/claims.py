@@ -12,6 +12,7 @@ claims, is below 0.05; it is contradicted if a part fails; otherwise it is undec
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from xception_jax.study.tested_claims import Seeds
 
 REGULAR, DEPTHWISE, POINTWISE = "regular", "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
+REGULAR_WIDE, DEPTHWISE_WIDE = "regular_wide", "depthwise_first_wide"
 DEPTHWISE_ENDS, POINTWISE_ENDS = "depthwise_first_ends", "pointwise_first_ends"
 SEGMENTS = {"segments_1": 1, "segments_2": 2, "segments_4": 4, DEPTHWISE: 12}
 """Arms with the spatial convolution first, by the segments of the image's 12 channels."""
@@ -129,11 +131,12 @@ def _segments(results: DialResults) -> Iterator[Part]:
 
 
 def _depth(results: DialResults) -> Iterator[Part]:
-    names = (DEPTHWISE, REGULAR, DEPTHWISE_8, REGULAR_8)
-    common = tuple(bank.name for bank in results.dial_of("across", *names))
-    two, eight = (_slopes(results, *pair, common) for pair in (names[:2], names[2:]))
+    pairs = ((DEPTHWISE, REGULAR), (DEPTHWISE_8, REGULAR_8), (DEPTHWISE_WIDE, REGULAR_WIDE))
+    common = tuple(bank.name for bank in results.dial_of("across", *itertools.chain(*pairs)))
+    two, eight, wide = (_slopes(results, *pair, common) for pair in pairs)
     yield Part("slope of depthwise first - regular at two blocks", two, "below", 0.0)
     yield Part("slope at eight blocks - half of the slope at two", eight - two / 2, "above", 0.0)
+    yield Part("slope at eight blocks - slope at two blocks that cost as much", eight - wide, "above", 0.0)
 
 
 def _ends(results: DialResults) -> Iterator[Part]:
@@ -177,8 +180,9 @@ CLAIMS = {
         _segments,
     ),
     "H4": Claim(
-        "At eight blocks, the slope of H2 is less than half of that at two blocks, which is below zero.",
-        (DEPTHWISE, REGULAR, DEPTHWISE_8, REGULAR_8),
+        "At eight blocks, the slope of H2 is less than half of that at two blocks, which is below zero; and it is less "
+        "steep than at two blocks that cost as much as the eight.",
+        (DEPTHWISE, REGULAR, DEPTHWISE_8, REGULAR_8, DEPTHWISE_WIDE, REGULAR_WIDE),
         _depth,
     ),
     "H5": Claim(

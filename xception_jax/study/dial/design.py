@@ -86,11 +86,19 @@ class DialStudy:
         """Returns the widths and the cost of each arm, by name."""
         found = {}
         for row in self.rows:
-            arm = row.arm
-            reference = count(DialArm(REGULAR, REGULAR, arm.depth), (self.reference_width,) * arm.depth)
-            is_reference = arm.form == REGULAR and not arm.ends
-            found[arm.name] = reference if is_reference else solve(arm, self.control, getattr(reference, self.control))
+            reference = self.reference(row.arm)
+            target = getattr(reference, self.control)
+            found[row.arm.name] = reference if is_reference(row.arm) else solve(row.arm, self.control, target)
         return found
+
+    def reference(self, arm: DialArm) -> DialCost:
+        """Returns the cost that an arm has to have: that of the regular arm of its depth, or of its `cost_depth`."""
+        depth = arm.cost_depth or arm.depth
+        return count(DialArm(REGULAR, REGULAR, depth), (self.reference_width,) * depth)
+
+    def steps(self, arm: DialArm) -> int:
+        """Returns for how many steps an arm is trained."""
+        return self.recipe.steps * arm.longer
 
     def arm(self, name: str) -> DialArm:
         """Returns the arm with this name."""
@@ -104,6 +112,11 @@ class DialStudy:
         """Returns the first 16 hexadecimal digits of the SHA-256 of the design without seeds and budget."""
         kept = {name: value for name, value in self.design().items() if name not in ADDABLE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_reference(arm: DialArm) -> bool:
+    """Returns whether the width of an arm is that of the study, and not solved."""
+    return arm.form == REGULAR and not arm.ends and arm.cost_depth in (0, arm.depth)
 
 
 ADDABLE = ("seeds", "budget")
@@ -196,8 +209,8 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         yield f"cells have {study.recipe.steps} steps", f"set at least {CURVE}"
     if study.tuning.seed in study.seeds:
         yield "the tuning shares a seed with the study", "give it its own seed"
-    for depth in {row.arm.depth for row in study.rows}:
-        if not any(row.arm.form == REGULAR and row.arm.depth == depth for row in study.rows):
+    for depth in {row.arm.cost_depth or row.arm.depth for row in study.rows}:
+        if not any(is_reference(row.arm) and row.arm.depth == depth for row in study.rows):
             yield f"there is no regular arm of depth {depth}, on which a gate relies", "add one"
     for row in study.rows:
         if not _NAME.fullmatch(row.arm.name):
@@ -205,6 +218,8 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         if not 1 <= row.arm.depth <= _DEEPEST or row.arm.segments not in (DEPTHWISE, *_SEGMENTS):
             fix = f"set 1 to {_DEEPEST} blocks, and segments that divide {CHANNELS} channels"
             yield f"{row.arm.name} has {row.arm.depth} blocks with {row.arm.segments} segments", fix
+        if row.arm.multiplier < 1 or row.arm.longer < 1:
+            yield f"{row.arm.name} has a multiplier or a factor of its steps below 1", "set whole numbers of at least 1"
         if row.arm.form not in FORMS:
             yield f"the form of {row.arm.name} is {row.arm.form!r}", f"set it to one of {', '.join(FORMS)}"
         if not row.banks:

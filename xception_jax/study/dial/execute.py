@@ -119,15 +119,16 @@ def _run_cells(
 def _training(study: DialStudy, cell: DialCell, cost: DialCost, strength: float) -> Callable[[], tuple[Outcome, Any]]:
     """Returns the function that trains a cell."""
     assert cell.rate is not None
+    arm = study.arm(cell.arm)
     return functools.partial(
         train,
-        study.arm(cell.arm),
+        arm,
         cost.widths,
         make_bank(cell.bank, cell.seed),
         strength,
         rate=cell.rate,
         seed=cell.seed,
-        recipe=study.recipe,
+        recipe=dataclasses.replace(study.recipe, steps=study.steps(arm)),
         test_part=task.TUNE if cell.stage == TUNING else task.TEST,
     )
 
@@ -177,17 +178,16 @@ def list_dial(study: DialStudy) -> str:
         f"{study.name}: {study.question}",
         f"  {len(tuned)} cells choose the rates {study.tuning.rates}, then {len(counted)} count: "
         f"{len(study.seeds)} seeds {list(study.seeds)}",
-        f"  {study.recipe.steps:,} steps of {study.recipe.batch_size} images; equal {study.control.replace('_', '-')} "
-        f"at each depth; margin {study.margin:.1%}; budget: {study.budget or 'not stated'}",
-        f"{'arm':{width}} {'depth':>5} {'segments':>8} {'widths':>9} {'weights':>8} {'live':>8} {'off':>6} "
+        f"  steps of {study.recipe.batch_size} images; equal {study.control.replace('_', '-')} "
+        f"for arms of one reference; margin {study.margin:.1%}; budget: {study.budget or 'not stated'}",
+        f"{'arm':{width}} {'steps':>6} {'depth':>5} {'segments':>8} {'widths':>9} {'weights':>8} {'live':>8} {'off':>6} "
         f"{'mult-adds':>9} {'off':>6}  banks",
     ]
-    references = {row.arm.depth: costs[row.arm.name] for row in reversed(study.rows) if row.arm.form == "regular"}
     for row in study.rows:
-        cost, reference = costs[row.arm.name], references[row.arm.depth]
+        cost, reference = costs[row.arm.name], study.reference(row.arm)
         segments = "1" if row.arm.form == "regular" else str(row.arm.segments or "all")
         lines.append(
-            f"{row.arm.name:{width}} {row.arm.depth:>5} {segments:>8} "
+            f"{row.arm.name:{width}} {study.steps(row.arm):>6,} {row.arm.depth:>5} {segments:>8} "
             f"{f'{cost.widths[0]}..{cost.widths[-1]}':>9} {cost.weights:>8,} {cost.live_parameters:>8,} "
             f"{cost.live_parameters / reference.live_parameters - 1:+6.1%} {format_count(cost.multiply_adds):>9} "
             f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%}  {' '.join(b.name for b in row.banks)}"

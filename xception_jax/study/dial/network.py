@@ -43,14 +43,20 @@ class DialArm:
       form: 'regular', 'depthwise_first' (spatial, then pointwise, whatever the segments) or 'pointwise_first'.
       depth: number of blocks.
       segments: of the channels in the spatial convolutions; `DEPTHWISE` for one per channel.
-      ends: whether a pointwise layer is added where the stack does not begin or end with one.
+      multiplier: filters for each channel in depthwise convolutions.
+      ends: whether a pointwise convolution is added to the first or the last block, where the stack has none.
+      cost_depth: depth of the regular arm that costs as much; 0 for that of its own depth.
+      longer: factor of the steps.
     """
 
     name: str
     form: str
     depth: int = 2
     segments: int = DEPTHWISE
+    multiplier: int = 1
     ends: bool = False
+    cost_depth: int = 0
+    longer: int = 1
 
 
 class TorusConv(nn.Module):
@@ -83,14 +89,11 @@ class DialNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b 12 12 c"], train: bool) -> Float[Array, "b k"]:
-        before, blocks, after = _layers(self.arm, self.widths)
-        for number, (_, features, _) in enumerate(before):
-            x = TorusConv(features, 1, name=f"before{number}")(x)
-        for number, block in enumerate([*blocks, *([after] if after else [])], 1):
+        for number, block in enumerate(_blocks(self.arm, self.widths), 1):
             block_input = x
-            for kind, features, segments in block:
-                side = SIDE if kind == SPATIAL else 1
-                x = TorusConv(features, side, segments, name=f"block{number}_{kind}")(x)
+            for name, features, segments in block:
+                side = SIDE if name == SPATIAL else 1
+                x = TorusConv(features, side, segments, name=f"block{number}_{name}")(x)
             in_middle = 1 < number < self.arm.depth
             scale_init = nn.initializers.zeros if in_middle else nn.initializers.ones
             x = BatchNorm(scale_init=scale_init, name=f"block{number}_bn")(x, train)
@@ -122,25 +125,28 @@ def _maximum_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[
 maximum.defvjp(_maximum_forward, _maximum_backward)
 
 
-_Layer = tuple[str, int, int]  # kind, output channels, segments
+_Layer = tuple[str, int, int]  # name in its block, output channels, segments
 
 
-def _layers(arm: DialArm, widths: tuple[int, ...]) -> tuple[list[_Layer], list[list[_Layer]], list[_Layer]]:
-    """Returns (linear layers in front, layers of each block, layers of a last block)."""
+def _blocks(arm: DialArm, widths: tuple[int, ...]) -> list[list[_Layer]]:
+    """Returns the convolutions of each block. Nothing stands between those of a block."""
     form = FORMS[arm.form]
-    before: list[_Layer] = [(POINTWISE, widths[0], 1)] if arm.ends and form[0] != POINTWISE else []
-    channels = before[0][1] if before else CHANNELS
-    blocks = []
+    blocks: list[list[_Layer]] = []
+    channels = CHANNELS
     for width in widths:
-        block = []
+        block: list[_Layer] = []
+        if arm.ends and not blocks and form[0] != POINTWISE:
+            block.append(("front", channels := width, 1))
         for kind in form:
-            is_last_word = kind == POINTWISE or len(form) == 1
-            channels, given = (width if is_last_word else channels), channels
-            segments = 1 if is_last_word else arm.segments or given
-            block.append((kind, channels, segments))
+            if kind == POINTWISE or len(form) == 1:
+                block.append((kind, channels := width, 1))
+            else:
+                segments = arm.segments or channels
+                block.append((kind, channels := channels * arm.multiplier, segments))
         blocks.append(block)
-    after: list[_Layer] = [(POINTWISE, channels, 1)] if arm.ends and form[-1] != POINTWISE else []
-    return before, blocks, after
+    if arm.ends and form[-1] != POINTWISE:
+        blocks[-1].append(("behind", widths[-1], 1))
+    return blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +168,12 @@ class DialCost:
 
 def count(arm: DialArm, widths: tuple[int, ...]) -> DialCost:
     """Counts the cost of an arm with these widths."""
-    before, blocks, after = _layers(arm, widths)
     weights, parameters, channels = 0, 0, CHANNELS
-    for layers, normalized in ((before, False), *((block, True) for block in blocks), (after, bool(after))):
-        for kind, features, segments in layers:
-            weights += (SIDE * SIDE if kind == SPATIAL else 1) * channels // segments * features
+    for block in _blocks(arm, widths):
+        for name, features, segments in block:
+            weights += (SIDE * SIDE if name == SPATIAL else 1) * channels // segments * features
             channels = features
-        parameters += 2 * channels * normalized  # scale and bias of BatchNorm
+        parameters += 2 * channels  # scale and bias of BatchNorm
     read = 2 * channels * CLASSES
     return DialCost(widths, weights, weights + parameters + read + CLASSES, weights * WIDTH * WIDTH + read)
 

@@ -32,7 +32,7 @@ STUDY, BANKS, CELLS, NETWORKS = "study.json", "banks.csv", "cells.csv", "network
 _KIND = "dial"
 
 CELL_COLUMNS = (
-    "stage", "arm", "bank", "seed", "rate", "form", "depth", "segments", "ends", "widths", "weights",
+    "stage", "arm", "bank", "seed", "rate", "form", "depth", "segments", "multiplier", "ends", "widths", "weights",
     "live_parameters", "multiply_adds", "steps", "accuracy", "train_accuracy", "loss", "curve", "pulled_within",
     "pulled_across", "seconds", "cpu_seconds", "design",
 )  # fmt: skip
@@ -218,6 +218,6 @@ def cell_record(study: DialStudy, cell: DialCell, values: Mapping[str, Any]) -> 
         "bank": cell.bank.name,
         "seed": cell.seed,
         "rate": cell.rate,
-        "steps": study.recipe.steps,
+        "steps": study.steps(arm),
         "design": study.design_hash(),
     }

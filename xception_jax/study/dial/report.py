@@ -29,6 +29,10 @@ from xception_jax.study.tested_claims import Seeds
 from xception_jax.user_files import writing
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
+_PAIRS = {
+    "": "two blocks", "_4": "four blocks", "_8": "eight blocks", "_wide": "two, as costly as eight",
+    "_long": "two, twice the steps",
+}  # fmt: skip
 _ACROSS = "dial across filters: 1 - share of the best rank-one part"
 _DIFFERENT = 0.10  # relative difference of a cost that the headline must mention
 
@@ -113,14 +117,13 @@ def write_dial_report(root: Path) -> DialReport:
 def headline(study: DialStudy, costs: Mapping[str, DialCost]) -> str:
     """Returns which cost is equal, and which arms differ by over a tenth in the other one."""
     other = {"multiply_adds": "live_parameters", "live_parameters": "multiply_adds"}[study.control]
-    references = {row.arm.depth: costs[row.arm.name] for row in study.rows if row.arm.form == REGULAR}
     off = {
-        row.arm.name: getattr(costs[row.arm.name], other) / getattr(references[row.arm.depth], other) - 1
+        row.arm.name: getattr(costs[row.arm.name], other) / getattr(study.reference(row.arm), other) - 1
         for row in study.rows
     }
     named = [f"{name} {value:+.0%}" for name, value in off.items() if abs(value) > _DIFFERENT]
     names = {"multiply_adds": "multiply-adds", "live_parameters": "live parameters"}
-    equal = f"At each depth, all arms have equal {names[study.control]}"
+    equal = f"Arms of one reference have equal {names[study.control]}"
     return f"{equal}, but not equal {names[other]} ({', '.join(named)})." if named else f"{equal}."
 
 
@@ -169,10 +172,13 @@ def _figures(results: DialResults) -> dict[str, tuple[str, str]]:
     arms = [arm for arm in SEGMENTS if len(results.dial_of("across", arm)) > 1]
     if len(arms) > 1:
         found["segments"] = ("Accuracy by segments, along the dial across filters", _segments(results, arms))
-    pairs = [(f"{DEPTHWISE}{suffix}", f"{REGULAR}{suffix}") for suffix in ("", "_4", "_8")]
-    pairs = [pair for pair in pairs if len(results.dial_of("across", *pair)) > 1]
+    pairs = {
+        label: (f"{DEPTHWISE}{suffix}", f"{REGULAR}{suffix}")
+        for suffix, label in _PAIRS.items()
+        if len(results.dial_of("across", f"{DEPTHWISE}{suffix}", f"{REGULAR}{suffix}")) > 1
+    }
     if pairs:
-        found["price"] = ("Depthwise first minus regular, by depth", _price(results, pairs))
+        found["price"] = ("Depthwise first minus regular, by depth, width and training", _price(results, pairs))
     return found
 
 
@@ -184,7 +190,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[Seeds], label: str, number
     """Draws means over seeds with their intervals."""
     estimates = [estimate(values) for values in y]
     half = [e.mean - e.low if math.isfinite(e.low) else 0.0 for e in estimates]
-    style: dict[str, Any] = {"color": COLORS[number], "marker": "os^D"[number % 4], "markersize": 4.5, "capsize": 2.5}
+    style: dict[str, Any] = {"color": COLORS[number], "marker": "os^Dv"[number % 5], "markersize": 4.5, "capsize": 2.5}
     axes.errorbar(x, [e.mean for e in estimates], half, label=legend_label(label), **style)
 
 
@@ -229,19 +235,18 @@ def _segments(results: DialResults, arms: Sequence[str]) -> str:
     return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)
 
 
-def _price(results: DialResults, pairs: Sequence[tuple[str, str]]) -> str:
+def _price(results: DialResults, pairs: Mapping[str, tuple[str, str]]) -> str:
     margin = 100 * results.study.margin
 
     def draw(axes: Axes) -> None:
         axes.axhspan(-margin, margin, color=MARGIN, zorder=0, linewidth=0)
         axes.axhline(0, color=ZERO, linewidth=1)
-        for number, (arm, baseline) in enumerate(pairs):
+        for number, (label, (arm, baseline)) in enumerate(pairs.items()):
             banks = results.dial_of("across", arm, baseline)
             effects = [
                 100 * (results.accuracy(arm, bank.name) - results.accuracy(baseline, bank.name)) for bank in banks
             ]
-            blocks = f"{results.study.arm(arm).depth} blocks"
-            _line(axes, _points(results, "across", banks), effects, blocks, number)
+            _line(axes, _points(results, "across", banks), effects, label, number)
         axes.set_xlabel(_ACROSS, color=QUIET)
         axes.set_ylabel("depthwise first - regular, points", color=QUIET)
         axes.legend()
