@@ -180,8 +180,8 @@ def list_dial(study: DialStudy) -> str:
         f"{len(study.seeds)} seeds {list(study.seeds)}",
         f"  steps of {study.recipe.batch_size} images; equal {study.control.replace('_', '-')} "
         f"for arms of one reference; margin {study.margin:.1%}; budget: {study.budget or 'not stated'}",
-        f"{'arm':{width}} {'steps':>6} {'depth':>5} {'segments':>8} {'widths':>9} {'weights':>8} {'live':>8} {'off':>6} "
-        f"{'mult-adds':>9} {'off':>6}  banks",
+        f"{'arm':{width}} {'steps':>6} {'depth':>5} {'segments':>8} {'widths':>9} {'weights':>8} {'live':>8} "
+        f"{'off':>6} {'mult-adds':>9} {'off':>6}  banks",
     ]
     for row in study.rows:
         cost, reference = costs[row.arm.name], study.reference(row.arm)
