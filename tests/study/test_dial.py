@@ -1,6 +1,7 @@
 """The task whose truth is known: banks, Bayes classifier, networks at equal cost, gates and claims."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import sys
@@ -34,7 +35,6 @@ from xception_jax.study.dial.network import (
     _maximum_backward,
     count,
     maximum,
-    solve,
 )
 from xception_jax.study.dial.records import (
     CELLS,
@@ -62,6 +62,10 @@ ARMS = [
     DialArm("depthwise_first_ends", "depthwise_first", ends=True),
     DialArm("pointwise_first_ends", "pointwise_first", ends=True),
     DialArm("depthwise_first_8", "depthwise_first", depth=8),
+    DialArm("depthwise_first_multiplier_6", "depthwise_first", multiplier=6),
+    DialArm("pointwise_first_multiplier_2", "pointwise_first", multiplier=2),
+    DialArm("depthwise_first_wide", "depthwise_first", cost_depth=8),
+    DialArm("regular_wide", "regular", cost_depth=8),
 ]
 
 
@@ -136,15 +140,32 @@ def test_bisection_hits_its_target_and_the_posterior_is_as_often_right():
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_costs_are_those_of_the_network_and_equal(arm):
-    reference = count(dataclasses.replace(REGULAR, depth=arm.depth), (24,) * arm.depth)
+    study = DialStudy("x", "", {}, (Row(arm, ()),), (0, 1), Recipe(8), Tuning((), ()))
+    depth = arm.cost_depth or arm.depth
+    reference = count(dataclasses.replace(REGULAR, depth=depth), (24,) * depth)
+    assert study.reference(arm) == reference
     for control in CONTROLS:
-        cost = solve(arm, control, getattr(reference, control))
+        cost = dataclasses.replace(study, control=control).costs()[arm.name]
         assert getattr(cost, control) == pytest.approx(getattr(reference, control), rel=0.015)
         network = DialNetwork(arm, cost.widths)
         shapes = jax.eval_shape(lambda n=network: n.init(jax.random.key(0), jnp.zeros((1, 12, 12, 12)), False))
         leaves = jax.tree.leaves(shapes["params"])
         assert sum(leaf.size for leaf in leaves) == cost.live_parameters
         assert sum(leaf.size for leaf in leaves if leaf.ndim == 4) == cost.weights
+
+
+def test_with_a_pointwise_layer_at_both_ends_the_orders_differ_in_the_place_of_the_non_linearity_only():
+    layers = {}
+    for form in ("depthwise_first", "pointwise_first"):
+        network = DialNetwork(DialArm(form, form, ends=True), (24, 24))
+        init = functools.partial(network.init, train=False)
+        params = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 12, 12, 12)))["params"]
+        layers[form] = {name: leaf["kernel"].shape for name, leaf in params.items() if "kernel" in leaf}
+        assert sum(name.endswith("_bn") for name in params) == 2
+    assert sorted(layers["depthwise_first"].values()) == sorted(layers["pointwise_first"].values())
+    both = {"classifier", *(f"block{number}_{kind}" for number in (1, 2) for kind in ("spatial", "pointwise"))}
+    assert set(layers["depthwise_first"]) == both | {"block1_front"}
+    assert set(layers["pointwise_first"]) == both | {"block2_behind"}
 
 
 @pytest.mark.parametrize("arm", [ARMS[4], ARMS[5]], ids=lambda arm: arm.name)
@@ -261,7 +282,7 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
     (root / CELLS).write_text("".join(lines[:-1]))
     report = write_dial_report(root)
     assert not report.passed
-    assert report.gates[0].detail.startswith("107 of 108")
+    assert report.gates[0].detail.startswith("137 of 138")
     assert report.claims == ()
     text = (root / "report.md").read_text()
     assert "interprets nothing" in text
