@@ -14,11 +14,11 @@ images and to training, and not to the task (Chowers and Weiss 2022, arXiv 2206.
 The stem is fixed, and no map is smaller than 7 x 7 pixels, so that every tap of a kernel meets pixels. Images of size
 cpu have three garments as channels, because grey ones would make kernels separable whatever is learned.
 
-Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet (without the two arms); controls: parameters
-(default), live_parameters, multiply_adds, live_multiply_adds, width. Design, gates and claims: docs/studies/kernels.md.
+Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet (without the two arms). Design, gates and
+claims: docs/studies/kernels.md.
 """
 
-from xception_jax.study.design import Arm, PlannedComparison, Search, Study
+from xception_jax.study.design import Arm, Search, Study
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.sizes import Size, fair_size
 
@@ -28,7 +28,8 @@ FEW_IMAGES = {
     "cpu": {"data.train_split": "train[:2000]", "duration": "80 epochs"},
     "cifar": {"data.train_split": "train[:10000]", "duration": "270 epochs"},
 }
-BY_HEART = {"model.segments": 1, "data.augmentation": "none"}
+BY_HEART = {"data.augmentation": "none"}
+WIDTHS = {"smoke": 0.037, "cpu": 0.054, "cifar": 0.174, "imagenet": 0.354}  # as many parameters as depthwise has
 BUDGETS = {"cpu": "about five processor minutes per cell, estimated from steps of the isometry study"}
 GATES = {"smoke": 0.9, "cpu": 0.8, "cifar": 0.9, "imagenet": None}
 
@@ -39,41 +40,33 @@ def _sized(size: str) -> Size:
         data = sized.config.data
         data.name, data.eval_crop = "fashion_mnist_stacks", 1.0
         data.train_split, data.eval_split, data.test_split = "train", "dev", "test"
-        sized.config.model.width_multiplier = 0.15
         sized.config.model.stem_width = 8
         sized.config.duration = "6 epochs"
+    sized.config.model.module = "regular"
+    sized.config.model.width_multiplier = WIDTHS[size]
     return sized
 
 
-def get_study(size: str = "cpu", control: str = "parameters") -> Study:
+def get_study(size: str = "cpu") -> Study:
     sized, few = _sized(size), FEW_IMAGES.get(size)
     labels: tuple[Arm, ...] = ()
     if few is not None:
         labels = (
             Arm(TRUE_LABELS, {**BY_HEART, **few}),
-            Arm(RANDOM_LABELS, {**BY_HEART, **few, "data.random_labels": 0}, tuned_as=TRUE_LABELS),
+            Arm(RANDOM_LABELS, {**BY_HEART, **few, "data.random_labels": 0}, tuned_as=(TRUE_LABELS,)),
         )
     return Study(
-        name=f"kernels-{size}-{control}",
-        question="Are the kernels of trained regular convolutions separable, and more so with a ReLU after them?",
+        name=f"kernels-{size}",
+        question="Are the kernels of trained regular convolutions separable?",
         hypothesis="In every layer the first component holds a larger share than in random kernels, and its excess is "
-        "larger in late layers than in early ones; with a ReLU in between a regular network is better (spectrum). "
-        "Claims K5 and K6 on true and random labels are in xception_jax/study/kernels/claims.py.",
+        "larger in late layers than in early ones. Claims K5 and K6 on true and random labels are in "
+        "xception_jax/study/kernels/claims.py.",
         config=sized.config,
-        arms=(
-            Arm("depthwise", {"model.segments": "depthwise"}),
-            Arm("regular_none", {"model.segments": 1}),
-            Arm("regular_relu", {"model.segments": 1, "model.intermediate_activation": "relu"}),
-            *labels,
-        ),
+        arms=(Arm("regular", {}), *labels),
         seeds=sized.seeds if size in ("smoke", "imagenet") else (0, 1, 2, 3, 4),
         margin=sized.margin,
-        reference="depthwise",
-        comparisons=(
-            PlannedComparison("regular_relu", "regular_none", "better"),
-            PlannedComparison("depthwise", "regular_none", "better"),
-        ),
-        control=control,
+        reference="regular",
+        control="width",
         search=None if size == "smoke" else Search(),
         gate=GATES[size],
         budget=BUDGETS.get(size, sized.budget),

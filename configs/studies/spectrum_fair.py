@@ -129,7 +129,7 @@ def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
             Interaction(
                 f"{line} - {baseline}",
                 tuple((f"{point}_{line}", f"{point}_{baseline}") for point in points),
-                "rises through zero",
+                "unknown",  # S3 to S5 state what is expected
             )
             for line, baseline in effects.items()
         ),

@@ -20,7 +20,7 @@ def test_a_study_file_states_everything_and_survives_storage(path, size):
     study = load_study(f"{path}:{size}")
     assert study.question.endswith("?")
     assert len(study.hypothesis) > 30
-    assert study.comparisons
+    assert study.comparisons or path.stem == "kernels"  # whose claims are about kernels, not accuracies
     assert len(study.seeds) >= 3
     stored = study_from_json(json.loads(json.dumps(study_to_json(study))))
     assert changes(stored, study) == changes(study, stored) == ([], [])
@@ -82,7 +82,7 @@ def test_what_else_changes_is_named(change, words):
 GOOD = """
 import dataclasses
 from tests.study.simulated import small_study
-from xception_jax.study.design import Arm, PlannedComparison
+from xception_jax.study.design import Arm, Interaction, PlannedComparison
 def get_study(size="cpu"):
     study = small_study()
     return CHANGED
@@ -96,6 +96,7 @@ def get_study(size="cpu"):
         ("dataclasses.replace(study, reference='x')", "no arm 'x'"),
         ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', 'nobody'),))", "no arm 'nobody'"),
         ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', '1_none', 'great'),))", "'great'"),
+        ("dataclasses.replace(study, interactions=(Interaction('x', (), 'wobbles'),))", "'wobbles'"),
         ("dataclasses.replace(study, seeds=(1, 1))", "seeds repeat"),
         ("dataclasses.replace(study, margin=0)", "the margin is 0"),
         ("dataclasses.replace(study, control='luck')", "'luck'"),

@@ -52,7 +52,7 @@ def write_cells(root, study, *, shrinks=0.5, shares=None, effects=EFFECTS):
     write_turns(root, good_shares(study) if shares is None else shares)
     for cell in stored.cells():
         data = cell.config.data
-        effect = effects[data.turn] * data.turn_angle * cell.arm.startswith("depthwise") - 0.05 * data.turn_angle
+        effect = effects[data.turn] * data.turn_angle * (not cell.arm.startswith("regular")) - 0.05 * data.turn_angle
         accuracy = 0.92 + effect * (shrinks if "deep" in cell.arm else 1.0) + rng.normal(0, 0.001)
         cell.prepare()
         log = MetricsLog(cell.directory / "metrics.jsonl")
@@ -70,21 +70,32 @@ def untuned(study):
 
 @pytest.fixture(scope="module")
 def written(study, tmp_path_factory):
-    """A finished study that its gates and both claims pass."""
+    """A finished study that its gates and all claims pass."""
     return write_cells(tmp_path_factory.mktemp("study"), untuned(study), shrinks=0.3)
 
 
 def test_arms_differ_in_module_turn_and_depth_only(study):
-    assert len(study.arms) == 18
+    assert len(study.arms) == 20
     base = study.arm_config(study.arm("depthwise_none"))
     for arm in study.arms:
         config = study.arm_config(arm)
         assert config.model.stem == "module"
-        same = {"model.module": "separable", "model.middle_blocks": 0, "data.turn": "kronecker", "data.turn_angle": 0.0}
-        assert override(config, same) == base
+        same = {"model.module": "separable", "model.order": "depthwise_first", "model.middle_blocks": 0}
+        assert override(config, same | {"data.turn": "kronecker", "data.turn_angle": 0.0}) == base
     free = study.arm_config(study.arm("regular_free_25")).data
     assert (free.turn, free.turn_angle) == ("free", 0.25)
     assert Turn.of(base.data) is None
+
+
+def test_arms_of_one_module_and_depth_have_one_rate(study):
+    groups = {}
+    for arm in study.arms:
+        module = arm.name.split("_")[0] + " deep" * ("deep" in arm.name)
+        groups.setdefault(module, set()).add(arm.tuned_as)
+    assert {module: len(tuned_as) for module, tuned_as in groups.items()} == dict.fromkeys(groups, 1)
+    assert len(groups) == 5
+    for ((kronecker, free),) in groups.values():  # both kinds of turns decide, by the same angle
+        assert kronecker.replace("kronecker", "free") == free != kronecker
 
 
 def test_all_arms_of_a_seed_share_a_direction(study, tmp_path):
@@ -112,7 +123,7 @@ def test_the_slope_is_that_of_least_squares_through_an_effect_of_zero(study):
 
 def test_the_report_shows_gates_and_supported_claims(written):
     results = write_study_report(written.root)
-    assert [tested.verdict for tested in results.claims] == ["supported"] * 2
+    assert [tested.verdict for tested in results.claims] == ["supported"] * 3
     effect = results.claims[0].parts[0]
     assert effect.value == pytest.approx(EFFECTS["free"] - EFFECTS["kronecker"], abs=0.004)
     assert "nothing is interpreted" not in format_results(results)
@@ -126,8 +137,8 @@ def test_the_report_shows_gates_and_supported_claims(written):
 @pytest.mark.parametrize(
     ("shrinks", "effects", "verdicts"),
     [
-        (1.4, EFFECTS, ["supported", "contradicted"]),
-        (0.3, {"free": -0.02, "kronecker": -0.02}, ["contradicted", "undecided"]),
+        (1.4, EFFECTS, ["supported", "contradicted", "supported"]),
+        (0.3, {"free": -0.02, "kronecker": -0.02}, ["contradicted", "undecided", "contradicted"]),
     ],
 )
 def test_claims_follow_the_difference_of_differences(study, tmp_path, shrinks, effects, verdicts):

@@ -45,6 +45,14 @@ def test_known_effects_are_found(written):
     assert list(interaction.x) == sorted(interaction.x)
 
 
+def test_a_course_of_which_nothing_is_expected_has_no_outcome(tmp_path):
+    study = small_study()
+    unknown = dataclasses.replace(study.interactions[0], expected="unknown")
+    write_simulated(tmp_path, dataclasses.replace(study, interactions=(unknown,)))
+    (interaction,) = write_study_report(tmp_path).interactions
+    assert (interaction.trend.flips, interaction.outcome) == ("rises through zero", "")
+
+
 def test_comparisons_are_paired_by_seed(written):
     root, results = written
     with open(root / "cells.csv") as file:

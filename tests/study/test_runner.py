@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 from tests.study.simulated import POINTS, small_study, write_simulated
 from xception_jax.errors import ConfigError, UsageError, WorkdirError
 from xception_jax.logs.metrics_log import read_metrics
-from xception_jax.study.cells import choose_trials, find_equal, read_outcome
-from xception_jax.study.design import Search
+from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_outcome
+from xception_jax.study.design import Search, study_from_json, study_to_json
 from xception_jax.study.execute import run_study, slurm_script
 from xception_jax.study.kernels.networks import analyse
 from xception_jax.study.report import write_study_report
@@ -268,6 +268,25 @@ def test_a_search_takes_the_best_on_the_development_split(searched):
     assert "chose the smallest or largest value that it tried for 1_relu" in " ".join(
         (stored.root / "report.html").read_text().split()
     )
+
+
+def test_several_arms_choose_a_trial_together(searched):
+    stored, cells = searched
+    together = ("1_none", "1_relu")
+    arms = tuple(dataclasses.replace(arm, tuned_as=together) for arm in stored.study.arms)
+    study = dataclasses.replace(stored.study, arms=arms)
+    tried = dataclasses.replace(stored, study=study).search()
+    assert {cell.arm for cell in tried} == set(together)
+    assert study_from_json(study_to_json(study)) == study
+    for cell in tried:
+        # each has a best trial of its own, which loses by more in the other one
+        finish(cell, {"1_none": (0.8, 0.79, 0.2), "1_relu": (0.3, 0.79, 0.8)}[cell.arm][cell.trial])
+    chosen = choose_trials(study, cells)
+    assert set(chosen) == {arm.name for arm in arms}
+    assert {trial["schedule.learning_rate"] for trial in chosen.values()} == {0.1}
+    lost = next(cell for cell in tried if (cell.arm, cell.trial) == ("1_none", 1))
+    (lost.directory / RECORD).unlink()  # now 0.05 and 0.2 have both, with means of 0.55 and 0.5
+    assert {trial["schedule.learning_rate"] for trial in choose_trials(study, cells).values()} == {0.05}
 
 
 def test_the_slurm_script_is_a_script(searched, tmp_path):

@@ -181,7 +181,7 @@ def search_cells(study: Study, costs: Mapping[str, ArmCost], root: Path) -> list
         return []
     cells = []
     for number, trial in enumerate(study.trials):
-        for arm in (arm for arm in study.arms if not arm.tuned_as):
+        for arm in study.tried:
             config = _cell_config(study, arm.name, costs, study.search.seed, {**trial, "data.test_split": ""})
             directory = root / "search" / arm.name / f"trial{number}"
             cells.append(Cell(arm.name, study.search.seed, directory, config, number))
@@ -201,20 +201,26 @@ def _cell_config(
 def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
     """Returns the overrides of the best trial of each arm, by accuracy on the development split.
 
-    Trials that are not done are ignored. Of equal trials the first one is chosen. Arms without a finished trial are
-    left out. An arm that is tuned as another one takes its overrides.
+    Several arms may decide together, by their mean accuracy (`Arm.tuned_as`). Trials that are not done are ignored. Of
+    equal trials the first one is chosen. Arms for which no trial is done are left out.
     """
-    assert study.search is not None
-    best: dict[str, tuple[float, int]] = {}
+    known: dict[tuple[str, int], float] = {}
     for cell in cells:
         assert cell.trial is not None
-        if cell.state() != "done":
-            continue
-        accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
-        if accuracy is not None and (cell.arm not in best or (accuracy, -cell.trial) > best[cell.arm]):
-            best[cell.arm] = (accuracy, -cell.trial)
-    best |= {arm.name: best[arm.tuned_as] for arm in study.arms if arm.tuned_as in best}
-    return {arm: dict(study.trials[-negative]) for arm, (_, negative) in best.items()}
+        accuracy = read_outcome(cell, study.metric)["dev_accuracy"] if cell.state() == "done" else None
+        if accuracy is not None:
+            known[cell.arm, cell.trial] = accuracy
+    chosen = {}
+    for arm in study.arms:
+        deciding = arm.tuned_as or (arm.name,)
+        means = {
+            number: statistics.fmean(known[name, number] for name in deciding)
+            for number in range(len(study.trials))
+            if all((name, number) in known for name in deciding)
+        }
+        if means:
+            chosen[arm.name] = dict(study.trials[max(means, key=means.__getitem__)])
+    return chosen
 
 
 def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:

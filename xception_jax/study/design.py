@@ -30,6 +30,7 @@ COSTS = {
 CONTROLS = (*COSTS, "width")
 ANALYSES = ("paired", "welch", "pooled", "crossed")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
+COURSES = ("rises through zero", "falls through zero", "no", "unknown")
 CHANNELS_PER_SEGMENT = "channels_per_segment"
 CHANNEL_AXES = (CHANNELS_PER_SEGMENT, "model.group_width")  # the same; 'all' and depthwise have a place on it, too
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -44,13 +45,13 @@ class Arm:
       name: also the name of its directory.
       overrides: the config fields that define it, such as {'model.segments': 4}.
       line: arms with the same value form one line in the figures over the axis.
-      tuned_as: name of another arm whose trial of the search it takes; '' if it is tuned itself.
+      tuned_as: names of the arms whose trials of the search, on average, decide for this one; () for its own.
     """
 
     name: str
     overrides: Mapping[str, Any]
     line: str = ""
-    tuned_as: str = ""
+    tuned_as: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Interaction:
     Attributes:
       name: of the effect, such as 'relu - none'.
       pairs: (arm, baseline) at each point.
-      expected: 'rises through zero', 'falls through zero', or 'no' for no change of sign.
+      expected: one of `COURSES`; 'no' stands for no change of sign.
     """
 
     name: str
@@ -175,6 +176,12 @@ class Study:
             for factor, times in itertools.product(RATES, DECAYS)
         )
 
+    @property
+    def tried(self) -> tuple[Arm, ...]:
+        """Returns the arms that are trained with each trial: those on which the choice for any arm rests."""
+        deciding = {name for arm in self.arms for name in arm.tuned_as or (arm.name,)}
+        return tuple(arm for arm in self.arms if arm.name in deciding)
+
     def arm(self, name: str) -> Arm:
         """Returns the arm with this name."""
         return next(arm for arm in self.arms if arm.name == name)
@@ -263,11 +270,8 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
             yield f"an arm is called {name!r}", "name arms with letters, digits, _ . and -"
         if names.count(name) > 1:
             yield f"two arms are called {name!r}", "give each arm its own name"
-    tuned = [arm.name for arm in study.arms if not arm.tuned_as]
-    for arm in study.arms:
-        if arm.tuned_as and arm.tuned_as not in tuned:
-            yield f"arm {arm.name} is tuned as {arm.tuned_as!r}", f"choose one of {', '.join(tuned)}"
     used = [study.reference, *(name for c in study.comparisons for name in (c.arm, c.baseline))]
+    used += [name for arm in study.arms for name in arm.tuned_as]
     used += [name for interaction in study.interactions for pair in interaction.pairs for name in pair]
     for name in used:
         if name not in names:
@@ -276,6 +280,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         if comparison.expected not in EXPECTATIONS:
             what = f"{comparison.name} is expected to be {comparison.expected!r}"
             yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
+    for interaction in study.interactions:
+        if interaction.expected not in COURSES:
+            what = f"the course of {interaction.name} is expected to be {interaction.expected!r}"
+            yield what, f"set it to one of {', '.join(COURSES)}"
     own = [*_SET_BY_THE_STUDY, *study.seeded, *(["model.width_multiplier"] if study.control != "width" else [])]
     for arm in study.arms:
         for name in set(own) & set(arm.overrides):
@@ -325,7 +333,7 @@ def study_from_json(data: dict[str, Any]) -> Study:
             **data
             | {
                 "config": from_json(json.dumps(data["config"])),
-                "arms": tuple(Arm(**arm) for arm in data["arms"]),
+                "arms": tuple(Arm(**arm | {"tuned_as": tuple(arm.get("tuned_as", ()))}) for arm in data["arms"]),
                 "seeds": tuple(data["seeds"]),
                 "unequal": tuple(data.get("unequal", ())),
                 "comparisons": tuple(PlannedComparison(**comparison) for comparison in data["comparisons"]),

@@ -217,7 +217,7 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
 def list_cells(study: Study) -> str:
     """Returns a table of the arms of a study and their costs. Nothing is trained, and no data are opened."""
     costs = solve_costs(study, {})
-    trials, tuned = len(study.trials), sum(not arm.tuned_as for arm in study.arms)
+    trials, tuned = len(study.trials), len(study.tried)
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [

@@ -99,7 +99,7 @@ class InteractionResult:
       trend: slope (per doubling of x if the axis is logarithmic), ends and their contrast; None if there are fewer than
         two points or two seeds.
       seeds: number of seeds for which all arms are done.
-      outcome: 'as expected', 'against it' or 'undecided'.
+      outcome: 'as expected', 'against it' or 'undecided'; '' if nothing was expected.
     """
 
     interaction: Interaction
@@ -381,6 +381,8 @@ def _interaction_outcome(expected: str, trend: Trend | None, margin: float) -> s
     A change of sign is 'as expected' only if the slope and both ends are significant. It is 'against it' if the slope
     is significant in the other direction, or if both ends are decided otherwise.
     """
+    if expected == "unknown":
+        return ""
     if trend is None:
         return "undecided"
     if trend.flips == expected != "no":
