@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from statsmodels.stats.power import TTestIndPower
 
-from xception_jax.study.analysis import ANALYSES, Sample, resample_images
+from xception_jax.study.analysis import ANALYSES, Sample, image_variance, resample_images
 from xception_jax.study.design import ANALYSES as NAMES
 from xception_jax.study.power import MAX_SEEDS, seeds_needed
 
@@ -20,6 +20,17 @@ def compare(name, arm, baseline, *others):
     """Compares two arms of a study that may have others."""
     samples = dict(enumerate((arm, baseline, *others)))
     return ANALYSES[name]({0: 1.0, 1: -1.0}, samples)
+
+
+def test_the_error_of_the_images_does_not_depend_on_the_seeds():
+    """Images differ in difficulty, and each cell errs on others besides. Only the former stays with many seeds."""
+    rng, images = np.random.default_rng(0), 400
+    of_images = rng.uniform(0.5, 0.9, (50, 2, 1, images))  # chance of being right, by study and arm
+    truth = (of_images[:, 0] - of_images[:, 1]).var(-1).mean() / images
+    for seeds in (2, 12):
+        right = rng.random((50, 2, seeds, images)) < of_images
+        found = [image_variance({0: a, 1: b}, {0: 1.0, 1: -1.0}) for a, b in right.astype(float)]
+        assert np.mean(found) == pytest.approx(truth, rel=0.25 if seeds == 2 else 0.1)
 
 
 def test_a_study_can_name_every_analysis():

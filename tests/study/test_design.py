@@ -82,7 +82,9 @@ def test_what_else_changes_is_named(change, words):
 GOOD = """
 import dataclasses
 from tests.study.simulated import small_study
-from xception_jax.study.design import Arm, Interaction, PlannedComparison
+from xception_jax.config import override
+from xception_jax.study.design import Arm, Interaction, PlannedComparison, Search
+from xception_jax.study.gates import Gate
 def get_study(size="cpu"):
     study = small_study()
     return CHANGED
@@ -96,8 +98,25 @@ def get_study(size="cpu"):
         ("dataclasses.replace(study, reference='x')", "no arm 'x'"),
         ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', 'nobody'),))", "no arm 'nobody'"),
         ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', '1_none', 'great'),))", "'great'"),
-        ("dataclasses.replace(study, interactions=(Interaction('x', (), 'wobbles'),))", "'wobbles'"),
+        (
+            "dataclasses.replace(study, interactions=(Interaction('x', study.interactions[0].pairs, 'wobbles'),))",
+            "'wobbles'",
+        ),
+        ("dataclasses.replace(study, interactions=(Interaction('x', ()),))", "has 0 pairs"),
         ("dataclasses.replace(study, seeds=(1, 1))", "seeds repeat"),
+        ("dataclasses.replace(study, metric='accuracy')", "do not measure 'accuracy'"),
+        ("dataclasses.replace(study, config=override(study.config, {'ema.decay': 0.0}))", "do not measure 'ema_top1'"),
+        ("dataclasses.replace(study, config=override(study.config, {'data.test_split': ''}))", "lacks a test split"),
+        ("dataclasses.replace(study, axis='model.order')", "no place on an axis"),
+        ("dataclasses.replace(study, search=Search(({'schedule.lr': 1},)))", "no field"),
+        ("dataclasses.replace(study, search=Search(({'seed': 1},)))", "trials of the search set seed"),
+        (
+            "dataclasses.replace(study, search=Search(), arms=(*study.arms, Arm('a', {'optimizer.weight_decay': 0.})))",
+            "a sets optimizer.weight_decay, which the search tries",
+        ),
+        ("dataclasses.replace(study, arms=(*study.arms, Arm('a', {}, tuned_as='1_none')))", "has tuned_as='1_none'"),
+        ("dataclasses.replace(study, gates=(Gate('kronecker', 0.1),))", "data.turn='kronecker'"),
+        ("dataclasses.replace(study, budget={1})", "stored as JSON"),
         ("dataclasses.replace(study, margin=0)", "the margin is 0"),
         ("dataclasses.replace(study, control='luck')", "'luck'"),
         ("dataclasses.replace(study, unequal=('parameters',))", "unequal names 'parameters'"),

@@ -17,6 +17,7 @@ from scipy import stats
 from scipy.special import logsumexp, softmax
 
 from configs.studies.dial import get_study
+from tests.study.simulated import small_study, write_simulated
 from tests.study.simulated_dial import simulate
 from xception_jax.cli import main
 from xception_jax.errors import BadDataError, ConfigError, PreemptedError, UsageError
@@ -37,6 +38,8 @@ from xception_jax.study.dial.network import (
     maximum,
 )
 from xception_jax.study.dial.records import (
+    BANK_COLUMNS,
+    BANKS,
     CELLS,
     NETWORKS,
     add_record,
@@ -50,6 +53,7 @@ from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
 from xception_jax.study.gates import CheckedGate
+from xception_jax.study.store import read_study
 
 FILE = Path(__file__).parents[2] / "configs/studies/dial.py"
 REGULAR = DialArm("regular", "regular")
@@ -382,6 +386,33 @@ def test_a_study_with_cells_takes_further_seeds_and_no_other_design(tmp_path):
     add_record(tmp_path, CELLS, read_records(tmp_path, CELLS)[3] | {"accuracy": 0.5})  # replaced, not added
     rows = read_records(tmp_path, CELLS)
     assert (len(rows), rows[-1]["accuracy"]) == (len(cells), "0.5")
+
+
+def test_a_directory_with_banks_or_another_study_keeps_its_design(tmp_path):
+    study = get_study()
+    state(tmp_path, study)
+    add_record(tmp_path, BANKS, dict.fromkeys(BANK_COLUMNS, 1.0) | {"bank": "free", "seed": 0})
+    with pytest.raises(ConfigError, match="the study has changed"):
+        state(tmp_path, dataclasses.replace(study, bayes_images=2048))
+    other = write_simulated(tmp_path / "other", small_study()).root
+    before = (other / "study.json").read_text()
+    with pytest.raises(ConfigError, match="another study"):
+        state(other, study)
+    assert (other / "study.json").read_text() == before
+    with pytest.raises(ConfigError, match="does not work with a dial study"):
+        read_study(tmp_path)
+
+
+def test_a_claim_without_banks_in_common_is_not_tested(tmp_path):
+    root = simulate(tmp_path, expected, seeds=(0, 1))
+    data = json.loads((root / "study.json").read_text())
+    for row in data["study"]["rows"]:
+        if row["arm"]["name"] in ("segments_4", "regular_8"):
+            row["banks"] = row["banks"][:1]
+    (root / "study.json").write_text(json.dumps(data))
+    found = {tested.code: tested.verdict for tested in evaluate_claims(collect_dial(root))}
+    assert found["H3"] == found["H4"] == "not tested"
+    assert found["H1"] == "supported"
 
 
 def test_rates_may_be_added_until_a_cell_counts(tmp_path):

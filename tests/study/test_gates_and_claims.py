@@ -194,8 +194,8 @@ def test_progress_counts_all_phases(tmp_path):
 
 def test_power_plans_the_seeds_of_the_next_study(tmp_path, capsys):
     stored = write_simulated(tmp_path, few_arms(seeds=tuple(range(8))), noise=0.004)
-    for number, cell in enumerate(stored.cells()):
-        write_predictions(cell, number)
+    for cell in stored.cells():
+        write_predictions(cell, ARMS.index(cell.arm))  # arms fail on other images, whatever the seed
     write_study_report(tmp_path)
 
     def plan(*arguments):

@@ -239,6 +239,7 @@ def searched(tmp_path):
     """A study with a search: (what is stored, the cells of the search)."""
     trials = tuple({"schedule.learning_rate": rate} for rate in (0.05, 0.1, 0.2))
     stored = write_simulated(tmp_path, small_study(search=Search(trials)))
+    shutil.rmtree(tmp_path / "cells")  # as before the search
     return stored, stored.search()
 
 
@@ -270,6 +271,25 @@ def test_a_search_takes_the_best_on_the_development_split(searched):
     )
 
 
+def test_an_arm_keeps_the_trial_with_which_its_first_cell_was_started(searched):
+    stored, cells = searched
+    rate = {trial["schedule.learning_rate"]: number for number, trial in enumerate(stored.study.trials)}
+    of_arm = {cell.trial: cell for cell in cells if cell.arm == "1_none"}
+    finish(of_arm[rate[0.05]], 0.8)
+    finish(of_arm[rate[0.1]], 0.9, exit_code=70)
+
+    def rates():
+        return {cell.config.schedule.learning_rate for cell in stored.cells() if cell.arm == "1_none"}
+
+    assert rates() == {0.05}
+    finish(of_arm[rate[0.1]], 0.9)  # by --retry, and better
+    assert rates() == {0.1}
+    finish(of_arm[rate[0.1]], 0.9, exit_code=70)
+    next(cell for cell in stored.cells() if cell.arm == "1_none" and cell.seed == 2).prepare()
+    finish(of_arm[rate[0.1]], 0.9)
+    assert rates() == {0.05}
+
+
 def test_several_arms_choose_a_trial_together(searched):
     stored, cells = searched
     together = ("1_none", "1_relu")
@@ -292,11 +312,11 @@ def test_several_arms_choose_a_trial_together(searched):
 def test_the_slurm_script_is_a_script(searched, tmp_path):
     stored, search = searched
     plain = StoredStudy(stored.root, dataclasses.replace(stored.study, search=None), stored.costs, ())
-    for study, last in ((stored, len(search) + 59), (plain, 59)):
+    for study, last in ((stored, len(search) - 1), (plain, 59)):  # cells need what the search chooses
         script = slurm_script(study, "python -m xception_jax study run x.py", 8)
         assert f"#SBATCH --array=0-{last}%8" in script
         assert subprocess.run(["bash", "-n"], input=script, text=True, check=True).returncode == 0
-    assert "--dependency" in slurm_script(stored, "", 8)
+    assert f"--array={len(search)}-{len(search) + 59}%8 --dependency" in slurm_script(stored, "", 8)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (70, False), (75, True), (130, True)])

@@ -264,7 +264,9 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
         check_datasets(study)  # before a minute of solving for the widths
     with open_study(root, study, say) as stored:
         if args.slurm is not None:
-            command = command_line([sys.executable, "-m", "xception_jax", "study", "run", args.study])
+            words = [sys.executable, "-m", "xception_jax", "study", "run", args.study]
+            words += [f"--data_dir={args.data_dir}"] if args.data_dir else []
+            command = command_line(words)
             with writing("job script", args.slurm):
                 write_atomically(args.slurm, slurm_script(stored, command, args.jobs))
             print(f"wrote {printable_path(args.slurm)}; its first lines say how to submit it")

@@ -112,7 +112,7 @@ def _images(config: ExperimentConfig) -> list[np.ndarray]:
     """Returns the first images of the development split, in batches of the training step's size."""
     size = min(config.batch_size, IMAGES) if isinstance(config.model.batch_norm.statistics, str) else config.batch_size
     source = open_dataset(config.data, config.data.eval_split)
-    batches = EvaluationBatches(config.data, source, batch_size=size)
+    batches = EvaluationBatches(config.data, source, batch_size=min(size, len(source)))
     kept: list[np.ndarray] = []
     with contextlib.closing(iter(batches)) as loaded:
         for batch in loaded:

@@ -90,11 +90,10 @@ def crossed(weights: Weights, samples: Samples) -> Estimate:
     cells = {arm: sample.right.astype(np.float64) for arm, sample in used.items() if sample.right is not None}
     if len(cells) < len(weights) or min(map(len, cells.values())) < 2:
         return from_error(math.nan, math.nan, math.nan, n=0)
-    images = np.sum([weights[arm] * values.mean(0) for arm, values in cells.items()], axis=0)
+    images = _of_images(cells, weights)
     of_seeds = {arm: weights[arm] ** 2 * _variance_of_mean(values.mean(1)) for arm, values in cells.items()}
     of_images = _variance_of_mean(images)
-    of_both = sum(weights[arm] ** 2 * _mean_square_of_both(values) for arm, values in cells.items())
-    variance = sum(of_seeds.values()) + max(of_images - of_both, 0.0)
+    variance = sum(of_seeds.values()) + image_variance(cells, weights)
     known = {arm: sample.known for arm, sample in used.items()}
     degrees = _degrees(of_seeds | {"images": of_images}, cells | {"images": images}, variance)
     found = _independent(weights, known, variance if variance > _ROUNDING else 0.0, degrees)
@@ -115,6 +114,22 @@ ANALYSES: dict[str, Callable[[Weights, Samples], Estimate]] = {
     "pooled": pooled,
     "crossed": crossed,
 }
+
+
+def image_variance(cells: Mapping[str, Array], weights: Weights) -> float:
+    """Returns the variance of a weighted sum of accuracies over other test images, without what more seeds reduce.
+
+    Args:
+      cells: whether each cell [cells, images] of an arm classifies each image correctly.
+      weights: by arm.
+    """
+    of_both = sum(weights[arm] ** 2 * _mean_square_of_both(values) for arm, values in cells.items())
+    return max(_variance_of_mean(_of_images(cells, weights)) - of_both, 0.0)
+
+
+def _of_images(cells: Mapping[str, Array], weights: Weights) -> Float[Array, " images"]:
+    """Returns the weighted sum of accuracies on each image."""
+    return np.sum([weights[arm] * values.mean(0) for arm, values in cells.items()], axis=0)
 
 
 def _variance_of_mean(values: Float[Array, " n"]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xception_jax.config import ExperimentConfig, load_config, to_json
-from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, ConfigError
+from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, ConfigError, UserError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
@@ -169,10 +169,12 @@ def study_cells(
     for seed in study.seeds:
         for arm in study.arms:
             config = _cell_config(study, arm.name, costs, seed, tuned.get(arm.name, {}))
-            cells.append(
-                Cell(arm.name, seed, root / "cells" / arm.name / f"seed{seed}", config, None, study.activations)
-            )
+            cells.append(Cell(arm.name, seed, _directory(root, arm.name, seed), config, None, study.activations))
     return cells
+
+
+def _directory(root: Path, arm: str, seed: int) -> Path:
+    return root / "cells" / arm / f"seed{seed}"
 
 
 def search_cells(study: Study, costs: Mapping[str, ArmCost], root: Path) -> list[Cell]:
@@ -221,6 +223,26 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         if means:
             chosen[arm.name] = dict(study.trials[max(means, key=means.__getitem__)])
     return chosen
+
+
+def started_trials(study: Study, costs: Mapping[str, ArmCost], root: Path) -> dict[str, dict[str, Any]]:
+    """Returns the overrides of the trial with which the first cell of each arm was started; all cells of it keep them.
+
+    Otherwise a trial that ends later, such as by --retry, would change what arms are said to have been trained with.
+    """
+    started = {}
+    for arm in study.arms:
+        for seed in study.seeds:
+            try:
+                config = load_config(_directory(root, arm.name, seed) / CONFIG)
+            except UserError:  # not started yet; `prepare` names what else is wrong
+                continue
+            trials = (dict(trial) for trial in study.trials)
+            same = (trial for trial in trials if _cell_config(study, arm.name, costs, seed, trial) == config)
+            if (trial := next(same, None)) is not None:
+                started[arm.name] = trial
+                break
+    return started
 
 
 def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Python code that is run. A study directory stores the study as data in study.jso
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -238,10 +239,14 @@ def as_study(study: Any, where: str) -> Study:
     """
     if not isinstance(study, Study):
         raise ConfigError(f"get_study() returns {type(study).__name__}, not a Study", where, "return a Study")
-    study = dataclasses.replace(study, config=resolve(study.config))
+    study = dataclasses.replace(study, config=resolve(study.config), seeds=tuple(study.seeds))
     if study.search is not None:  # a stored study keeps its trials, whatever later releases try by default
         study = dataclasses.replace(study, search=dataclasses.replace(study.search, trials=study.trials))
-    return check_study(study, where)
+    check_study(study, where)
+    try:
+        return study_from_json(study_to_json(study))  # as it will be read back, so that lists are equal to tuples
+    except TypeError as error:
+        raise ConfigError(f"the study cannot be stored as JSON: {error}", where, "use plain values") from None
 
 
 def check_study(study: Study, where: str) -> Study:
@@ -257,8 +262,12 @@ def check_study(study: Study, where: str) -> Study:
     """
     for what, fix in _problems(study):
         raise ConfigError(what, where, fix)
-    for arm in study.arms:  # a mistake in the last arm must not show only after the first ninety cells
-        study.arm_config(arm)
+    # A mistake in the last arm or trial must not show only after the first ninety cells.
+    configs = {arm.name: study.arm_config(arm) for arm in study.arms}
+    for trial in study.trials:
+        override(study.config, trial)
+    for what, fix in _config_problems(study, configs):
+        raise ConfigError(what, where, fix)
     return study
 
 
@@ -271,7 +280,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         if names.count(name) > 1:
             yield f"two arms are called {name!r}", "give each arm its own name"
     used = [study.reference, *(name for c in study.comparisons for name in (c.arm, c.baseline))]
-    used += [name for arm in study.arms for name in arm.tuned_as]
+    used += [name for arm in study.arms if not isinstance(arm.tuned_as, str) for name in arm.tuned_as]
     used += [name for interaction in study.interactions for pair in interaction.pairs for name in pair]
     for name in used:
         if name not in names:
@@ -281,13 +290,23 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
             what = f"{comparison.name} is expected to be {comparison.expected!r}"
             yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
     for interaction in study.interactions:
+        if len(interaction.pairs) < 2:
+            yield f"the interaction {interaction.name} has {len(interaction.pairs)} pairs", "list two or more"
         if interaction.expected not in COURSES:
             what = f"the course of {interaction.name} is expected to be {interaction.expected!r}"
             yield what, f"set it to one of {', '.join(COURSES)}"
     own = [*_SET_BY_THE_STUDY, *study.seeded, *(["model.width_multiplier"] if study.control != "width" else [])]
+    tried = {name for trial in study.trials for name in trial}
+    for name in set(own) & tried:
+        yield f"trials of the search set {name}, which the study sets", f"remove {name} from the trials"
     for arm in study.arms:
         for name in set(own) & set(arm.overrides):
             yield f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides"
+        for name in tried & set(arm.overrides):
+            fix = f"remove {name} from its overrides, or list trials without it: search=Search(trials=...)"
+            yield f"arm {arm.name} sets {name}, which the search tries", fix
+        if isinstance(arm.tuned_as, str):
+            yield f"arm {arm.name} has tuned_as={arm.tuned_as!r}", f"write tuned_as=({arm.tuned_as!r},)"
     if study.control not in CONTROLS:
         yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
     for cost in study.unequal:
@@ -314,6 +333,31 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
     if study.gate is not None and not 0 < study.gate <= 1:
         yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
     yield from claim_problems(study.claims, names, study.axis, study.activations)
+
+
+def _config_problems(study: Study, configs: Mapping[str, ExperimentConfig]) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it) in what the study needs of the configs of its arms."""
+    from xception_jax.metrics import metrics_of  # imports JAX, for which `study --help` does not wait
+
+    for arm, config in configs.items():
+        known = [f"{prefix}{metric.name}" for metric in metrics_of(config) for prefix in ("", "ema_")]
+        if study.metric not in (known if config.ema.decay else known[::2]):
+            fix = "average the weights by config.ema.decay, or set metric to one without ema_"
+            yield f"cells of {arm} do not measure {study.metric!r}", fix
+        if not config.data.test_split or (study.search and not config.data.eval_split):
+            yield f"arm {arm} lacks a test split, or a development split for the search", "set both in config.data"
+        if study.axis not in ("", *CHANNEL_AXES) and not isinstance(_field(config, study.axis), int | float):
+            what = f"{study.axis} is {_field(config, study.axis)!r} in arm {arm}, which has no place on an axis"
+            yield what, "choose an axis of numbers"
+    turns = {(config.data.turn, config.data.turn_angle != 0) for config in configs.values()}
+    for kind in {gate.kind for gate in study.gates} & {"kronecker", "free"}:
+        if (kind, True) not in turns or not {(other, False) for other, _ in turns if other != "none"} & turns:
+            what = f"the gate {kind} needs arms with data.turn={kind!r}, and one with data.turn_angle=0 and a turn"
+            yield what, "add them, or remove the gate"
+
+
+def _field(config: ExperimentConfig, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def study_to_json(study: Study) -> dict[str, Any]:
@@ -371,7 +415,11 @@ def changes(stored: Study, now: Study) -> tuple[list[str], list[str]]:
         if name not in now_arms:
             refused.append(f"arm {name} was removed")
         elif arm != now_arms[name]:
-            refused.append(f"arm {name}: {dict(arm.overrides)} -> {dict(now_arms[name].overrides)}")
+            before, after = dataclasses.asdict(arm), dataclasses.asdict(now_arms[name])
+            changed = [
+                f"{field} {before[field]} -> {after[field]}" for field in before if before[field] != after[field]
+            ]
+            refused.append(f"arm {name}: {', '.join(changed)}")
     for comparison in now.comparisons:
         if comparison not in stored.comparisons and not {comparison.arm, comparison.baseline} & set(new_names):
             refused.append(f"comparison {comparison.name} ({comparison.expected}) is new, but its arms are not")

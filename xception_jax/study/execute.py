@@ -59,8 +59,8 @@ def run_study(
     if search:
         tuned = stored.tuned()
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
-        for arm in (arm.name for arm in stored.study.arms if arm.name not in tuned):
-            say(f"arm {arm} is left out: no trial of its search has finished")
+        for arm in (arm for arm in stored.study.arms if arm.name not in tuned):
+            say(f"arm {arm.name} is left out: no trial has finished for {' and '.join(arm.tuned_as or (arm.name,))}")
     _reuse(trained, reuse)
     codes += _run_phase(stored, trained, environment, jobs, retry, before=search)
 
@@ -151,19 +151,21 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
 
     Raises:
       UsageError: there is no cell with this number.
-      InputMissingError: no trial of the arm's search has finished.
+      InputMissingError: the search for the arm has not ended, or none of its trials has finished.
     """
     stored = read_study(root)
     search, cells = stored.search(), stored.cells()
     if not 0 <= number < len(search) + len(cells):
         raise UsageError(f"there is no cell {number}", "--cell", f"cells are 0 to {len(search) + len(cells) - 1}")
     cell = [*search, *cells][number]
-    if search and number >= len(search) and cell.arm not in stored.tuned():
-        raise InputMissingError(
-            f"no trial of the search of arm {cell.arm} has finished",
-            str(root),
-            f"run cells 0 to {len(search) - 1} first",
-        )
+    if search and number >= len(search):
+        deciding = stored.study.arm(cell.arm).tuned_as or (cell.arm,)
+        left = [trial.name for trial in search if trial.arm in deciding and _is_left(trial, retry=False)]
+        if left or cell.arm not in stored.tuned():
+            what = f"the search for arm {cell.arm} has not ended: {', '.join(left)} is left"
+            if not left:
+                what = f"no trial has finished for {' and '.join(deciding)}, which choose for arm {cell.arm}"
+            raise InputMissingError(what, str(root), f"run cells 0 to {len(search) - 1} first")
     if not _is_left(cell, retry=False):
         return cell.record()["exit_code"]
     _keep_turns(stored)
@@ -195,7 +197,7 @@ def slurm_script(stored: StoredStudy, command: str, jobs: int) -> str:
         f"# {printable(stored.study.name)}: {search} trials of a search, {cells} cells. Submit:",
         *submit,
         f"#SBATCH --job-name={file_stem(stored.study.name).replace(' ', '_')}",
-        f"#SBATCH --array=0-{last}%{jobs}",
+        f"#SBATCH --array=0-{search - 1 if search else last}%{jobs}",
         "#SBATCH --gpus-per-task=1",
         "#SBATCH --cpus-per-task=8",
         "#SBATCH --signal=B:TERM@180",

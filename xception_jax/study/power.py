@@ -14,7 +14,7 @@ from scipy import stats
 
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.logs.metrics_log import json_ready
-from xception_jax.study.analysis import Sample
+from xception_jax.study.analysis import Sample, image_variance
 from xception_jax.study.cells import state_of
 from xception_jax.study.statistics import CONFIDENCE
 from xception_jax.user_files import read_text, reading
@@ -182,14 +182,13 @@ def _pairing(samples: Mapping[str, Sample], pairs: Sequence[tuple[str, str]]) ->
 
 
 def _image_error(samples: Mapping[str, Sample], pairs: Sequence[tuple[str, str]]) -> float | None:
-    """Returns the mean standard error of a difference over the test images, for arms that are averaged over seeds."""
-    errors = []
+    """Returns the standard error of a difference over the test images, without what more seeds reduce."""
+    variances = []
     for arm, baseline in pairs:
         a, b = samples[arm].right, samples[baseline].right
-        if a is not None and b is not None:
-            images = a.mean(0) - b.mean(0)
-            errors.append(float(images.std(ddof=1) / math.sqrt(len(images))))
-    return float(np.mean(errors)) if errors else None
+        if a is not None and b is not None and min(len(a), len(b)) > 1:
+            variances.append(image_variance({arm: a, baseline: b}, {arm: 1.0, baseline: -1.0}))
+    return math.sqrt(float(np.mean(variances))) if variances else None
 
 
 def seeds_needed(

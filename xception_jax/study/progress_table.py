@@ -162,11 +162,12 @@ class ProgressTable:
         }
         arms = list(dict.fromkeys(cell.arm for cell in self._cells))
         name_width = max(map(len, arms))
-        head = f"{'':{name_width}} {'parameters':>11} {'mult-adds':>9} " + "".join(f"{c!s:>7}" for c in columns)
+        each = 1 + max(6, *map(len, columns))
+        head = f"{'':{name_width}} {'parameters':>11} {'mult-adds':>9} " + "".join(f"{c:>{each}}" for c in columns)
         rows = []
         for arm in arms:
             cost = self._costs[arm]
-            cells = "".join(f"{texts.get((arm, column), ''):>7}" for column in columns)
+            cells = "".join(f"{texts.get((arm, column), ''):>{each}}" for column in columns)
             row = f"{arm:{name_width}} {cost.parameters:>11,} {format_count(cost.multiply_adds):>9} {cells}"
             rows.append((any(r.cell.arm == arm for r in runner.running), row))
         if len(rows) > height - 3:
@@ -177,4 +178,4 @@ class ProgressTable:
         ]
 
     def _column(self, cell: Cell) -> str:
-        return f"seed {cell.seed}"[-6:] if cell.trial is None else f"try {cell.trial}"
+        return f"seed {cell.seed}" if cell.trial is None else f"try {cell.trial}"

@@ -197,7 +197,7 @@ def _figures(results: Results) -> dict[str, dict[str, Any]]:
     drawn = {
         "axis": ("Accuracy over the axis", figures.over_axis(results)),
         "effects": ("Effects over the axis", figures.effects(results)),
-        "comparisons": ("Paired differences", figures.forest(results)),
+        "comparisons": ("Differences", figures.forest(results)),
     }
     for name, (title, label) in _COSTS.items():
         drawn[name] = (title, figures.over_cost(results, name, label))

@@ -159,6 +159,8 @@ class Runner:
                     start_new_session=True,  # Ctrl-C reaches only the runner, which then stops the cells
                 )
             self.running.append(Running(cell, slot, process, time.monotonic()))
+            if self._stop is not None:  # the signal came while it was started
+                process.terminate()
             return True
         return False
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
-from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, study_cells
+from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, started_trials, study_cells
 from xception_jax.study.controls import ArmCost, arm_cost, solve_costs
 from xception_jax.study.design import Study, changes, study_from_json, study_to_json
 from xception_jax.training.workdir import hold_directory
@@ -48,8 +48,10 @@ class StoredStudy:
         return search_cells(self.study, self.costs, self.root)
 
     def tuned(self) -> dict[str, dict[str, Any]]:
-        """Returns the overrides that the search has chosen so far, by arm; empty without a search."""
-        return choose_trials(self.study, self.search()) if self.study.search else {}
+        """Returns the overrides that the search has chosen, by arm; empty without a search."""
+        if not self.study.search:
+            return {}
+        return choose_trials(self.study, self.search()) | started_trials(self.study, self.costs, self.root)
 
     def cells(self) -> list[Cell]:
         """Returns all cells, with the overrides that the search has chosen so far."""
@@ -68,6 +70,9 @@ def read_study(root: Path) -> StoredStudy:
         raise InputMissingError("there is no study", str(root), "name the --workdir of `xception-jax study run`")
     with reading("study", root / STUDY, "restore it from a copy"):
         data = read_json(root / STUDY, dict)
+        if data.get("kind") == "dial":
+            what = "this command does not work with a dial study"
+            raise ConfigError(what, str(root / STUDY), "use `study run`, `study report` or `study kernels`")
         study = study_from_json(data["study"])
         costs = {name: _read_cost(study, name, cost) for name, cost in data["costs"].items()}
         return StoredStudy(root, study, costs, tuple(data["history"]))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -100,26 +101,54 @@ def evaluate_claims(
       below: the arms that do not pass its gate. Claims that need them are not interpreted.
     """
     parts = {claim.code: tuple(_tested(part, measured, analysis) for part in claim.parts) for claim in claims}
-    p = [_largest([part.p for part in parts[claim.code]]) for claim in claims]
+    decided = decide(parts)
     return tuple(
-        TestedClaim(claim, parts[claim.code], corrected, _verdict(claim, parts[claim.code], corrected, below))
-        for claim, corrected in zip(claims, holm(p), strict=True)
+        TestedClaim(
+            claim,
+            parts[claim.code],
+            decided[claim.code][0],
+            NOT_INTERPRETED if below & claim.arms else decided[claim.code][1],
+        )
+        for claim in claims
     )
 
 
-def _verdict(claim: Claim, parts: Sequence[TestedPart], p_holm: float, below: Set[str]) -> str:
-    states = {part.state for part in parts}
-    if below & claim.arms:
-        return NOT_INTERPRETED
-    if math.isnan(p_holm):
-        return NOT_TESTED
-    if "fails" in states:
-        return "contradicted"
-    return "supported" if states == {"holds"} and p_holm < _SIGNIFICANCE else "undecided"
+class Judged(Protocol):
+    """A part of a claim: whether it 'holds', 'fails' or is 'open', and its p-value, NaN if it cannot be tested."""
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def p(self) -> float: ...
+
+
+def decide(parts: Mapping[str, Sequence[Judged]]) -> dict[str, tuple[float, str]]:
+    """Decides claims by their parts, as one family.
+
+    Args:
+      parts: of each claim, by code; empty if it cannot be tested.
+
+    Returns:
+      (p after Holm's correction, verdict) by code; the verdict is 'supported', 'contradicted', 'undecided', or
+      `NOT_TESTED` if one of the parts cannot be tested.
+    """
+    p = [_largest([part.p for part in found]) for found in parts.values()]
+    decided = {}
+    for (code, found), p_holm in zip(parts.items(), holm(p), strict=True):
+        states = {part.state for part in found}
+        if math.isnan(p_holm):
+            verdict = NOT_TESTED
+        elif "fails" in states:
+            verdict = "contradicted"
+        else:
+            verdict = "supported" if states == {"holds"} and p_holm < _SIGNIFICANCE else "undecided"
+        decided[code] = p_holm, verdict
+    return decided
 
 
 def _largest(p: Sequence[float]) -> float:
-    return math.nan if any(map(math.isnan, p)) else max(p)
+    return math.nan if not p or any(map(math.isnan, p)) else max(p)
 
 
 def _tested(part: Part, measured: Measured, analysis: str) -> TestedPart:

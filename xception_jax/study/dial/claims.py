@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
-from xception_jax.study.tested_claims import Seeds
+from xception_jax.study.statistics import Estimate, estimate, region_p, region_state
+from xception_jax.study.tested_claims import Seeds, decide
 
-REGULAR, DEPTHWISE, POINTWISE = "regular", "depthwise_first", "pointwise_first"
+DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
 REGULAR_WIDE, DEPTHWISE_WIDE = "regular_wide", "depthwise_first_wide"
 DEPTHWISE_ENDS, POINTWISE_ENDS = "depthwise_first_ends", "pointwise_first_ends"
@@ -93,9 +93,8 @@ class Tested:
     Attributes:
       code: such as 'H1'.
       claim: the claim.
-      parts: its parts; empty if arms or cells are missing.
-      p_holm: the largest p-value of its parts, corrected for all tested claims.
-      verdict: 'supported', 'contradicted', 'undecided', or 'not tested'.
+      parts: its parts; empty if arms or banks are missing.
+      p_holm, verdict: see `tested_claims.decide`.
     """
 
     code: str
@@ -123,6 +122,8 @@ def _price(results: DialResults) -> Iterator[Part]:
 
 def _segments(results: DialResults) -> Iterator[Part]:
     banks = [bank.name for bank in results.dial_of("across", *SEGMENTS)]
+    if len(banks) < 2:
+        return
     accuracy = np.stack([[results.accuracy(arm, bank) for arm in SEGMENTS] for bank in banks])  # [banks, arms, seeds]
     best = np.log2(np.array(list(SEGMENTS.values())))[accuracy.argmax(1)]
     best[np.isnan(accuracy).any(1)] = np.nan
@@ -148,6 +149,8 @@ def _ends(results: DialResults) -> Iterator[Part]:
 def _slopes(results: DialResults, arm: str, baseline: str, banks: Sequence[str] = ()) -> Seeds:
     """Returns, for each seed, the least-squares slope of a difference in accuracy over the measured dial across."""
     banks = banks or [bank.name for bank in results.dial_of("across", arm, baseline)]
+    if len(banks) < 2:
+        return np.full(len(results.study.seeds), np.nan)
     effects = np.stack([results.accuracy(arm, bank) - results.accuracy(baseline, bank) for bank in banks])
     return _slope(_positions(results, banks), effects)
 
@@ -200,28 +203,3 @@ def evaluate_claims(results: DialResults) -> list[Tested]:
     parts = {code: tuple(claim.parts(results)) if set(claim.arms) <= arms else () for code, claim in CLAIMS.items()}
     decided = decide(parts)
     return [Tested(code, CLAIMS[code], found, *decided[code]) for code, found in parts.items()]
-
-
-def decide(parts: Mapping[str, Sequence[Part]]) -> dict[str, tuple[float, str]]:
-    """Decides claims by their parts, as one family.
-
-    Args:
-      parts: of each claim, by code; empty if arms or cells are missing.
-
-    Returns:
-      (p after Holm's correction, verdict) by code; see `Tested`.
-    """
-    p = [max((part.p for part in found), default=math.nan) for found in parts.values()]
-    decided = {}
-    for (code, found), p_holm in zip(parts.items(), holm(p), strict=True):
-        states = [part.state for part in found]
-        if not found:
-            verdict = "not tested"
-        elif "fails" in states:
-            verdict = "contradicted"
-        elif set(states) == {"holds"} and p_holm < 0.05:
-            verdict = "supported"
-        else:
-            verdict = "undecided"
-        decided[code] = p_holm, verdict
-    return decided

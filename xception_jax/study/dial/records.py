@@ -93,9 +93,12 @@ def state(root: Path, study: DialStudy) -> None:
       ConfigError: there are cells of another design. Seeds may be added, and rates as long as no cell counts.
     """
     history: tuple[Mapping[str, Any], ...] = ()
+    if (root / STUDY).exists() and not is_dial(root):
+        what = "the directory has another study, or its study.json is damaged"
+        raise ConfigError(what, str(root / STUDY), "choose another study directory, or restore it from a copy")
     change, records = "stated", read_records(root, CELLS)
     counted = sum(row["stage"] == COUNTED for row in records)
-    if records and (root / STUDY).exists():
+    if (records or read_records(root, BANKS)) and (root / STUDY).exists():
         before, history = read_dial(root)
         change = ", ".join(_additions(before, study, not counted, root))
         if not change:

@@ -16,13 +16,14 @@ import numpy as np
 
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.study.cells import read_outcome
-from xception_jax.study.dial.claims import Part, decide
+from xception_jax.study.dial.claims import Part
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
 from xception_jax.study.store import StoredStudy
+from xception_jax.study.tested_claims import decide
 
 RECOVERED = 0.8
 """The rank correlation from which on a statistic recovers the truth."""

@@ -170,7 +170,7 @@ def analyse(source: str | Path, axes: str | None = None) -> KernelReport:
         if counts := format_left_out(left_out):
             what += f" ({counts} are left out)"
         raise InputMissingError(
-            what, str(source), "train one with --config.model.segments=1, as studies/kernels does, or name another file"
+            what, str(source), "train one with --config.model.module=regular, as studies/kernels does, or name another"
         )
     return KernelReport(tuple(layers), left_out, stated)
 
@@ -179,7 +179,9 @@ def _networks(source: str | Path) -> dict[str, str]:
     """Returns the work directory or file of each network, by name."""
     path = Path(source)
     if (path / STUDY).exists():
-        return {cell.name: str(cell.directory) for cell in read_study(path).cells() if cell.state() == "done"}
+        done = (cell for cell in read_study(path).cells() if cell.state() == "done")
+        # Cells of another study that --reuse took over have no checkpoints here.
+        return {cell.name: str(cell.directory) for cell in done if not cell.record().get("reused_from")}
     if path.is_dir() and not (path / CONFIG).exists():
         raise InputMissingError(
             "there is no run and no study", str(source), "name a directory with config.json or study.json"
