@@ -24,7 +24,7 @@ from xception_jax.study.execute import run_study, slurm_script
 from xception_jax.study.kernels.networks import analyse
 from xception_jax.study.report import write_study_report
 from xception_jax.study.runner import make_slots, visible_gpus
-from xception_jax.study.store import StoredStudy, open_study, read_study
+from xception_jax.study.store import STUDY, StoredStudy, open_study, read_study
 from xception_jax.training.workdir import hold_directory
 
 STEPS = 40
@@ -303,6 +303,10 @@ def test_several_arms_choose_a_trial_together(searched):
         finish(cell, {"1_none": (0.8, 0.79, 0.2), "1_relu": (0.3, 0.79, 0.8)}[cell.arm][cell.trial])
     chosen = choose_trials(study, cells)
     assert set(chosen) == {arm.name for arm in arms}
+    data = json.loads((stored.root / STUDY).read_text()) | {"study": study_to_json(study)}
+    (stored.root / STUDY).write_text(json.dumps(data))
+    write_study_report(stored.root)
+    assert "learning_rate 0.1, as 1_none and 1_relu" in (stored.root / "report.html").read_text()
     assert {trial["schedule.learning_rate"] for trial in chosen.values()} == {0.1}
     lost = next(cell for cell in tried if (cell.arm, cell.trial) == ("1_none", 1))
     (lost.directory / RECORD).unlink()  # now 0.05 and 0.2 have both, with means of 0.55 and 0.5

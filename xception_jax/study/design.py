@@ -34,7 +34,7 @@ EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
 COURSES = ("rises through zero", "falls through zero", "no", "unknown")
 CHANNELS_PER_SEGMENT = "channels_per_segment"
 CHANNEL_AXES = (CHANNELS_PER_SEGMENT, "model.group_width")  # the same; 'all' and depthwise have a place on it, too
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SET_BY_THE_STUDY = ("seed", "name")
 
 
@@ -98,7 +98,7 @@ DECAYS = (1.0, 5.0)
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Tuning of each arm on the development split, with the same trials for all arms.
+    """Tuning on the development split, with the same trials for all arms. `Arm.tuned_as` lets arms share the choice.
 
     Attributes:
       trials: the overrides that each arm is trained with. The default is a grid of `RATES` times the learning rate of
@@ -275,7 +275,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
     """Yields (what is wrong, how to fix it)."""
     names = [arm.name for arm in study.arms]
     for name in names:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             yield f"an arm is called {name!r}", "name arms with letters, digits, _ . and -"
         if names.count(name) > 1:
             yield f"two arms are called {name!r}", "give each arm its own name"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from xception_jax.study.turns import TurnedShare
@@ -59,6 +59,7 @@ class CheckedGate:
         return dataclasses.asdict(self) | {"value": value, "passed": self.passed}
 
 
+Key = TypeVar("Key")
 Accuracies = Mapping[str, float]
 _Found = tuple[str, float, str]  # name, value and detail of a checked gate
 
@@ -79,11 +80,20 @@ def check_gates(
 
 def _flat(gate: Gate, accuracies: Accuracies, shares: Sequence[TurnedShare]) -> _Found:
     name = f"range of the accuracy of {', '.join(gate.arms)}"
-    means = {arm: accuracies[arm] for arm in gate.arms}
+    return name, *range_of({arm: accuracies[arm] for arm in gate.arms})
+
+
+def range_of(means: Accuracies) -> tuple[float, str]:
+    """Returns the range of some accuracies, NaN if one is, and which are the lowest and the highest."""
     if any(map(math.isnan, means.values())):
-        return name, math.nan, "cells are missing"
+        return math.nan, "cells are missing or have failed"
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    return name, means[high] - means[low], f"{low} {means[low]:.2%}, {high} {means[high]:.2%}"
+    return means[high] - means[low], f"{low} {means[low]:.2%}, {high} {means[high]:.2%}"
+
+
+def key_of_largest(values: Mapping[Key, float]) -> Key:
+    """Returns the key of the largest value; NaN, for what is missing, is the largest."""
+    return max(values, key=lambda key: (math.isnan(values[key]), values[key]))
 
 
 def _kronecker(gate: Gate, accuracies: Accuracies, shares: Sequence[TurnedShare]) -> _Found:
@@ -106,7 +116,7 @@ def _largest(shares: Iterable[TurnedShare], kind: str, compare: Callable[[float,
     if not turned:
         return math.nan, "not measured"
     values = {share: compare(share.raw, plain[share.seed]) for share in turned}
-    worst = max(values, key=lambda share: (math.isnan(values[share]), values[share]))
+    worst = key_of_largest(values)
     return values[worst], f"angle {worst.angle:g}, seed {worst.seed}: {plain[worst.seed]:.4f} to {worst.raw:.4f}"
 
 

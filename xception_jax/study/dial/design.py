@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xception_jax.errors import ConfigError
+from xception_jax.study.design import NAME
 from xception_jax.study.dial.banks import CHANNELS, BankSpec
 from xception_jax.study.dial.network import CONTROLS, DEPTHWISE, FORMS, DialArm, DialCost, count, solve
 from xception_jax.study.dial.training import CURVE, Recipe
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DEEPEST, _WIDEST = 64, 256
 _SEGMENTS = tuple(n for n in range(1, CHANNELS + 1) if CHANNELS % n == 0)
 
@@ -213,7 +212,7 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         if not any(is_reference(row.arm) and row.arm.depth == depth for row in study.rows):
             yield f"there is no regular arm of depth {depth}, on which a gate relies", "add one"
     for row in study.rows:
-        if not _NAME.fullmatch(row.arm.name):
+        if not NAME.fullmatch(row.arm.name):
             yield f"an arm is called {row.arm.name!r}", "name arms with letters, digits, _ . and -"
         if not 1 <= row.arm.depth <= _DEEPEST or row.arm.segments not in (DEPTHWISE, *_SEGMENTS):
             fix = f"set 1 to {_DEEPEST} blocks, and segments that divide {CHANNELS} channels"

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import numpy as np
 
 from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.design import COUNTED, REGULAR
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.gates import CheckedGate
+from xception_jax.study.gates import CheckedGate, key_of_largest, range_of
 
 BAYES_RANGE = 0.003
 FLAT = 0.01
 MARGINAL = 0.30
 PULLED = 0.10
 _EXACT = 1e-6
-
-_Key = TypeVar("_Key")
 
 
 def check_gates(results: DialResults) -> list[CheckedGate]:
@@ -39,26 +35,17 @@ def _all_banks(results: DialResults) -> dict[str, BankSpec]:
 
 def _bayes(results: DialResults) -> Iterator[CheckedGate]:
     means = {name: float(results.of_banks("bayes_accuracy", name).mean()) for name in _all_banks(results)}
-    yield _range("range of the Bayes accuracy over the banks, mean over seeds", means, BAYES_RANGE)
+    value, detail = range_of(means)
+    yield CheckedGate("range of the Bayes accuracy over the banks, mean over seeds", value, BAYES_RANGE, detail)
 
 
 def _flat(results: DialResults) -> Iterator[CheckedGate]:
     for row in results.study.rows:
         if row.arm.form == REGULAR:
             means = {bank.name: float(results.accuracy(row.arm.name, bank.name).mean()) for bank in row.banks}
-            yield _range(f"range of the accuracy of {row.arm.name} over the banks, mean over seeds", means, FLAT)
-
-
-def _range(name: str, means: dict[str, float], limit: float) -> CheckedGate:
-    if any(map(math.isnan, means.values())):
-        return CheckedGate(name, math.nan, limit, "cells are missing")
-    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    return CheckedGate(name, means[high] - means[low], limit, f"{low} {means[low]:.2%}, {high} {means[high]:.2%}")
-
-
-def _largest(values: dict[_Key, float]) -> _Key:
-    """Returns the key of the largest value; NaN, for a missing cell, is the largest."""
-    return max(values, key=lambda key: (math.isnan(values[key]), values[key]))
+            value, detail = range_of(means)
+            name = f"range of the accuracy of {row.arm.name} over the banks, mean over seeds"
+            yield CheckedGate(name, value, FLAT, detail)
 
 
 def _ranks(results: DialResults) -> Iterator[CheckedGate]:
@@ -85,7 +72,7 @@ def _ranks(results: DialResults) -> Iterator[CheckedGate]:
 def _marginals(results: DialResults) -> Iterator[CheckedGate]:
     for column, name in (("from_means", "the channel means"), ("from_sums", "the channel sums")):
         means = {bank: float(results.of_banks(column, bank).mean()) for bank in _all_banks(results)}
-        worst = _largest(means)
+        worst = key_of_largest(means)
         yield CheckedGate(f"accuracy of the best classifier that sees only {name}", means[worst], MARGINAL, worst)
 
 
@@ -99,7 +86,7 @@ def _pulled(results: DialResults) -> Iterator[CheckedGate]:
             for family in ("within", "across"):
                 pulled = results.of_cells(f"pulled_{family}", row.arm.name, bank.name)
                 off[bank.name, family] = float(np.abs(pulled - results.of_banks(family, bank.name)).mean())
-        worst = _largest(off)
+        worst = key_of_largest(off)
         name = f"largest difference between the dial of {row.arm.name}, pulled back, and that of its bank"
         yield CheckedGate(name, off[worst], PULLED, f"{worst[1]} filters, {worst[0]}")
 

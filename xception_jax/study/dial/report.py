@@ -16,9 +16,10 @@ from xception_jax.files import write_atomically
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.reports.environment import format_percent, format_points, make_environment
 from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label
+from xception_jax.study.controls import EQUAL_WITHIN
 from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, REGULAR, SEGMENTS, Part, Tested, evaluate_claims
-from xception_jax.study.dial.design import COUNTED, DialStudy
+from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, SEGMENTS, Part, Tested, evaluate_claims
+from xception_jax.study.dial.design import COUNTED, REGULAR, DialStudy
 from xception_jax.study.dial.execute import chosen_rates, tried_rates
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
@@ -34,7 +35,6 @@ _PAIRS = {
     "_long": "two, twice the steps",
 }  # fmt: skip
 _ACROSS = "dial across filters: 1 - share of the best rank-one part"
-_DIFFERENT = 0.10  # relative difference of a cost that the headline must mention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def headline(study: DialStudy, costs: Mapping[str, DialCost]) -> str:
         row.arm.name: getattr(costs[row.arm.name], other) / getattr(study.reference(row.arm), other) - 1
         for row in study.rows
     }
-    named = [f"{name} {value:+.0%}" for name, value in off.items() if abs(value) > _DIFFERENT]
+    named = [f"{name} {value:+.0%}" for name, value in off.items() if abs(value) > EQUAL_WITHIN]
     names = {"multiply_adds": "multiply-adds", "live_parameters": "live parameters"}
     equal = f"Arms of one reference have equal {names[study.control]}"
     return f"{equal}, but not equal {names[other]} ({', '.join(named)})." if named else f"{equal}."
