@@ -122,6 +122,17 @@ def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[st
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
 
 
+def bytes_from_primary(content: bytes) -> bytes:
+    """Returns the bytes of process 0 on every process. A collective."""
+    if jax.process_count() == 1:
+        return content
+    count = from_primary(len(content))
+    buffer = np.zeros(max(count, 1), np.uint8)
+    if jax.process_index() == 0:
+        buffer[:count] = np.frombuffer(content, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))[:count]
+
+
 def from_primary(value: int) -> int:
     """Returns the value of process 0 on every process. It may be larger than any dtype. A collective."""
     if jax.process_count() == 1:

@@ -287,7 +287,8 @@ class _Peers:
         if ended and not self._stop.wait(2 * self._interval):
             key, code = min(ended.items())
             number = key.rsplit("/", 1)[1]
-            os.write(2, f"process {number} has ended with code {code}; see its messages\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"process {number} has ended with code {code}; see its messages\n".encode())
             os._exit(int(code))
 
     def _run(self) -> None:
@@ -317,7 +318,8 @@ class _Peers:
             message = str(self._error())
         except BaseException as error:  # this handler must never return
             message = f"error: the connection to the other processes is lost: {error!r}"
-        os.write(2, f"{message}\n".encode())
+        with contextlib.suppress(OSError):  # the disk is full, or nobody reads
+            os.write(2, f"{message}\n".encode())
         self.roll_call.leave()
         os._exit(PreemptedError.exit_code)
 

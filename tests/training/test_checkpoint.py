@@ -135,6 +135,23 @@ def test_keeps_the_latest_and_the_best_also_of_an_earlier_run(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["1", "4", "5", "run_id"]
 
 
+def test_keeps_all_if_more_are_wanted_than_there_are(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=5, best_metric="top1", report=lambda line: None) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoints.save(step, state_at(step), {"top1": 0.1 * step})
+    assert sorted(os.listdir(tmp_path)) == ["1", "2", "3", "4", "run_id"]
+
+
+def test_a_step_that_was_saved_without_its_metrics_can_be_ranked(tmp_path):
+    with Checkpoints(tmp_path, report=lambda line: None) as checkpoints:
+        checkpoints.save(1, state_at(1))  # stopped during the evaluation, or killed before the manifest
+    with Checkpoints(tmp_path, keep_latest=2, keep_best=1, best_metric="top1", report=lambda line: None) as checkpoints:
+        checkpoints.score(1, {"top1": 0.9})
+        for step in (2, 3, 4):
+            checkpoints.save(step, state_at(step), {"top1": 0.1})
+    assert sorted(os.listdir(tmp_path)) == ["1", "3", "4", "run_id"]
+
+
 def test_saving_a_step_again(tmp_path):
     with Checkpoints(tmp_path, keep_latest=9, report=lambda line: None) as checkpoints:
         for step in (1, 2, 3):

@@ -137,6 +137,35 @@ def test_another_experiment_is_refused(tmp_path, checkpoint):
     assert (tmp_path / "config.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "refused"),
+    [
+        ({"optimizer__weight_decay": 1e-4}, {"optimizer__weight_decay": 0.0}, "optimizer.weight_decay: 0.0001 -> 0.0"),
+        ({"optimizer__weight_decay": 1e-4}, {"optimizer__weight_decay": 1e-5}, ""),
+        ({}, {"optimizer__clip_norm": 1.0}, "optimizer.clip_norm: 0.0 -> 1.0"),
+        ({}, {"ema__decay": 0.0}, "ema.decay: 0.9999 -> 0.0"),
+        ({}, {"ema__decay": 0.99}, ""),
+        ({}, {"optimizer__name": "adamw"}, "optimizer.name: 'sgd' -> 'adamw'"),
+        ({"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}, {"optimizer__weight_decay": 0.0}, ""),
+        ({"data__test_split": "a"}, {"data__test_split": "b"}, "data.test_split: 'a' -> 'b'"),
+        ({"data__test_split": ""}, {"data__test_split": "b"}, ""),
+        ({"data__test_split": "a"}, {"data__test_split": ""}, ""),
+    ],
+)
+def test_what_would_change_the_state_or_its_metrics_is_refused(tmp_path, before, after, refused):
+    with open_workdir(tmp_path, config_with(**before)):
+        (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    stored = (tmp_path / "config.json").read_text()
+    other = config_with(**before | after)
+    if not refused:
+        with open_workdir(tmp_path, other, report=lambda line: None):
+            return
+    with pytest.raises(ConfigError) as caught, open_workdir(tmp_path, other):
+        pass
+    assert refused in caught.value.details
+    assert (tmp_path / "config.json").read_text() == stored
+
+
 def test_before_the_first_checkpoint_a_mistake_is_corrected_in_place(tmp_path):
     lines = []
     with open_workdir(tmp_path, config_with()):

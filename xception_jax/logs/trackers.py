@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 
 from xception_jax.config import ExperimentConfig, to_dict
 from xception_jax.errors import ConfigError
+from xception_jax.files import write_atomically
 from xception_jax.names import printable
 
 log = logging.getLogger(__name__)
@@ -147,8 +148,8 @@ def wandb(config: ExperimentConfig, workdir: Path) -> Tracker:
 
     def connect() -> Connection:
         id_file = workdir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(8))
+        if not id_file.exists() or not id_file.read_text():
+            write_atomically(id_file, secrets.token_hex(8))
         run = service.init(
             project=config.logs.wandb_project,
             name=printable(config.name or workdir.name),

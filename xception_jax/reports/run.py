@@ -168,7 +168,8 @@ def _was_measured(metric: Metric, metrics: Sequence[dict[str, Any]]) -> bool:
 
 def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the result on the test split, or else the last one on the development split, as rows of a table."""
-    entries = [entry for split in ("dev", "test") for entry in metrics if entry["split"] == split]
+    splits = {"dev": config.data.eval_split, "test": config.data.test_split}
+    entries = [entry for split, name in splits.items() if name for entry in metrics if entry["split"] == split]
     if not entries:
         return None
     entry = entries[-1]
@@ -180,8 +181,8 @@ def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict
         if main is not None:
             low, high = wilson_interval(main, entry.get("count", 0))
             rows.append({"label": label, "averaged": bool(prefix), "main": main, "low": low, "high": high, **values})
-    split = {"test": config.data.test_split, "dev": config.data.eval_split}[entry["split"]]
-    return {**entry, "rows": rows, "split": split, "is_test": entry["split"] == "test"} if rows else None
+    named = {"split": splits[entry["split"]], "is_test": entry["split"] == "test"}
+    return {**entry, "rows": rows, **named} if rows else None
 
 
 def _figures(

@@ -66,8 +66,9 @@ class Mirror:
         self._temporary = tempfile.TemporaryDirectory(prefix=_PREFIX)
         self._alive = _hold(Path(self._temporary.name, _LOCK))
         # Under the name that it has in the store, which trackers show.
-        self.directory = Path(self._temporary.name, store.root.rpartition("/")[2][:100])
-        self.directory.mkdir()
+        name = store.root.rpartition("/")[2].encode()[:100].decode(errors="ignore")
+        self.directory = Path(self._temporary.name, "directory", name)
+        self.directory.mkdir(parents=True)
 
     def __enter__(self) -> Mirror:
         """Pulls files."""

@@ -137,7 +137,7 @@ class Checkpoints:
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="manifest")
         for step in self.steps():
             with contextlib.suppress(DamagedError):
-                self._score(step, manifest.read(self._path(step)).get("metrics", {}))
+                self.score(step, manifest.read(self._path(step)).get("metrics", {}))
 
     def _prepare_bucket(self) -> None:
         """Deletes what killed saves left, before any process lists it. Orbax would do so while it lists, and fail."""
@@ -194,7 +194,7 @@ class Checkpoints:
         }
         if self._bucket is not None:
             record["lease"] = self._bucket.owner
-        self._score(step, metrics)
+        self.score(step, metrics)
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
             if step in self.steps():
@@ -354,7 +354,8 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
-    def _score(self, step: int, metrics: Mapping[str, float]) -> None:
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Ranks a step, which may be saved before or later, by metrics of its state. All processes must call this."""
         self._policy.scores.pop(step, None)
         score = metrics.get(self._best_metric, math.nan) if self._best_metric else math.nan
         if math.isfinite(score):

@@ -60,7 +60,9 @@ def _remove_torn(directory: Path) -> None:
 
     marker = directory / _CHECKED
     checked = marker.stat().st_mtime if marker.exists() else 0.0
-    with contextlib.suppress(PermissionError):  # others may write here, and this user only read
+    if not os.access(directory, os.W_OK):  # others may write here, and this user only read
+        return
+    with contextlib.suppress(PermissionError):
         marker.touch()
         for entry in directory.glob("*-cache"):
             with contextlib.suppress(FileNotFoundError):  # deleted by another run

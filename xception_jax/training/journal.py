@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.logs.trackers import Tracker, open_trackers
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.parallel import bytes_from_primary
 from xception_jax.training.experiment import Experiment
 
 # Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
@@ -111,6 +113,12 @@ class Journal:
         """Returns whether there is an entry for this step and split. All processes get the same answer."""
         return self._agree(self._writes and self._log.has(step, split))
 
+    def evaluations(self, split: str) -> dict[int, dict[str, Any]]:
+        """Returns the entries of a split, by step. All processes get the same."""
+        found = {entry["step"]: entry for entry in self.entries() if entry["split"] == split} if self._writes else {}
+        content = bytes_from_primary(json.dumps(found).encode())
+        return {int(step): entry for step, entry in json.loads(content).items()}
+
     @property
     def has_recovered(self) -> bool:
         """Whether the run has gone back to a checkpoint before. All processes get the same answer."""
@@ -173,7 +181,7 @@ class Journal:
             "input_share": self.throughput.input_share,
         }
         if log_point:
-            means = {name: fmean(entry[name] for entry in self._interval) for name in self._interval[0]}
+            means = {name: fmean(entry[name] for entry in self._interval) for name in self._common()}
             latest = {name: metrics[name] for name in ("learning_rate", "skipped_steps")}
             self._interval.clear()
             self._write(step, "train", means | latest | speed)
@@ -194,6 +202,10 @@ class Journal:
             )
             self._line.show(progress, log_point=log_point)
 
+    def _common(self) -> list[str]:
+        """Returns the metrics that all steps of the interval have. A resumed run may weight its classes, or not."""
+        return [name for name in self._interval[0] if all(name in entry for entry in self._interval)]
+
     def evaluation(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Writes and prints the metrics of an evaluation."""
         self._write(step, split, metrics)
@@ -201,8 +213,9 @@ class Journal:
 
     def images(self, step: int, images: Float32[np.ndarray, "b h w 3"]) -> None:
         """Sends the first images of a batch, in [-1, 1], to the trackers of process 0."""
-        for tracker in self._trackers:
-            pixels = np.round((images[: self._experiment.config.logs.images] + 1) * 127.5).astype(np.uint8)
+        count = self._experiment.config.logs.images
+        for tracker in self._trackers if count else ():
+            pixels = np.round((images[:count] + 1) * 127.5).astype(np.uint8)
             tracker.images(step, "train/images", pixels)
 
     def histograms(self, step: int, params: dict[str, Any]) -> None:
@@ -233,7 +246,7 @@ class Journal:
         """Flushes all entries to disk. Must be called before the checkpoint of the same step is saved."""
         if self._writes:
             if self._interval and not self._log.has(self._last_step, INTERVAL):
-                columns = {name: [entry[name] for entry in self._interval] for name in self._interval[0]}
+                columns = {name: [entry[name] for entry in self._interval] for name in self._common()}
                 self._log.write(self._last_step, INTERVAL, columns | goodput.to_entry(self.stopwatch.seconds()))
             self._log.sync()
 

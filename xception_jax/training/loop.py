@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from xception_jax.config import ExperimentConfig, resolve
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, train_batches
-from xception_jax.errors import DivergedError
+from xception_jax.errors import ConfigError, DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.logs import goodput
 from xception_jax.logs.console import announce
@@ -94,8 +94,16 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
             restored = checkpoints.restore_latest(experiment.abstract)
         with announce("initializing the network", print_once):
             step, state = restored if restored else (0, first_state(experiment, print_once, initial))
+        if step > experiment.total_steps:
+            raise ConfigError(
+                f"the run is at step {step:,}, after the {experiment.total_steps:,} steps of config.duration",
+                address,
+                "set a config.duration of at least as many steps, or choose another work directory",
+            )
         journal = stack.enter_context(Journal(experiment, directory.files, step, started))
         journal.header(address, step)
+        for evaluated, metrics in journal.evaluations("dev").items():  # a killed save has no record of its metrics
+            checkpoints.score(evaluated, metrics)
         stack.enter_context(Watchdog(config.watchdog, journal.stopwatch, journal.throughput, directory))
         if config.data.cache_features:
 
@@ -195,6 +203,7 @@ class Loop:
                     trace.before_step(self.state)
                 self.state, metrics = train_step(self.state, batch, dropout)
                 self.step += 1
+                self.dev_metrics = {}
                 self.dispatched = _Dispatched(self.step, metrics)
                 # Read the previous metrics only after dispatching this step, so that the devices always have work.
                 self._read(before)
@@ -364,6 +373,9 @@ class Loop:
         if is_new:
             self.dev_metrics = metrics
             self.journal.evaluation(self.step, "dev", metrics)
+            self.checkpoints.score(self.step, metrics)  # a stopped run may have saved this step without its metrics
+            if self.config.logs.histograms:
+                self.journal.histograms(self.step, self.state.params)
         if is_last:
             self.dev_predictions = predictions
             return

@@ -106,7 +106,8 @@ class Preemption(StopSignals):
         assert self._point is not None
         nothing_trained = self._point.is_before_all
         if self._owns_process and (nothing_trained or self._ending):
-            os.write(2, f"{StopRequested(self._cause).as_error(self._where)}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"{StopRequested(self._cause).as_error(self._where)}\n".encode())
             if jax.process_index() == 0:
                 time.sleep(_SECONDS_FOR_THE_OTHERS)
             os._exit(PreemptedError.exit_code)

@@ -30,5 +30,7 @@ class LatestOrBest(ocp.checkpoint_managers.PreservationPolicy):
         """Returns the steps that are kept."""
         steps = sorted(steps)
         scored = sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
-        kept = set(steps[-self.keep_latest :]) | set(scored[len(scored) - self.keep_best :] if self.keep_best else ())
+        kept = set(steps[-self.keep_latest :]) | set(
+            scored[max(0, len(scored) - self.keep_best) :] if self.keep_best else ()
+        )
         return kept | set([step for step in steps if step % self.regular_every == 0][-1:])

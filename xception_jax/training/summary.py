@@ -109,7 +109,8 @@ def summarize_run(
       StorageError: the report cannot be written. The run is complete otherwise.
     """
     entries = journal.entries()
-    evaluations = [entry for split in ("dev", "test") for entry in entries if entry["split"] == split]
+    splits = [split for split in ("dev", "test") if split in experiment.sources]
+    evaluations = [entry for split in splits for entry in entries if entry["split"] == split]
     final = evaluations[-1] if evaluations else {}
     report = directory.path("report.html")
     groups = None

@@ -35,7 +35,10 @@ _WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
 
 # A run cannot resume with different values of these fields. Other fields may change, for example to extend `duration`
 # or to lower the learning rate.
-_IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.frozen|batch_size|seed")
+_IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.(frozen|name)|batch_size|seed")
+# These add arrays to the state, or a step to the optimizer, unless they are zero.
+_ADDS_STATE = ("optimizer.clip_norm", "ema.decay")
+_COUPLED = ("sgd", "rmsprop", "adam")  # where weight decay is a step before the optimizer
 # Where the images are and how they are read. Raising a limit allows a run to resume after exit code 65.
 _NOT_IDENTITY = (
     "data.data_dir",
@@ -46,7 +49,6 @@ _NOT_IDENTITY = (
     "data.max_bad_fraction",
     "data.max_pixels",
     "data.max_scans",
-    "data.test_split",
 )
 
 
@@ -227,7 +229,7 @@ def write_config(
       WorkdirError: it cannot be written.
     """
     text, shown = to_json(config), shown or str(path)
-    changes = {}
+    changes: dict[str, tuple[Any, Any]] = {}
     if os.path.lexists(path / CONFIG):
         fix = "delete it if the work directory was created with this config"
         with reading("config of the run", join(shown, CONFIG), fix, damaged=ConfigError):
@@ -235,7 +237,8 @@ def write_config(
             if stored == text:
                 return
             changes = _changes(parse_json(stored, dict), json.loads(text))
-    refused = [line for name, line in changes.items() if _IDENTITY.fullmatch(name) and name not in _NOT_IDENTITY]
+    lines = {name: f"{name}: {before!r} -> {after!r}" for name, (before, after) in changes.items()}
+    refused = [lines[name] for name, values in changes.items() if _is_refused(name, *values, config.optimizer.name)]
     # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.
     if refused and protect:
         raise ConfigError(
@@ -244,7 +247,7 @@ def write_config(
             "restore these fields, or choose another work directory",
             refused,
         )
-    for line in changes.values():
+    for line in lines.values():
         report(f"changed since the last run in this directory: config.{line}")
     try:
         write_atomically(path / CONFIG, text)
@@ -252,8 +255,17 @@ def write_config(
         raise _unusable(path, error) from None
 
 
-def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """Returns a line 'field: stored -> now' for each field that differs, by field name."""
+def _is_refused(name: str, before: Any, after: Any, optimizer: str) -> bool:
+    """Returns whether a run with checkpoints cannot resume with another value of a field."""
+    if name == "data.test_split":  # its metrics are in metrics.jsonl, under the name 'test'
+        return bool(before and after)
+    if name in _ADDS_STATE or (name == "optimizer.weight_decay" and optimizer in _COUPLED):
+        return bool(before) != bool(after)
+    return name not in _NOT_IDENTITY and _IDENTITY.fullmatch(name) is not None
+
+
+def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the values before and after of each field that differs, by its name."""
     stored, now = flatten(stored), flatten(now)
     changes = {}
     for name, field in FIELDS.items():
@@ -262,7 +274,7 @@ def _changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         default = json.loads(json.dumps(field.default))
         before, after = stored.get(name, default), now.get(name, default)
         if before != after:
-            changes[name] = f"{name}: {before!r} -> {after!r}"
+            changes[name] = before, after
     return changes
 
 
