@@ -171,8 +171,17 @@ def test_groups_stay_together_and_balance_the_classes_as_well_as_scikit_learn_do
 
 def test_no_split_is_empty_and_train_has_every_class():
     groups, labels = ["p1"] * 9 + ["p2"] * 9 + ["p3"], ["a"] * 18 + ["b"]
+    with pytest.raises(BadDataError, match="no image for the split"):  # train needs p3, and one of the others
+        splits.divide_groups(groups, labels, splits.DEFAULT_SHARES)
+    groups, labels = [*groups, *["p4"] * 3], [*labels, *["a"] * 3]
     found = dict(zip(groups, splits.divide_groups(groups, labels, splits.DEFAULT_SHARES), strict=True))
     assert found["p3"] == "train"
+    assert set(found.values()) == {*splits.DEFAULT_SHARES}
+    # Two patients of five have the rare class: one of them stays in train, and no split goes without.
+    groups, labels = [f"p{n // 4}" for n in range(20)], (["a"] * 4 + ["b"] * 4) * 2 + ["a"] * 4
+    found = dict(zip(groups, splits.divide_groups(groups, labels, splits.DEFAULT_SHARES), strict=True))
+    assert set(found.values()) == {*splits.DEFAULT_SHARES}
+    assert "train" in {found["p1"], found["p3"]}
     with pytest.raises(BadDataError, match="2 groups cannot fill 3 splits"):
         splits.divide_groups(["p", "q"], ["a", "a"], splits.DEFAULT_SHARES)
     assert set(splits.divide_groups(["p", "q", "r"], ["a"] * 3, splits.DEFAULT_SHARES)) == {*splits.DEFAULT_SHARES}

@@ -16,7 +16,7 @@ from tests.storage.gcs_objects import Objects
 from tests.storage.gcs_requests import Fault
 from xception_jax.errors import StorageError, WorkdirError
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
-from xception_jax.storage import Mirror
+from xception_jax.storage import Mirror, open_store
 
 PULLED = ("metrics.jsonl", "tensorboard/")
 
@@ -136,9 +136,18 @@ def test_names_that_are_no_files_are_left_alone(gcs, gs_store, name, tmp_path, m
     with Mirror(gs_store, ["profile/"]) as mirror:
         assert os.listdir(mirror.directory) == ["profile"]
         assert os.listdir(mirror.directory / "profile") == ["good"]
-        assert os.listdir(tmp_path) == [mirror.directory.parent.name]
-        assert sorted(os.listdir(mirror.directory.parent)) == ["alive", "run"]
+        assert os.listdir(mirror.directory.parent) == ["run"]
+        above = mirror.directory.parents[1]
+        assert sorted(os.listdir(above)) == ["alive", "directory"]
+        assert os.listdir(tmp_path) == [above.name]
     assert len(gcs.mutations) == 2
+
+
+@pytest.mark.parametrize("name", ["alive", "directory", "画" * 90])
+def test_a_run_may_have_any_name(gcs, gs_place, name):
+    with Mirror(open_store(f"{gs_place}/{name}", "--workdir")) as mirror:
+        (mirror.directory / "a").write_bytes(b"x")
+    assert gcs.mutations
 
 
 @pytest.mark.parametrize("names", list(itertools.permutations(["a", "a/b"])))
@@ -215,7 +224,7 @@ def test_the_directory_of_a_killed_process_is_deleted_and_no_other(gs_store, tmp
         assert killed.exists()  # it may be of a process that is about to lock it
     os.utime(killed / "alive", (0, 0))
     with Mirror(gs_store) as living:
-        os.utime(living.directory.parent / "alive", (0, 0))
+        os.utime(living.directory.parents[1] / "alive", (0, 0))
         with Mirror(gs_store):
             assert living.directory.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["xception_jax.mine"]

@@ -209,7 +209,7 @@ def test_a_model_in_a_sequential_in_a_model(xception: Released, tmp_path):
     keras_model.save(tmp_path / "x.h5")
     network = load_network(tmp_path / "x.h5")
     assert network.model.num_classes == 1
-    assert network.multi_label
+    assert network.has_single_logit
     assert_same(network.variables, xception.backbone_leaves | head_leaves(keras_model))
     assert network.preprocessing.mean == (0.5, 0.5, 0.5)
 

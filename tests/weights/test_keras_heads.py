@@ -156,7 +156,8 @@ def test_one_unit_is_a_classifier(base, activation, form, tmp_path):
     assert (head["kernel"] == 0.25).all()
     assert head["bias"] == [-2]
     assert network.probabilities == "sigmoid"
-    assert network.multi_label == (activation == "sigmoid" and form != "weights.h5")
+    assert not network.multi_label
+    assert (network.has_single_logit, network.num_classes) == (True, 2)
 
 
 @pytest.mark.parametrize("form", ["keras", "weights.h5"])

@@ -112,6 +112,7 @@ def _read(args: argparse.Namespace) -> Network:
     """Reads the network from a weight file or the work directory of a run."""
     from xception_jax import runs  # JAX takes seconds to import
     from xception_jax.weights import load_network
+    from xception_jax.weights.load import resized
 
     if not runs.is_run(args.source):
         if args.step is not None:
@@ -122,8 +123,7 @@ def _read(args: argparse.Namespace) -> Network:
         raise UsageError("a run describes its network itself", "--model", "remove --model")
     else:
         network = runs.open_network(args.source, args.step)
-        size = args.size or network.preprocessing.size
-        network = dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, size=size))
+        network = resized(network, args.source, args.size or network.preprocessing.size)
     if args.head is None:
         return network
     if args.head:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.prepare.datasets import open_dataset
-from xception_jax.data.sources import Source, SourceInfo, check_labels
+from xception_jax.data.sources import Source, SourceInfo, TfdsSource, check_labels
 from xception_jax.errors import ConfigError, UsageError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step, name_examples
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
@@ -127,7 +127,7 @@ def evaluate_split(args: argparse.Namespace, subject: Subject) -> Result:
     info = source.info
     _check_classes(network, info)
     check_labels(source)
-    development = _open_development(args, data, config, info)
+    development = _open_development(args, data, config, source)
     real_labels = load_real_labels(args.real, info.num_classes) if args.real else []
     numbers = image_numbers(source, real_labels) if args.real else []
     loss = "sigmoid" if info.multi_label else "softmax"
@@ -140,8 +140,7 @@ def evaluate_split(args: argparse.Namespace, subject: Subject) -> Result:
         _, predictions, _ = pass_over(development, {last: subject.variables[last]})
         thresholds = choose_thresholds(predictions, args.at)
     values, predictions, damaged = pass_over(source, subject.variables)
-    if info.num_classes <= MAX_CLASSES or args.mistakes:
-        predictions = name_examples(predictions, source)
+    predictions = name_examples(predictions, source)
 
     named: dict[str, Any] = {"source": args.source, "sha256": network.sha256}
     named |= {"step": subject.step} if subject.step is not None else {}
@@ -162,21 +161,26 @@ def evaluate_split(args: argparse.Namespace, subject: Subject) -> Result:
 
 
 def _open_development(
-    args: argparse.Namespace, data: DataConfig, config: ExperimentConfig, info: SourceInfo
+    args: argparse.Namespace, data: DataConfig, config: ExperimentConfig, source: Source
 ) -> Source | None:
     """Opens the split to choose thresholds on; None if there is none.
 
     Raises:
-      UsageError: it is the split that is evaluated.
+      UsageError: it has images of the split that is evaluated.
     """
+    info = source.info
     own = is_run(args.source) and data.name == config.data.name
     split = args.thresholds or (config.data.eval_split if own else "")
-    if args.thresholds and split == info.split:
-        fix = "choose thresholds on a split that is not evaluated: they fit their own images too well"
-        raise UsageError(f"--thresholds is the split that is evaluated, {split}", "--thresholds", fix)
-    if not split or split == info.split or info.num_classes > MAX_CLASSES:
+    if not split or (info.num_classes > MAX_CLASSES and split != info.split):
         return None
-    return open_dataset(data, split)
+    development = open_dataset(data, split)
+    if split == info.split or (isinstance(source, TfdsSource) and source.overlaps(split)):
+        if args.thresholds:
+            fix = "choose thresholds on images that are not evaluated: they fit their own images too well"
+            what = f"--thresholds {split} has images of the split that is evaluated, {info.split}"
+            raise UsageError(what, "--thresholds", fix)
+        return None
+    return development
 
 
 class _Pass:

@@ -14,6 +14,7 @@ from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
 from xception_jax.explain.paths import check_output
+from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 from xception_jax.weights.sources import require_known
 
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             if args.npz:
                 kept.append(each)
         if args.json:
-            tqdm.write(json.dumps(entry))
+            tqdm.write(json.dumps(json_ready(entry)))
         elif not each.error:
             tqdm.write(f"{printable_path(each.path)}  {each.probability:.2%}  {printable(entry['name'])}")
     if written := output.finish():
@@ -206,7 +207,7 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
     meaning = sanity.verdict(rows[-1].correlation)
     if args.json:
         for row in rows:
-            print(json.dumps(row._asdict()))
+            print(json.dumps(json_ready(row._asdict())))
         print(json.dumps({"verdict": meaning}))
     else:
         print(sanity.as_text(rows, METHODS[args.method].title, sum(readable)), meaning, sep="\n")

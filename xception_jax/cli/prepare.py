@@ -167,6 +167,8 @@ def _name(args: argparse.Namespace) -> str:
     if args.name is None or not _NAME.fullmatch(args.name):
         fix = "set it to a name of lower-case letters, digits and underscores"
         raise UsageError(f"--name is {args.name!r}", "--name", fix)
+    if args.name in (*SHIPPED_NAMES, *DATASET_NAMES, "synthetic"):
+        raise UsageError(f"--name is {args.name}, which is another dataset", "--name", "choose another name")
     return args.name
 
 
@@ -189,7 +191,9 @@ def _shares(args: argparse.Namespace) -> dict[str, float] | None:
         names_are_valid = len(shares) == len(pairs) and all(map(_NAME.fullmatch, shares))
     except ValueError:
         shares, names_are_valid = {}, False
-    if not names_are_valid or not min(shares.values()) > 0 or abs(sum(shares.values()) - 1) > 1e-6:
+    if not names_are_valid or not (
+        all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-6
+    ):
         fix = f"write names and shares above 0 that sum to 1, such as {_DEFAULT_SPLITS}"
         raise UsageError(f"--splits is {args.splits!r}", "--splits", fix)
     return shares

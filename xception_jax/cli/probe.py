@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError
+from xception_jax.logs.metrics_log import json_ready
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
         low, high = wilson_interval(result.accuracy, count)
         if args.json:
             entry: dict[str, Any] = {"classifier": result.name, "accuracy": result.accuracy, "interval": [low, high]}
-            print(json.dumps(entry | {"option": result.option, "held_out_accuracy": result.held_out, "count": count}))
+            entry |= {"option": result.option, "held_out_accuracy": result.held_out, "count": count}
+            print(json.dumps(json_ready(entry)))
         else:
             accuracy = f"{result.accuracy:.4f}  [{low:.4f}, {high:.4f}]"
             print(f"{result.name:<22}{accuracy:<28}{result.option:<18}{result.held_out:.4f}")

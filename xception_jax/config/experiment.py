@@ -18,7 +18,7 @@ class DataConfig(Section):
 
     path: ClassVar[str] = "data."
 
-    name: str = text("imagenet2012", "paper: section 4.1; a TFDS name, or 'synthetic'")
+    name: str = text("imagenet2012", "paper: section 4; a TFDS name, or 'synthetic'")
     data_dir: str = text("", "local: empty is TFDS_DATA_DIR, else ~/tensorflow_datasets")
     train_split: str = text("train[:98%]", "modern: the rest is the development split")
     eval_split: str = text("train[98%:]", "modern: watched while training, so that test images are not tuned on")
@@ -217,6 +217,12 @@ class ExperimentConfig(Section):
                 f"config.batch_size={self.batch_size} is not divisible by accumulation_steps={self.accumulation_steps}",
                 "config.batch_size",
                 f"the nearest valid batch size is {nearest}",
+            )
+        if self.data.image_size < self.model.smallest_side:
+            raise ConfigError(
+                f"images of {self.data.image_size} pixels are too small for {self.model.name}: no pixel would be left",
+                "config.data.image_size",
+                f"set it to at least {self.model.smallest_side}",
             )
         group = self.model.batch_norm.statistics
         microbatch = self.batch_size // self.accumulation_steps

@@ -7,6 +7,7 @@ from the modules because a config is checked, and `--help` printed, before JAX i
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from xception_jax.config.fields import choice, choice_or_integer, flag, integer, number, strides
@@ -37,14 +38,19 @@ class ModelConfig(Section):
     path: ClassVar[str] = "model."
 
     name: str = ""
-    num_classes: int = integer(1000, 1, "paper: section 4.1, ImageNet")
+    num_classes: int = integer(1000, 1, "paper: section 4, ImageNet")
     width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
-    fc_layers: int = integer(0, 0, "paper: section 4.3, layers of 4,096 units before the classifier (JFT: 2)")
-    fc_width: int = integer(4096, 1, "paper: section 4.3", unless={"fc_layers": (0,)})
-    dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.2 (ImageNet 0.5, JFT none)")
+    fc_layers: int = integer(0, 0, "paper: section 4.5.1, layers of 4,096 units before the classifier (JFT: 2)")
+    fc_width: int = integer(4096, 1, "paper: section 4.5.1", unless={"fc_layers": (0,)})
+    dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.3 (ImageNet 0.5, JFT none)")
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
     dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
     batch_norm: BatchNormConfig = BatchNormConfig()
+
+    @property
+    def smallest_side(self) -> int:
+        """Returns the side of the smallest images, in pixels, of which every layer has a pixel left."""
+        return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +136,7 @@ class XceptionConfig(ModelConfig):
                 "config.model.intermediate_slope",
                 "leave it at 0.1, or set config.model.intermediate_activation='leaky_relu'",
             )
-        widths = [round(128 * self.width_multiplier), self.head_width or _TOWERS]
+        widths = [round(128 * self.width_multiplier), round(0.75 * self.head_width) if self.head_width else _TOWERS]
         if self.stem == "module":
             widths.append(self.stem_width or round(32 * self.width_multiplier))
         if self.module == "inception" and min(widths) < _TOWERS:
@@ -138,9 +144,10 @@ class XceptionConfig(ModelConfig):
                 f"an Inception module has {min(widths)} channels, fewer than its {_TOWERS} towers",
                 "config.model",
                 f"set width_multiplier to at least {_TOWERS / (128 if len(widths) == 2 else 32):g}, and the widths of "
-                f"stem and head to at least {_TOWERS}",
+                f"stem and head to at least {_TOWERS} and {math.ceil(_TOWERS / 0.75)}",
             )
-        for name, channels in (("stem_width", 2 * (self.stem_width or 0)), ("head_width", self.head_width or 0)):
+        stem = (self.stem_width or 0) * (1 if self.stem == "module" else 2)
+        for name, channels in (("stem_width", stem), ("head_width", self.head_width or 0)):
             if channels % self.channel_divisor:
                 raise ConfigError(
                     f"config.model.{name}={getattr(self, name)} gives a layer {channels} channels, which the segments "
@@ -159,6 +166,11 @@ class XceptionConfig(ModelConfig):
             )
 
     @property
+    def smallest_side(self) -> int:
+        """Returns the side of the smallest images, in pixels, of which every layer has a pixel left."""
+        return 7 if self.stem == "imagenet" else 1
+
+    @property
     def channel_divisor(self) -> int:
         """Returns the number by which the channels of all layers must be divisible for equal segments."""
         if self.group_width is not None:
@@ -173,7 +185,12 @@ class InceptionV3Config(ModelConfig):
     """Inception V3, the paper's baseline."""
 
     name: str = "inception_v3"
-    aux_head: bool = flag(False, "paper: section 4.2, not used")
+    aux_head: bool = flag(False, "paper: section 4.3, not used")
+
+    @property
+    def smallest_side(self) -> int:
+        """Returns the side of the smallest images, in pixels, of which every layer has a pixel left."""
+        return 107 if self.aux_head else 75
 
 
 NETWORKS: dict[str, ModelConfig] = {

@@ -19,7 +19,7 @@ class LossConfig(Section):
 
     path: ClassVar[str] = "loss."
 
-    name: str = choice("softmax", ("softmax", "sigmoid"), "paper: section 4.1 (ImageNet); inferred for JFT")
+    name: str = choice("softmax", ("softmax", "sigmoid"), "paper: section 4 (ImageNet); inferred for JFT")
     label_smoothing: float = number(0.1, 0.0, 0.99, "inferred: as in Inception V3")
     class_weights: str | tuple[float, ...] = class_weights(
         "modern: of the loss in training; 'balanced' is the inverse of the frequency of a class, 1 on average"
@@ -39,7 +39,7 @@ class OptimizerConfig(Section):
     path: ClassVar[str] = "optimizer."
 
     name: str = ""
-    weight_decay: float = number(1e-5, 0.0, 1.0, "paper: section 4.2; what it multiplies depends on the optimizer")
+    weight_decay: float = number(1e-5, 0.0, 1.0, "paper: section 4.3; what it multiplies depends on the optimizer")
     decayed: str = pattern("kernel$", "inferred: every kernel, neither BatchNorm nor biases")
     frozen: str = pattern("", "modern: parameters that stay as they start, with their BN statistics; '' is none")
     multipliers: tuple[tuple[str, float], ...] = factors(

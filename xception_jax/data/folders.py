@@ -35,21 +35,23 @@ def text(path: Path) -> str:
         return path.as_posix().encode(errors="backslashreplace").decode()
 
 
-def files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+def files(folder: Path) -> Iterator[Path]:
     """Yields all files below a folder in alphabetical order of their paths.
 
-    Links are followed, except those that lead to a folder above them, which would never end.
-
-    Args:
-      folder: the folder.
-      above: resolved paths of the folders above it, for the recursion.
+    Links are followed, but no folder is entered twice: links can lead back to a folder above them, or fan out.
 
     Raises:
       StorageError: a folder cannot be read.
     """
-    above = (*above, folder.resolve())
-    for path, is_folder in entries(folder):
-        if not is_folder:
-            yield path
-        elif path.resolve() not in above:
-            yield from files(path, above)
+    entered = {folder.resolve()}
+    left = [iter(entries(folder))]  # of the folder and of those above it: recursion would end after a thousand
+    while left:
+        for path, is_folder in left[-1]:
+            if not is_folder:
+                yield path
+            elif (resolved := path.resolve()) not in entered:
+                entered.add(resolved)
+                left.append(iter(entries(path)))
+                break
+        else:
+            left.pop()

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,6 +160,20 @@ class TfdsSource:
     def __len__(self) -> int:
         """Number of examples."""
         return self.info.num_examples
+
+    def overlaps(self, split: str) -> bool:
+        """Returns whether another split of the dataset has some of the same examples, as 'train' and 'train[98%:]'."""
+        splits = open_builder(self.directory).info.splits
+
+        def ranges(name: str) -> list[tuple[str, int, float]]:
+            files = splits[name].file_instructions
+            return [(f.filename, f.skip, math.inf if f.take < 0 else f.skip + f.take) for f in files]
+
+        return any(
+            file == other_file and max(first, other_first) < min(last, other_last)
+            for file, first, last in ranges(self.split)
+            for other_file, other_first, other_last in ranges(split)
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads one example.

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from xception_jax.errors import BadDataError
+
 NEIGHBOURS = (1, 3, 5, 9, 15, 25)
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 3))
 """Penalties of ridge regression, relative to the mean sum of squares of a centred feature."""
@@ -115,6 +117,9 @@ def probe(
     """
     features, labels = train
     held_out = hold_out(labels, seed)
+    if not held_out.any():
+        what = "every class has one image, so that none can be held out to choose the options of a classifier"
+        raise BadDataError(what, "the features to fit to", "add images")
     for name, (fit, options, text) in CLASSIFIERS.items():
         fitted = fit(features[~held_out], labels[~held_out], classes, options)
         accuracies = [_accuracy(scores, labels[held_out]) for scores in fitted(features[held_out])]

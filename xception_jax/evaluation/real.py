@@ -20,7 +20,7 @@ from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.user_files import read_json, reading
 
-_FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
 _FETCH = "get real.json from github.com/google-research/reassessed-imagenet"
 
 

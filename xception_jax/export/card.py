@@ -230,6 +230,11 @@ def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
 def _classes_text(card: Mapping[str, Any]) -> str:
     names, number = card["classes"], card["network"]["num_classes"]
     if names is None:
-        return f"{number:,} classes without names."
+        return (
+            f"{number:,} classes without names."
+            if number > 1
+            else "Two classes without names; the logit is the second's."
+        )
+    number = len(names)
     shown = ", ".join(f"{index} {in_markdown(name, NAME_LENGTH)}" for index, name in enumerate(names[:20]))
     return f"{number:,}: {shown}" + (f", and {number - 20:,} more in the JSON file." if number > 20 else ".")

@@ -11,4 +11,5 @@ def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[fl
         return 0.0, 1.0
     center = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (center - half) / (1 + z * z / count), (center + half) / (1 + z * z / count)
+    low, high = (center - half) / (1 + z * z / count), (center + half) / (1 + z * z / count)
+    return max(low, 0.0), min(high, 1.0)  # rounding leads out of the range

@@ -110,10 +110,12 @@ def _check(predictions: Predictions) -> None:
     for name, array in arrays.items():
         if array is None:
             continue
-        # Booleans, integers and floats of any size; text only for names.
-        kinds = "U" if _TYPES[name] is np.str_ else "biuf"
+        whole = name in ("index", "classes", "label")
+        kinds = "U" if _TYPES[name] is np.str_ else "biu" if whole else "biuf"  # of any size
         if len(array) != n or array.ndim not in dimensions.get(name, (1,)) or array.dtype.kind not in kinds:
             raise ValueError(f"the array {name} is {array.dtype} of shape {array.shape}, for {n:,} images")
+    if not n:
+        raise ValueError("there are no images")
     if predictions.probabilities.shape != (n, k) or not k:
         raise ValueError(f"there are {k} classes of each image, and {predictions.probabilities.shape} probabilities")
     width = predictions.label.shape[1] if predictions.multi_label else None

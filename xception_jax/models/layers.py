@@ -101,11 +101,12 @@ class BatchNorm(nn.Module):
         channels, dtype = x.shape[-1:], param_dtype(self.dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
-        beta = self.param("bias", nn.initializers.zeros, channels, dtype)
-        gamma = self.param("scale", self.scale_init, channels, dtype) if self.use_scale else 1.0
+        # The arrays of a file may have half of the precision.
+        beta = self.param("bias", nn.initializers.zeros, channels, dtype).astype(dtype)
+        gamma = self.param("scale", self.scale_init, channels, dtype).astype(dtype) if self.use_scale else 1.0
         if not train:
-            factor = jax.lax.rsqrt(running_var.value + self.epsilon) * gamma
-            return (x * factor + (beta - running_mean.value * factor)).astype(self.dtype)
+            factor = jax.lax.rsqrt(running_var.value.astype(dtype) + self.epsilon) * gamma
+            return (x * factor + (beta - running_mean.value.astype(dtype) * factor)).astype(self.dtype)
 
         # Average over each image first: reshaping the whole activation into groups would copy it on a TPU.
         groups = self._num_groups(x.shape[0])
@@ -155,7 +156,7 @@ def norm_of(config: ModelConfig) -> partial[BatchNorm]:
 
 
 class Head(nn.Module):
-    """Global average pooling, optional fully connected layers, dropout and logistic regression (sections 3 and 4.2).
+    """Global average pooling, fully connected layers if any, dropout and logistic regression (sections 3, 4.3, 4.5.1).
 
     Returns (logits [b, num_classes], pre_logits [b, c]), both in float32 or float64.
     """

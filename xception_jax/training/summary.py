@@ -23,7 +23,7 @@ from xception_jax.explain.tiles import heat_maps
 from xception_jax.metrics import Metric, main_metric
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import Threshold, choose_thresholds, judge
-from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
+from xception_jax.metrics.predictions import Predictions
 from xception_jax.metrics.resampling import DRAWS
 from xception_jax.metrics.single_label import TopK
 from xception_jax.names import printable_path
@@ -209,7 +209,7 @@ def _judge(
     live: bool = False,
 ) -> Judged:
     source = experiment.sources[split]
-    if experiment.config.num_classes <= MAX_CLASSES and (not live or len(source) <= _LIVE_NAMED):
+    if not live or len(source) <= _LIVE_NAMED:
         predictions = name_examples(predictions, source)
     chosen = {index: None for group in choose_examples(predictions)[::-1] for index in group}
     if not live:

@@ -9,7 +9,7 @@ from typing import Any
 from xception_jax.data.images import Preprocessing
 from xception_jax.errors import UserError
 from xception_jax.user_files import read_json
-from xception_jax.weights.network import described_preprocessing
+from xception_jax.weights.network import both_names, described_preprocessing
 
 _MAX_BYTES = 1 << 20
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
@@ -47,6 +47,8 @@ def describe(
     names = described.get("label_names")
     if not isinstance(names, list) or not num_classes:
         return preprocessing, None, notes
+    if num_classes == 1 and len(names) in (1, 2):  # one logit, of the second of two classes
+        return preprocessing, both_names(list(map(str, names))), notes
     if len(names) == num_classes:
         return preprocessing, tuple(map(str, names)), notes
     notes.append(f"{path.name} names {len(names)} classes, the classifier has {num_classes}; the names are left out")

@@ -55,7 +55,8 @@ def import_keras(
     tree.check(leaves, model, where)
     if model.padding != "same":
         notes.append("Keras pads max pools as config.model.padding='same' does; the model has another value")
-    network = Network(model, tree.unflatten(leaves), preprocessing, None, where, "", multi_label)
+    several = multi_label and model.num_classes > 1  # a single unit is the logit of the second of two classes
+    network = Network(model, tree.unflatten(leaves), preprocessing, None, where, "", several)
     return Imported(network, image_shape, notes)
 
 

@@ -19,7 +19,7 @@ from xception_jax.weights import own, sources, tree
 from xception_jax.weights.content import SAFETENSORS, Content
 from xception_jax.weights.isolation import open_weights
 from xception_jax.weights.keras import import_keras
-from xception_jax.weights.network import Imported, Network, Preprocessing
+from xception_jax.weights.network import MAX_SIDE, Imported, Network, Preprocessing
 from xception_jax.weights.released import KERAS_FILES
 from xception_jax.weights.timm import import_timm
 
@@ -57,7 +57,7 @@ def load_network(
         if model is not None and tree.describe(model) != tree.describe(network.model):
             what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
             raise UsageError(what, str(path), "leave the model out: the file describes itself")
-        return _finished(network, source.name, size or network.preprocessing.size)
+        return resized(network, source.name, size or network.preprocessing.size)
     imported = import_content(content, path, model, head)
     network, notes = dataclasses.replace(imported.network, sha256=sha256), imported.notes
     if source.release is not None or md5 in KERAS_FILES:
@@ -76,10 +76,19 @@ def load_network(
         what = f"the network in the file takes images of {height} x {width} pixels"
         notes.append(f"{what}; ours are square, using {max(height, width)} (convert --size)")
     _print(notes)
-    return _finished(network, source.name, size or max(height, width))
+    return resized(network, source.name, size or max(height, width))
 
 
-def _finished(network: Network, source: str, size: int) -> Network:
+def resized(network: Network, source: str, size: int) -> Network:
+    """Returns a network with its source and the size of its images.
+
+    Raises:
+      BadDataError: the images are too small for its layers, or larger than those that are read.
+    """
+    low = network.model.smallest_side
+    if not low <= size <= MAX_SIDE:
+        what = f"{network.model.name} cannot have images of {size:,} pixels"
+        raise BadDataError(what, source, f"give the size of its images, {low} to {MAX_SIDE:,} (convert --size)")
     preprocessing = dataclasses.replace(network.preprocessing, size=size)
     return dataclasses.replace(network, source=source, preprocessing=preprocessing)
 

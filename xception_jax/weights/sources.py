@@ -198,7 +198,7 @@ def verify(path: Path, pins: Mapping[str, str], *, kept: Path | None = None, tho
     is_new, kept = kept is not None, kept or path
     record = recorded(kept)
     try:
-        remembered = record.read_text().split()[:1] if record.exists() else []
+        remembered = _sums(record) if record.exists() else []
         wanted = [(name, value) for name, value in pins.items() if thorough or name != "md5" or not remembered]
         found = {name: digest(path, name) for name in {"sha256", *dict(wanted)}}
     except OSError as error:
@@ -256,7 +256,9 @@ def _find_on_hub(file: HubFile) -> Source:
 
 def _look_up(file: HubFile, reference: Path) -> tuple[str, dict[str, str]]:
     """Returns the commit of a branch or tag, and the sum of the file if the hub was asked."""
-    known = reference.read_text().strip() if reference.exists() else ""
+    known = reference.read_text(errors="replace").strip() if reference.exists() else ""
+    if not _COMMIT.fullmatch(known):  # the file is damaged
+        known = ""
     if not known:
         _require_online(file.address, reference)
     if offline_variable():
@@ -272,10 +274,24 @@ def _look_up(file: HubFile, reference: Path) -> tuple[str, dict[str, str]]:
     return commit, sums
 
 
+def _sums(record: Path) -> list[str]:
+    """Returns the SHA-256 that a record remembers.
+
+    Raises:
+      BadDataError: the record is damaged. It would not tell whether the file is.
+    """
+    words = record.read_text(errors="replace").split()
+    if not words or not re.fullmatch("[0-9a-f]{64}", words[0]):
+        raise BadDataError(
+            "the record of the SHA-256 of a file is damaged", str(record), "remove it and the file beside it"
+        )
+    return words[:1]
+
+
 def _remember(reference: Path, commit: str) -> None:
     """Writes which commit a branch or tag is at, for when the hub cannot be asked."""
     try:
-        if not reference.exists() or reference.read_text().strip() != commit:
+        if not reference.exists() or reference.read_text(errors="replace").strip() != commit:
             reference.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(reference, f"{commit}\n")
     except OSError as error:

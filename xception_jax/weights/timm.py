@@ -50,6 +50,9 @@ _BRANCHES = {"1x1_0": "1x1", "pool_0": "_pool", "3x3_1x3": "3x3_2a", "3x3_3x1": 
 _BRANCHES |= {"3x3dbl_1x3": "3x3dbl_3a", "3x3dbl_3x1": "3x3dbl_3b"}
 
 
+_OF_TRAINING = {"optimizer", "metrics"}  # parts of the names of what a checkpoint holds beside the network
+
+
 def import_timm(
     tensors: Mapping[str, np.ndarray], path: Path, model: ModelConfig | None, demanded: bool | None
 ) -> Imported:
@@ -58,8 +61,10 @@ def import_timm(
     own: dict[str, np.ndarray] = {}  # by the name without the prefix
     above: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        inner = name.removeprefix(prefix)
-        if not name.startswith(prefix) or inner.startswith(_ABOVE):
+        inner, outside = name.removeprefix(prefix), not name.startswith(prefix)
+        if _OF_TRAINING & set(name.split(".")) or (outside and not tensor.ndim):
+            continue
+        if outside or inner.startswith(_ABOVE):
             above[name] = tensor
         elif not name.endswith(".num_batches_tracked"):
             own[inner] = tensor

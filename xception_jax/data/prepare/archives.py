@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self
 
 from xception_jax.data.images import MAX_FILE_BYTES
-from xception_jax.errors import BadDataError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError
 
 MAX_MEMBERS = 200_000
 """Limit for the members of one archive; the largest, that of the validation images, has 50,000."""
@@ -153,9 +153,17 @@ def _damage_named(archive: str, member: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
+    except OSError as error:
+        if error.errno is None:  # how gzip and bzip2 report damage
+            raise _damaged(archive, member, error) from error
+        what = f"the archive cannot be read: {error.strerror}"
+        if isinstance(error, PermissionError):
+            raise InputMissingError(what, archive, "grant read permission") from error
+        raise StorageError(what, archive, "check the disk, then run the same command again") from error
     except Exception as error:  # tarfile passes on errors of number and text formats, and of too many nested headers
-        raise BadDataError(
-            f"the archive is damaged at {member}: {error}",
-            archive,
-            "download it again and compare its size and MD5 with those on image-net.org",
-        ) from error
+        raise _damaged(archive, member, error) from error
+
+
+def _damaged(archive: str, member: str, error: Exception) -> BadDataError:
+    fix = "download it again and compare its size and MD5 with those on image-net.org"
+    return BadDataError(f"the archive is damaged at {member}: {error}", archive, fix)

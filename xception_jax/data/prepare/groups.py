@@ -56,7 +56,12 @@ def _from_csv(path: Path) -> dict[str, str]:
         reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
         if not set(_COLUMNS) <= set(reader.fieldnames or ()):
             raise ValueError(f"its columns are {', '.join(reader.fieldnames or ())}")
-        return {Path(row["file"]).as_posix(): row["group"] for row in reader}
+        found: dict[str, str] = {}
+        for row in reader:
+            file = Path(row["file"]).as_posix()
+            if found.setdefault(file, row["group"]) != row["group"]:
+                raise ValueError(f"{file} is in the groups {found[file]} and {row['group']}")
+        return found
 
 
 def _from_pattern(groups: str, keys: Sequence[str]) -> dict[str, str]:

@@ -227,7 +227,7 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
     found: dict[str, Path] = {}
     others = []
     for path, is_folder in folders.entries(source):
-        split = _SPLIT_NAMES.get(path.name) if is_folder else None
+        split = _SPLIT_NAMES.get(path.name.lower()) if is_folder else None
         if split is None:
             others.append(path)
         elif split in found:
@@ -236,6 +236,11 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
         else:
             found[split] = path
     if "train" not in found:
+        if found and len(found) == len(others) + len(found):
+            what = f"there is no folder for training beside {', '.join(folder.name for folder in found.values())}"
+            raise BadDataError(
+                what, str(source), "add one called train, or point --source at the folders of the classes"
+            )
         return {}
     for path in others:
         skipped.add("neither a split nor in one", path)

@@ -26,7 +26,8 @@ VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
 EXPECTED = {"train": 1_281_167, "validation": 50_000}
 
 _VALIDATION_LABELS_FILE = "datasets/imagenet2012/validation_labels.txt"
-_VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
+"""Names of validation images; some distributions add the class."""
 
 
 def validation_wnids() -> list[str]:
@@ -89,11 +90,13 @@ def _train_examples(archive: Path, names: list[str]) -> Iterator[tuple[str, dict
 def _validation_examples(archive: Path, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     labels = {name: label for label, name in enumerate(names)}
     wnids = validation_wnids()
+    seen: dict[int, str] = {}  # the writer refuses a name that comes twice
     for member in members(archive.name, path=archive):
-        match = _VALIDATION_NAME.match(member.name)
-        if match is None or not 1 <= int(match[1]) <= len(wnids):
+        match = VALIDATION_NAME.fullmatch(member.name)
+        number = int(match[1]) if match else 0
+        if not 1 <= number <= len(wnids) or seen.setdefault(number, member.name) != member.name:
             raise unexpected(
-                archive.name, member.name, "images named ILSVRC2012_val_00000001.JPEG to ..._00050000.JPEG"
+                archive.name, member.name, "images named ILSVRC2012_val_00000001.JPEG to ..._00050000.JPEG, each once"
             )
-        label = labels[wnids[int(match[1]) - 1]]
+        label = labels[wnids[number - 1]]
         yield member.name, {"image": member.read(), "label": label, "file_name": member.name}

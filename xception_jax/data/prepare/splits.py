@@ -70,7 +70,7 @@ def divide_groups(groups: Sequence[str], labels: Sequence[str], shares: Mapping[
       shares: the share of each split; they sum to 1.
 
     Raises:
-      BadDataError: there are fewer groups than splits.
+      BadDataError: there are fewer groups than splits, or 'train' needs them all to have every class.
     """
     names, group_of = np.unique(np.asarray(groups), return_inverse=True)
     classes, class_of = np.unique(np.asarray(labels), return_inverse=True)
@@ -85,9 +85,10 @@ def divide_groups(groups: Sequence[str], labels: Sequence[str], shares: Mapping[
     counts[:, -1] = counts.sum(1)
     order = sorted(range(len(names)), key=lambda group: (-counts[group, -1], _hash(str(names[group]))))
     placed = _place(counts, order, np.array(list(shares.values())))
-    _fill_empty_splits(counts, placed, len(shares))
-    if TRAIN in shares:
-        _complete_train(counts, placed, list(shares).index(TRAIN))
+    train = list(shares).index(TRAIN) if TRAIN in shares else None
+    if train is not None:
+        _complete_train(counts, placed, train)
+    _fill_empty_splits(counts, placed, list(shares), train)
     splits = list(shares)
     return [splits[placed[group]] for group in group_of]
 
@@ -118,13 +119,30 @@ def _place(counts: np.ndarray, order: Sequence[int], shares: np.ndarray) -> np.n
     return placed
 
 
-def _fill_empty_splits(counts: np.ndarray, placed: np.ndarray, num_splits: int) -> None:
-    """Gives each empty split the smallest group of the split with the most groups."""
-    for split in range(num_splits):
-        if split not in placed:
-            richest = np.bincount(placed, minlength=num_splits).argmax()
-            candidates = np.flatnonzero(placed == richest)
-            placed[candidates[counts[candidates, -1].argmin()]] = split
+def _fill_empty_splits(counts: np.ndarray, placed: np.ndarray, splits: Sequence[str], train: int | None) -> None:
+    """Gives each empty split the smallest group of the split with the most groups that can spare one.
+
+    'train' spares a group only if it has other groups of the same classes.
+    """
+    for split in range(len(splits)):
+        if split in placed:
+            continue
+        sizes = np.bincount(placed, minlength=len(splits))
+        spare = [group for group in range(len(placed)) if sizes[placed[group]] > 1]
+        if train is not None:
+            present = counts[placed == train, :-1].sum(0)
+            spare = [
+                group
+                for group in spare
+                if placed[group] != train or (present > counts[group, :-1])[counts[group, :-1] > 0].all()
+            ]
+        if not spare:
+            raise BadDataError(
+                f"the groups leave no image for the split {splits[split]}: train needs all of them to have every class",
+                "--groups",
+                "ask for fewer splits with --splits, or add groups",
+            )
+        placed[min(spare, key=lambda group: (-sizes[placed[group]], counts[group, -1]))] = split
 
 
 def _complete_train(counts: np.ndarray, placed: np.ndarray, train: int) -> None:
