@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from tests.data.small_imagenet import encoded, jpeg, photograph
 from tests.data.test_prepare import opened, prepare
+from xception_jax.data import folders
 from xception_jax.data.prepare import groups, splits
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 
@@ -268,6 +270,9 @@ def test_a_group_in_two_split_folders_is_refused_by_name(tmp_path):
         (["--splits", "train=0.8,test"], UsageError, "--splits is"),
         (["--splits", "train=0.8,test=0.1,test=0.1"], UsageError, "--splits is"),
         (["--splits", "train=1,test=0"], UsageError, "--splits is"),
+        (["--splits", "train=0.5,test=nan"], UsageError, "--splits is"),
+        (["--name", "synthetic"], UsageError, "which is another dataset"),
+        (["--name", "imagenet2012"], UsageError, "which is another dataset"),
         (["--folds", "1"], UsageError, "--folds is 1"),
         (["--folds", "2", "--splits", "train=1"], UsageError, "exclude each other"),
     ],
@@ -333,6 +338,41 @@ def test_links_are_followed_but_not_in_circles(tmp_path, data, capsys):
     assert f"a broken link or not a regular file (1): {tmp_path}/f/train/gone\nclasses (2)" in capsys.readouterr().out
     source = opened(data, tmp_path, "f")
     assert {(source[i]["image"], source[i]["label"]) for i in range(2)} == {(pictures[1], 0), (pictures[0], 1)}
+
+
+def test_no_folder_is_entered_twice_however_links_fan_out_or_folders_nest(tmp_path):
+    for number in range(30):
+        (tmp_path / f"f{number}").mkdir()
+        (tmp_path / f"f{number}" / "x.jpg").touch()
+        for link in "ab":
+            (tmp_path / f"f{number}" / link).symlink_to(f"../f{number + 1}")
+    assert len(list(folders.files(tmp_path / "f0"))) == 30 + 2  # and two links that lead nowhere
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    here = os.open(deep, os.O_RDONLY)
+    for _ in range(1200):  # paths of this length cannot be opened, but folders nest without a limit
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+    assert list(folders.files(deep)) == []
+
+
+def test_capital_letters_and_a_missing_train(tmp_path, data, capsys):
+    folder = write_folder(tmp_path / "f", {f"{split}/a/1.jpg": jpeg(photograph(0)) for split in ("Train", "Test")})
+    prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+    assert opened(data, tmp_path, "f", "train").info.class_names == ("a",)
+    folder = write_folder(tmp_path / "g", {"test/a/1.jpg": jpeg(photograph(0))})
+    with pytest.raises(BadDataError, match="no folder for training beside test"):
+        prepare("image_folder", "--source", folder, "--name", "g", "--data_dir", tmp_path)
+
+
+def test_a_file_in_two_groups_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "f", {f"a/{number}.jpg": jpeg(photograph(number)) for number in range(3)})
+    table = tmp_path / "table.csv"
+    table.write_text("file,group\na/0.jpg,p1\na/1.jpg,p2\na/2.jpg,p3\na/0.jpg,p1\na/0.jpg,p2\n")
+    with pytest.raises(BadDataError, match=r"a/0\.jpg is in the groups p1 and p2"):
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--groups", table)
 
 
 def test_a_class_whose_images_are_all_damaged_is_refused(tmp_path):

@@ -194,8 +194,10 @@ def test_thresholds_are_chosen_on_the_development_split(evaluated, finished, tmp
     ]
     judged = json.loads(run(finished[0], "--json", "--at", 0.9, "--split", "validation", "--thresholds", "test"))
     assert judged["thresholds_split"] == "test"
-    with pytest.raises(UsageError, match="has images of the split that is evaluated"):
-        run(finished[0], "--thresholds", "test")
+    for split, thresholds in (("test", "test"), ("test", "test[:50%]"), ("validation[10:]", "validation")):
+        with pytest.raises(UsageError, match="has images of the split that is evaluated"):
+            run(finished[0], "--split", split, "--thresholds", thresholds)
+    assert "thresholds_split" not in json.loads(run(finished[0], "--json", "--split", "validation[:20]"))
     with pytest.raises(UsageError, match=r"--at is 1\.5"):
         run(finished[0], "--at", 1.5)
 

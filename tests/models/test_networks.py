@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from random_weights import random_variables
 
+from xception_jax.config import resolve
 from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
+from xception_jax.models.layers import BatchNorm
 
 
 def build(side=64, batch=2, network="xception", **fields):
@@ -41,7 +43,7 @@ def test_sides_and_widths_at_299_are_those_of_figure_5():
     "width",
     [
         {"width_multiplier": 0.02},
-        {"head_width": 3},
+        {"head_width": 4},  # the module before the last one has three quarters of it
         {"stem": "module", "width_multiplier": 0.1},
         {"stem": "module", "stem_width": 3},
     ],
@@ -50,6 +52,52 @@ def test_sides_and_widths_at_299_are_those_of_figure_5():
 def test_an_inception_module_narrower_than_its_towers_is_refused(width):
     with pytest.raises(ConfigError, match="has 3 channels, fewer than its 4 towers"):
         create_model({"name": "xception", "module": "inception", **width})
+
+
+def test_a_stem_of_modules_has_channels_that_segments_divide():
+    fields = {"stem": "module", "order": "pointwise_first", "segments": 4, "middle_blocks": 0, "num_classes": 2}
+    with pytest.raises(ConfigError, match="stem_width=6 gives a layer 6 channels"):
+        create_model({"name": "xception", "stem_width": 6, **fields})
+    _, (logits, _) = shapes(stem_width=8, **fields)
+    assert logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "side"),
+    [
+        ({"name": "xception"}, 7),
+        ({"name": "xception", "stem": "small"}, 1),
+        ({"name": "inception_v3"}, 75),
+        ({"name": "inception_v3", "aux_head": True}, 107),
+    ],
+    ids=str,
+)
+def test_images_that_leave_no_pixel_to_a_layer_are_refused(fields, side):
+    small = {"num_classes": 2, "width_multiplier": 0.05} | ({"middle_blocks": 0} if "inc" not in fields["name"] else {})
+    config = {"model": fields | small, "data": {"image_size": side}}
+    assert resolve(config).model.smallest_side == side
+    network = create_model(config["model"])
+
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    jax.eval_shape(lambda images: network.init(keys, images, train=True), images)
+    if side > 1:
+        with pytest.raises(ConfigError, match=f"images of {side - 1} pixels are too small"):
+            resolve({"model": config["model"], "data": {"image_size": side - 1}})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_weights_of_half_precision_normalize_in_float32(dtype):
+    layer = BatchNorm()
+    images = jax.random.normal(jax.random.key(0), (4, 2, 2, 8))
+    drawn = {
+        "params": {"scale": jnp.linspace(0.5, 2, 8), "bias": jnp.linspace(-1, 1, 8)},
+        "batch_stats": {"mean": jnp.linspace(-3, 3, 8), "var": jnp.linspace(0.01, 4, 8)},
+    }
+    half = jax.tree.map(lambda leaf: leaf.astype(dtype), drawn)
+    found = layer.apply(half, images, train=False)
+    expected = layer.apply(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), images, train=False)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_the_narrowest_networks_can_be_built():

@@ -260,3 +260,20 @@ def test_what_of_the_description_is_not_supported_is_told(small, capsys):
     for name in ("interpolation 'lanczos'", "crop_mode 'squash'", "mean 3", "input_size [3, 9, 8]"):
         assert f"{name} in config.json is not supported" in told
     assert "config.json names 1 classes, the classifier has 3" in told
+
+
+@pytest.mark.parametrize(("names", "classes"), [(["cat"], ("not cat", "cat")), (["dog", "cat"], ("dog", "cat"))])
+def test_one_logit_has_the_names_of_two_classes(small, names, classes):
+    single = SMALL.replace(num_classes=1)
+    write_tensors(small, {name: tensor[:1] if name.startswith("fc.") else tensor for name, tensor in TENSORS.items()})
+    small.with_name("config.json").write_text(json.dumps({"pretrained_cfg": {}, "label_names": names}))
+    network = load_network(small, single)
+    assert (network.classes, network.num_classes) == (classes, 2)
+
+
+def test_the_state_of_training_beside_a_network_is_ignored(small, capsys):
+    state = {"optimizer.state.0.exp_avg": np.ones(3, np.float32), "epoch": np.array(3)}
+    write_tensors(small, {f"module.{name}": tensor for name, tensor in TENSORS.items()} | state)
+    network = load_network(small, SMALL, head=True)
+    assert "head" in network.variables["params"]
+    assert "left out" not in capsys.readouterr().err
