@@ -36,13 +36,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
       ConfigError: the mesh does not fit the number of devices, or `fsdp` does not fit in a slice.
     """
     devices, fsdp = jax.devices() if devices is None else devices, mesh.fsdp
-    data = len(devices) // fsdp if mesh.data == -1 else mesh.data
-    if data * fsdp != len(devices) or data < 1:
-        raise ConfigError(
-            f"a mesh of data={mesh.data} x fsdp={fsdp} does not fit {len(devices)} devices",
-            "config.mesh",
-            f"set data to -1 and fsdp to a divisor of {len(devices)}, or make their product {len(devices)}",
-        )
+    data = size_of_data_axis(mesh, len(devices))
     check_slices(fsdp, devices)
     on_gpus = devices[0].platform == "gpu"
     islands = jax.process_count() if on_gpus else len({getattr(device, "slice_index", 0) for device in devices})
@@ -52,6 +46,22 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
         )
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def size_of_data_axis(mesh: MeshConfig, devices: int) -> int:
+    """Returns how many devices are along the batch.
+
+    Raises:
+      ConfigError: the mesh does not fit the number of devices.
+    """
+    data = devices // mesh.fsdp if mesh.data == -1 else mesh.data
+    if data * mesh.fsdp != devices or data < 1:
+        raise ConfigError(
+            f"a mesh of data={mesh.data} x fsdp={mesh.fsdp} does not fit {devices} devices",
+            "config.mesh",
+            f"set data to -1 and fsdp to a divisor of {devices}, or make their product {devices}",
+        )
+    return data
 
 
 def check_slices(fsdp: int, devices: Sequence[Any]) -> None:

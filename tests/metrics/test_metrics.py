@@ -223,6 +223,12 @@ def test_area_under_roc_of_two_classes_agrees_with_scikit_learn(levels):
     assert measured(AreaUnderROC(multi_label=False), logits, labels) == pytest.approx(expected, abs=1e-12)
 
 
+def test_probabilities_that_are_one_in_float32_are_ranked():
+    logits = np.array([[0.0, 40.0], [0.0, 35.0], [0.0, 25.0], [0.0, 20.0]], np.float32)
+    assert measured(AreaUnderROC(multi_label=False), logits, [1, 1, 0, 0]) == 1.0
+    assert measured(AreaUnderROC(multi_label=True), logits, [[0, 1], [1, 1], [0, 0], [1, 0]]) == 0.75
+
+
 @pytest.mark.parametrize("levels", [None, 1])
 def test_area_under_roc_of_many_classes_agrees_with_scikit_learn(levels):
     logits, labels = random_batch(n=300, c=6)

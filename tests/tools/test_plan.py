@@ -164,6 +164,9 @@ def test_the_same_in_words(plan):
         (["--topology=v9:4x4"], 64, "error: there is no topology 'v9:4x4'"),
         (["--topology=h100:7"], 78, "error: config.batch_size=1920 is not divisible by 7 devices"),
         (["--topology=h100:8", "--config.batchsize=8"], 78, "error: there is no field config.batchsize"),
+        (["--topology=h100:8", "--config.data.train_split=trainx"], 78, "error: the size of the split 'trainx'"),
+        (["--topology=h100:8", "--config.data.train_split=train[:2O%]"], 78, "error: the size of the split"),
+        (["--topology=h100:8", "--config.mesh.fsdp=3"], 78, "error: a mesh of data=-1 x fsdp=3 does not fit 8"),
         (["--topology=h100:8", "--config.data.name=mine"], 66, "error: the dataset mine is missing"),
         pytest.param(
             ["--topology=v5e:2x2"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         if not path.is_file():
             raise InputMissingError("there is no export", str(path), "remove --check_only to write it")
         check_sha256(path)
-        print(_summary(path, _check(args, path, network, str(path))))
+        found = _check(args, path, network, str(path))
+        print(json.dumps(dataclasses.asdict(found)) if args.json else _summary(path, found))
         return 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

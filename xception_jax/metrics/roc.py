@@ -22,8 +22,9 @@ class AreaUnderROC(Metric):
     With two classes, it is the area of class 1. With more classes, or with multi-label data, it is the one-vs-rest mean
     over all classes that have both positives and negatives (scikit-learn's `average='macro'`).
 
-    The metric is not additive, so the state has the probabilities of all examples. An example with a logit that is not
-    finite gets the worst possible rank.
+    Scores are logits, or differences of two, because probabilities close to 0 or 1 are equal in float32; with more than
+    two classes they are probabilities. The metric is not additive, so the state has the scores of all examples. An
+    example with a logit that is not finite gets the worst possible rank.
     """
 
     multi_label: bool
@@ -33,15 +34,19 @@ class AreaUnderROC(Metric):
     is_share = False
 
     def suits(self, num_classes: int) -> bool:
-        """Returns whether there are enough classes for a curve, and few enough to keep all probabilities."""
+        """Returns whether there are enough classes for a curve, and few enough to keep all scores."""
         return (2 - self.multi_label) <= num_classes <= MAX_CLASSES
 
     def measure(self, logits: Float[Array, "b c"], labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]) -> State:
-        probabilities = jax.nn.sigmoid(logits) if self.multi_label else jax.nn.softmax(logits)
+        scores = jax.nn.softmax(logits)
+        if self.multi_label:
+            scores = logits
+        elif logits.shape[-1] == 2:
+            scores = logits - logits[:, ::-1]
         positive = labels.astype(bool) if self.multi_label else jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
         finite = jnp.isfinite(logits).all(axis=-1, keepdims=True)
-        probabilities = jnp.where(finite, probabilities, jnp.where(positive, -1.0, 2.0))
-        return {"probabilities": probabilities, "positive": positive, "mask": mask}
+        scores = jnp.where(finite, scores, jnp.where(positive, -jnp.inf, jnp.inf))
+        return {"scores": scores, "positive": positive, "mask": mask}
 
     def merge(self, states: Iterable[State]) -> State:
         """Concatenates the examples, without the padding."""
@@ -50,9 +55,9 @@ class AreaUnderROC(Metric):
 
     def compute(self, state: State) -> float:
         """Returns the area, or NaN if no class has both positives and negatives."""
-        probabilities, positive = state["probabilities"], state["positive"]
+        scores, positive = state["scores"], state["positive"]
         classes = range(1, 2) if positive.shape[1] == 2 and not self.multi_label else range(positive.shape[1])
-        areas = [_area(probabilities[:, c], positive[:, c]) for c in classes]
+        areas = [_area(scores[:, c], positive[:, c]) for c in classes]
         found = [area for area in areas if not math.isnan(area)]
         return float(np.mean(found)) if found else math.nan
 

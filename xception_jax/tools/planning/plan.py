@@ -18,10 +18,10 @@ import tensorflow_datasets as tfds
 from xception_jax.config import ExperimentConfig, duration_in_steps
 from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source, SyntheticSource
-from xception_jax.errors import DeviceMemoryError, InputMissingError, UsageError
+from xception_jax.errors import ConfigError, DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
 from xception_jax.models.cost import COSTS, Cost, count_cost
-from xception_jax.parallel import check_batch, make_mesh
+from xception_jax.parallel import check_batch, make_mesh, size_of_data_axis
 from xception_jax.tools.planning import around
 from xception_jax.tools.planning.hlo import Collective, arrays_in_memory, collectives
 from xception_jax.tools.planning.hosts import hosts_of
@@ -213,6 +213,7 @@ def make_plan(
       UsageError: libtpu does not know the topology.
     """
     check_batch("batch_size", config.batch_size, topology.size, config.accumulation_steps)
+    size_of_data_axis(config.mesh, topology.size)
     devices = topology.devices() if topology.is_tpu else []
     num_examples = examples or _epoch_examples(config)
     model = create_model(config.model)
@@ -270,7 +271,14 @@ def _epoch_examples(config: ExperimentConfig) -> int:
     info = tfds.core.SplitInfo(
         name="train", shard_lengths=[_TRAIN_EXAMPLES[name]], num_bytes=0, filename_template=files
     )
-    return tfds.core.splits.SplitDict([info])[data.train_split].num_examples
+    try:
+        return tfds.core.splits.SplitDict([info])[data.train_split].num_examples
+    except (ValueError, KeyError, AssertionError):
+        raise ConfigError(
+            f"the size of the split {data.train_split!r} of {name} is unknown without the dataset",
+            "config.data.train_split",
+            "correct it, or add --examples=N, the number of training images",
+        ) from None
 
 
 def _compile(
