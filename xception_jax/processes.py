@@ -27,7 +27,7 @@ from xception_jax.launchers import from_environment, gpus_of_task, several_proce
 from xception_jax.roll_call import RollCall, state_of_jax
 from xception_jax.signals import StopRequested
 
-_PREFIX = "xception_jax/"  # of our keys in the coordinator's store
+_runs = 0  # of this process; all processes of a run have the same number
 _WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
 _KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()} | {UserError.__name__: UserError}
 _BUG = "bug"
@@ -114,6 +114,8 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
     Raises:
       ConfigError: see `start_distributed`.
     """
+    global _runs
+    _runs += 1
     peers = _Peers(distributed, workdir)
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(peers.lost)
     previous = _set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
@@ -140,6 +142,11 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
             _handlers.append(handler)  # needed until the process has ended: at its exit, JAX waits for the others
 
 
+def _prefix() -> str:
+    """Returns how our keys in the coordinator's store begin: those of an earlier run of this process stay there."""
+    return f"xception_jax/{_runs}/"
+
+
 def gather(name: str, value: str) -> list[str]:
     """Returns the values of all processes, in the order of their numbers. Needs no computation on devices.
 
@@ -149,7 +156,7 @@ def gather(name: str, value: str) -> list[str]:
     """
     if not jax.distributed.is_initialized():
         return [value]
-    client, prefix = _store(), f"{_PREFIX}gather/{name.replace('/', '-')}/"
+    client, prefix = _store(), f"{_prefix()}gather/{name.replace('/', '-')}/"
     client.key_value_set(f"{prefix}{_number()}", value)
     client.wait_at_barrier(f"{prefix}barrier", _WAIT_MILLISECONDS)
     values = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(prefix)}
@@ -217,12 +224,12 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
 
 def publish(name: str, value: str) -> None:
     """Lets the other processes read a value of this one with `published`, in place of an earlier value."""
-    _store().key_value_set(f"{_PREFIX}{name}/{_number()}", value, allow_overwrite=True)
+    _store().key_value_set(f"{_prefix()}{name}/{_number()}", value, allow_overwrite=True)
 
 
 def published(name: str) -> dict[int, str]:
     """Returns the latest value of each process that has published one, by process. Does not wait for the others."""
-    return {int(key.rsplit("/", 1)[1]): value for key, value in _store().key_value_dir_get(f"{_PREFIX}{name}/")}
+    return {int(key.rsplit("/", 1)[1]): value for key, value in _store().key_value_dir_get(f"{_prefix()}{name}/")}
 
 
 def _store() -> Any:
@@ -280,7 +287,7 @@ class _Peers:
         if exit_code and not self.alone:
             # If the coordinator is gone, the others know that anyway.
             with contextlib.suppress(Exception):
-                _store().key_value_set(f"{_PREFIX}ended/{_number()}", str(exit_code))
+                _store().key_value_set(f"{_prefix()}ended/{_number()}", str(exit_code))
 
     def _follow(self, ended: Mapping[str, str]) -> None:
         """Ends this process with the code of one that failed, unless it ends by itself, as after a common error."""
@@ -292,13 +299,14 @@ class _Peers:
             os._exit(int(code))
 
     def _run(self) -> None:
-        client, me, prefix = _store(), _number(), f"{_PREFIX}alive/"
+        client, me, base = _store(), _number(), _prefix()
+        prefix = f"{base}alive/"
         last: dict[str, str] = {}
         for count in range(1 << 62):
             try:
                 client.key_value_set(f"{prefix}{me}", str(count), allow_overwrite=True)
                 signs = dict(client.key_value_dir_get(prefix))
-                ended = dict(client.key_value_dir_get(f"{_PREFIX}ended/"))
+                ended = dict(client.key_value_dir_get(f"{base}ended/"))
                 self._answered = time.monotonic()
             except Exception:  # of a type that depends on the version of JAX; `lost` tells the user
                 signs, ended, self._answered = {}, {}, 0.0

@@ -40,4 +40,6 @@ with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work di
         "different": agree_on("different", {"seed": number, "batch": 2}),
         "missing": agree_on("missing", {"seed": 1} if number else {}),
     }
+with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work directory"):
+    results["again"] = gather("first", f"second run {number}")
 print(json.dumps(results))

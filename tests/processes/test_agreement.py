@@ -28,6 +28,7 @@ def results(shared_environment):
 
 def test_all_know_the_values_of_all(results):
     assert [result["gather"] for result in results] == [["value 0", "value 1"]] * 2
+    assert [result["again"] for result in results] == [["second run 0", "second run 1"]] * 2
 
 
 def test_an_error_of_one_is_the_error_of_all(results):
