@@ -163,6 +163,7 @@ OTHER_PARSERS = {
     "study/runner.py": "a log, whose damaged bytes are replaced",
     "study/cells.py": "what was written by json.dumps",
     "training/checkpoint.py": "a record and a reason in a checkpoint, see tests/training",
+    "training/journal.py": "what process 0 wrote by json.dumps",
     "training/features.py": "a cache with checksums, in the work directory",
     "training/manifest.py": "sealed by a digest",
     "training/summary.py": "/proc",

@@ -306,7 +306,11 @@ def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environme
     assert again == whole
     given = override(config, {"model.num_classes": 3, "model.fc_layers": 1, "model.fc_width": 8})
     assert complete_config(given, tmp_path)[0].model.replace(num_classes=10, fc_layers=0, fc_width=4096) == whole.model
-    for fields in ({"model.width_multiplier": 0.25}, {"model.padding": "symmetric"}, {"model.name": "inception_v3"}):
+    for fields in (
+        {"model.width_multiplier": 0.25},
+        {"model.padding": "symmetric"},
+        {"model.name": "inception_v3", "data.image_size": 75},
+    ):
         with pytest.raises(ConfigError, match="does not match the network in the file"):
             complete_config(override(config, fields), tmp_path)
     nothing = override(config, {"init.weights": ""})

@@ -216,7 +216,7 @@ def test_bfloat16_keeps_the_state_in_float32():
 
 
 def test_auxiliary_loss_is_added():
-    fields = {"model.name": "inception_v3", "model.aux_head": True}
+    fields = {"model.name": "inception_v3", "model.aux_head": True, "data.image_size": 107}
     losses = {}
     for weight in (0.0, 0.4, 1.0):
         config = tiny_config(**fields, **{"loss.aux_weight": weight})

@@ -65,6 +65,8 @@ def readers(path: Path) -> list[int]:
 
 def is_limited(process: int) -> bool:
     """Returns whether a process has limited its time, which a reader does just before it reads; only on Linux."""
-    return "unlimited" not in next(
-        line for line in Path(f"/proc/{process}/limits").read_text().splitlines() if line.startswith("Max cpu time")
-    )
+    try:
+        lines = Path(f"/proc/{process}/limits").read_text().splitlines()
+    except OSError:  # it has ended, such as one that only starts the reader
+        return False
+    return any(line.startswith("Max cpu time") and "unlimited" not in line for line in lines)
