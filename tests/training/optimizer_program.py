@@ -21,7 +21,7 @@ from xception_jax.training.optimizers import OPTIMIZERS, make_optimizer, make_sc
 from xception_jax.training.state import DROPOUT, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
 
-FIELDS = {"model.num_classes": 5, "model.fc_layers": 1, "model.fc_width": 8, "data.image_size": 4, "mesh.fsdp": 2}
+FIELDS = {"model.num_classes": 5, "model.fc_layers": 1, "model.fc_width": 8, "data.image_size": 8, "mesh.fsdp": 2}
 
 
 class Tiny(nn.Module):
