@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         "seeds": (0, 1, 2, 3, 4),
         "recipe": Recipe(steps=3000),
-        "tuning": Tuning((0.02, 0.04, 0.08, 0.16), TUNING_BANKS),
+        "tuning": Tuning((0.02, 0.04, 0.08, 0.16, 0.32), TUNING_BANKS),
         "budget": "a night of two cores",
     },
     "full": {
@@ -81,7 +81,7 @@ SIZES: dict[str, dict[str, Any]] = {
         ),
         "seeds": tuple(range(10)),
         "recipe": Recipe(steps=6000),
-        "tuning": Tuning((0.02, 0.04, 0.08, 0.16), TUNING_BANKS),
+        "tuning": Tuning((0.02, 0.04, 0.08, 0.16, 0.32), TUNING_BANKS),
         "budget": "not measured; for one GPU",
     },
 }  # fmt: skip
