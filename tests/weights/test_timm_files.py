@@ -271,6 +271,13 @@ def test_one_logit_has_the_names_of_two_classes(small, names, classes):
     assert (network.classes, network.num_classes) == (classes, 2)
 
 
+def test_the_bias_of_one_logit_beside_a_prefixed_network_is_no_state_of_training(small):
+    single = {name: tensor[:1] if name.startswith("fc.") else tensor for name, tensor in TENSORS.items()}
+    write_tensors(small, {n if n.startswith("fc.") else f"backbone.{n}": tensor for n, tensor in single.items()})
+    with pytest.raises(BadDataError, match=r"fc\.bias \(1,\), fc\.weight"):  # both are named, neither is dropped
+        load_network(small, SMALL.replace(num_classes=1), head=True)
+
+
 def test_the_state_of_training_beside_a_network_is_ignored(small, capsys):
     state = {"optimizer.state.0.exp_avg": np.ones(3, np.float32), "epoch": np.array(3)}
     write_tensors(small, {f"module.{name}": tensor for name, tensor in TENSORS.items()} | state)

@@ -123,7 +123,7 @@ def _read(args: argparse.Namespace) -> Network:
         raise UsageError("a run describes its network itself", "--model", "remove --model")
     else:
         network = runs.open_network(args.source, args.step)
-        network = resized(network, args.source, args.size or network.preprocessing.size)
+        network = resized(network, network.source, args.size or network.preprocessing.size)
     if args.head is None:
         return network
     if args.head:

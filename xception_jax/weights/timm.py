@@ -62,7 +62,7 @@ def import_timm(
     above: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         inner, outside = name.removeprefix(prefix), not name.startswith(prefix)
-        if _OF_TRAINING & set(name.split(".")) or (outside and tensor.size == 1):
+        if _OF_TRAINING & set(name.split(".")) or (outside and tensor.size == 1 and "." not in name):
             continue
         if outside or inner.startswith(_ABOVE):
             above[name] = tensor
