@@ -97,9 +97,14 @@ def verdicts(results: dict[str, Any]) -> dict[str, list[Verdict]]:
     }
 
 
+def _figure(value: float) -> str:
+    """Returns a number with three digits, such as 0.945 or 2,060."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
 def _spread(values: tuple[float, float, float]) -> str:
     low, median, high = values
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+    return f"{_figure(median)} ({_figure(low)} to {_figure(high)})"
 
 
 def goals_table(results: dict[str, Any]) -> str:
@@ -112,7 +117,7 @@ def goals_table(results: dict[str, Any]) -> str:
 
             def median(name, goal=goal, contestants=contestants):
                 samples = contestants.get(name, {}).get("samples", {}).get(goal.measure)
-                return f"{statistics.median(samples):.3g}" if samples else "-"
+                return _figure(statistics.median(samples)) if samples else "-"
 
             peer = f"{median(verdict.best)}, {CONTESTANTS[verdict.best].title}" if verdict.best else "-"
             work = CASES[name].title + (", kernels not built yet" if goal.ours == "ours_cold" else "")

@@ -167,7 +167,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(gcs, gs_pl
     monkeypatch.setitem(sys.modules, "google.cloud", None)
     with pytest.raises(WorkdirError) as error:
         open_store(gs_place, "--workdir")
-    assert error.value.fix == "pip install 'xception-jax[cloud]'"
+    assert "pip install '.[cloud]'" in error.value.fix
 
 
 def test_a_server_that_never_answers_ends_with_74_and_the_process_ends(gcs, gs_place):

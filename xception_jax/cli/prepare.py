@@ -32,7 +32,7 @@ examples:
   fashion_mnist          all 70,000 images, from the four idx files (Debian: apt install dataset-fashion-mnist)
     xception-jax prepare fashion_mnist --source /usr/share/datasets/fashion-mnist
   imagenet2012           ImageNet, from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in one directory, not
-                         unpacked; needs 150 GB of free disk space, and reads and writes that much twice
+                         unpacked; needs 160 GB of free disk space, and reads and writes 150 GB twice
     xception-jax prepare imagenet2012 --source ~/Downloads --data_dir /data/tfds
   imagenet_v2            new test images for ImageNet, from imagenetv2-matched-frequency.tar.gz or its folder;
                          imagenet_v2 is the same as imagenet_v2/matched-frequency

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--json", action="store_true", help="print a JSON list")
     path = actions.add_parser("path", help="print the path of a file, which is downloaded if it is not in the cache")
     path.add_argument("name", metavar="NAME", help="a name of the list, or hf://OWNER/REPO[@REVISION][/FILE]")
-    verify = actions.add_parser("verify", help="compare files with their pinned and recorded sums")
+    verify = actions.add_parser("verify", help="compare files with their pinned and recorded checksums")
     verify.add_argument("files", nargs="*", metavar="NAME|FILE", help="default: everything in the cache")
 
 

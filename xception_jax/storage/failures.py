@@ -11,7 +11,7 @@ from pathlib import Path
 from xception_jax.errors import StorageError, UserError
 from xception_jax.files import free_space
 
-INSTALL = "pip install 'xception-jax[cloud]'"
+INSTALL = "install them: pip install '.[cloud]' in a checkout of xception_jax"
 _RESUME = "check the network and the quota of the bucket; the same command resumes the run"
 
 _LOGIN = {
