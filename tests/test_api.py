@@ -85,6 +85,12 @@ def test_logits_and_features_are_those_of_the_module(network, files):
     with pytest.raises(UsageError, match="no endpoint 'block99'") as error:
         network.features(images, "block99")
     assert "block6" in error.value.fix
+    for pixels in (np.zeros((1, 40, 40, 3), np.uint8), images[0]):
+        for call in (network, network.features):
+            with pytest.raises(UsageError, match="preprocess"):
+                call(pixels)
+    with pytest.raises(UsageError, match="top is 0"):
+        network.predict(files / "0.png", top=0)
 
 
 def test_without_a_classifier_there_are_features(network, files):
@@ -150,4 +156,4 @@ def test_a_config_can_be_a_name_or_a_file(tmp_path):
         "def get_config():\n    config = shipped()\n    config.model.num_classes = 3\n    return config\n"
     )
     with pytest.raises(ConfigError, match="num_classes is 3"):
-        xception_jax.train(str(tmp_path / "mine.py"), tmp_path / "run")
+        xception_jax.train(tmp_path / "mine.py", tmp_path / "run")

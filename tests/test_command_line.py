@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -125,6 +126,53 @@ def test_a_name_is_a_shipped_config_and_a_path_is_a_file(tmp_path, monkeypatch):
     for missing in ("mine", "fashion_mnist.py", "configs/imagenet.py", "studies/spectrum"):
         with pytest.raises(InputMissingError, match="there is no config"):
             read_config(missing, [])
+
+
+@pytest.mark.parametrize(
+    ("body", "override", "expected"),
+    [
+        ("config = default_config(); config.model.segments = 4", "model.segments=depthwise", "depthwise"),
+        (
+            "config = default_config(); config.loss.class_weights = (1.0, 2.0)",
+            "loss.class_weights=balanced",
+            "balanced",
+        ),
+        ("config = ConfigDict({'batch_size': 32})", "seed=3", 3),
+        ("config = ConfigDict({'batch_size': 32})", "data.augmentation=shift", "shift"),
+        ("config = FrozenConfigDict(default_config())", "seed=3", 3),
+    ],
+)
+def test_a_field_is_overridden_whatever_the_file_says(body, override, expected, tmp_path):
+    imports = (
+        "from ml_collections import ConfigDict, FrozenConfigDict\nfrom xception_jax.config import default_config\n"
+    )
+    (tmp_path / "mine.py").write_text(f"{imports}\n\ndef get_config():\n    {body}\n    return config\n")
+    config = resolve(read_config(str(tmp_path / "mine.py"), [f"--config.{override}"]))
+    assert functools.reduce(getattr, override.partition("=")[0].split("."), config) == expected
+
+
+def test_references_between_fields_follow_an_override(tmp_path):
+    body = "config = default_config(); config.evaluation.batch_size = config.get_ref('batch_size') * 2"
+    text = f"from xception_jax.config import default_config\n\n\ndef get_config():\n    {body}\n    return config\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert read_config(str(tmp_path / "mine.py"), ["--config.batch_size=5"]).evaluation.batch_size == 10
+
+
+def test_a_file_may_postpone_annotations(tmp_path):
+    lines = [
+        "from __future__ import annotations",
+        "import dataclasses",
+        "from xception_jax.config import default_config",
+    ]
+    lines += ["@dataclasses.dataclass", "class Setting:", "    seed: int = 3"]
+    lines += [
+        "def get_config():",
+        "    config = default_config()",
+        "    config.seed = Setting().seed",
+        "    return config",
+    ]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    assert read_config(str(tmp_path / "mine.py"), []).seed == 3
 
 
 @pytest.mark.parametrize("name", ["finetune", "open_images", "fashion_mnist"])

@@ -166,6 +166,7 @@ OTHER_PARSERS = {
     "training/journal.py": "what process 0 wrote by json.dumps",
     "training/features.py": "a cache with checksums, in the work directory",
     "training/manifest.py": "sealed by a digest",
+    "training/restore.py": "sealed by a digest",
     "training/summary.py": "/proc",
     "roll_call.py": "what another process of the run wrote by json.dumps",
     "study/power.py": "text that user_files has read",
@@ -208,13 +209,18 @@ def test_the_size_is_limited_before_anything_is_parsed(tmp_path):
         user_files.read_json(path, dict, limit=1000)
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "read-only"])
+@pytest.mark.parametrize("kind", ["missing", "directory", "read-only", "device", "pipe"])
 def test_an_output_that_cannot_be_written_is_found_before_the_work(kind, tmp_path):
     path = tmp_path / "out" / "file.csv"
     if kind == "directory":
         path.mkdir(parents=True)
     elif kind == "read-only":
         path = Path("/proc/self/file.csv")
+    elif kind == "device":
+        path = Path("/dev/null")
+    elif kind == "pipe":
+        path.parent.mkdir()
+        os.mkfifo(path)
     with pytest.raises(InputMissingError if kind == "missing" else StorageError) as raised:
         user_files.require_directory(path)
     assert len(str(raised.value).splitlines()) == 3

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
@@ -82,6 +83,12 @@ class LoadedNetwork:
     def _apply(self) -> Callable[..., tuple[Array, dict[str, Array]]]:
         return jax.jit(functools.partial(self.module.apply, train=False))
 
+    def _outputs(self, images: Float[Array | np.ndarray, "b h w 3"]) -> tuple[Array, dict[str, Array]]:
+        if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim != 4:
+            what = f"images are {images.dtype} of shape {images.shape}, not float32 of shape (batch, height, width, 3)"
+            raise UsageError(what, "images", "pass what preprocess() returns")
+        return self._apply(self.variables, images)
+
     def __call__(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b num_classes"]:
         """Returns the logits of preprocessed images, compiled once for each shape.
 
@@ -90,9 +97,10 @@ class LoadedNetwork:
 
         Raises:
           BadDataError: the weights have no classifier.
+          UsageError: the images are not preprocessed.
         """
         require_classifier(self.network)
-        return self._apply(self.variables, images)[0]
+        return self._outputs(images)[0]
 
     def features(self, images: Float[Array | np.ndarray, "b h w 3"], endpoint: str = "pre_logits") -> Array:
         """Returns activations of preprocessed images.
@@ -103,9 +111,9 @@ class LoadedNetwork:
             'block1' to 'block14' of Xception, 'mixed0' to 'mixed10' of Inception V3.
 
         Raises:
-          UsageError: the network has no such endpoint.
+          UsageError: the network has no such endpoint, or the images are not preprocessed.
         """
-        endpoints = self._apply(self.variables, images)[1]
+        endpoints = self._outputs(images)[1]
         if endpoint not in endpoints:
             raise UsageError(f"there is no endpoint {endpoint!r}", "features", f"use one of {', '.join(endpoints)}")
         return endpoints[endpoint]
@@ -137,7 +145,7 @@ class LoadedNetwork:
 
         Args:
           images: as in `preprocess`.
-          top: number of classes, at most.
+          top: number of classes, at least 1.
 
         Returns:
           (class, probability) pairs, best first; for several images, one list of pairs for each.
@@ -145,6 +153,8 @@ class LoadedNetwork:
         Raises:
           UserError: as `preprocess`, or BadDataError if the weights have no classifier.
         """
+        if top < 1:
+            raise UsageError(f"top is {top}", "predict", "set it to at least 1")
         several, are_several = _as_list(images)
         rows = [row for start in range(0, len(several), _BATCH) for row in self._rows(several[start : start + _BATCH])]
         names = self.classes
@@ -171,7 +181,9 @@ def load(source: str | os.PathLike[str], *, step: int | None = None) -> LoadedNe
     return LoadedNetwork(open_network(os.fspath(source), step))
 
 
-def train(config: str | ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str | os.PathLike[str]) -> Summary:
+def train(
+    config: str | os.PathLike[str] | ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str | os.PathLike[str]
+) -> Summary:
     """Trains a network, or resumes the run in `workdir`. Ctrl-C and SIGTERM end it after a checkpoint.
 
     Args:
@@ -185,7 +197,9 @@ def train(config: str | ConfigDict | Mapping[str, Any] | ExperimentConfig, workd
     Raises:
       UserError: one of its subclasses, with what is wrong, where, and what to do.
     """
-    return loop.train(read_config(config, ()) if isinstance(config, str) else config, os.fspath(workdir))
+    if isinstance(config, str | os.PathLike):
+        config = read_config(os.fspath(config), ())
+    return loop.train(config, os.fspath(workdir))
 
 
 def _as_list(images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]) -> tuple[list[Image], bool]:

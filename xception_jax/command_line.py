@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from xception_jax.config import FIELDS, unknown_field
+from xception_jax.config import FIELDS, default_config, unknown_field
 from xception_jax.config.fields import MAX_INTEGER
 from xception_jax.config.shipped import find_config
 from xception_jax.environment import SCRIPT, program
@@ -28,6 +28,7 @@ from xception_jax.errors import ConfigError, UsageError, UserError
 from xception_jax.names import printable_lines
 from xception_jax.process import exit_code
 
+_USER_FILE = "file:"  # before the names of modules that `run_file` runs
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(=.*)?", re.DOTALL)
 
 
@@ -51,10 +52,11 @@ def at_least(low: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
         value = int(text)
         if not low <= value <= MAX_INTEGER:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range from {low:,} to {MAX_INTEGER:,}")
+            least = f"at least {low:,}" if value < low else f"at most {MAX_INTEGER:,}"
+            raise argparse.ArgumentTypeError(f"{text} must be {least}")
         return value
 
-    convert.__name__ = "int"  # in the message about what is no number
+    convert.__name__ = "int"  # argparse names the type in its error
     return convert
 
 
@@ -130,11 +132,37 @@ def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
         fix = "end get_config() with `return config`, where config comes from default_config()"
         raise ConfigError(f"get_config() returns {type(config).__name__}, not a config", str(path), fix)
     try:
-        return _with_overrides(config, overrides)
+        return _with_overrides(_prepare(config, overrides), overrides)
     except UserError:
         raise
     except Exception as error:  # the value of a flag may make a parser raise any exception
         raise _illegal_override(config, overrides, error) from None
+
+
+def _prepare(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Gives the fields that are overridden their usual types: a value is parsed by the type of the one before it.
+
+    A config may lack a field, or hold a value of another type that the field accepts, such as 4 for 'depthwise'.
+    """
+    if isinstance(config, FrozenConfigDict):
+        config = ConfigDict(config)
+    for argument in overrides:
+        override = _OVERRIDE.fullmatch(argument)
+        if override is None or override[1] not in FIELDS:
+            continue
+        *sections, leaf = override[1].split(".")
+        section, usual = config, default_config()
+        for name in sections:
+            if not isinstance(section.get(name), ConfigDict):
+                with section.unlocked():
+                    section[name] = ConfigDict()
+            section, usual = section[name], usual[name]
+        if leaf not in section or section.get_type(leaf) is not usual.get_type(leaf):
+            with section.unlocked():
+                if leaf in section:
+                    del section[leaf]
+                section[leaf] = usual.get_ref(leaf)
+    return config
 
 
 def _with_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -180,8 +208,9 @@ def run_file(path: Path, function: str, arguments: Sequence[str]) -> Any:
       UserError: raised by the file itself.
     """
     try:
-        module = ModuleType(path.stem)
+        module = ModuleType(f"{_USER_FILE}{path.stem}")
         module.__file__ = str(path)
+        sys.modules[module.__name__] = module  # where dataclasses look for the names in their annotations
         exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
         found = getattr(module, function, None)
         if not callable(found):

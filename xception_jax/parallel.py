@@ -91,9 +91,9 @@ def check_batch(name: str, batch_size: int, devices: int, parts: int = 1) -> Non
     if batch_size % unit:
         nearest = max(unit, round(batch_size / unit) * unit)
         raise ConfigError(
-            f"config.{name}={batch_size} is not divisible by {devices} devices"
+            f"{name}={batch_size} is not divisible by {devices} devices"
             + (f" x {parts} microbatches" if parts > 1 else ""),
-            f"config.{name}",
+            name,
             f"set it to the nearest valid size, {nearest}",
         )
 

@@ -216,8 +216,9 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
         return
     texts = gather(f"{name}/text", text if _number() in (0, other) else "")
     first, second = json.loads(texts[0]), json.loads(texts[other])
-    different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
-    listed = ", ".join(f"{key} is {first.get(key)!r} and {second.get(key)!r}" for key in different[:3])
+    shown = [{key: repr(value) for key, value in values.items()} for values in (first, second)]
+    different = [key for key in {**first, **second} if shown[0].get(key) != shown[1].get(key)]
+    listed = ", ".join(f"{key} is {' and '.join(each.get(key, 'missing') for each in shown)}" for key in different[:3])
     message = f"processes 0 and {other} have different {what}: {listed}"
     raise error(message, different[0], fix).printed_by(_number() == 0)
 

@@ -272,7 +272,7 @@ def require_directory(path: str | os.PathLike[str]) -> None:
     Raises:
       InputMissingError: the directory of the file is missing.
       ConfigError: the path begins with ~, and there is no such home.
-      StorageError: there is a directory in the place of the file, or it may not be written.
+      StorageError: there is a directory, a device or a pipe in the place of the file, or it may not be written.
     """
     target = expanded(os.fspath(path), "the path of an output").absolute()
     fix = "create the directory, or choose another path"
@@ -281,5 +281,7 @@ def require_directory(path: str | os.PathLike[str]) -> None:
             raise InputMissingError(f"there is no directory {target.parent}", os.fspath(path), fix)
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "there is a directory in its place")
+        if target.exists() and not target.is_file():  # it would be replaced by a file
+            raise OSError(errno.EINVAL, "there is a device or a pipe in its place")
         if not os.access(target.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "its directory is not writable")

@@ -341,6 +341,9 @@ def test_a_second_run_says_that_the_dataset_is_there(tmp_path, capsys):
         (["image_folder", "--source", "."], UsageError),
         (["image_folder", "--source", ".", "--name", "../escape"], UsageError),
         (["fashion_mnist", "--source", "nowhere"], InputMissingError),
+        (["imagenet2012", "--source", ".", "--folds", "5"], UsageError),
+        (["fashion_mnist_subset", "--source", "."], UsageError),
+        (["tfrecord", "--source", ".", "--groups", "x"], UsageError),
     ],
 )
 def test_missing_arguments_are_three_lines(arguments, error):

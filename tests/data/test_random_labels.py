@@ -48,6 +48,12 @@ def test_labels_belong_to_images_in_any_split_and_epoch(data):
     assert evaluated["label"].tolist() == labels
 
 
+def test_overlaps_are_those_of_the_source(data):
+    random = open_dataset(data.replace(random_labels=0), "test[:50%]")
+    assert random.overlaps("test")
+    assert not random.overlaps("test[50%:]")
+
+
 def test_all_classes_are_equally_likely(data):
     labels = labels_of(open_dataset(data.replace(random_labels=0), "train[:4000]"))
     counts = np.bincount(labels, minlength=10)

@@ -21,17 +21,19 @@ from xception_jax.cli import evaluate as command
 from xception_jax.config import DataConfig
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.data.prepare.datasets import open_dataset
-from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError
+from xception_jax.evaluation import tables
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.models import create_model
-from xception_jax.runs import open_network
+from xception_jax.runs import open_network, open_run
+from xception_jax.training import restore
 from xception_jax.weights import save_network
 
 
-def run(*arguments) -> str:
+def run(*arguments, out: io.StringIO | None = None) -> str:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    out = io.StringIO()
+    out = out or io.StringIO()
     with contextlib.redirect_stdout(out):
         assert command.run(parser.parse_args([*map(str, arguments)])) == 0
     return out.getvalue()
@@ -164,7 +166,7 @@ def test_open_network_takes_the_average_and_what_the_data_tell(multilabel_run, w
     config = json.loads((copied / "config.json").read_text())
     config["data"] |= {"name": "photographs_of_mine", "data_dir": str(tmp_path)}
     (copied / "config.json").write_text(json.dumps(config))
-    assert open_network(str(copied), 7).classes is None
+    assert open_network(str(copied), 7).classes == opened.classes
     with pytest.raises(InputMissingError, match="no checkpoint 8"):
         open_network(str(copied), 8)
     with pytest.raises(InputMissingError, match="no run"):
@@ -172,6 +174,34 @@ def test_open_network_takes_the_average_and_what_the_data_tell(multilabel_run, w
     with pytest.raises(UsageError):
         open_network(str(weights), 7)
     assert open_network(str(weights)).classes == network.classes
+
+
+def test_names_of_classes_are_those_of_the_training_whatever_the_dataset_is_now(multilabel_run, monkeypatch):
+    monkeypatch.setattr(restore, "find_class_names", lambda data: tuple("abcdefghij"))
+    assert open_network(str(multilabel_run)).classes[0] == "T-shirt/top"
+    # Earlier versions recorded no names: then those of the dataset, if they can be right.
+    config = open_run(str(multilabel_run)).config
+    assert restore._class_names(config, None) == tuple("abcdefghij")
+    monkeypatch.setattr(restore, "find_class_names", lambda data: tuple("abcde"))
+    assert restore._class_names(config, None) is None
+
+
+@pytest.mark.parametrize("option", ["--predictions=p.npz", "--per_class=c.csv", "--dataset=d", "--thresholds=s"])
+def test_a_comparison_refuses_what_it_does_not_read(option):
+    with pytest.raises(UsageError, match=f"does not read {option.partition('=')[0]}"):
+        run("--compare", "a.npz", "b.npz", option)
+
+
+def test_a_table_that_cannot_be_written_does_not_cost_the_results(weights, imagenet_dir, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise StorageError("the disk is full", "here", "free some space")
+
+    monkeypatch.setattr(tables, "write_csv", fails)
+    on_imagenet = ["--dataset", "imagenet2012", "--split", "validation", "--data_dir", imagenet_dir]
+    out = io.StringIO()
+    with pytest.raises(StorageError):
+        run(weights, *on_imagenet, "--per_class", tmp_path / "c.csv", out=out)
+    assert "top-1" in out.getvalue()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed(

@@ -46,9 +46,11 @@ def run(*arguments) -> int:
 
 def test_every_format_in_a_folder_is_predicted(weights, folder, capsys):
     assert run("--weights", weights, folder, "--json", "--top", 3) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    out, err = capsys.readouterr()
+    found = [json.loads(line) for line in out.splitlines()]
     names = [str(Path(entry["file"]).relative_to(folder)) for entry in found]
     assert names == ["0.png", "1.png", "2.png", "inner/cmyk.JPEG", "inner/grey.jpg", "inner/rotated.webp"]
+    assert f"left out of {folder}, because of their suffixes: 1 .txt" in err
     words = imagenet_classes.class_words()
     for entry in found:
         best = entry["predictions"]
@@ -116,8 +118,6 @@ def test_what_is_not_there_is_said_before_the_network_is_opened(weights, folder,
         assert str(missing) in raised.value.where
     with pytest.raises(InputMissingError, match=r"nothing|no such|not there"):
         run("--weights", tmp_path / "nothing.safetensors", folder)
-    with pytest.raises(UsageError):
-        run("--weights", weights, folder, "--top", 0)
     with pytest.raises(UsageError, match="is a PNG"):
         run("--weights", weights, folder, "--contact_sheet", tmp_path / "sheet.jpg")
 
@@ -192,6 +192,8 @@ def test_a_single_logit_gives_both_classes(network, folder, tmp_path, capsys):
     save_network(path, dataclasses.replace(network, model=model, variables=variables, classes=("cat", "dog")))
     assert run("--weights", path, folder, "--json") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert run("--weights", path, folder, "--json", "--sigmoid") == 0  # its probability is that of a sigmoid already
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
     for of_image in [line["predictions"] for line in lines]:
         assert {guess["name"] for guess in of_image} == {"cat", "dog"}
         assert sum(guess["probability"] for guess in of_image) == pytest.approx(1)

@@ -112,7 +112,6 @@ def test_a_damaged_image_is_named_and_left_out(weights, photos, tmp_path, capsys
         (["photos", "--dataset", "d"], UsageError, "pass images or folders"),
         (["--dataset", "d"], UsageError, "pass both"),
         (["--dataset", "d", "--split", "test", "--labels", "folder"], UsageError, "remove --labels"),
-        (["photos", "--batch_size", "0"], UsageError, "at least 1"),
         (["photos", "--out", "x.parquet"], UsageError, "ends in .npz or .csv"),
         (["photos", "--out", "no/such/x.npz"], InputMissingError, "create the directory"),
     ],

@@ -115,10 +115,11 @@ def test_any_block_can_be_asked_for(weights, photos, tmp_path):
         (["--block", "mixed4"], UsageError, "choose one of block1, block2, block3, block4, block5, block6"),
         (["--class", "hunt"], UsageError, "a name such as 'Hund'"),
         (["--class", "4"], UsageError, "a number from 0 to 3"),
-        (["--batch_size", "0"], UsageError, "at least 1"),
         (["--out", "x.jpg"], UsageError, "ends in .png"),
         (["--out", "no/such/x.png"], InputMissingError, "create the directory"),
         (["--npz", "no/such/x.npz"], InputMissingError, "create the directory"),
+        (["--npz", "maps"], UsageError, "ends in .npz"),
+        (["--npz", "x.npz", "--sanity"], UsageError, "remove one of them"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_computed(weights, photos, options, error, words):

@@ -372,6 +372,9 @@ def test_an_export_of_another_network_is_found(weights, tmp_path):
     export(tmp_path / "other.safetensors", tmp_path / "other.onnx", "--format", "onnx", "--no_check")
     with pytest.raises(BadDataError, match="differs"):
         export(weights, tmp_path / "other.onnx", "--format", "onnx", "--check_only")
+    save_network(tmp_path / "fewer.safetensors", make_network({"num_classes": 3}))
+    with pytest.raises(BadDataError, match="logits, and the network 3"):
+        export(tmp_path / "fewer.safetensors", tmp_path / "other.onnx", "--format", "onnx", "--check_only")
 
 
 def test_what_fails_the_check_leaves_no_file(tmp_path):

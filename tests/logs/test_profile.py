@@ -78,6 +78,19 @@ def test_a_run_that_is_too_short_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_is_interrupted_ends_its_trace(tmp_path):
+    reports = []
+    trace = StepTrace(tmp_path, STEPS, str, reports.append)
+    for _ in range(3):
+        trace.before_step(())
+    trace.close()
+    trace.close()
+    assert reports == [f"the profile ends early, after 1 steps: {tmp_path}"]
+    assert list(tmp_path.glob("**/*.xplane.pb"))
+    with jax.profiler.trace(tmp_path / "next"):  # raises if a trace is active
+        pass
+
+
 def test_without_a_trace(tmp_path):
     with pytest.raises(FileNotFoundError, match="no trace in"):
         read_trace(tmp_path, "")

@@ -39,6 +39,7 @@ with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work di
         "equal": agree_on("equal", {"seed": 1, "batch": 2}),
         "different": agree_on("different", {"seed": number, "batch": 2}),
         "missing": agree_on("missing", {"seed": 1} if number else {}),
+        "null": agree_on("null", {"seed": None} if number else {}),
     }
 with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work directory"):
     results["again"] = gather("first", f"second run {number}")

@@ -42,7 +42,9 @@ def test_of_several_errors_the_first_is_told(results):
     assert [result["both"] for result in results] == [[*error, True], [*error, False]]
 
 
-@pytest.mark.parametrize(("name", "values"), [("different", "0 and 1"), ("missing", "None and 1")])
+@pytest.mark.parametrize(
+    ("name", "values"), [("different", "0 and 1"), ("missing", "missing and 1"), ("null", "missing and None")]
+)
 def test_different_values_are_named(results, name, values):
     assert [result["equal"] for result in results] == [None, None]
     error = ["ConfigError", f"processes 0 and 1 have different configs: seed is {values}", "seed", "use one config"]

@@ -21,6 +21,7 @@ from tests.storage.gcs_objects import Objects
 from tests.storage.gcs_requests import Fault
 from xception_jax.errors import StorageError, WorkdirError
 from xception_jax.storage import hold, open_store
+from xception_jax.storage import lease as lease_module
 
 TAKE_OVER = 1.5
 PATIENT = 10  # a busy machine may keep a process from renewing for seconds
@@ -274,6 +275,26 @@ def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(gs_place, s
     assert "which has ended" in second.line()
     assert second.line().startswith("held")
     assert second.end()[0] == 0
+
+
+def test_a_process_that_proc_does_not_show_is_watched(gs_store, monkeypatch):
+    """With the option hidepid, /proc hides the processes of other users."""
+    with hold(gs_store, "lease") as lease:
+        owner = dataclasses.asdict(lease.owner) | {"nonce": "other"}
+    gs_store.put("lease", json.dumps(owner))
+    monkeypatch.setattr(lease_module.pathlib.Path, "read_text", raising(lease_module.pathlib.Path.read_text, "/stat"))
+    lines: list[str] = []
+    with hold(gs_store, "lease", renew_every=0.1, take_over_after=0.3, report=lines.append):
+        assert "there is a sign of life" in lines[0]
+
+
+def raising(read_text, suffix):
+    def read(path, *arguments, **options):
+        if str(path).endswith(suffix):
+            raise FileNotFoundError(path)
+        return read_text(path, *arguments, **options)
+
+    return read
 
 
 @pytest.mark.parametrize("field", ["machine", "started", "pid"])

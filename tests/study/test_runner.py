@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.study.simulated import POINTS, small_study, write_simulated
+from xception_jax.cli import study as study_command
 from xception_jax.errors import ConfigError, UsageError, WorkdirError
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_outcome
@@ -222,6 +224,18 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
     assert {cell.record().get("reused_from") for cell in stored.cells() if (cell.arm, cell.seed) in failed} == {None}
     assert "54 cells were taken from another study" in (stored.root / "report.md").read_text()
     assert find_equal(stored.cells(), other.cells()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--retry", "--cell=0"], ["--retry", "--slurm=x.sh"], ["--print", "--cell=0"], ["--cell=0", "--slurm=x.sh"]],
+)
+def test_options_that_exclude_each_other_are_refused(options):
+    parser = argparse.ArgumentParser()
+    study_command.add_arguments(parser)
+    arguments = parser.parse_args(["run", "studies/spectrum", "--workdir", "x", *options])
+    with pytest.raises(UsageError, match=r"does not work with|exclude each other"):
+        study_command.run(arguments)
 
 
 @pytest.mark.parametrize("option", ["--cell=0", "--slurm=x.sh"])

@@ -87,8 +87,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Checks the arguments that need neither the network nor JAX."""
-    if args.batch_size < 1:
-        raise UsageError(f"--batch_size is {args.batch_size}", "--batch_size", "set it to a whole number, at least 1")
     if bool(args.images) == bool(args.dataset):
         what = "there are images and a dataset" if args.images else "there is nothing to embed"
         raise UsageError(what, "embed", "pass images or folders, or --dataset NAME --split SPLIT")

@@ -23,6 +23,20 @@ examples:
 """
 MISTAKES_IN_JSON = 100  # --mistakes writes all
 
+# Options that --compare does not read.
+_OF_A_NETWORK = (
+    "dataset",
+    "split",
+    "step",
+    "data_dir",
+    "batch_size",
+    "real",
+    "per_class",
+    "mistakes",
+    "thresholds",
+    "predictions",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
@@ -39,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data_dir", metavar="DIR", help="directory of the datasets (default: that of the run, or that of TFDS)"
     )
-    parser.add_argument("--batch_size", type=int, help="images per batch, over all devices")
+    parser.add_argument("--batch_size", type=at_least(1), help="images per batch, over all devices")
     parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
     parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
     parser.add_argument(
@@ -78,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
         if args.source:
             raise UsageError("--compare takes two files and no network", args.source, "remove the network")
+        for option in _OF_A_NETWORK:
+            if getattr(args, option) is not None:
+                raise UsageError(f"--compare does not read --{option}", f"--{option}", "remove it")
         comparison = compare.compare_files(*args.compare)
         text = compare.as_text(comparison, *args.compare)
         print(json.dumps(dataclasses.asdict(comparison)) if args.json else text)
@@ -98,12 +115,6 @@ def run(args: argparse.Namespace) -> int:
     result = evaluate_split(args, subject)
     rows = tables.class_rows(result.predictions, result.judgement, result.info.class_names)
     wrong = mistakes(result.predictions, result.info.class_names)
-    if args.predictions:
-        save_predictions(args.predictions, result.predictions)
-    if args.per_class:
-        tables.write_csv(args.per_class, rows)
-    if args.mistakes:
-        tables.write_csv(args.mistakes, wrong, tables.MISTAKES_FIELDS)
     if args.json:
         judged = {"judgement": as_dict(result.judgement, result.info.class_names), "mistakes": wrong[:MISTAKES_IN_JSON]}
         print(json.dumps(json_ready(result.values | {"per_class": rows} | judged)))
@@ -111,4 +122,11 @@ def run(args: argparse.Namespace) -> int:
         print(tables.as_text(result.values, list(subject.variables), result.metrics))
         split = result.values.get("thresholds_split", "")
         print(f"\n{judgement_text.as_text(result.judgement, result.info.class_names, wrong, split)}")
+    # After the results, which a full disk must not cost.
+    if args.predictions:
+        save_predictions(args.predictions, result.predictions)
+    if args.per_class:
+        tables.write_csv(args.per_class, rows)
+    if args.mistakes:
+        tables.write_csv(args.mistakes, wrong, tables.MISTAKES_FIELDS)
     return 0

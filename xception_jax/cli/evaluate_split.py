@@ -17,6 +17,7 @@ from tqdm import tqdm
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.random_labels import RandomLabels
 from xception_jax.data.sources import Source, SourceInfo, TfdsSource, check_labels
 from xception_jax.errors import ConfigError, UsageError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step, name_examples
@@ -171,10 +172,13 @@ def _open_development(
     info = source.info
     own = is_run(args.source) and data.name == config.data.name
     split = args.thresholds or (config.data.eval_split if own else "")
-    if not split or (info.num_classes > MAX_CLASSES and split != info.split):
+    if args.thresholds and info.num_classes > MAX_CLASSES:
+        what = f"thresholds are chosen for up to {MAX_CLASSES} classes, and {info.name} has {info.num_classes:,}"
+        raise UsageError(what, "--thresholds", "remove --thresholds")
+    if not split or info.num_classes > MAX_CLASSES:
         return None
     development = open_dataset(data, split)
-    if split == info.split or (isinstance(source, TfdsSource) and source.overlaps(split)):
+    if split == info.split or (isinstance(source, TfdsSource | RandomLabels) and source.overlaps(split)):
         if args.thresholds:
             fix = "choose thresholds on images that are not evaluated: they fit their own images too well"
             what = f"--thresholds {split} has images of the split that is evaluated, {info.split}"
@@ -198,11 +202,9 @@ class _Pass:
         size = self.mesh.size
         usual = config.evaluation.batch_size if is_run(args.source) else BATCH_SIZE_PER_DEVICE * size
         self.batch_size = math.ceil(usual / size) * size if args.batch_size is None else args.batch_size
-        if self.batch_size < 1:
-            raise UsageError(
-                f"--batch_size is {self.batch_size}", "--batch_size", "set it to a whole number, at least 1"
-            )
-        check_batch("evaluation.batch_size", self.batch_size, size)
+        check_batch(
+            "config.evaluation.batch_size" if args.batch_size is None else "--batch_size", self.batch_size, size
+        )
         keep_logits = not config.loss.multi_label
         self.step = make_evaluation_step(create_model(network.model), config, keep_logits=keep_logits)
 

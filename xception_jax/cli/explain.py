@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
-from xception_jax.explain.paths import check_output
+from xception_jax.explain.paths import check_file, check_output
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 from xception_jax.weights.sources import require_known
@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="class to explain (default: the most probable of each image)",
     )
     parser.add_argument("--block", metavar="NAME", help="for grad_cam, hires_cam: block of the network (default: last)")
-    parser.add_argument("--steps", type=int, metavar="N", help=f"for integrated_gradients: points (default: {STEPS})")
+    parser.add_argument(
+        "--steps", type=at_least(1), metavar="N", help=f"for integrated_gradients: points (default: {STEPS})"
+    )
     parser.add_argument(
         "--baseline",
         choices=BASELINES,
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default=OUT, metavar="FILE.png|FOLDER", help=f"where to draw (default: {OUT})")
     parser.add_argument("--npz", metavar="FILE.npz", help="also save the maps as arrays")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="images per batch (default: 8)")
+    parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="images per batch (default: 8)")
     parser.add_argument(
         "--sanity",
         action="store_true",
@@ -136,18 +138,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Checks the arguments that need neither the network nor JAX."""
-    for name in ("batch_size", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UsageError(f"--{name} is {value}", f"--{name}", "set it to a whole number, at least 1")
     readers = {option: name for name, method in METHODS.items() for option in method.options}
     for option, reader in readers.items():
         if getattr(args, option) is not None and option not in METHODS[args.method].options:
             what = f"{args.method} does not read --{option}"
             raise UsageError(what, f"--{option}", f"remove it, or use --method {reader}")
-    if not args.sanity:
-        check_output(args.out, ".png")
+    if args.sanity and args.npz:
+        raise UsageError("--sanity saves no maps", "--npz", "remove one of them")
     if args.npz:
-        check_output(args.npz, ".npz")
+        check_file(args.npz, ".npz")
+    if not args.sanity:
+        check_output(args.out)
 
 
 def find_class(wanted: str, names: Sequence[str], identifiers: Sequence[str]) -> int:

@@ -108,6 +108,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UsageError("safetensors hold weights and cannot scale pixels", "--uint8", "remove --uint8")
     if args.no_check and args.check_only:
         raise UsageError("--no_check and --check_only contradict each other", "the command line", "remove one of them")
+    if args.evaluation and args.check_only:
+        raise UsageError("--check_only writes no model card", "--evaluation", "remove one of them")
     for package in _EXTRAS.get(args.format, ()):
         if importlib.util.find_spec(package) is None:
             fix = f"pip install {' '.join(_EXTRAS[args.format])}"

@@ -35,8 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
     parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
     parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes per image (default: 5)")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
+    parser.add_argument(
+        "--top", type=at_least(1), default=5, metavar="N", help="number of classes per image (default: 5)"
+    )
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
+    )
     parser.add_argument(
         "--sigmoid", action="store_true", help="apply a sigmoid, for weight files that do not record multi-label models"
     )
@@ -48,13 +52,10 @@ def run(args: argparse.Namespace) -> int:
     """Predicts the images, prints the predictions, and draws the contact sheet.
 
     Raises:
-      UsageError: a number is not positive, or the contact sheet is not a PNG.
+      UsageError: the contact sheet is not a PNG.
       InputMissingError: the network or an image is missing.
       BadDataError: the network is damaged, or some images are. All other images have been predicted then.
     """
-    for name in ("top", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} is {getattr(args, name)}", f"--{name}", "set it to a whole number, at least 1")
     if args.contact_sheet:
         _check_sheet(Path(args.contact_sheet))
     paths = find_images(args.images)
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     network = open_network(args.weights, args.step)
     require_classifier(network)
-    if args.sigmoid:
+    if args.sigmoid and not network.has_single_logit:  # whose probability is a sigmoid already
         network = dataclasses.replace(network, multi_label=True)
     names = class_names(network)
     shown = min(len(paths), MAX_ON_SHEET) if args.contact_sheet else 0

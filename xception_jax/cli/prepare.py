@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from xception_jax.command_line import at_least
 from xception_jax.config import DataConfig
 from xception_jax.data.prepare.names import DATASET_NAMES, SHIPPED_NAMES
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
@@ -17,7 +18,6 @@ from xception_jax.files import expanded
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 
 if TYPE_CHECKING:
-    from xception_jax.data.images import Limits
     from xception_jax.data.prepare.image_folder import Contents, Skipped
     from xception_jax.data.prepare.writer import Summary
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, default in (("--max-pixels", DataConfig.max_pixels), ("--max-scans", DataConfig.max_scans)):
         field = f"config.data.{option[2:].replace('-', '_')}"
         text = f"image_folder: limit above which an image counts as damaged (default: {default:,}); set {field} as well"
-        parser.add_argument(option, type=int, default=default, metavar="N", help=text)
+        parser.add_argument(option, type=at_least(1), default=default, metavar="N", help=text)
     parser.add_argument(
         "--splits",
         metavar="NAME=SHARE,...",
@@ -106,12 +106,14 @@ def run(args: argparse.Namespace) -> int:
       StorageError: the dataset cannot be written.
     """
     # These import tensorflow_datasets, which takes half a second that --help does not need.
+    from xception_jax.data.images import Limits
     from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
     from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
     from xception_jax.data.prepare.tfrecord import copy_tfrecord
     from xception_jax.data.prepare.writer import write_dataset
     from xception_jax.data.sources import resolve_data_dir
 
+    _refuse_unread(args)
     data_dir = resolve_data_dir(args.data_dir)
     options = {"overwrite": args.overwrite, "progress": not args.json}
     if args.dataset == "tfrecord":
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             skip_damaged=args.skip_damaged,
             shares=_shares(args),
             groups=args.groups,
-            limits=_limits(args),
+            limits=Limits(args.max_pixels, args.max_scans),
         )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.
@@ -139,6 +141,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+# The options that only image_folder reads, and their defaults.
+_OF_IMAGE_FOLDER: dict[str, Any] = {
+    "--name": None,
+    "--skip-damaged": False,
+    "--max-pixels": DataConfig.max_pixels,
+    "--max-scans": DataConfig.max_scans,
+    "--splits": None,
+    "--folds": None,
+    "--groups": "",
+}
+
+
+def _refuse_unread(args: argparse.Namespace) -> None:
+    """Raises UsageError if there are options that this dataset does not read."""
+    unread = {} if args.dataset == "image_folder" else _OF_IMAGE_FOLDER
+    if args.dataset in SHIPPED_NAMES:
+        unread = unread | {"--source": None}
+    for option, default in unread.items():
+        if getattr(args, option[2:].replace("-", "_")) != default:
+            raise UsageError(f"prepare {args.dataset} does not read {option}", option, f"remove {option}")
+
+
 def _source(args: argparse.Namespace) -> Path:
     if not args.source:
         fix = "see the example in xception-jax prepare --help"
@@ -147,20 +171,6 @@ def _source(args: argparse.Namespace) -> Path:
     if not source.is_dir():
         raise InputMissingError(f"{source} is not a directory", "--source", "point --source at an existing directory")
     return source
-
-
-def _limits(args: argparse.Namespace) -> Limits:
-    """Returns the limits for decoding.
-
-    Raises:
-      UsageError: one is below 1.
-    """
-    from xception_jax.data.images import Limits
-
-    for option, value in (("--max-pixels", args.max_pixels), ("--max-scans", args.max_scans)):
-        if value < 1:
-            raise UsageError(f"{option} is {value}", option, "set it to a whole number of at least 1")
-    return Limits(args.max_pixels, args.max_scans)
 
 
 def _name(args: argparse.Namespace) -> str:

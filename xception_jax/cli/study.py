@@ -17,7 +17,7 @@ from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
 from xception_jax.storage import names_object_store
 from xception_jax.study.design import as_study, run_study_file
-from xception_jax.user_files import writing
+from xception_jax.user_files import require_directory, writing
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--workdir", help="the study directory")
     run.add_argument(
-        "--jobs", type=int, default=1, help="number of cells that run at a time; they share cores and GPUs evenly"
+        "--jobs",
+        type=at_least(1),
+        default=1,
+        help="number of cells that run at a time; they share cores and GPUs evenly",
     )
     run.add_argument(
         "--data_dir", help="directory of the datasets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)"
@@ -145,7 +148,6 @@ def run(args: argparse.Namespace) -> int:
         found = measure_patches(args.source, split=args.split, patches=args.patches, side=args.side, seed=args.seed)
         print(json.dumps(found.to_json(), indent=1) if args.json else format_patches(found))
         return 0
-    require_known(args.source)
     return _kernels(args)
 
 
@@ -229,8 +231,6 @@ def _require_directory(workdir: str) -> None:
 
 
 def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
-    if args.jobs < 1:
-        raise UsageError(f"--jobs is {args.jobs}", "--jobs", "set it to 1 or more")
     if args.data_dir is not None:
         environment["TFDS_DATA_DIR"] = os.environ["TFDS_DATA_DIR"] = str(
             expanded(args.data_dir, "--data_dir").absolute()
@@ -240,6 +240,13 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
     if args.reuse and (args.cell is not None or args.slurm is not None):
         fix = "remove --reuse, or first copy the cells by `study run --reuse` without these options"
         raise UsageError("--reuse does not work with --cell or --slurm", "--reuse", fix)
+    if args.retry and (args.cell is not None or args.slurm is not None):
+        fix = "remove --retry, or run the failed cells by `study run --retry` without these options"
+        raise UsageError("--retry does not work with --cell or --slurm", "--retry", fix)
+    if (args.print, args.cell is not None, args.slurm is not None).count(True) > 1:
+        raise UsageError("--print, --cell and --slurm exclude each other", "the command line", "keep one of them")
+    if args.slurm is not None:
+        require_directory(args.slurm)
     study = None
     if args.cell is None:
         described, path = run_study_file(args.study)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from xception_jax.data.sources import Source
+from xception_jax.data.sources import Source, TfdsSource
 from xception_jax.errors import ConfigError
 
 _CHUNK = 64  # examples that are read in one call, to read all labels
@@ -47,6 +47,10 @@ class RandomLabels:
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Reads several examples in one call."""
         return [self._relabelled(example) for example in self._source.__getitems__(indices)]
+
+    def overlaps(self, split: str) -> bool:
+        """Returns whether another split has images of this one, see `TfdsSource.overlaps`."""
+        return isinstance(self._source, TfdsSource) and self._source.overlaps(split)
 
     def column(self, name: str) -> list[Any] | None:
         """Returns the random labels, or any other feature of the original source."""

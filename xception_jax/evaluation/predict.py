@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import numpy as np
 from xception_jax.data import folders, imagenet_classes, images
 from xception_jax.errors import InputMissingError
 from xception_jax.evaluation.loading import load_batches
+from xception_jax.names import printable, printable_path
 
 if TYPE_CHECKING:
     import jax
@@ -57,7 +59,15 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         if not argument.is_dir():
             found[argument] = None
             continue
-        files = [path for path in folders.files(argument) if path.suffix.lower() in images.SUFFIXES and path.is_file()]
+        files, others = [], Counter[str]()
+        for path in filter(Path.is_file, folders.files(argument)):
+            if path.suffix.lower() in images.SUFFIXES:
+                files.append(path)
+            else:
+                others[path.suffix.lower() or path.name] += 1
+        if others:
+            listed = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in others.most_common(5))
+            print(f"left out of {printable_path(argument)}, because of their suffixes: {listed}", file=sys.stderr)
         if not files:
             suffixes = ", ".join(images.SUFFIXES)
             raise InputMissingError(

@@ -14,16 +14,25 @@ def is_file(path: str) -> bool:
     return not path.endswith(os.sep) and Path(path).suffix != "" and not Path(path).is_dir()
 
 
-def check_output(path: str, suffix: str) -> None:
+def check_file(path: str, suffix: str) -> None:
     """Checks that an output file can be written, to fail before the computation.
 
     Raises:
       UsageError: the file has another suffix.
-      InputMissingError: its folder is missing.
+      UserError: see `require_directory`.
     """
-    if is_file(path) and Path(path).suffix.lower() != suffix:
+    if Path(path).suffix.lower() != suffix:
         raise UsageError(f"the file is written as {suffix}", path, f"use a name that ends in {suffix}")
+    require_directory(path)
+
+
+def check_output(path: str) -> None:
+    """Checks that a PNG or a folder can be written, to fail before the computation.
+
+    Raises:
+      UserError: as `check_file`, or the directory of the folder is missing.
+    """
     if is_file(path):
-        require_directory(path)
+        check_file(path, ".png")
     elif not Path(path).absolute().parent.is_dir():
         raise InputMissingError("there is no such directory", path, "create it, or choose another path")

@@ -83,6 +83,11 @@ def check_export(
     if not np.isfinite(expected).all():
         raise BadDataError("the network gives logits that are not finite", network.source, "use another checkpoint")
     found = _run(path, format, np.split(pixels if uint8 else scaled, [_BATCHES[0]]), name or str(path))
+    if found.shape != expected.shape:
+        what = f"the export gives {found.shape[-1]:,} logits, and the network {expected.shape[-1]:,}"
+        raise BadDataError(
+            what, name or str(path), f"name the network that the file was made from, not {network.source}"
+        )
     difference = Difference(float(np.abs(found - expected).max()), float(np.abs(expected).max()), len(pixels))
     if not difference.accepted:
         raise BadDataError(

@@ -155,6 +155,13 @@ class StepTrace:
         seconds = time.monotonic() - self._started
         self._attempt(self._finish, traced, seconds)
 
+    def close(self) -> None:
+        """Stops the trace if it is still active, because the run was interrupted or failed."""
+        if self._steps and self._calls > STEPS_BEFORE:
+            self._steps = 0
+            self._attempt(jax.profiler.stop_trace)
+            self._report(f"the profile ends early, after {self._calls - STEPS_BEFORE} steps: {self._directory}")
+
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         """Runs a part of the trace. Whatever its libraries raise, such as on a full disk, training goes on."""
         try:

@@ -61,7 +61,7 @@ class Owner:
         """Returns a new name of this process."""
         since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         pid, command = os.getpid(), shlex.join(sys.orig_argv)
-        return cls(socket.gethostname(), pid, secrets.token_hex(8), since, command, _machine(), _started(pid))
+        return cls(socket.gethostname(), pid, secrets.token_hex(8), since, command, _machine(), _started(pid) or "")
 
 
 class Lease:
@@ -279,7 +279,9 @@ def _has_ended(entry: Entry) -> bool:
     """Returns whether the owner was a process of this machine that is known to have ended."""
     content = _decode(entry)
     machine, pid, started = (content.get(name) for name in ("machine", "pid", "started"))
-    return bool(machine) and machine == _machine() and type(pid) is int and bool(started) and _started(pid) != started
+    if not machine or machine != _machine() or type(pid) is not int or not started:
+        return False
+    return _started(pid) not in (started, None)
 
 
 def _machine() -> str:
@@ -291,12 +293,22 @@ def _machine() -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """Returns when a process was started, in clock ticks since the start of the system, or '' if there is none."""
+def _started(pid: int) -> str | None:
+    """Returns when a process was started, in clock ticks since the start of the system.
+
+    Returns:
+      '' if there is no such process; None if /proc does not show it, as with the option hidepid.
+    """
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return ""
+        except PermissionError:
+            pass
+        return None
     return "" if fields[0] in "ZX" else fields[19]
 
 

@@ -142,7 +142,7 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
     sources = {name: open_dataset(config.data, split) for name, split in splits.items() if split}
     check_data(config, sources)
     mesh = make_mesh(config.mesh)
-    check_batch("evaluation.batch_size", config.evaluation.batch_size, mesh.size)
+    check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh.size)
     return build_experiment(config, sources, mesh)
 
 
@@ -152,7 +152,7 @@ def build_experiment(config: ExperimentConfig, sources: dict[str, Source], mesh:
     Raises:
       ConfigError: the batch cannot be divided among the devices, or a pattern of the optimizer has no effect.
     """
-    check_batch("batch_size", config.batch_size, mesh.size, config.accumulation_steps)
+    check_batch("config.batch_size", config.batch_size, mesh.size, config.accumulation_steps)
     model = create_model(config.model)
     schedule = make_schedule(config, len(sources["train"]))
     optimizer = make_optimizer(config.optimizer, schedule)

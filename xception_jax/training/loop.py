@@ -164,6 +164,7 @@ class Loop:
         self.step = 0
         self.state: TrainState = experiment.abstract
         self.feed: Feed | None = None
+        self.trace: StepTrace | None = None
         self.dispatched: _Dispatched | None = None
         self.dev_metrics: dict[str, float] = {}  # of the current state; saved with the next checkpoint
         self.dev_predictions: Predictions | None = None  # of the final state: the report chooses thresholds on them
@@ -181,7 +182,7 @@ class Loop:
             with announce("compiling the training step, which can take a minute", print_once):
                 train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
-            trace = StepTrace(
+            trace = self.trace = StepTrace(
                 self.directory.files / "profile", self.config.profile, train_step.as_text, self.journal.message
             )
         doing = self.journal.stopwatch.during
@@ -229,14 +230,17 @@ class Loop:
             )
 
     def close(self) -> None:
-        """Stops the threads that load batches."""
+        """Stops the threads that load batches, and a trace that was interrupted."""
         if self.feed is not None:
             self.feed.close()
+        if self.trace is not None:
+            self.trace.close()
 
     # --- the steps ---------------------------------------------------------------------------------------------------
 
     def _open_feed(self) -> None:
-        self.close()
+        if self.feed is not None:
+            self.feed.close()
         batches = train_batches(
             self.config.data,
             self.experiment.sources["train"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ class Run:
       step: the step of the checkpoint.
       variables: variables by metric prefix: '' for those of the step, 'ema_' for the Polyak average if there is one.
       sha256: SHA-256 of the manifest of the checkpoint, or '' if the run was killed before it was written.
+      classes: names of the classes that it was trained on, or None if they are not known.
     """
 
     config: ExperimentConfig
     step: int
     variables: dict[str, dict[str, Any]]
     sha256: str
+    classes: tuple[str, ...] | None
 
 
 def is_run(source: str) -> bool:
@@ -60,7 +63,7 @@ def run_network(source: str, run: Run) -> Network:
         model=run.config.model,
         variables=list(run.variables.values())[-1],
         preprocessing=Preprocessing.of(data),
-        classes=find_class_names(data),
+        classes=run.classes,
         source=source,
         sha256=run.sha256,
         multi_label=run.config.loss.multi_label,
@@ -102,12 +105,23 @@ def _restored(workdir: str, config: ExperimentConfig | None, step: int | None) -
         else:
             state = checkpoints.restore(step, abstract)
     seal = step_path(join(directory, str(step), manifest.NAME))
+    identity = manifest.read_content(seal)["record"].get("identity", {}) if exists(seal) else {}
     return Run(
         config=config,
         step=step,
         variables={prefix: jax.tree.map(np.asarray, tree) for prefix, tree in state.all_variables().items()},
         sha256=manifest.measure(seal)["sha256"] if exists(seal) else "",
+        classes=_class_names(config, identity.get("classes")),
     )
+
+
+def _class_names(config: ExperimentConfig, recorded: str | None) -> tuple[str, ...] | None:
+    """Returns the class names that a checkpoint recorded. Earlier versions did not: then those of the dataset."""
+    if recorded is not None:
+        return tuple(map(str, json.loads(recorded)))
+    names, outputs = find_class_names(config.data), config.model.num_classes
+    num_classes = 2 if outputs == 1 and not config.loss.multi_label else outputs
+    return names if names is not None and len(names) == num_classes else None  # it may be another dataset by now
 
 
 def _abstract_state(config: ExperimentConfig) -> TrainState:

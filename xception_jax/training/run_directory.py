@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,6 +230,7 @@ def open_checkpoints(experiment: Experiment, directory: RunDirectory, report: Ca
         identity={
             "config": hashlib.sha256(to_json(config).encode()).hexdigest(),
             "dataset": experiment.data.fingerprint,
+            "classes": json.dumps(experiment.data.class_names),
         },
         allow_dataset_change=config.checkpoint.allow_dataset_change,
         bucket=directory.bucket,

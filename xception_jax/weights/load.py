@@ -13,6 +13,7 @@ import numpy as np
 
 from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.data.imagenet_classes import class_names
+from xception_jax.data.turn import BLOCK
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.weights import own, sources, tree
@@ -89,6 +90,9 @@ def resized(network: Network, source: str, size: int) -> Network:
     if not low <= size <= MAX_SIDE:
         what = f"{network.model.name} cannot have images of {size:,} pixels"
         raise BadDataError(what, source, f"give the size of its images, {low} to {MAX_SIDE:,} (convert --size)")
+    if network.preprocessing.turn is not None and size % BLOCK:
+        what = f"images that are turned have sides that are divisible by {BLOCK}, and {size} is not"
+        raise BadDataError(what, source, "give such a size (convert --size)")
     preprocessing = dataclasses.replace(network.preprocessing, size=size)
     return dataclasses.replace(network, source=source, preprocessing=preprocessing)
 

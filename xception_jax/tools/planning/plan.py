@@ -212,7 +212,7 @@ def make_plan(
       InputMissingError: libtpu is missing, or the size of the dataset is not known.
       UsageError: libtpu does not know the topology.
     """
-    check_batch("batch_size", config.batch_size, topology.size, config.accumulation_steps)
+    check_batch("config.batch_size", config.batch_size, topology.size, config.accumulation_steps)
     size_of_data_axis(config.mesh, topology.size)
     devices = topology.devices() if topology.is_tpu else []
     num_examples = examples or _epoch_examples(config)
