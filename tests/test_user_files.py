@@ -26,9 +26,9 @@ from xception_jax.export.card import read_evaluation
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.runs import open_run
-from xception_jax.study.design import load_study
 from xception_jax.study.power import plan_seeds
 from xception_jax.study.store import read_study
+from xception_jax.study.study_file import load_study
 from xception_jax.training.workdir import open_workdir
 
 
@@ -157,7 +157,7 @@ OTHER_PARSERS = {
     "environment.py": "/proc",
     "export/check.py": "a digest, and arrays of our own process",
     "reports/environment.py": "a file of the package",
-    "study/design.py": "what was written by json.dumps",
+    "study/study_file.py": "what was written by json.dumps",
     "study/dial/design.py": "what was written by json.dumps",
     "study/dial/records.py": "text that user_files has read",
     "study/runner.py": "a log, whose damaged bytes are replaced",

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 from xception_jax.errors import INTERRUPTED_EXIT_CODE, PreemptedError
@@ -85,9 +84,7 @@ class StopSignals:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Restores the previous handlers."""
         signal.set_wakeup_fd(self._previous_wakeup)
         for signum in SIGNALS:

@@ -8,8 +8,8 @@ import pytest
 from tests.study.simulated import small_study
 from xception_jax.errors import ConfigError
 from xception_jax.study.analysis import Sample
-from xception_jax.study.claims import Claim, Part, claims_from_json
-from xception_jax.study.design import check_study
+from xception_jax.study.checks import check_study
+from xception_jax.study.claims import Claim, Part
 from xception_jax.study.tested_claims import Measured, evaluate_claims
 
 RNG = np.random.default_rng(0)
@@ -39,7 +39,6 @@ def test_known_effects(part, verdict):
     claim = Claim("X", "It is so.", (part,))
     assert evaluate_claims((claim,), MEASURED, "welch", set())[0].verdict == verdict
     assert evaluate_claims((claim,), MEASURED, "welch", {part.terms[0][0]})[0].verdict == "not interpreted"
-    assert claims_from_json([dataclasses.asdict(claim)]) == (claim,)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import pytest
 from tests.study.simulated import small_study
 from xception_jax.config import default_config, override
 from xception_jax.errors import ConfigError, InputMissingError
-from xception_jax.study.design import Arm, PlannedComparison, changes, load_study, study_from_json, study_to_json
+from xception_jax.study.claims import Claim, Part
+from xception_jax.study.design import Arm, PlannedComparison, Search
+from xception_jax.study.store import changes
+from xception_jax.study.study_file import load_study, study_from_json, study_to_json
 
 STUDIES = sorted(Path(__file__).parents[2].glob("configs/studies/*.py"))
 STUDIES = [path for path in STUDIES if path.stem != "dial"]  # a study of another kind: tests/study/test_dial.py
@@ -77,6 +80,16 @@ def other_config():
 def test_what_else_changes_is_named(change, words):
     _, refused = changes(small_study(), dataclasses.replace(small_study(), **change))
     assert any(words in line for line in refused), refused
+
+
+def test_a_study_with_tuples_of_all_kinds_is_read_back_equal():
+    """Values of trials are compared and hashed, when a report looks for those at the edge of the search."""
+    trials = ({"data.crop_area": (0.05, 1.0)}, {"data.crop_area": (0.5, 1.0)})
+    claim = Claim("X", "It is so.", (Part("difference", (("1_relu", "1_none", 1.0),), "below", 0.1),))
+    study = small_study(search=Search(trials), claims=(claim,), seeded=("data.turn_seed",))
+    stored = study_from_json(json.loads(json.dumps(study_to_json(study))))
+    assert stored == study
+    assert len({trial["data.crop_area"] for trial in stored.trials}) == 2
 
 
 GOOD = """

@@ -21,7 +21,6 @@ from tests.study.simulated import small_study, write_simulated
 from tests.study.simulated_dial import simulate
 from xception_jax.cli import main
 from xception_jax.errors import BadDataError, ConfigError, PreemptedError, UsageError
-from xception_jax.study.design import load_study, run_study_file
 from xception_jax.study.dial import task
 from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
@@ -54,6 +53,7 @@ from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.store import read_study
+from xception_jax.study.study_file import load_study, run_study_file
 
 FILE = Path(__file__).parents[2] / "configs/studies/dial.py"
 REGULAR = DialArm("regular", "regular")

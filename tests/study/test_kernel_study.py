@@ -16,14 +16,16 @@ from xception_jax.config import override
 from xception_jax.errors import ConfigError, UsageError
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.study.cells import choose_trials, search_cells
+from xception_jax.study.checks import check_study
 from xception_jax.study.controls import ArmCost
-from xception_jax.study.design import Arm, Search, as_study, check_study, study_from_json, study_to_json
+from xception_jax.study.design import Arm, Search
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.claims import judge_labels
 from xception_jax.study.kernels.measure import Spread, dial
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
 from xception_jax.study.kernels.replacement import Replacement, Replacements, format_replacements, low_rank
 from xception_jax.study.store import StoredStudy
+from xception_jax.study.study_file import as_study, study_from_json, study_to_json
 
 RNG = np.random.default_rng(0)
 COST = ArmCost(0.2, 700_000, 700_000, 3_000_000, 3_000_000, 1.0)

@@ -21,12 +21,13 @@ from xception_jax.cli import study as study_command
 from xception_jax.errors import ConfigError, UsageError, WorkdirError
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_outcome
-from xception_jax.study.design import Search, study_from_json, study_to_json
+from xception_jax.study.design import Search
 from xception_jax.study.execute import run_study, slurm_script
 from xception_jax.study.kernels.networks import analyse
 from xception_jax.study.report import write_study_report
 from xception_jax.study.runner import make_slots, visible_gpus
 from xception_jax.study.store import STUDY, StoredStudy, open_study, read_study
+from xception_jax.study.study_file import study_from_json, study_to_json
 from xception_jax.training.workdir import hold_directory
 
 STEPS = 40

@@ -80,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
       StorageError: the new file cannot be written.
     """
     layout = _layout(args)
-    if args.size is not None and args.size < 1:
-        raise UsageError(f"--size is {args.size}", "--size", "give a number of pixels")
     require_known(args.source)
     network = _read(args)
     if args.classes is not None:

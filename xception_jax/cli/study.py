@@ -16,7 +16,7 @@ from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
 from xception_jax.storage import names_object_store
-from xception_jax.study.design import as_study, run_study_file
+from xception_jax.study.study_file import as_study, run_study_file
 from xception_jax.user_files import require_directory, writing
 from xception_jax.weights.sources import require_known
 

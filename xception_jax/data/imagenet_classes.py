@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
+"""Names of validation images; some distributions add the class."""
 
 _FILE = Path(__file__).with_name("imagenet_words.txt")
 

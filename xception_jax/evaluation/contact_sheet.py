@@ -95,6 +95,11 @@ def draw(
         top -= row_height + _CAPTION + _GAP
     if legend:
         _draw_legend(figure.add_axes((0, 0, 1, (_LEGEND + _GAP) / height)), legend, width)
+    return as_png(canvas)
+
+
+def as_png(canvas: FigureCanvasAgg) -> bytes:
+    """Returns a drawing as PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # characters missing in all installed fonts are drawn as boxes

@@ -49,7 +49,7 @@ def as_text(
     """
     points = _points(judgement, names, thresholds_split)
     blocks = [_overall(judgement), _classes(judgement, names), points, _groups(judgement)]
-    return "\n\n".join(block for block in [*blocks, _mistakes(judgement, mistakes)] if block)
+    return "\n\n".join(block for block in [*blocks, _mistakes(mistakes)] if block)
 
 
 def interval_note(judgement: Judgement) -> str:
@@ -64,6 +64,15 @@ def shown_classes(judgement: Judgement, most: int) -> list[ClassScores]:
         return list(judgement.classes)
     found = [scores for scores in judgement.classes if scores.support]
     return sorted(found, key=lambda scores: scores.f1.value)[:most]
+
+
+def shown_fields(shown: Sequence[ClassScores]) -> dict[str, str]:
+    """Returns the titles of the figures that are known of at least one of these classes, by field."""
+    return {
+        field: title
+        for field, title in CLASS_FIELDS.items()
+        if any(not math.isnan(getattr(scores, field).value) for scores in shown)
+    }
 
 
 def aim_text(point: OperatingPoint) -> str:
@@ -92,11 +101,7 @@ def _overall(judgement: Judgement) -> str:
 
 def _classes(judgement: Judgement, names: Sequence[str]) -> str:
     shown = shown_classes(judgement, MOST_CLASSES)
-    fields = {
-        field: title
-        for field, title in CLASS_FIELDS.items()
-        if any(not math.isnan(getattr(scores, field).value) for scores in shown)
-    }
+    fields = shown_fields(shown)
     lines = []
     if len(shown) < len(judgement.classes):
         lines.append(f"the {len(shown)} classes with the lowest F1 of {len(judgement.classes):,}")
@@ -136,7 +141,7 @@ def _groups(judgement: Judgement) -> str:
     return "\n".join(lines)
 
 
-def _mistakes(judgement: Judgement, mistakes: Sequence[dict[str, Any]]) -> str:
+def _mistakes(mistakes: Sequence[dict[str, Any]]) -> str:
     if not mistakes:
         return ""
     shown = mistakes[:_MOST_MISTAKES]

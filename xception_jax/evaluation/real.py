@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import operator
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
+from xception_jax.data.imagenet_classes import VALIDATION_NAME
 from xception_jax.data.sources import Source
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.user_files import read_json, reading
 
-_FILE_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
 _FETCH = "get real.json from github.com/google-research/reassessed-imagenet"
 
 
@@ -50,7 +49,7 @@ def image_numbers(source: Source, labels: list[frozenset[int]]) -> list[int]:
       BadDataError: the labels have no entry for an image.
     """
     names = source.column("file_name")
-    found = [_FILE_NAME.fullmatch(Path(name).name) for name in names or ()]
+    found = [VALIDATION_NAME.fullmatch(Path(name).name) for name in names or ()]
     if not found or not all(found):
         example = f" with a file {names[found.index(None)]!r}" if names else ", which does not record file names"
         raise UsageError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +13,10 @@ from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from xception_jax.data.images import Preprocessing
 from xception_jax.evaluation import contact_sheet
-from xception_jax.evaluation.contact_sheet import GREY, INK, TRACK, installed_fonts, shorten
+from xception_jax.evaluation.contact_sheet import GREY, INK, TRACK, as_png, installed_fonts, shorten
 from xception_jax.explain.explainer import Explained
 from xception_jax.explain.options import Method
 
@@ -83,13 +80,6 @@ def enlarged(image: UInt8[np.ndarray, "h w 3"], longest: int = _SMALLEST) -> UIn
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def as_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """Encodes an image as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_sheet(explained: Sequence[Explained], labels: Sequence[str], view: Preprocessing, method: Method) -> bytes:
     """Draws a contact sheet of images, each beside its map, and returns a PNG.
 
@@ -150,11 +140,7 @@ def draw_picture(explained: Explained, label: str, view: Preprocessing, method: 
     name = shorten(explained.path.name, round(14 * panel_width))
     text.text(_MARGIN, _MARGIN, name, size=8.5, color=GREY, **style)
     text.text(right, _MARGIN, f"{method.title}, {where}", size=8.5, color=GREY, ha="right", **style)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # characters missing in all installed fonts are drawn as boxes
-        canvas.print_png(buffer)
-    return buffer.getvalue()
+    return as_png(canvas)
 
 
 def _ends(method: Method) -> tuple[str, str]:

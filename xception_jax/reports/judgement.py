@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from xception_jax.evaluation.judgement_text import CLASS_FIELDS, aim_text, interval_note, overall_rows, shown_classes
+from xception_jax.evaluation.judgement_text import aim_text, interval_note, overall_rows, shown_classes, shown_fields
 from xception_jax.metrics import ranking
 from xception_jax.metrics.judgement import ClassScores, Judgement
 from xception_jax.metrics.predictions import Predictions, confidence_bins
@@ -24,11 +24,7 @@ _MOST_POINTS = 200  # of a curve
 def judgement_context(judgement: Judgement, predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
     """Returns what the template shows of a judgement."""
     shown = shown_classes(judgement, _MOST_CLASSES)
-    fields = {
-        field: title
-        for field, title in CLASS_FIELDS.items()
-        if any(not math.isnan(getattr(scores, field).value) for scores in shown)
-    }
+    fields = shown_fields(shown)
     return {
         "judgement": judgement,
         "note": interval_note(judgement),

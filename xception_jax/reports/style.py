@@ -164,3 +164,8 @@ def _variable(color: str) -> str:
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}") if abs(value) < 1000 else round(value, 1)
+
+
+def on_white(svg: str) -> str:
+    """Returns a figure for a file of its own, which a dark page may show."""
+    return svg.replace("<svg ", '<svg style="background: white" ', 1)

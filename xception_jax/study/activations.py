@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from xception_jax.study.cells import ACTIVATIONS
 from xception_jax.training.experiment import make_experiment
 from xception_jax.training.initial_weights import first_state
 from xception_jax.training.restore import open_run
+from xception_jax.weights.keras_layers import natural
 
 IMAGES = 512  # at least; whole batches are read
 
@@ -72,7 +72,7 @@ def measure_activations(model: nn.Module, variables: Mapping[str, Any], batches:
     measure = jax.jit(functools.partial(_measure, model))
     parts = [jax.device_get(measure(variables, images)) for images in batches]
     layers = []
-    for name in sorted(parts[0], key=_natural):
+    for name in sorted(parts[0], key=natural):
         largest = np.max([part[name]["largest"] for part in parts], axis=0)
         square = np.average([part[name]["square"] for part in parts], axis=0, weights=list(map(len, batches)))
         layers.append(
@@ -121,8 +121,3 @@ def _images(config: ExperimentConfig) -> list[np.ndarray]:
             if sum(map(len, kept)) >= IMAGES:
                 break
     return kept
-
-
-def _natural(name: str) -> list[int | str]:
-    """Sorts block10 after block2."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

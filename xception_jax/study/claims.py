@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator
 
 MEASURES = ("sum", "slope", "correlation")
 SIDES = ("above", "below", "within")
@@ -63,22 +62,6 @@ class Claim:
     def arms(self) -> set[str]:
         """Returns the names of the arms that it needs."""
         return {name for part in self.parts for term in part.terms for name in term[:2] if name}
-
-
-def claims_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[Claim, ...]:
-    """Returns claims that were stored as plain data."""
-    return tuple(
-        Claim(
-            **{
-                **claim,
-                "parts": tuple(
-                    Part(**{**part, "terms": tuple((arm, baseline, weight) for arm, baseline, weight in part["terms"])})
-                    for part in claim["parts"]
-                ),
-            }
-        )
-        for claim in data
-    )
 
 
 def claim_problems(

@@ -11,10 +11,9 @@ from markupsafe import Markup
 
 from xception_jax.config import to_json
 from xception_jax.errors import DivergedError
-from xception_jax.files import write_atomically
 from xception_jax.names import LINE_LENGTH, csv_cell, printable
 from xception_jax.reports.environment import format_interval, format_p, format_points, make_environment
-from xception_jax.reports.style import themed
+from xception_jax.reports.style import on_white, themed
 from xception_jax.study import figures
 from xception_jax.study.activation_files import activations_csv
 from xception_jax.study.cells import State, state_of
@@ -25,10 +24,9 @@ from xception_jax.study.predictions import write_answers
 from xception_jax.study.results import Results, collect
 from xception_jax.study.rows import COLUMNS
 from xception_jax.study.statistics import Estimate
-from xception_jax.study.store import read_study
+from xception_jax.study.store import read_study, write_report_files
 from xception_jax.study.tested_claims import TestedPart
 from xception_jax.study.turns import mean_shares, read_turns
-from xception_jax.user_files import writing
 
 # What an interval of each analysis is.
 INTERVALS = {
@@ -58,16 +56,12 @@ def write_study_report(root: Path) -> Results:
     environment = make_environment(Path(__file__).parent)
     files = {name: environment.get_template(name).render(context) for name in ("report.html", "report.md")}
     for name, figure in drawn.items():
-        files[f"figures/{name}.svg"] = figure["file"].replace("<svg ", '<svg style="background: white" ', 1)
+        files[f"figures/{name}.svg"] = on_white(figure["file"])
     files["cells.csv"] = cells_csv(results)
     if found := activations_csv(results.stored.cells() if results.stored.study.activations else []):
         files["activations.csv"] = found
-    with writing("directory of figures", root / "figures"):
-        (root / "figures").mkdir(exist_ok=True)
     write_answers(root, dict(results.answers))
-    for name, content in files.items():
-        with writing("report of the study", root / name, "free some space, then run `study report` again"):
-            write_atomically(root / name, content)
+    write_report_files(root, files)
     return results
 
 

@@ -14,6 +14,7 @@ from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
 from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
+from xception_jax.study.checks import field_value
 from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison
@@ -334,10 +335,7 @@ def _axis_value(stored: StoredStudy, arm: str) -> float:
         return math.nan
     if axis in CHANNEL_AXES:
         return stored.costs[arm].channels_per_segment
-    value: Any = stored.study.arm_config(stored.study.arm(arm))
-    for key in axis.split("."):
-        value = getattr(value, key)
-    return float(value)
+    return float(field_value(stored.study.arm_config(stored.study.arm(arm)), axis))
 
 
 def _curve(cells: list[Cell], split: str, metric: str) -> Curve:

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from xception_jax.config import to_json
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, started_trials, study_cells
 from xception_jax.study.controls import ArmCost, arm_cost, solve_costs
-from xception_jax.study.design import Study, changes, study_from_json, study_to_json
+from xception_jax.study.design import Study
+from xception_jax.study.study_file import study_from_json, study_to_json
 from xception_jax.training.workdir import hold_directory
-from xception_jax.user_files import read_json, reading
+from xception_jax.user_files import read_json, reading, writing
 
 STUDY = "study.json"
 
@@ -138,3 +140,71 @@ def _write(stored: StoredStudy) -> None:
 
 def _has_cells(root: Path) -> bool:
     return any(next(root.glob(f"{part}/*/*"), None) for part in ("cells", "search"))
+
+
+def write_report_files(root: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes files of a report into a study directory, by name relative to it; figures are in figures/.
+
+    Raises:
+      StorageError: a file cannot be written.
+    """
+    with writing("directory of figures", root / "figures"):
+        (root / "figures").mkdir(exist_ok=True)
+    for name, content in files.items():
+        with writing("report of the study", root / name, "free some space, then run the same command again"):
+            write_atomically(root / name, content)
+
+
+def changes(stored: Study, now: Study) -> tuple[list[str], list[str]]:
+    """Compares a study with its stored version.
+
+    Returns:
+      (additions, refused): one line for each added seed or arm, which are always allowed, and one line for every other
+      difference. A comparison may be added together with one of its arms.
+    """
+    additions: list[str] = []
+    refused: list[str] = []
+    old_arms = {arm.name: arm for arm in stored.arms}
+    new_names = [arm.name for arm in now.arms if arm.name not in old_arms]
+    additions += [f"arm {name}" for name in new_names]
+    additions += [f"seed {seed}" for seed in now.seeds if seed not in stored.seeds]
+    refused += [f"seed {seed} was removed" for seed in stored.seeds if seed not in now.seeds]
+    now_arms = {arm.name: arm for arm in now.arms}
+    for name, arm in old_arms.items():
+        if name not in now_arms:
+            refused.append(f"arm {name} was removed")
+        elif arm != now_arms[name]:
+            before, after = dataclasses.asdict(arm), dataclasses.asdict(now_arms[name])
+            changed = [
+                f"{field} {before[field]} -> {after[field]}" for field in before if before[field] != after[field]
+            ]
+            refused.append(f"arm {name}: {', '.join(changed)}")
+    for comparison in now.comparisons:
+        if comparison not in stored.comparisons and not {comparison.arm, comparison.baseline} & set(new_names):
+            refused.append(f"comparison {comparison.name} ({comparison.expected}) is new, but its arms are not")
+    refused += [f"comparison {c.name} was removed" for c in stored.comparisons if c not in now.comparisons]
+    if to_json(stored.config) != to_json(now.config):
+        refused.append("the base config")
+    for field in dataclasses.fields(Study):
+        if field.name in ("arms", "seeds", "comparisons", "interactions", "config", "budget"):
+            continue
+        before, after = getattr(stored, field.name), getattr(now, field.name)
+        if before != after:
+            refused.append(f"{field.name}: {before!r} -> {after!r}")
+    refused += _changed_interactions(stored, now, set(new_names))
+    return additions, refused
+
+
+def _changed_interactions(stored: Study, now: Study, new_names: set[str]) -> list[str]:
+    """Returns one line for each interaction that was changed in another way than by adding new arms."""
+    before = {entry.name: entry for entry in stored.interactions}
+    after = {entry.name: entry for entry in now.interactions}
+    lines = [f"interaction {name} was removed" for name in before if name not in after]
+    for name, entry in after.items():
+        old = before.get(name)
+        if old and (old.expected != entry.expected or not set(old.pairs) <= set(entry.pairs)):
+            lines.append(f"interaction {name} was changed")
+        added = set(entry.pairs) - set(old.pairs if old else ())
+        if any(not new_names & set(pair) for pair in added) or (not old and not added):
+            lines.append(f"interaction {name} has new pairs, but their arms are not new")
+    return lines

@@ -15,7 +15,6 @@ import statistics
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 from xception_jax.errors import PreemptedError
@@ -76,9 +75,7 @@ class GilTimer:
                     self._timers.append(timer)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Deletes the timers."""
         for timer in self._timers:
             _timers().timer_delete(timer)

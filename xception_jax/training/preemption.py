@@ -44,7 +44,7 @@ class Preemption(StopSignals):
         """Restores the previous handlers."""
         if self._point is not None:
             self._point.close()
-        super().__exit__(*error)  # type: ignore[arg-type]
+        super().__exit__(*error)
 
     @property
     def requested(self) -> bool:

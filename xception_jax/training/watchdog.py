@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 import jax
 
@@ -61,9 +60,7 @@ class Watchdog:
                 threading.Thread(target=self._publish, name="activity", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Ends the threads."""
         self._stop.set()
 

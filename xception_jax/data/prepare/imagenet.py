@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from xception_jax.data.imagenet_classes import class_names
+from xception_jax.data.imagenet_classes import VALIDATION_NAME, class_names
 from xception_jax.data.prepare.archives import members, unexpected
 from xception_jax.data.prepare.writer import Dataset, fingerprint_of_files
 from xception_jax.errors import InputMissingError
@@ -26,8 +26,6 @@ VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
 EXPECTED = {"train": 1_281_167, "validation": 50_000}
 
 _VALIDATION_LABELS_FILE = "datasets/imagenet2012/validation_labels.txt"
-VALIDATION_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(_n\d{8})?\.jpe?g", re.IGNORECASE)
-"""Names of validation images; some distributions add the class."""
 
 
 def validation_wnids() -> list[str]:

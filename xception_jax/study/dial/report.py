@@ -12,10 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from xception_jax.files import write_atomically
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.reports.environment import format_percent, format_points, make_environment
-from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label
+from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label, on_white
 from xception_jax.study.controls import EQUAL_WITHIN
 from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, SEGMENTS, Part, Tested, evaluate_claims
@@ -26,8 +25,8 @@ from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.statistics import estimate
+from xception_jax.study.store import write_report_files
 from xception_jax.study.tested_claims import Seeds
-from xception_jax.user_files import writing
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
 _PAIRS = {
@@ -105,12 +104,8 @@ def write_dial_report(root: Path) -> DialReport:
     }
     files = {"report.md": make_environment(Path(__file__).parent).get_template("report.md").render(context)}
     for name, (_, svg) in drawn.items():
-        files[f"figures/{name}.svg"] = svg.replace("<svg ", '<svg style="background: white" ', 1)
-    with writing("directory of figures", root / "figures"):
-        (root / "figures").mkdir(exist_ok=True)
-    for name, content in files.items():
-        with writing("report of the study", root / name, "free some space, then run `study report` again"):
-            write_atomically(root / name, content)
+        files[f"figures/{name}.svg"] = on_white(svg)
+    write_report_files(root, files)
     return report
 
 

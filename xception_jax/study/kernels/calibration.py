@@ -19,8 +19,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from xception_jax.errors import InputMissingError
-from xception_jax.files import write_atomically
-from xception_jax.reports.style import COLORS, QUIET, draw_svg, legend_label
+from xception_jax.reports.style import COLORS, QUIET, draw_svg, legend_label, on_white
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.records import network_path
@@ -29,7 +28,8 @@ from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels.measure import FAMILIES
 from xception_jax.study.kernels.networks import LayerSeparability, measure_layer
 from xception_jax.study.statistics import estimate
-from xception_jax.user_files import read_arrays, reading, writing
+from xception_jax.study.store import write_report_files
+from xception_jax.user_files import read_arrays, reading
 
 _FEWEST_BANKS = 3  # for a rank correlation
 
@@ -200,16 +200,9 @@ def write_calibration_figures(found: Calibration) -> list[Path]:
     Raises:
       StorageError: a file cannot be written.
     """
-    folder = found.results.root / "figures"
-    with writing("directory of figures", folder):
-        folder.mkdir(exist_ok=True)
-    paths = []
-    for family in FAMILIES:
-        path = folder / f"kernels_{family}.svg"
-        with writing("figure", path):
-            write_atomically(path, _figure(found, family).replace("<svg ", '<svg style="background: white" ', 1))
-        paths.append(path)
-    return paths
+    files = {f"figures/kernels_{family}.svg": on_white(_figure(found, family)) for family in FAMILIES}
+    write_report_files(found.results.root, files)
+    return [found.results.root / name for name in files]
 
 
 def _figure(found: Calibration, family: str) -> str:

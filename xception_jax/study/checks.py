@@ -1,0 +1,137 @@
+"""Checks that a study is consistent, before anything is trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xception_jax.config import FIELDS, ExperimentConfig, override
+from xception_jax.errors import ConfigError
+from xception_jax.study.claims import claim_problems
+from xception_jax.study.design import (
+    ANALYSES,
+    CHANNEL_AXES,
+    CHANNELS_PER_SEGMENT,
+    CONTROLS,
+    COSTS,
+    COURSES,
+    EXPECTATIONS,
+    NAME,
+    Study,
+)
+from xception_jax.study.gates import gate_problems
+
+_SET_BY_THE_STUDY = ("seed", "name")
+
+
+def check_study(study: Study, where: str) -> Study:
+    """Returns the study if it is consistent.
+
+    Args:
+      study: the study.
+      where: the file that describes it, for messages.
+
+    Raises:
+      ConfigError: two arms have the same name, a name refers to no arm, an arm sets a field that the study sets itself,
+        or another part of the study is not valid.
+    """
+    for what, fix in _problems(study):
+        raise ConfigError(what, where, fix)
+    # A mistake in the last arm or trial must not show only after the first ninety cells.
+    configs = {arm.name: study.arm_config(arm) for arm in study.arms}
+    for trial in study.trials:
+        override(study.config, trial)
+    for what, fix in _config_problems(study, configs):
+        raise ConfigError(what, where, fix)
+    return study
+
+
+def _problems(study: Study) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it)."""
+    names = [arm.name for arm in study.arms]
+    for name in names:
+        if not NAME.fullmatch(name):
+            yield f"an arm is called {name!r}", "name arms with letters, digits, _ . and -"
+        if names.count(name) > 1:
+            yield f"two arms are called {name!r}", "give each arm its own name"
+    used = [study.reference, *(name for c in study.comparisons for name in (c.arm, c.baseline))]
+    used += [name for arm in study.arms if not isinstance(arm.tuned_as, str) for name in arm.tuned_as]
+    used += [name for interaction in study.interactions for pair in interaction.pairs for name in pair]
+    for name in used:
+        if name not in names:
+            yield f"there is no arm {name!r}", f"choose one of {', '.join(names)}"
+    for comparison in study.comparisons:
+        if comparison.expected not in EXPECTATIONS:
+            what = f"{comparison.name} is expected to be {comparison.expected!r}"
+            yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
+    for interaction in study.interactions:
+        if len(interaction.pairs) < 2:
+            yield f"the interaction {interaction.name} has {len(interaction.pairs)} pairs", "list two or more"
+        if interaction.expected not in COURSES:
+            what = f"the course of {interaction.name} is expected to be {interaction.expected!r}"
+            yield what, f"set it to one of {', '.join(COURSES)}"
+    own = [*_SET_BY_THE_STUDY, *study.seeded, *(["model.width_multiplier"] if study.control != "width" else [])]
+    tried = {name for trial in study.trials for name in trial}
+    for name in set(own) & tried:
+        yield f"trials of the search set {name}, which the study sets", f"remove {name} from the trials"
+    for arm in study.arms:
+        for name in set(own) & set(arm.overrides):
+            yield f"arm {arm.name} sets {name}, which the study sets", f"remove {name} from its overrides"
+        for name in tried & set(arm.overrides):
+            fix = f"remove {name} from its overrides, or list trials without it: search=Search(trials=...)"
+            yield f"arm {arm.name} sets {name}, which the search tries", fix
+        if isinstance(arm.tuned_as, str):
+            yield f"arm {arm.name} has tuned_as={arm.tuned_as!r}", f"write tuned_as=({arm.tuned_as!r},)"
+    if study.control not in CONTROLS:
+        yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
+    for cost in study.unequal:
+        if cost not in COSTS or cost == study.control:
+            yield f"unequal names {cost!r}", f"name costs that the study does not control: {', '.join(COSTS)}"
+    if not study.seeds:
+        yield "there are no seeds", "list at least two"
+    if len(set(study.seeds)) < len(study.seeds):
+        yield "seeds repeat", "list each seed once"
+    if not study.margin > 0:
+        yield f"the margin is {study.margin}", "set it to the smallest difference that matters"
+    if study.interactions and not study.axis:
+        yield "there is an interaction, but no axis", "set axis to 'channels_per_segment' or to a config field"
+    if study.axis not in ("", CHANNELS_PER_SEGMENT, *FIELDS):
+        yield f"the axis is {study.axis!r}", f"set it to {CHANNELS_PER_SEGMENT!r} or to a config field"
+    if study.search is not None and study.search.seed in study.seeds:
+        yield "the search shares a seed with the study", "give it its own seed"
+    if study.analysis not in ANALYSES:
+        yield f"the analysis is {study.analysis!r}", f"set it to one of {', '.join(ANALYSES)}"
+    for name in study.seeded:
+        if name not in FIELDS or FIELDS[name].kind is not int:
+            yield f"seeded names {name!r}", "name config fields that are seeds, such as 'data.turn_seed'"
+    yield from gate_problems(study.gates, names)
+    if study.gate is not None and not 0 < study.gate <= 1:
+        yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
+    yield from claim_problems(study.claims, names, study.axis, study.activations)
+
+
+def _config_problems(study: Study, configs: Mapping[str, ExperimentConfig]) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it) in what the study needs of the configs of its arms."""
+    from xception_jax.metrics import metrics_of  # imports JAX, for which `study --help` does not wait
+
+    for arm, config in configs.items():
+        known = [f"{prefix}{metric.name}" for metric in metrics_of(config) for prefix in ("", "ema_")]
+        if study.metric not in (known if config.ema.decay else known[::2]):
+            fix = "average the weights by config.ema.decay, or set metric to one without ema_"
+            yield f"cells of {arm} do not measure {study.metric!r}", fix
+        if not config.data.test_split or (study.search and not config.data.eval_split):
+            yield f"arm {arm} lacks a test split, or a development split for the search", "set both in config.data"
+        if study.axis not in ("", *CHANNEL_AXES) and not isinstance(field_value(config, study.axis), int | float):
+            what = f"{study.axis} is {field_value(config, study.axis)!r} in arm {arm}, which has no place on an axis"
+            yield what, "choose an axis of numbers"
+    turns = {(config.data.turn, config.data.turn_angle != 0) for config in configs.values()}
+    for kind in {gate.kind for gate in study.gates} & {"kronecker", "free"}:
+        if (kind, True) not in turns or not {(other, False) for other, _ in turns if other != "none"} & turns:
+            what = f"the gate {kind} needs arms with data.turn={kind!r}, and one with data.turn_angle=0 and a turn"
+            yield what, "add them, or remove the gate"
+
+
+def field_value(config: ExperimentConfig, name: str) -> Any:
+    """Returns the value of a field, such as 'model.segments'."""
+    return functools.reduce(getattr, name.split("."), config)
