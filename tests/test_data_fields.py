@@ -10,7 +10,7 @@ import pytest
 
 from xception_jax.config import DataConfig
 from xception_jax.data.pipeline import EvaluationBatches, train_batches
-from xception_jax.data.sources import SyntheticSource
+from xception_jax.data.synthetic import SyntheticSource
 
 
 def find_shift(image: np.ndarray, view: np.ndarray, reach: int) -> tuple[int, int]:

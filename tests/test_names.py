@@ -31,7 +31,7 @@ from tests.study.simulated import small_study, write_simulated
 from xception_jax import command_line, environment, names
 from xception_jax.cli import embed, evaluate, explain, predict
 from xception_jax.config import default_config, override, resolve, resolve_model
-from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.prepare.image_folder import Contents, Skipped
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.errors import BadDataError, InputMissingError, PreemptedError, UserError

@@ -15,10 +15,10 @@ from PIL import Image
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import encoded, jpeg, photograph
 from xception_jax.data import images
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.decoding_memory import SMALL, DecodingMemory
 from xception_jax.data.image_headers import orientation, read_header
 from xception_jax.data.pipeline import EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
 
 PHOTOGRAPH = photograph(0)
 PROGRESSIVE = encoded(PHOTOGRAPH, "JPEG", progressive=True)

@@ -11,8 +11,8 @@ import pytest
 from tests.data.small_imagenet import add, jpeg, photograph
 from xception_jax.cli import prepare as command
 from xception_jax.config import DataConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.imagenet_classes import class_names
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.errors import BadDataError, InputMissingError
 

@@ -18,8 +18,8 @@ from tests.data.small_imagenet import encoded, jpeg, photograph
 from xception_jax.config import DataConfig, MeshConfig, to_dict
 from xception_jax.data import augmentation, images
 from xception_jax.data.buffers import Buffers
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import DamagedImages, EvaluationBatches, train_batches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 
@@ -385,7 +385,7 @@ def test_workers_end_when_the_trainer_is_killed(photographs_data):
     code = (
         "import multiprocessing, sys, time\n"
         "from xception_jax.config import DataConfig\n"
-        "from xception_jax.data import pipeline; from xception_jax.data.prepare.datasets import open_dataset\n"
+        "from xception_jax.data import pipeline; from xception_jax.data.datasets import open_dataset\n"
         "data = DataConfig(**eval(sys.argv[1]))\n"
         "source = open_dataset(data, 'train')\n"
         "batches = pipeline.train_batches(data, source, batch_size=2, seed=0, start_step=0); next(batches)\n"

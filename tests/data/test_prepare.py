@@ -26,8 +26,8 @@ from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import prepare as command
 from xception_jax.config import DataConfig
 from xception_jax.data import images
+from xception_jax.data.datasets import DATASETS, SHIPPED, open_dataset
 from xception_jax.data.prepare import fashion_mnist, names, sorting, tfrecord, writer
-from xception_jax.data.prepare.datasets import DATASETS, SHIPPED, open_dataset
 from xception_jax.data.sources import check_labels
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 

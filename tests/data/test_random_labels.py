@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from xception_jax.config import DataConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import EvaluationBatches, train_batches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import ConfigError
 
 DATA = DataConfig(name="fashion_mnist_subset", image_size=32, augmentation="none", threads=1)

@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import encoded, jpeg, photograph
 from xception_jax.data import images, sources
+from xception_jax.data.datasets import find_class_names, open_dataset
 from xception_jax.data.prepare import fashion_mnist
-from xception_jax.data.prepare.datasets import find_class_names, open_dataset
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 
@@ -233,7 +233,7 @@ def test_the_synthetic_source_is_the_same_every_time(data):
 
 def test_two_processes_that_start_at_once_share_one_preparation_without_tensorflow(tmp_path):
     code = (
-        "from xception_jax.config import DataConfig; from xception_jax.data.prepare.datasets import open_dataset\n"
+        "from xception_jax.config import DataConfig; from xception_jax.data.datasets import open_dataset\n"
         f"data = DataConfig(name='fashion_mnist_scenes', data_dir={str(tmp_path)!r})\n"
         "print(len(open_dataset(data, 'train'))); import sys; assert 'tensorflow' not in sys.modules"
     )

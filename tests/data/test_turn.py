@@ -9,9 +9,9 @@ import pytest
 
 from tests.data.test_pipeline import train
 from xception_jax.config import DataConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.images import Preprocessing
 from xception_jax.data.pipeline import EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.turn import CHANNELS, KINDS, RMS_ANGLE, SIZE, TAPS, Turn, kronecker_part
 from xception_jax.errors import ConfigError
 from xception_jax.study.patch_covariance import kronecker_share

@@ -19,8 +19,8 @@ from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_sc
 
 from xception_jax.cli import evaluate as command
 from xception_jax.config import DataConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.images import Preprocessing, decode
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import tables
 from xception_jax.metrics.predictions import load_predictions

@@ -10,7 +10,7 @@ import sys
 import jax
 
 from xception_jax.config import default_config, override, resolve
-from xception_jax.data.sources import SyntheticSource
+from xception_jax.data.synthetic import SyntheticSource
 from xception_jax.parallel import make_mesh
 from xception_jax.tools.planning.hlo import collectives
 from xception_jax.training.experiment import build_experiment

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 from xception_jax.config import resolve
-from xception_jax.data.sources import SyntheticSource
+from xception_jax.data.synthetic import SyntheticSource
 from xception_jax.parallel import make_mesh
 from xception_jax.training.experiment import build_experiment
 from xception_jax.training.state import DROPOUT, seed_bits

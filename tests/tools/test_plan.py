@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from xception_jax.config import default_config, override, resolve
-from xception_jax.data.sources import SyntheticSource
+from xception_jax.data.synthetic import SyntheticSource
 from xception_jax.errors import DeviceMemoryError, UsageError
 from xception_jax.models import create_model
 from xception_jax.parallel import make_mesh

@@ -19,7 +19,7 @@ from tests.data.small_imagenet import jpeg, photograph
 from tests.models.random_weights import random_variables
 from xception_jax.cli import evaluate
 from xception_jax.config import from_json, override, resolve
-from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.prepare.image_folder import Skipped, image_folder
 from xception_jax.data.prepare.writer import write_dataset
 from xception_jax.errors import ConfigError

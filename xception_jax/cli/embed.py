@@ -136,8 +136,8 @@ def _embed_split(args: argparse.Namespace, network: Network, embedder: Embedder)
     from tqdm import tqdm
 
     from xception_jax.config import ExperimentConfig
+    from xception_jax.data.datasets import open_dataset
     from xception_jax.data.pipeline import EvaluationBatches
-    from xception_jax.data.prepare.datasets import open_dataset
     from xception_jax.evaluation.features import Features
 
     data = ExperimentConfig().data.replace(name=args.dataset, data_dir=args.data_dir)

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.random_labels import RandomLabels
 from xception_jax.data.sources import Source, SourceInfo, TfdsSource, check_labels
 from xception_jax.errors import ConfigError, UsageError

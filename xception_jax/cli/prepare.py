@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
       StorageError: the dataset cannot be written.
     """
     # These import tensorflow_datasets, which takes half a second that --help does not need.
+    from xception_jax.data.datasets import DATASETS, SHIPPED
     from xception_jax.data.images import Limits
-    from xception_jax.data.prepare.datasets import DATASETS, SHIPPED
     from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
     from xception_jax.data.prepare.tfrecord import copy_tfrecord
     from xception_jax.data.prepare.writer import write_dataset

@@ -1,4 +1,4 @@
-"""Sources of examples: TFDS datasets on disk, and synthetic images for measuring throughput.
+"""Sources of examples: TFDS datasets on disk.
 
 A source is a sequence of {'image': bytes of an image file, 'label': int or tuple of ints, 'index': position}. Any
 number of threads may read it, and it can be pickled, so that worker processes can open it.
@@ -7,18 +7,14 @@ number of threads may read it, and it can be pickled, so that worker processes c
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
-import simplejpeg
 import tensorflow_datasets as tfds
 
 from xception_jax.data.metadata import FEATURES, INFO, open_builder
@@ -27,15 +23,11 @@ from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import local_directory
 from xception_jax.names import in_shell
 
-SYNTHETIC = "synthetic"
 LABELS_CHECKED_BEFORE_TRAINING = 4096
 OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
 
 _CHUNK = 1024  # records that are read in one call, to read all of them
 _SAMPLE_CHUNK = 64  # the same, with images
-_SYNTHETIC_CLASSES = 1000
-_SYNTHETIC_IMAGES = 64
-_SYNTHETIC_SHAPE = (375, 500)  # height and width of a typical ImageNet photograph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,55 +325,3 @@ def check_label(example: dict[str, Any], info: SourceInfo) -> None:
                 f"dataset {info.name}, split {info.split}, example {example['index']}",
                 f"labels are 0 to {info.num_classes - 1}: correct the labels, or num_classes in features.json",
             )
-
-
-class SyntheticSource:
-    """Serves 64 random JPEG images as large as those of ImageNet over and over, with random labels.
-
-    Args:
-      num_examples: number of examples.
-      split: name of the split in `info`; it does not change the examples.
-    """
-
-    def __init__(self, num_examples: int, split: str):
-        self._images = _synthetic_images()
-        parameters = [num_examples, _SYNTHETIC_IMAGES, _SYNTHETIC_SHAPE, _SYNTHETIC_CLASSES]
-        self.info = SourceInfo(
-            name=SYNTHETIC,
-            split=split,
-            num_classes=_SYNTHETIC_CLASSES,
-            class_names=tuple(str(label) for label in range(_SYNTHETIC_CLASSES)),
-            multi_label=False,
-            fingerprint=hashlib.sha256(json.dumps(parameters).encode()).hexdigest(),
-            num_examples=num_examples,
-        )
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return self.info.num_examples
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns an example; image and label depend only on the index."""
-        label = index * 2_654_435_761 % 2**32 * _SYNTHETIC_CLASSES >> 32
-        return {"image": self._images[index % _SYNTHETIC_IMAGES], "label": label, "index": index}
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns several examples."""
-        return [self[index] for index in indices]
-
-    def column(self, name: str) -> list[Any] | None:
-        """Returns the labels, or None for any other feature."""
-        return [self[index]["label"] for index in range(len(self))] if name == "label" else None
-
-
-@functools.cache
-def _synthetic_images() -> tuple[bytes, ...]:
-    rng = np.random.default_rng(0)
-    height, width = _SYNTHETIC_SHAPE
-    images = []
-    for _ in range(_SYNTHETIC_IMAGES):
-        # Smooth shapes with a little noise have as many bytes as a photograph, so decoding is as expensive.
-        shapes = cv2.resize(rng.integers(0, 256, (12, 16, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
-        noise = rng.integers(0, 24, (height, width, 1), np.uint8)
-        images.append(simplejpeg.encode_jpeg(cv2.add(shapes, np.repeat(noise, 3, 2)), quality=90, colorspace="RGB"))
-    return tuple(images)

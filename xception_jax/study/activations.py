@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xception_jax.config import ExperimentConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.files import write_atomically
 from xception_jax.models import create_model
 from xception_jax.models.modules import BEFORE_ACTIVATION

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from xception_jax.config import DataConfig, duration_in_steps
-from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.datasets import open_dataset
 from xception_jax.environment import with_allocator
 from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
 from xception_jax.logs.console import format_count, say

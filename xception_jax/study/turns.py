@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from xception_jax.config import DataConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.turn import BLOCK, CHANNELS
 from xception_jax.files import write_atomically
 from xception_jax.study.design import Study

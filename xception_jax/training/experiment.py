@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
 from xception_jax.config.fields import MAX_INTEGER
-from xception_jax.data.prepare.datasets import open_dataset
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, DeviceMemoryError
 from xception_jax.models import create_model

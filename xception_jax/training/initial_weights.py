@@ -19,7 +19,7 @@ from xception_jax.config import (
     override,
     to_dict,
 )
-from xception_jax.data.prepare.datasets import find_class_names
+from xception_jax.data.datasets import find_class_names
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.fingerprint import compare_signatures, tree_signature

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from xception_jax.config import ExperimentConfig, MeshConfig, load_config
-from xception_jax.data.prepare.datasets import find_class_names
+from xception_jax.data.datasets import find_class_names
 from xception_jax.errors import InputMissingError
 from xception_jax.logs.console import say
 from xception_jax.models import create_model

@@ -77,22 +77,19 @@ def make_train_step(
             )
             return grads, batch_stats, metrics
 
-        def one(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            grads, batch_stats, metrics = carry
+        def one(carry: tuple, inputs: tuple) -> tuple[tuple, dict]:
+            grads, batch_stats = carry
             images, labels, i = inputs
-            (_, (batch_stats, new)), new_grads = gradient(
+            (_, (batch_stats, metrics)), new_grads = gradient(
                 state.params, batch_stats, images, labels, jax.random.fold_in(key, i)
             )
-            grads = jax.tree.map(lambda total, g: total + g / n, grads, new_grads)
-            return (grads, batch_stats, jax.tree.map(lambda total, m: total + m / n, metrics, new)), None
+            return (jax.tree.map(lambda total, g: total + g / n, grads, new_grads), batch_stats), metrics
 
         # A microbatch takes every n-th image, so that each device splits its own shard.
         images, labels = (x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        names = ["loss"] if config.loss.multi_label else ["loss", "top1"]
-        names += [] if class_weights is None else ["weighted_loss"]
-        start = (zeros, state.batch_stats, {name: jnp.zeros(()) for name in names})
-        return jax.lax.scan(one, start, (images, labels, jnp.arange(n)))[0]
+        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+        (grads, batch_stats), metrics = jax.lax.scan(one, start, (images, labels, jnp.arange(n)))
+        return grads, batch_stats, jax.tree.map(lambda values: values.mean(0), metrics)
 
     def train_step(state: TrainState, batch: dict, key_bits: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_bits), state.step)

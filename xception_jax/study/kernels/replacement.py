@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from xception_jax.config import ExperimentConfig, MeshConfig
+from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import EvaluationBatches
-from xception_jax.data.prepare.datasets import open_dataset
 from xception_jax.data.sources import Source
 from xception_jax.errors import InputMissingError, UsageError
 from xception_jax.evaluation.evaluate import make_evaluation_step

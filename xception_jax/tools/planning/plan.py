@@ -16,8 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
-from xception_jax.data.prepare.datasets import open_dataset
-from xception_jax.data.sources import Source, SyntheticSource
+from xception_jax.data.datasets import open_dataset
+from xception_jax.data.sources import Source
+from xception_jax.data.synthetic import SyntheticSource
 from xception_jax.errors import ConfigError, DeviceMemoryError, InputMissingError, UsageError
 from xception_jax.models import create_model
 from xception_jax.models.cost import COSTS, Cost, count_cost

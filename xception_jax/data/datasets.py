@@ -23,14 +23,13 @@ from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.data.random_labels import RandomLabels
 from xception_jax.data.sources import (
-    SYNTHETIC,
     Source,
-    SyntheticSource,
     TfdsSource,
     find_dataset,
     label_feature,
     resolve_data_dir,
 )
+from xception_jax.data.synthetic import SYNTHETIC, SyntheticSource
 from xception_jax.errors import InputMissingError
 from xception_jax.names import in_shell, printable_path
 
