@@ -83,7 +83,7 @@ def _format_warning(
 
 
 def _protect_output() -> None:
-    """Escapes names in logs and warnings, and what a stream cannot encode: a name may hold bytes that are no UTF-8."""
+    """Escapes names in logs and warnings, and what a stream cannot encode: a name may hold bytes that are not UTF-8."""
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _format_warning
     for stream in (sys.stdout, sys.stderr):
@@ -200,7 +200,7 @@ def run_file(path: Path, function: str, arguments: Sequence[str]) -> Any:
     Args:
       path: a config or a study.
       function: 'get_config' or 'get_study'.
-      arguments: of the function, from the command line.
+      arguments: what the function is called with, from the command line.
 
     Raises:
       ConfigError: the file does not run, has no such function, or the function does not take these arguments. It names

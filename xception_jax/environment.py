@@ -44,7 +44,7 @@ def restart_with_allocator() -> None:
     started. Nothing happens without glibc (macOS, musl), or if the user has set GLIBC_TUNABLES for the allocator; an
     empty value turns the settings off.
     """
-    restarted = os.environ.pop(_RESTARTED, None)  # a setuid program loses GLIBC_TUNABLES, and would restart for ever
+    restarted = os.environ.pop(_RESTARTED, None)  # a setuid program loses GLIBC_TUNABLES, and would restart forever
     if restarted is not None or not sys.executable or not _has_glibc():
         return
     environment = with_allocator(os.environ)

@@ -101,7 +101,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Opens a regular file. A pipe or a device, which could block or go on for ever, is refused.
+    """Opens a regular file. A pipe or a device, which could block or go on forever, is refused.
 
     Raises:
       OSError: the file cannot be opened, or is not a regular file.

@@ -65,9 +65,9 @@ def load(name: str, command: Callable[[Path], list[str]], description: str) -> c
     """Loads a library from the cache. It is compiled first if the cache has none, or a damaged one.
 
     Args:
-      name: of the library, without a suffix; it changes with everything that the library depends on.
+      name: name of the library, without a suffix; it changes with everything that the library depends on.
       command: returns the command that compiles the library into a file.
-      description: of the library, for messages.
+      description: description of the library, for messages.
 
     Raises:
       OSError: there is no place that can be trusted and written to.

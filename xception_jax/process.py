@@ -29,7 +29,7 @@ from xception_jax.errors import (
 )
 from xception_jax.signals import SIGNALS, StopRequested, handle_signals
 
-# After a success, threads, data workers and libraries have so long to end.
+# The time that threads, data workers and libraries get to end after a success.
 LEAVING_SECONDS = 5.0
 
 
@@ -144,7 +144,7 @@ def _report(error: UserError) -> int:
     if not error.is_printed_here:
         return error.exit_code
     with contextlib.suppress(OSError, ValueError):
-        text = str(error).encode(errors="backslashreplace").decode()  # a name may hold bytes that are no UTF-8
+        text = str(error).encode(errors="backslashreplace").decode()  # a name may hold bytes that are not UTF-8
         print(text.replace(f"{SCRIPT} ", f"{program()} "), file=sys.stderr)
     return error.exit_code
 

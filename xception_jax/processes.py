@@ -151,8 +151,8 @@ def gather(name: str, value: str) -> list[str]:
     """Returns the values of all processes, in the order of their numbers. Needs no computation on devices.
 
     Args:
-      name: of the exchange. Every process must call this once for each name.
-      value: of this process.
+      name: name of the exchange. Every process must call this once for each name.
+      value: value of this process.
     """
     if not jax.distributed.is_initialized():
         return [value]
@@ -169,7 +169,7 @@ def together(name: str, prepare: Callable[[], T]) -> T:
     Only the process that failed, or the first of several, prints the error.
 
     Args:
-      name: of the exchange, see `gather`.
+      name: name of the exchange, see `gather`.
       prepare: does something that can fail on some hosts, for example because data are missing there. It must not wait
         for other processes.
 
@@ -200,7 +200,7 @@ def agree(name: str, what: str, values: Mapping[str, Any], error: type[UserError
     """Raises an error on all processes unless all of them have the same values.
 
     Args:
-      name: of the exchange, see `gather`.
+      name: name of the exchange, see `gather`.
       what: the subject, for the message.
       values: by name; JSON values.
       error: the class of the error.
@@ -251,7 +251,7 @@ def _named(numbers: Sequence[int]) -> str:
 
 
 class _Peers:
-    """Knows when each of the other processes last gave a sign of life, by way of the store of the coordinator."""
+    """Tracks the last sign of life of each other process, in the key-value store of the coordinator."""
 
     def __init__(self, distributed: DistributedConfig, workdir: str):
         self._distributed, self._workdir = distributed, workdir

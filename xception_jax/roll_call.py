@@ -77,7 +77,7 @@ class RollCall:
                     threading.Thread(target=self._follow, args=(peer,), name="roll call", daemon=True).start()
 
     def _follow(self, peer: socket.socket) -> None:
-        """Counts a process as present until its connection ends, or for ever if it says that it leaves."""
+        """Counts a process as present until its connection ends, or forever if it says that it leaves."""
         with peer, contextlib.suppress(OSError, ValueError), peer.makefile("rb") as lines:
             number = int(lines.readline(_LINE))
             if not 0 < number < self._count:

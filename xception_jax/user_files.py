@@ -1,8 +1,8 @@
 """Reads files that users name, and writes files that they ask for. Whatever goes wrong becomes three lines.
 
-A file may be of anybody: empty, huge, deeply nested, binary, of other types than expected. Readers take its content
-through `read_json`, `read_lines` or `read_arrays`, and do what could fail on its content inside of `reading`. Outputs
-are written inside of `writing`.
+A file may come from anyone: empty, huge, deeply nested, binary, of other types than expected. Readers take its content
+through `read_json`, `read_lines` or `read_arrays`, and do what could fail on its content inside `reading`. Outputs
+are written inside `writing`.
 """
 
 from __future__ import annotations
@@ -227,12 +227,12 @@ def read_arrays(
 
     Args:
       path: the file.
-      names: of the arrays to read.
+      names: names of the arrays to read.
       optional: names of arrays that may be missing.
 
     Raises:
       OSError: it cannot be read.
-      Exception: of many kinds: it is damaged. Call this inside of `reading`.
+      Exception: of many kinds: it is damaged. Call this inside `reading`.
     """
     import zipfile
 

@@ -53,7 +53,7 @@ class DataConfig(Section):
     synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 
     def check(self) -> None:
-        """Refuses an interval that is none, a run without images, and odd images that are to be turned."""
+        """Checks the crop interval, the training split, and that images that are turned have even sides."""
         if self.turn != "none" and self.image_size % 2:
             raise ConfigError(
                 f"images of {self.image_size} x {self.image_size} pixels cannot be turned in blocks of 2 x 2 pixels",

@@ -88,6 +88,6 @@ def variants(table: Mapping[str, Section], source: str) -> Any:
 
     Args:
       table: from the name to the section with its defaults. Each section has only the fields that it reads.
-      source: of the default, see fields.py.
+      source: where the default comes from, see fields.py.
     """
     return dataclasses.field(default=next(iter(table.values())), metadata={"variants": table, "source": source})

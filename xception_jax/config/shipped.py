@@ -36,7 +36,7 @@ def shipped_names(kind: str = "config") -> list[str]:
 
 
 def _directory() -> Path:
-    """Returns configs/: inside of an installed package, beside the package in a checkout."""
+    """Returns configs/: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"

@@ -25,7 +25,7 @@ class DecodingMemory:
 
     @contextlib.contextmanager
     def reserve(self, amount: int, limit: int) -> Iterator[None]:
-        """Waits until `used` + amount is within the limit, or `used` is 0, and uses the amount inside of the block."""
+        """Waits until `used` + amount is within the limit, or `used` is 0, and uses the amount inside the block."""
         if amount <= SMALL:
             yield
             return

@@ -21,7 +21,7 @@ class RandomLabels:
 
     Args:
       source: the original source, with one label for each image.
-      seed: of the labels.
+      seed: seed of the labels.
 
     Raises:
       ConfigError: images have any number of labels.

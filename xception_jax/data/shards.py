@@ -1,4 +1,4 @@
-"""Opens the shards of a dataset without waiting for ever.
+"""Opens the shards of a dataset without waiting forever.
 
 The library creates 64 threads when it opens its first file. Where the limits of the process allow no more threads, it
 tries again and again and never returns; without address space for their stacks, it may also crash.

@@ -49,7 +49,7 @@ def make_card(
     Args:
       network: the exported network.
       file: name of the file.
-      format: of the file.
+      format: format of the file.
       sha256: of the file.
       uint8: whether the file takes pixels from 0 to 255.
       evaluation: as `run_evaluation` or `read_evaluation` returns it.
@@ -97,8 +97,8 @@ def run_evaluation(workdir: str, step: int, prefix: str) -> dict[str, Any] | Non
 
     Args:
       workdir: work directory of the run, or its address.
-      step: of the checkpoint.
-      prefix: of the metrics of the exported variables, '' or 'ema_'.
+      step: step of the checkpoint.
+      prefix: prefix of the metrics of the exported variables, '' or 'ema_'.
     """
     entries = {entry["split"]: entry for entry in metrics_of_run(workdir) if entry["step"] == step}
     entry = entries.get("test") or entries.get("dev")

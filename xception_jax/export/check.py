@@ -65,8 +65,8 @@ def check_export(
     """Runs an export in a separate process and compares its logits.
 
     Args:
-      path: of the file.
-      format: of the file.
+      path: path of the file.
+      format: format of the file.
       network: the network that was exported.
       reference: the network as a function of preprocessed images.
       uint8: whether the file takes pixels from 0 to 255.

@@ -102,7 +102,7 @@ def tensorboard(config: ExperimentConfig, workdir: Path) -> Tracker:
         raise _missing("tensorboardX", "config.logs.tensorboard") from None
 
     def connect() -> Connection:
-        # tensorboardX.SummaryWriter writes in a thread, which a full disk ends; it would then wait for it for ever.
+        # tensorboardX.SummaryWriter writes in a thread, which a full disk ends; it would then wait for it forever.
         directory = workdir / "tensorboard"
         directory.mkdir(exist_ok=True)
         writer = EventsWriter(os.fspath(directory / "events"), f".{secrets.token_hex(4)}")

@@ -107,7 +107,7 @@ class Judgement:
       classes: the results of each class.
       points: what the thresholds of the development split give.
       by_group: the results of whole groups, or None.
-      rankings: of each class, for curves; empty unless all probabilities are known.
+      rankings: rankings of each class, for curves; empty unless all probabilities are known.
     """
 
     count: int

@@ -43,7 +43,7 @@ class Conv(nn.Module):
       segments: number of equal groups of channels that are convolved separately. If it is the number of channels, this
         is a depthwise convolution.
       use_bias: whether to add a learned constant per filter.
-      initialization: of the kernel, one of `INITIALIZERS`.
+      initialization: initialization of the kernel, one of `INITIALIZERS`.
       dtype: dtype of the computation.
     """
 

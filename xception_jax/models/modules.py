@@ -57,7 +57,7 @@ class SeparableConv(nn.Module):
       depth_multiplier: number of spatial filters per input channel of the spatial convolution. With 'pointwise_first'
         the pointwise convolution has features / depth_multiplier output channels.
       kernel_size: side of the spatial convolution.
-      initialization: of both kernels, one of `layers.INITIALIZERS`.
+      initialization: initialization of both kernels, one of `layers.INITIALIZERS`.
       dtype: dtype of the computation.
     """
 
@@ -85,7 +85,7 @@ class SeparableConv(nn.Module):
     def _between(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         if self.intermediate_norm is not None:
             x = self.intermediate_norm(name="intermediate_bn")(x, train)
-        self.sow("intermediates", BEFORE_ACTIVATION, x)  # for who asks for this collection; else it costs nothing
+        self.sow("intermediates", BEFORE_ACTIVATION, x)  # only stored if the collection is mutable
         return ACTIVATIONS[self.intermediate_activation](x, self.intermediate_slope)
 
     def _spatial(self, conv: Callable[..., nn.Module], x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
@@ -107,7 +107,7 @@ class RegularConv(nn.Module):
     Attributes:
       features: output channels.
       kernel_size: side of the convolution.
-      initialization: of the kernel, one of `layers.INITIALIZERS`.
+      initialization: initialization of the kernel, one of `layers.INITIALIZERS`.
       dtype: dtype of the computation.
     """
 
@@ -132,7 +132,7 @@ class InceptionModule(nn.Module):
       features: output channels. If it is not divisible by 4, the last tower is wider.
       norm: constructor of BatchNorm.
       kernel_size: side of the spatial convolutions.
-      initialization: of the kernels, one of `layers.INITIALIZERS`.
+      initialization: initialization of the kernels, one of `layers.INITIALIZERS`.
       dtype: dtype of the computation.
     """
 

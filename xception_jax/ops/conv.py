@@ -56,7 +56,7 @@ def conv(
       kernel: HWIO, where I counts the channels of one segment. Output channel j belongs to segment
         j // (f / segments), as with `feature_group_count`.
       segments: 1 is a regular convolution, c a depthwise one (section 1.2 of the paper).
-      stride: of rows and columns.
+      stride: stride of rows and columns.
       padding: 'SAME', 'VALID' or 'SYMMETRIC'.
 
     Raises:

@@ -80,7 +80,7 @@ def input_gradient(
     Args:
       gradient: takes (dy, kernel, segments, padding of dy) and returns the input gradient at stride 1.
       x_shape: shape of x, and of the result.
-      kernel, dy, segments, stride, pads: of the convolution.
+      kernel, dy, segments, stride, pads: those of the convolution.
     """
 
     def along(axis: int, first: int) -> tuple[int, tuple[int, int], int]:

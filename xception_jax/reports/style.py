@@ -111,8 +111,8 @@ def draw_svg(
     """Returns a figure as an <svg> element that can be placed in a page beside others.
 
     Args:
-      width: of the figure, in points.
-      height: of the figure, in points.
+      width: width of the figure, in points.
+      height: height of the figure, in points.
       box: (left, bottom, width, height) of the axes as shares of the figure. It is fixed, so that figures side by side
         align.
       draw: draws on the axes, and may return what to show under the pointer.

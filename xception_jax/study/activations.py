@@ -62,7 +62,7 @@ def measure_activations(model: nn.Module, variables: Mapping[str, Any], batches:
 
     Args:
       model: a network; its separable layers show their intermediate values.
-      variables: of the network.
+      variables: variables of the network.
       batches: images [b, h, w, 3].
 
     Returns:

@@ -53,7 +53,7 @@ class Cell:
 
     Attributes:
       arm: name of its arm.
-      seed: of its training run.
+      seed: seed of its training run.
       directory: its work directory.
       config: its config.
       trial: number of the trial if it belongs to a search.

@@ -30,10 +30,10 @@ class Part:
       name: what is estimated.
       terms: the differences in accuracy that it consists of.
       side: one of `SIDES`.
-      bound: of accuracies as shares (0.003 is 0.3 percentage points), of slopes per unit of the axis (per doubling on
-        the axis of channels), or of a correlation.
+      bound: a difference in accuracy as a share (0.003 is 0.3 percentage points), a slope per unit of the axis (per
+        doubling on the axis of channels), or a correlation.
       measure: one of `MEASURES`.
-      column: of the cells, for a correlation: one of `ACTIVATION_COLUMNS`.
+      column: the column of cells.csv, for a correlation: one of `ACTIVATION_COLUMNS`.
     """
 
     name: str

@@ -41,7 +41,7 @@ class ArmCost:
       width_multiplier: chosen by the control.
       parameters: number of trainable parameters.
       live_parameters: the same without weights that meet only padding.
-      multiply_adds: of one forward pass on one image.
+      multiply_adds: multiply-adds of one forward pass on one image.
       live_multiply_adds: the same without products of padding.
       channels_per_segment: geometric mean, over the separable or regular layers, of the channels that a spatial filter
         sees; NaN if there is no such layer.

@@ -76,7 +76,7 @@ class Interaction:
     """The effect of one change at several points of the axis, with the expectation stated beforehand.
 
     Attributes:
-      name: of the effect, such as 'relu - none'.
+      name: name of the effect, such as 'relu - none'.
       pairs: (arm, baseline) at each point.
       expected: one of `COURSES`; 'no' stands for no change of sign.
     """
@@ -97,7 +97,7 @@ class Search:
     Attributes:
       trials: the overrides that each arm is trained with. The default is a grid of `RATES` times the learning rate of
         the config and `DECAYS` times its weight decay. Of equally good trials the first one is chosen.
-      seed: of all trials; it must not be one of the study's seeds.
+      seed: seed of all trials; it must not be one of the study's seeds.
     """
 
     trials: tuple[Mapping[str, Any], ...] = ()

@@ -40,7 +40,7 @@ def run_study(
 
     Args:
       stored: an open study.
-      environment: of the cells' processes.
+      environment: environment of the cells' processes.
       jobs: number of processes that run at a time.
       retry: whether failed cells are run again.
       reuse: studies whose finished cells are copied instead of trained, where the configs are equal.
@@ -143,8 +143,8 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
 
     Args:
       root: the study directory.
-      number: of the cell; the trials of a search come first.
-      environment: of the cell's process.
+      number: number of the cell; the trials of a search come first.
+      environment: environment of the cell's process.
 
     Returns:
       The exit code of the cell.

@@ -70,7 +70,7 @@ def check_gates(
     """Checks all gates.
 
     Args:
-      gates: of the study.
+      gates: gates of the study.
       accuracies: the mean accuracy of each arm on the test split; NaN while cells of the arm are missing.
       shares: the separability of turned images.
     """

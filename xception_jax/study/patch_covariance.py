@@ -39,7 +39,7 @@ class Shares:
     """The share of a covariance in its best Kronecker product.
 
     Attributes:
-      share: of the patches as they are.
+      share: share of the patches as they are.
       free: (mean, lowest, highest) after free turns.
       kronecker: the same after Kronecker turns.
     """
@@ -68,9 +68,9 @@ class PatchSeparability:
       images: number of images that were read.
       skipped: number of files that are damaged or smaller than a patch.
       patches: number of patches.
-      side: of a patch, in pixels.
-      raw: of the covariance.
-      whitened: of the covariance after whitening by its marginals.
+      side: side of a patch, in pixels.
+      raw: shares of the covariance.
+      whitened: shares of the covariance after whitening by its marginals.
     """
 
     source: str
@@ -94,10 +94,10 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
 
     Args:
       source: a folder of images, the directory of a prepared dataset, or the name of one.
-      split: of the dataset.
+      split: split of the dataset.
       patches: about as many are read, spread evenly over at most 2,000 images.
-      side: of a patch, in pixels.
-      seed: of their places, and of the turns.
+      side: side of a patch, in pixels.
+      seed: seed of their places, and of the turns.
 
     Raises:
       InputMissingError: there is no such folder or dataset, or no image in it.

@@ -30,7 +30,7 @@ class Answers:
     """The predictions of one cell on the test split.
 
     Attributes:
-      index: of each image in the split.
+      index: index of each image in the split.
       classes: the most probable class of each image.
       right: whether it is the label, or one of the labels.
     """

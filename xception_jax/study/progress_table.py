@@ -42,7 +42,7 @@ class ProgressTable:
       study: the study.
       costs: by arm.
       cells: all cells of this phase, including those that ended in an earlier run.
-      total_steps: of each cell, by its directory.
+      total_steps: number of steps of each cell, by its directory.
       jobs: number of processes that run at a time.
       later: number of cells in the phases after this one.
       stream: usually standard error.

@@ -34,7 +34,7 @@ class ArmResult:
     """The results of an arm over its seeds.
 
     Attributes:
-      name, line: of the arm.
+      name, line: those of the arm.
       x: its position on the study's axis; NaN if there is no axis.
       accuracy: on the test split.
       train_accuracy: top-1 on the augmented training images, at the end.
@@ -166,8 +166,8 @@ class _Values:
     """Values of the cells of a study, as one array of seeds for each arm.
 
     Args:
-      rows: of the cells that count.
-      seeds: of the study.
+      rows: rows of the cells that count.
+      seeds: seeds of the study.
       name: the column.
     """
 

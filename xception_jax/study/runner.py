@@ -82,7 +82,7 @@ class Runner:
     Args:
       cells: the cells to run, in this order.
       slots: each runs one process at a time.
-      environment: of the cells' processes.
+      environment: environment of the cells' processes.
       show: called repeatedly with the runner, to show its progress.
     """
 

@@ -1,7 +1,7 @@
 """The sizes of a study: small networks for a CPU, larger ones for one GPU, and the paper's for a pod.
 
 `study_size` has the networks of the first studies, whose stem follows the width and whose last maps have one pixel.
-`fair_size` has those of later studies: the stem is no part of what is compared, and every weight meets a pixel.
+`fair_size` has those of later studies: the stem is not part of the comparison, and every weight meets a pixel.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Estimate:
     """A mean over seeds and its uncertainty. Attributes that need more values than there are, are NaN.
 
     Attributes:
-      mean, sd: of the values; `sd` has n - 1 in the denominator.
+      mean, sd: mean and standard deviation of the values; `sd` has n - 1 in the denominator.
       n: number of values.
       low, high: Student's t interval of the mean, 95 %.
       bootstrap_low, bootstrap_high: percentile bootstrap interval, 95 %; too narrow for few seeds
@@ -164,7 +164,7 @@ def region_state(found: Estimate, side: str, bound: float) -> Literal["holds", "
     Args:
       found: the estimate.
       side: 'above' or 'below' the bound, or 'within' for between -bound and bound.
-      bound: of the claim.
+      bound: bound of the claim.
     """
     if not math.isfinite(found.low):
         return "open"

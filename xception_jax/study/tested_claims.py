@@ -38,7 +38,7 @@ class Measured:
 
     Attributes:
       samples: the finished cells of each arm.
-      positions: of each arm on the axis; logarithms to base 2 on an axis of channels.
+      positions: positions of each arm on the axis; logarithms to base 2 on an axis of channels.
       columns: measured columns, then the value of each arm for each seed, NaN where there is none.
     """
 
@@ -95,9 +95,9 @@ def evaluate_claims(
     """Tests all claims.
 
     Args:
-      claims: of the study.
+      claims: claims of the study.
       measured: its finished cells.
-      analysis: of the study.
+      analysis: analysis of the study.
       below: the arms that do not pass its gate. Claims that need them are not interpreted.
     """
     parts = {claim.code: tuple(_tested(part, measured, analysis) for part in claim.parts) for claim in claims}
@@ -127,7 +127,7 @@ def decide(parts: Mapping[str, Sequence[Judged]]) -> dict[str, tuple[float, str]
     """Decides claims by their parts, as one family.
 
     Args:
-      parts: of each claim, by code; empty if it cannot be tested.
+      parts: parts of each claim, by code; empty if it cannot be tested.
 
     Returns:
       (p after Holm's correction, verdict) by code; the verdict is 'supported', 'contradicted', 'undecided', or

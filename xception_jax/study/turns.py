@@ -37,8 +37,8 @@ class TurnedShare:
 
     Attributes:
       turn: kind of the turn.
-      angle: of the turn; 0 for images as they are.
-      seed: of its direction.
+      angle: angle of the turn; 0 for images as they are.
+      seed: seed of its direction.
       raw: the share of the covariance of blocks in its best product of a channel and a space matrix.
       whitened: the same after whitening by the marginal covariances.
     """

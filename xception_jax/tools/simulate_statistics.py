@@ -84,8 +84,8 @@ def measure_analyses(*, studies: int, seeds: int, images: int = 100, unequal: bo
 
     Args:
       studies: number of studies.
-      seeds: of each arm.
-      images: of the test split.
+      seeds: number of seeds of each arm.
+      images: number of images of the test split.
       unequal: whether the seeds of the second arm vary three times as much.
 
     Returns:

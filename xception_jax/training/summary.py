@@ -103,7 +103,7 @@ def summarize_run(
       test: predictions on the test split.
       variables: those that made the predictions: of the Polyak average, if there is one.
       fingerprint: fingerprint of the final state.
-      seconds_to_first_step: of this start of the run.
+      seconds_to_first_step: time to the first step of this start of the run.
 
     Raises:
       StorageError: the report cannot be written. The run is complete otherwise.

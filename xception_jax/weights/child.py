@@ -83,7 +83,7 @@ def _end_with(parent: int) -> None:
 
 
 def _limit(limits: Limits) -> None:
-    """Sets limits that hold inside of libraries too, and that nothing in this process can raise again."""
+    """Sets limits that hold inside libraries too, and that nothing in this process can raise again."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for signum in (signal.SIGXCPU, signal.SIGALRM):
         signal.signal(signum, signal.SIG_DFL)

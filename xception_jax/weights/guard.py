@@ -265,7 +265,7 @@ class _WholeReads(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_hdf5(file: IO[bytes], where: str, limits: Limits) -> Iterator[Hdf5Guard]:
-    """Opens an HDF5 file. Errors of h5py inside of the context become `BadDataError`."""
+    """Opens an HDF5 file. Errors of h5py inside the context become `BadDataError`."""
     try:
         with h5py.File(_WholeReads(file), "r") as hdf5:
             yield Hdf5Guard(hdf5, where, os.fstat(file.fileno()).st_size, limits)

@@ -1,4 +1,4 @@
-"""Reads weight files in a process of their own, under limits that hold inside of libraries too.
+"""Reads weight files in a process of their own, under limits that hold inside libraries too.
 
 On some damaged files libhdf5 hangs, crashes, or takes any amount of memory, out of reach of Ctrl-C. Therefore a child
 process parses the file (`child`), with limits of memory and processor time that it sets on itself. This process limits

@@ -43,7 +43,7 @@ class KerasLayer(Generic[Leaf]):
     Attributes:
       name: its path in the file, or our name, such as 'block5_sepconv1_bn' or 'head/predictions'.
       leaves: the tensors in the file, or the names of our variables, in the order of Keras' `layer.weights`.
-      shapes: of the tensors.
+      shapes: shapes of the tensors.
       keras_name: the name of a layer in Keras, or '' if the file does not specify it.
     """
 

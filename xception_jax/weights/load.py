@@ -37,8 +37,8 @@ def load_network(
       path: our own safetensors, timm's safetensors, or a Keras file: legacy `.h5`, `.weights.h5` or `.keras`; or the
         name or address of a public file, which is downloaded (see `sources.find`).
       model: `config.model` of the network; by default it is inferred from the tensors.
-      head: of a Keras or timm file: True requires the classifier, which must then fit `num_classes` and `fc_layers`;
-        False leaves it out; None reads it if it is there and fits, and reports if it does not.
+      head: whether to read the classifier of a Keras or timm file. True requires it, and it must fit `num_classes` and
+        `fc_layers`; False leaves it out; None reads it if it is there and fits, and reports if it does not.
       size: side of the images in pixels; by default as in the file, else 299.
 
     Raises:

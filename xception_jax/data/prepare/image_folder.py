@@ -2,8 +2,8 @@
 
 Without split folders, DIR/CLASS/*.jpg is divided into splits by class, and by group if the files have groups (splits.py
 says how, and which files keep their split when others are added). Images may be in folders below that of their class,
-such as CLASS/PATIENT/*.jpg. Classes are the folder names in alphabetical order,
-or in numerical order if all are numbers. Links are followed. Hidden files and folders and __MACOSX are ignored.
+such as CLASS/PATIENT/*.jpg. Classes are the folder names in alphabetical order, or in numerical order if all are
+numbers. Links are followed. Hidden files and folders and __MACOSX are ignored.
 """
 
 from __future__ import annotations

@@ -154,5 +154,5 @@ def _complete_train(counts: np.ndarray, placed: np.ndarray, train: int) -> None:
 
 
 def _hash(name: str) -> bytes:
-    """Returns the position of a file or group. The prefix makes it independent of the order inside of a split."""
+    """Returns the position of a file or group. The prefix makes it independent of the order inside a split."""
     return hashlib.md5(f"split:{name}".encode()).digest()

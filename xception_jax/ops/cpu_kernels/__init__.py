@@ -178,10 +178,10 @@ def pack_conv(
     """Packs the parameters of a layer for `folded_conv`, once for all its calls.
 
     Args:
-      kernel: of the convolution.
-      bias: of the convolution, with the constants of BatchNorm.
+      kernel: kernel of the convolution.
+      bias: bias of the convolution, with the constants of BatchNorm.
       depthwise: the kernel of the depthwise convolution before, if any.
-      segments: of the convolution.
+      segments: segments of the convolution.
     """
     kh, kw, channels, filters = kernel.shape
     library, use_amx = build.library("folded"), _use_amx()
@@ -215,8 +215,8 @@ def folded_conv(
       x: activations.
       packed: from `pack_conv`.
       residual: added after the bias.
-      window, filters, segments, stride: of the convolution; after a depthwise convolution it is 1 x 1 of stride 1.
-      pads: of the depthwise convolution if there is one, else of the convolution.
+      window, filters, segments, stride: those of the convolution, which is 1 x 1 with stride 1 after a depthwise one.
+      pads: padding of the depthwise convolution if there is one, else of the convolution.
       relu_first: applies a ReLU to x; only before a depthwise convolution.
       relu_last: applies a ReLU to the result.
     """

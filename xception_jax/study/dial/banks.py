@@ -30,7 +30,7 @@ class BankSpec:
     Attributes:
       family: 'within' or 'across'.
       dial: an angle in degrees, from 0 (separable) to 90 (free), or a rank, from 1 (separable) to 9.
-      unit: of the dial: 'angle' or 'rank'.
+      unit: unit of the dial: 'angle' or 'rank'.
     """
 
     family: str

@@ -40,7 +40,7 @@ class Part:
       name: what is estimated.
       values: one for each seed.
       side: 'above', 'below' or 'within'.
-      bound: of the claim; within means from -bound to bound.
+      bound: bound of the claim; within means from -bound to bound.
       points: whether the values are shares, which are shown in percentage points.
     """
 

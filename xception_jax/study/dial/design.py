@@ -41,7 +41,7 @@ class Tuning:
     Attributes:
       rates: the rates that are tried.
       banks: the banks on which they are tried; the mean accuracy over these decides.
-      seed: of banks, images and networks; it must not be one of the study's seeds.
+      seed: seed of banks, images and networks; it must not be one of the study's seeds.
     """
 
     rates: tuple[float, ...]

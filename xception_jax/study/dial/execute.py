@@ -70,7 +70,7 @@ def _run(study: DialStudy, root: Path, report: Callable[[str], None], run: Run, 
     planned = len(cells) + len(counted_cells(study, {}))
 
     def finished(cell: DialCell, outcome: Outcome, seconds_left: float) -> None:
-        # Accuracies of counted cells are not shown: who watches them could stop at a good moment.
+        # Accuracies of counted cells are not shown: an observer could stop the study at a favourable moment.
         shown = f", {outcome.accuracy:.1%}" if cell.stage == TUNING else ""
         report(
             f"{len(done(root))}/{planned} {cell.stage} {cell.arm}, {cell.bank.name}, seed {cell.seed}, rate "

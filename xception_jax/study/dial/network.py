@@ -42,7 +42,7 @@ class DialArm:
       name: in tables.
       form: 'regular', 'depthwise_first' (spatial, then pointwise, whatever the segments) or 'pointwise_first'.
       depth: number of blocks.
-      segments: of the channels in the spatial convolutions; `DEPTHWISE` for one per channel.
+      segments: number of segments of the channels in the spatial convolutions; `DEPTHWISE` for one per channel.
       multiplier: filters for each channel in depthwise convolutions.
       ends: whether a pointwise convolution is added to the first or the last block, where the stack has none.
       cost_depth: depth of the regular arm that costs as much; 0 for that of its own depth.
@@ -157,7 +157,7 @@ class DialCost:
       widths: output channels of each block.
       weights: weights of the convolutions, all of them live.
       live_parameters: these, BatchNorm and the classifier.
-      multiply_adds: of one image, convolutions and classifier.
+      multiply_adds: multiply-adds of one image, convolutions and classifier.
     """
 
     widths: tuple[int, ...]

@@ -42,7 +42,7 @@ class DialReport:
 
     Attributes:
       results: all records.
-      gates: of the study.
+      gates: gates of the study.
       claims: tested, or () if a gate is not passed.
     """
 

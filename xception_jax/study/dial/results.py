@@ -22,7 +22,7 @@ class DialResults:
     Attributes:
       root: its directory.
       study: the study.
-      history: of its design.
+      history: history of its design.
       cells: rows of cells.csv.
       banks: rows of banks.csv.
     """

@@ -100,7 +100,7 @@ def bayes_accuracy(bank: Float[np.ndarray, "k s s c"], strength: float, key: Arr
     Args:
       bank: the templates, which may differ in norm.
       strength: factor of the templates.
-      key: of the draws.
+      key: key of the draws.
       count: number of draws, rounded up to whole chunks.
     """
     keys = jax.random.split(key, -(-count // _CHUNK))

@@ -1,7 +1,7 @@
 """Trains one cell of the dial study on endless data, and tests the network.
 
 The steps of an arm are one compiled program for all its cells: bank, strength, rate and seed are arguments. Steps run
-in `lax.scan`, and images are drawn inside of it, so a step needs nothing from the host.
+in `lax.scan`, and images are drawn inside it, so a step needs nothing from the host.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Recipe:
     Attributes:
       steps: number of steps.
       batch_size: images in a step.
-      momentum: of SGD.
+      momentum: momentum of SGD.
       test_images: images on which a network is tested.
     """
 
@@ -59,7 +59,7 @@ class Outcome:
       loss: mean over the same steps.
       curve: the mean training accuracy in each eighth of the steps.
       pulled: dial of the templates pulled back to the input.
-      seconds: of training and testing, with compilation.
+      seconds: wall time of training and testing, with compilation.
       cpu_seconds: the same in processor time, summed over the cores.
     """
 
@@ -91,7 +91,7 @@ def train(
       bank: the templates.
       strength: factor of the templates.
       rate: highest learning rate.
-      seed: of the images and the initial parameters.
+      seed: seed of the images and the initial parameters.
       recipe: see `Recipe`.
       test_part: part of the stream for the test: `task.TEST`, or `task.TUNE` to choose a rate.
 

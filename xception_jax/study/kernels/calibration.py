@@ -39,7 +39,7 @@ class Point:
     """A layer of a regular network, and the bank that its task was made of.
 
     Attributes:
-      arm, layer, bank, seed: of the network.
+      arm, layer, bank, seed: those of the network.
       within, across: the dial of the bank.
       measured: the layer.
     """
@@ -60,7 +60,7 @@ class Calibration:
     Attributes:
       results: records of the dial study.
       points: a point for each layer, bank and seed.
-      gates: of the dial study, and that all networks are there.
+      gates: the gates of the dial study, and one that all networks are there.
     """
 
     results: DialResults

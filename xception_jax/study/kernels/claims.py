@@ -71,7 +71,7 @@ class Verdicts:
     """Claims that were tested together, or were not because a gate failed.
 
     Attributes:
-      gates: of the study.
+      gates: gates of the study.
       claims: text, verdict, p after Holm's correction and parts of each claim, by code.
     """
 

@@ -45,7 +45,7 @@ class LayerSeparability:
     Attributes:
       network: the arm and seed in a study, or the name of the work directory or weight file.
       layer: path of the layer.
-      shape: of its kernel, [kh, kw, c, f].
+      shape: shape of its kernel, [kh, kw, c, f].
       first_component: mean over filters of the share of the squared norm in the best blueprint (pointwise first).
       null: the same for random kernels of this shape.
       rank_errors: relative error (Frobenius norm) of a sum of r depthwise separable convolutions, from r = 1 to the

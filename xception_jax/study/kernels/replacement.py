@@ -65,7 +65,7 @@ class Replacements:
       source: the work directory.
       split: the split on which it was evaluated.
       images: number of images.
-      accuracy: of the network as it is.
+      accuracy: accuracy of the network as it is.
       replacements: the replacements.
     """
 

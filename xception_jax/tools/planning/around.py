@@ -73,7 +73,7 @@ def warnings(
     """Returns a sentence for each way in which the batch does not suit the slice.
 
     Args:
-      config, topology, hosts: of the run.
+      config, topology, hosts: those of the run.
       memory: bytes that a step needs on a chip: what the compiler says, or at least what the activations take.
       memory_is_compiled: which of the two.
       images_per_second: at least.

@@ -24,7 +24,7 @@ class Chip:
       links: number of links of one chip.
       wrap: the ends of an axis are linked if its number of chips is a multiple of this (TPU).
       network_bandwidth: bytes per second that a chip sends to other nodes (GPU).
-      source: of these figures.
+      source: where these figures come from.
     """
 
     name: str

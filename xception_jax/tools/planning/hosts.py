@@ -16,7 +16,7 @@ class Hosts:
 
     Attributes:
       count: number of hosts.
-      chips: of each host.
+      chips: number of chips of each host.
       vcpus: virtual CPUs of each host. Two of them share a core.
       machine: where the figure comes from.
     """

@@ -88,12 +88,12 @@ class Plan:
     Attributes:
       topology, config: as given.
       epoch_examples: images in an epoch.
-      steps: of the whole run.
-      flops: of one step on one chip, counted from the layers: 6 per multiply-add of the forward pass.
+      steps: number of steps of the whole run.
+      flops: FLOP of one step on one chip, counted from the layers: 6 per multiply-add of the forward pass.
       compiled: None for GPUs, which are not compiled for.
-      time: of one step.
-      cost: of the network, for one image.
-      state_bytes: of the training state.
+      time: time of one step.
+      cost: cost of the network, for one image.
+      state_bytes: size of the training state.
       least_memory: bytes that the activations and the state take at least on a chip.
       bandwidth: bytes per second that one host writes to storage.
     """
@@ -187,7 +187,7 @@ def _by_bytes(found: Counter[Collective]) -> list[tuple[Collective, int]]:
 
 def _batch_that_fits(batch_per_chip: int, memory: Memory, hbm_bytes: int) -> int:
     """Returns the images per chip that fill the memory, if temporaries grow in proportion."""
-    # Small activations stay on the chip and are no temporaries. Then only the batch, an argument, grows.
+    # Small activations stay on the chip and do not count as temporaries. Then only the batch, an argument, grows.
     growing = memory.temporaries or memory.arguments
     return batch_per_chip + (hbm_bytes - memory.total) * batch_per_chip // growing
 

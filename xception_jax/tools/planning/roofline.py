@@ -111,8 +111,8 @@ def step_time(
       topology: the chips that it runs on.
       flops: floating-point operations of one chip in one step.
       memory: (least, most) bytes that one chip moves in one step.
-      collectives: of one step, with their counts.
-      dtype: of the computation.
+      collectives: collectives of one step, with their counts.
+      dtype: dtype of the computation.
     """
     chip = topology.chip
     peak = chip.peak_flops * (1.0 if dtype == "bfloat16" else chip.float32_share)
