@@ -96,7 +96,7 @@ def find(source: str | os.PathLike) -> Source:
 
 
 def require_known(source: str) -> None:
-    """Raises a UserError unless a source is an existing path, a known name or an address. Needs neither network nor JAX.
+    """Raises a UserError unless a source is an existing path, a known name or an address. Does not import JAX.
 
     Raises:
       ConfigError: the address of an object store is malformed.
