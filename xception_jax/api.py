@@ -27,7 +27,7 @@ from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.predict import class_names, probabilities
 from xception_jax.models import create_model
 from xception_jax.runs import open_network, require_classifier, without_classifier
-from xception_jax.training import loop
+from xception_jax.training.train import train as train_or_resume
 from xception_jax.weights import Network
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def train(
     """
     if isinstance(config, str | os.PathLike):
         config = read_config(os.fspath(config), ())
-    return loop.train(config, os.fspath(workdir))
+    return train_or_resume(config, os.fspath(workdir))
 
 
 def _as_list(images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]) -> tuple[list[Image], bool]:

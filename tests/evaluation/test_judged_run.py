@@ -27,7 +27,7 @@ from xception_jax.metrics.judgement import choose_thresholds
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.reports.live import mark_resumed
 from xception_jax.training import loop
-from xception_jax.training.loop import train
+from xception_jax.training.train import train
 
 SIZES = {"train": 48, "validation": 40, "test": 60}
 

@@ -156,7 +156,7 @@ def test_a_separable_kernel_is_its_own_replacement(shape, family, make):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Returns the work directory of a run of regular convolutions."""
-    from xception_jax.training.loop import train
+    from xception_jax.training.train import train
 
     study = as_study(get_study("smoke"), "kernels")
     root = tmp_path_factory.mktemp("run")

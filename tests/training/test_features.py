@@ -30,7 +30,7 @@ from xception_jax.runs import open_network, open_run
 from xception_jax.training import features
 from xception_jax.training.experiment import make_experiment
 from xception_jax.training.initial_weights import complete_config, first_state
-from xception_jax.training.loop import train
+from xception_jax.training.train import train
 from xception_jax.weights import Network, Preprocessing, load_network, save_network
 
 SIZE = 32

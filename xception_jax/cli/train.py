@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains a network and prints the results.
 
     Raises:
-      UserError: see `xception_jax.training.loop.train`.
+      UserError: see `xception_jax.training.train.train`.
     """
     for name in ("config", "workdir"):
         if getattr(args, name) is None:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     with announce("loading JAX"):
         import jax
 
-        from xception_jax.training.loop import train
+        from xception_jax.training.train import train
 
     summary = train(config, args.workdir)
     print(summary, flush=True)

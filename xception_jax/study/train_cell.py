@@ -52,7 +52,7 @@ def main() -> None:
     config = load_config(path)
 
     logging.set_verbosity(logging.WARNING)
-    from xception_jax.training.loop import train
+    from xception_jax.training.train import train
 
     print(train(config, str(args.workdir)))
     if args.activations:

@@ -1,20 +1,17 @@
-"""Trains a network: `train(config, workdir)` starts or resumes a run."""
+"""The training loop: steps, evaluations and saves of a run, until it ends or is asked to stop."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from xception_jax.config import ExperimentConfig, resolve
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches, train_batches
-from xception_jax.errors import ConfigError, DivergedError
+from xception_jax.errors import DivergedError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
 from xception_jax.logs import goodput
 from xception_jax.logs.console import announce
@@ -22,23 +19,14 @@ from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
-from xception_jax.processes import check_processes, connected, together
-from xception_jax.reports.live import marked_when_stopped
-from xception_jax.signals import StopRequested
-from xception_jax.storage import checkpoint_directory
-from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
 from xception_jax.training.checkpoint import Checkpoints
-from xception_jax.training.compilation import use_compilation_cache
-from xception_jax.training.experiment import Experiment, make_experiment, out_of_memory
-from xception_jax.training.features import with_features
+from xception_jax.training.experiment import Experiment
 from xception_jax.training.feed import Feed, polled
 from xception_jax.training.fingerprint import state_fingerprint
-from xception_jax.training.initial_weights import complete_config, first_state
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.preemption import Preemption
-from xception_jax.training.run_directory import RunDirectory, open_checkpoints, open_run_directory
+from xception_jax.training.run_directory import RunDirectory
 from xception_jax.training.state import DROPOUT, TrainState, seed_bits
-from xception_jax.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xception_jax.training.summary import Summary
@@ -47,76 +35,6 @@ if TYPE_CHECKING:
 # A live report is written after an evaluation, but not in the first seconds of a run, and not so often that it takes
 # more than this share of the time.
 FIRST_LIVE_REPORT, MAX_LIVE_SHARE = 20.0, 0.05
-
-
-def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str) -> Summary:
-    """Trains the model described by `config` in `workdir`, resuming from its last checkpoint if there is one.
-
-    Args:
-      config: a config, such as `get_config()` in a file of configs/ returns.
-      workdir: directory for config.json, metrics.jsonl, checkpoints/<step>/ and report.html, on a file system or in gs://.
-
-    Returns:
-      A summary of the finished run.
-
-    Raises:
-      UserError: one of its subclasses, each with its own exit code.
-    """
-    started = time.monotonic()
-    requested = resolve(config)
-    address = checkpoint_directory(workdir, "--workdir")
-    try:
-        return _train(requested, address, started)
-    except StopRequested as stop:
-        raise stop.as_error(address) from None
-
-
-def _train(requested: ExperimentConfig, address: str, started: float) -> Summary:
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(connected(requested.distributed, address))
-        agree_on_config_and_code(requested)
-        together("compilation cache", lambda: use_compilation_cache(requested.compilation_cache))
-        config, initial = together("network", lambda: complete_config(requested, address))
-        directory = together(
-            "work directory", lambda: stack.enter_context(open_run_directory(address, config, print_once))
-        )
-        if jax.process_index() == 0:
-            stack.enter_context(marked_when_stopped(directory.files, print_once))
-        check_shared(directory)
-        preemption = stack.enter_context(Preemption(print_once, address))
-        check_processes()
-        with announce("reading the data and tracing the network", print_once):
-            experiment = together("data", lambda: make_experiment(config))
-        agree_on_data(experiment.data.fingerprint)
-        stack.enter_context(jax.set_mesh(experiment.mesh))
-        checkpoints = stack.enter_context(open_checkpoints(experiment, directory, print_once))
-        with announce("restoring the newest checkpoint", print_once):
-            restored = checkpoints.restore_latest(experiment.abstract)
-        with announce("initializing the network", print_once):
-            step, state = restored if restored else (0, first_state(experiment, print_once, initial))
-        if step > experiment.total_steps:
-            raise ConfigError(
-                f"the run is at step {step:,}, after the {experiment.total_steps:,} steps of config.duration",
-                address,
-                "set a config.duration of at least as many steps, or choose another work directory",
-            )
-        journal = stack.enter_context(Journal(experiment, directory.files, step, started))
-        journal.header(address, step)
-        for evaluated, metrics in journal.evaluations("dev").items():  # a killed save has no record of its metrics
-            checkpoints.score(evaluated, metrics)
-        stack.enter_context(Watchdog(config.watchdog, journal.stopwatch, journal.throughput, directory))
-        if config.data.cache_features:
-
-            def stop_if_requested() -> None:
-                if preemption.requested:
-                    raise preemption.error(step, address)
-
-            experiment = with_features(experiment, state, journal.message, stop_if_requested)
-        loop = stack.enter_context(contextlib.closing(Loop(experiment, directory, checkpoints, journal, preemption)))
-        try:
-            return loop.run(step, state)
-        except jax.errors.JaxRuntimeError as error:
-            raise out_of_memory(error, config) from error
 
 
 @dataclasses.dataclass
