@@ -31,7 +31,7 @@ EFFECTS = {"free": -0.03, "kronecker": -0.005}  # of a turn on depthwise - regul
 
 @pytest.fixture(scope="module")
 def study():
-    return load_study(FILE_OF_STUDY)
+    return load_study(f"{FILE_OF_STUDY}:cifar")
 
 
 def good_shares(study):
@@ -77,12 +77,13 @@ def written(study, tmp_path_factory):
 
 
 def test_arms_differ_in_module_turn_and_depth_only(study):
-    assert len(study.arms) == 20
+    assert (len(study.arms), len(load_study(FILE_OF_STUDY).arms)) == (32, 9)
     base = study.arm_config(study.arm("depthwise_none"))
     for arm in study.arms:
         config = study.arm_config(arm)
         assert config.model.stem == "module"
         same = {"model.module": "separable", "model.order": "depthwise_first", "model.middle_blocks": 0}
+        same |= {"model.depth_multiplier": 1}
         assert override(config, same | {"data.turn": "kronecker", "data.turn_angle": 0.0}) == base
     free = study.arm_config(study.arm("regular_free_25")).data
     assert (free.turn, free.turn_angle) == ("free", 0.25)
@@ -95,7 +96,7 @@ def test_arms_of_one_module_and_depth_have_one_rate(study):
         module = arm.name.split("_")[0] + " deep" * ("deep" in arm.name)
         groups.setdefault(module, set()).add(arm.tuned_as)
     assert {module: len(tuned_as) for module, tuned_as in groups.items()} == dict.fromkeys(groups, 1)
-    assert len(groups) == 5
+    assert len(groups) == 6
     for ((kronecker, free),) in groups.values():  # both kinds of turns decide, by the same angle
         assert kronecker.replace("kronecker", "free") == free != kronecker
 
@@ -116,7 +117,8 @@ def untuned_cells(stored):
 
 
 def test_the_slope_is_that_of_least_squares_through_an_effect_of_zero(study):
-    terms = study.claims[0].parts[1].terms
+    (slope,) = next(claim.parts for claim in study.claims if claim.code == "H10")
+    terms = slope.terms
     effects = {"25": -0.3, "50": 0.2, "100": -0.9}
     found = sum(weight * effects[arm.rpartition("_")[2]] for arm, _, weight in terms if "free" in arm)
     assert found == pytest.approx(np.polyfit([0, 0.25, 0.5, 1], [0, *effects.values()], 1)[0])
@@ -125,7 +127,7 @@ def test_the_slope_is_that_of_least_squares_through_an_effect_of_zero(study):
 
 def test_the_report_shows_gates_and_supported_claims(written):
     results = write_study_report(written.root)
-    assert [tested.verdict for tested in results.claims] == ["supported"] * 3
+    assert [tested.verdict for tested in results.claims] == ["supported"] * 5
     effect = results.claims[0].parts[0]
     assert effect.value == pytest.approx(EFFECTS["free"] - EFFECTS["kronecker"], abs=0.004)
     assert "nothing is interpreted" not in format_results(results)
@@ -139,8 +141,12 @@ def test_the_report_shows_gates_and_supported_claims(written):
 @pytest.mark.parametrize(
     ("shrinks", "effects", "verdicts"),
     [
-        (1.4, EFFECTS, ["supported", "contradicted", "supported"]),
-        (0.3, {"free": -0.02, "kronecker": -0.02}, ["contradicted", "undecided", "contradicted"]),
+        (1.4, EFFECTS, ["supported", "contradicted", "supported", "supported", "supported"]),
+        (
+            0.3,
+            {"free": -0.02, "kronecker": -0.02},
+            ["contradicted", "undecided", "contradicted", "contradicted", "undecided"],
+        ),
     ],
 )
 def test_claims_follow_the_difference_of_differences(study, tmp_path, shrinks, effects, verdicts):
@@ -210,6 +216,7 @@ def photographs(study, tmp_path):
     """The study with 23 photographs instead of its images."""
     write_images(tmp_path, "photographs", [jpeg(photograph(number)) for number in range(23)])
     fields = {"data.name": "photographs", "data.data_dir": str(tmp_path), "data.image_size": 48}
+    fields |= {"data.train_split": "train"}
     return dataclasses.replace(study, seeds=(0, 1), config=override(study.config, fields))
 
 
