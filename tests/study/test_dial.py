@@ -21,7 +21,7 @@ from tests.study.simulated import small_study, write_simulated
 from tests.study.simulated_dial import simulate
 from xception_jax.cli import main
 from xception_jax.errors import BadDataError, ConfigError, PreemptedError, UsageError
-from xception_jax.study.dial import task
+from xception_jax.study.dial import task, training
 from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
 from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
 from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells, tuning_cells
@@ -241,6 +241,62 @@ def test_claims_are_supported_by_what_they_expect_and_contradicted_by_the_opposi
     found = {tested.code: tested.verdict for tested in evaluate_claims(results)}
     assert found["H1"] == found["H5"] == "contradicted"
     assert "supported" not in found.values()
+
+
+@pytest.mark.parametrize(
+    ("eight", "wide", "states"),
+    [
+        (-0.15, -0.4, ["holds", "holds", "holds"]),
+        (-0.30, -0.4, ["holds", "fails", "holds"]),
+        (-0.15, -0.05, ["holds", "holds", "fails"]),
+    ],
+)
+def test_each_slope_enters_the_claim_on_depth(tmp_path, eight, wide, states):
+    slopes = {"depthwise_first": -0.4, "depthwise_first_8": eight, "depthwise_first_wide": wide}
+    baselines = {"regular": 0.0, "regular_8": 0.1, "regular_wide": -0.1}
+
+    def effect(arm, bank, dial):
+        baseline = baselines.get(arm.replace("depthwise_first", "regular"), 0.0)
+        return 0.9 + (baseline + slopes.get(arm, 0.0)) * dial
+
+    tested = {each.code: each for each in evaluate_claims(collect_dial(simulate(tmp_path, effect)))}["H4"]
+    assert [part.state for part in tested.parts] == states
+    found = [part.estimate.mean for part in tested.parts]
+    assert found == pytest.approx([-0.4, eight + 0.2, eight - wide], abs=0.01)
+
+
+def test_the_steps_of_a_call_do_not_change_the_training(monkeypatch):
+    """Also if the steps of the study are no multiple of them."""
+    arm = DialArm("regular", "regular")
+    bank, recipe = make_bank(BankSpec("across", 0), 0), Recipe(steps=12, batch_size=16, test_images=64)
+    found = []
+    for steps in (5, 12):
+        monkeypatch.setattr(training, "_CHUNK", steps)
+        training._Programs.of.cache_clear()
+        outcome, variables = training.train(arm, (4, 4), bank, 5.0, rate=0.1, seed=0, recipe=recipe)
+        found.append(variables | {"curve": np.array(outcome.curve)})
+    training._Programs.of.cache_clear()
+    for path, value in found[0].items():
+        np.testing.assert_allclose(value, found[1][path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_marginals_give_away_nothing_that_they_do_not_have():
+    bank = np.random.default_rng(0).normal(size=(4, 3, 3, 6))
+    key = jax.random.key(0)
+    without_means = bank - bank.mean((1, 2), keepdims=True)
+    without_sums = bank - bank.mean(-1, keepdims=True)
+    assert task.marginal_accuracies(without_means, 5.0, key, 4096)[0] == pytest.approx(0.25, abs=0.01)
+    assert task.marginal_accuracies(without_sums, 5.0, key, 4096)[1] == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_accuracy_from_the_channel_means_is_that_of_drawn_images():
+    bank, strength = np.random.default_rng(0).normal(size=(4, 3, 3, 6)), 3.0
+    images, labels, _ = task.draw(jax.random.key(1), jnp.asarray(bank, jnp.float32), strength, 20_000)
+    seen, means = np.asarray(images).mean((1, 2)), strength * bank.sum((1, 2)) / task.WIDTH**2
+    nearest = np.square(seen[:, None] - means).sum(-1).argmin(1)
+    from_means, _ = task.marginal_accuracies(bank, strength, jax.random.key(0), 1024)
+    assert 0.35 < from_means < 0.9
+    assert from_means == pytest.approx(np.mean(nearest == np.asarray(labels)), abs=0.015)
 
 
 def test_a_part_without_enough_seeds_is_open():

@@ -13,11 +13,14 @@ import scipy.stats
 from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.models import cost
+from xception_jax.study import statistics
 from xception_jax.study.controls import EQUAL_WITHIN, ArmCost, cost_headline
 from xception_jax.study.design import COSTS
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
+from xception_jax.study.results import _curve, _interaction_outcome
 from xception_jax.study.runner import Runner
 from xception_jax.study.store import read_study
 
@@ -43,6 +46,51 @@ def test_known_effects_are_found(written):
     assert interaction.trend.slope.low < 0.004 < interaction.trend.slope.high
     assert interaction.seeds == 4  # the seed of the failed cell is left out
     assert list(interaction.x) == sorted(interaction.x)
+
+
+def about(mean):
+    return statistics.estimate(mean + np.array([-1e-4, 0.0, 1e-4, 2e-5]))
+
+
+RISES, FALLS = "rises through zero", "falls through zero"
+OPEN = statistics.estimate(np.array([-0.03, 0.0, 0.035, 0.01]))
+
+
+@pytest.mark.parametrize(
+    ("expected", "slope", "first", "last", "outcome"),
+    [
+        ("no", about(0.0), about(0.01), about(0.01), "as expected"),
+        ("no", about(0.01), about(-0.01), about(0.01), "against it"),
+        ("no", OPEN, OPEN, OPEN, "undecided"),
+        (FALLS, about(-0.01), about(0.01), about(-0.01), "as expected"),
+        (FALLS, about(0.01), OPEN, OPEN, "against it"),
+        (FALLS, about(-0.01), OPEN, OPEN, "undecided"),
+        (RISES, about(-0.01), OPEN, OPEN, "against it"),
+        (RISES, about(0.01), OPEN, OPEN, "undecided"),
+    ],
+)
+def test_the_outcome_of_an_interaction(expected, slope, first, last, outcome):
+    trend = statistics.Trend(slope, slope, first, last)
+    assert _interaction_outcome(expected, trend, 0.005) == outcome
+
+
+def test_an_interaction_without_a_trend_is_undecided():
+    assert _interaction_outcome(RISES, None, 0.005) == "undecided"
+
+
+def test_a_curve_is_the_mean_of_finished_cells_at_their_common_steps(tmp_path):
+    stored = write_simulated(tmp_path, small_study(), fail=[("1_none", 2)])
+    cells = [cell for cell in stored.cells() if cell.arm == "1_none" and cell.seed in (0, 1, 2)]
+    for cell, curve in zip(cells, ({10: 0.5, 20: 0.7, 30: 0.9}, {10: 0.6, 20: 0.6}, {10: 0.0}), strict=True):
+        (cell.directory / "metrics.jsonl").unlink()
+        log = MetricsLog(cell.directory / "metrics.jsonl")
+        for step, value in curve.items():
+            log.write(step, "dev", {"ema_top1": value})
+        log.close()
+    steps, mean, half = _curve(cells, "dev", "ema_top1")
+    assert list(steps) == [10, 20]
+    assert mean == pytest.approx([0.55, 0.65])
+    assert half == pytest.approx(scipy.stats.t.ppf(0.975, 1) * np.array([0.05, 0.05]))
 
 
 def test_a_course_of_which_nothing_is_expected_has_no_outcome(tmp_path):

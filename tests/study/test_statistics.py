@@ -126,3 +126,14 @@ def test_intervals_cover_and_false_positives_are_rare():
     assert found["false_equivalence_at_margin"] <= 0.035
     assert found["false_flip"] <= 0.035
     assert found["flip_found"] > 0.9
+
+
+@pytest.mark.parametrize(("side", "alternative"), [("above", "greater"), ("below", "less")])
+def test_the_p_of_a_one_sided_claim_is_that_of_scipy(side, alternative):
+    values = np.array([0.012, 0.02, 0.004, 0.017])
+    expected = scipy.stats.ttest_1samp(values, 0.01, alternative=alternative).pvalue
+    found = statistics.estimate(values)
+    assert statistics.region_p(found, side, 0.01) == pytest.approx(expected)
+    assert statistics.region_p(found, "within", 0.05) == statistics.tost_p(found, 0.05)
+    equal = statistics.estimate(np.full(3, 0.5))
+    assert statistics.region_p(equal, side, 0.25) == (0 if side == "above" else 1)

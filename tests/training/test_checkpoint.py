@@ -23,6 +23,7 @@ from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.training import digest
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.fingerprint import named_leaves, state_fingerprint, tree_signature
+from xception_jax.training.preservation import LatestOrBest
 
 # What the state is after a step, so that every process can tell whether a restored one is right.
 STATE = """
@@ -623,3 +624,11 @@ def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"), [([10, 20, 23, 27], {20, 27}), ([3, 7], {7}), ([10, 20], {20}), ([], set())]
+)
+def test_the_newest_regular_step_is_kept(steps, kept):
+    """A run that diverges goes back to it."""
+    assert LatestOrBest(1, 0, 10, {}).kept(steps) == kept

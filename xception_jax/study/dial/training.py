@@ -105,10 +105,16 @@ def train(
     history = []
     for first in range(0, recipe.steps, _CHUNK):
         state, values = programs.steps(
-            state, task.stream(seed, task.TRAIN), templates, strength_, jnp.float32(rate), first
+            state,
+            task.stream(seed, task.TRAIN),
+            templates,
+            strength_,
+            jnp.float32(rate),
+            first,
+            count=min(_CHUNK, recipe.steps - first),
         )
         history.append(values)
-    loss, right = np.concatenate(history, axis=1)[:, : recipe.steps]
+    loss, right = np.concatenate(history, axis=1)
     variables = state[0]
     batches = -(-recipe.test_images // _TEST_BATCH)
     accuracy = float(programs.test(variables, task.stream(seed, test_part), templates, strength_, batches))
@@ -133,7 +139,7 @@ class _Programs:
     def __init__(self, network: DialNetwork, recipe: Recipe):
         self._network, self._recipe = network, recipe
         self.init = jax.jit(self._init)
-        self.steps = jax.jit(self._steps)
+        self.steps = jax.jit(self._steps, static_argnames="count")
         self.test = jax.jit(self._test, static_argnames="batches")
         self.pull = jax.jit(self._pull)
 
@@ -143,9 +149,9 @@ class _Programs:
         return variables, jax.tree.map(jnp.zeros_like, variables["params"])
 
     def _steps(
-        self, state: State, key: Array, bank: Array, strength: Array, rate: Array, first: Array
+        self, state: State, key: Array, bank: Array, strength: Array, rate: Array, first: Array, count: int
     ) -> tuple[State, Float[Array, "2 steps"]]:
-        """Trains for a chunk of steps; those after the last one change nothing, because their rate is zero."""
+        """Trains for `count` steps, from step `first` on."""
         recipe = self._recipe
         schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, recipe.steps // 10, recipe.steps)
 
@@ -167,7 +173,7 @@ class _Programs:
             params = jax.tree.map(lambda value, change: value - now * change, variables["params"], momentum)
             return ({"params": params, "batch_stats": statistics}, momentum), jnp.stack([loss, right])
 
-        state, values = jax.lax.scan(step, state, first + jnp.arange(min(_CHUNK, recipe.steps)))
+        state, values = jax.lax.scan(step, state, first + jnp.arange(count))
         return state, values.T
 
     def _logits(self, variables: Any, images: Array) -> Array:
