@@ -44,8 +44,10 @@ class Run:
 
     def wait_for_handlers(self) -> None:
         """Waits until the process handles SIGTERM, which it does before its first slow import."""
-        caught = 0
+        caught, deadline = 0, time.monotonic() + 120
         while not caught & 1 << (signal.SIGTERM - 1):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             status = Path(f"/proc/{self.process.pid}/status").read_text()
             caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
         assert "libjax" not in Path(f"/proc/{self.process.pid}/maps").read_text()
