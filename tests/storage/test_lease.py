@@ -137,6 +137,7 @@ def test_of_several_runs_one_takes_over(gs_place, start):
     for other in others:
         other.say()
     held = [any(line.startswith("held") for line in iter(other.line, "")) for other in others]
+    assert held.count(True) == 1
     codes = [other.end()[0] for other in others]
     assert sorted(codes) == [0, 73, 73, 73]
 
@@ -161,7 +162,7 @@ def test_a_released_lease_is_taken_at_once(bucket_place, start):
         begin = time.monotonic()
         with hold(store, "lease") as lease:
             lease.renew()
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 20  # and not 45 s
     assert json.loads(store.read("lease"))["pid"] == os.getpid()
 
 
