@@ -21,12 +21,14 @@ from xception_jax.study.sizes import as_smoke, study_size
 INITIALIZATIONS = {"glorot": "glorot", "preserving": "variance_preserving"}
 NORMS = {"plain": False, "bn": True}
 ORDERS = {"depthwise": "depthwise_first", "pointwise": "pointwise_first"}
-ACTIVATIONS = ("none", "relu", "elu")
+ACTIVATIONS = ("none", "relu")  # in every network
+SCALED = ("elu", "scaled", "scaled_elu")  # in the networks of W5
 SLOPES = (0.1, 0.5)  # of leaky ReLUs; a slope of 0 is the ReLU, a slope of 1 is no activation
 RATES = {"cpu": (0.0125, 0.035, 0.1), "cifar": (0.05, 0.14, 0.4), "imagenet": (0.15, 0.3, 0.6)}
-GATES = {"smoke": 0.88, "cpu": 0.88, "cifar": 0.9, "imagenet": None}
+GATES = {"smoke": 0.85, "cpu": 0.85, "cifar": 0.9, "imagenet": None}  # a ReLU, whose harm is measured, must pass, too
 MARGIN = 0.003
 FIGURE_10 = "glorot_plain_depthwise"  # the network of figure 10
+LEAKY = ((f"{FIGURE_10}_leaky_relu_0.5", f"{FIGURE_10}_leaky_relu_0.1", 1.0),)
 WORSE = "worse"
 
 
@@ -45,7 +47,9 @@ def arm(initialization: str, norm: str, order: str, activation: str, **fields: A
         **{f"model.{field}": value for field, value in fields.items()},
     }
     label = activation + "".join(f"_{value}" for value in fields.values())
-    return Arm(name(initialization, norm, order, label), overrides, line=f"{norm}, {order} first")
+    deciding = SCALED[1:] if activation in SCALED[1:] else ACTIVATIONS
+    tuned_as = tuple(name(initialization, norm, order, each) for each in deciding)
+    return Arm(name(initialization, norm, order, label), overrides, f"{norm}, {order} first", tuned_as)
 
 
 def effect(
@@ -82,13 +86,17 @@ def claims(groups: list[tuple[str, str, str]], scaled: list[tuple[str, str, str]
         ),
     ]
     every = tuple((name(*group, "relu"), name(*group, "none"), 1.0) for group in groups)
+    without = tuple((name(*group, "relu"), name(*group, "none"), 1.0) for group in plain)
     for code, moment, when in (("W3", "start", "at initialization"), ("W4", "end", "after training")):
-        predicted = Part(f"r of dead channels {when} and harm", every, "above", 0.8, "correlation", f"dead_{moment}")
-        found.append(
-            Claim(
-                code, f"Over the arms with a ReLU, the share of dead channels {when} predicts its harm.", (predicted,)
-            )
+        column, text = f"dead_{moment}", f"r of dead channels {when} and harm"
+        parts = (
+            Part(text, every, "above", 0.8, "correlation", column),
+            Part(f"{text}, without BN", without, "above", 0.0, "correlation", column),
         )
+        claim = (
+            f"The share of dead channels {when} goes with the harm of a ReLU, also among networks without BatchNorm."
+        )
+        found.append(Claim(code, claim, parts))
     dose = {"relu": 0.0, **{f"leaky_relu_{slope}": slope for slope in SLOPES}, "none": 1.0}
     mean = sum(dose.values()) / len(dose)
     spread = sum((slope - mean) ** 2 for slope in dose.values())
@@ -96,17 +104,20 @@ def claims(groups: list[tuple[str, str, str]], scaled: list[tuple[str, str, str]
     found += [
         Claim(
             "W5",
-            "An ELU harms by more than the margin once what enters it has a root mean square of one, and more than "
-            "the ELU of figure 10, which is close to the identity on small values.",
+            "Depthwise first, an ELU harms by more than the margin once its input has a root mean square of one, and more "
+            "than the ELU of figure 10, which is close to the identity on small values.",
             (
-                Part("scaled elu - none, without BN", effect(scaled, "scaled_elu"), "below", -margin),
-                Part("scaled elu - elu, without BN", effect(scaled, "scaled_elu", "elu"), "below", 0.0),
+                Part("scaled elu - scaled", effect(scaled, "scaled_elu", "scaled"), "below", -margin),
+                Part("scaled elu - elu", effect(scaled, "scaled_elu", "elu"), "below", 0.0),
             ),
         ),
         Claim(
             "W6",
             "The harm has a dose: accuracy rises with the slope of a leaky ReLU, from 0 (ReLU) to 1 (none).",
-            (Part("accuracy per unit of slope, figure 10's network", slopes, "above", 0.0),),
+            (
+                Part("accuracy per unit of slope, figure 10's network", slopes, "above", 0.0),
+                Part("slope of 0.5 - slope of 0.1", LEAKY, "above", 0.0),
+            ),
         ),
     ]
     return tuple(found)
@@ -115,29 +126,28 @@ def claims(groups: list[tuple[str, str, str]], scaled: list[tuple[str, str, str]
 def get_study(size: str = "cpu", control: str = "width") -> Study:
     smoke = size == "smoke"
     sized = as_smoke(study_size("cpu")) if smoke else study_size(size)
-    activations = ACTIVATIONS[:2] if smoke else ACTIVATIONS
     groups = [("glorot", "plain", "depthwise")] if smoke else list(itertools.product(INITIALIZATIONS, NORMS, ORDERS))
-    scaled = [] if smoke else [group for group in groups if group[1] == "plain"]
-    arms = [arm(*group, activation) for group in groups for activation in activations]
-    arms += [arm(*group, "scaled_elu") for group in scaled]
+    scaled = [] if smoke else [group for group in groups if group[1:] == ("plain", "depthwise")]
+    arms = [arm(*group, activation) for group in groups for activation in ACTIVATIONS]
+    arms += [arm(*group, activation) for group in scaled for activation in SCALED]
     arms += [arm("glorot", "plain", "depthwise", "leaky_relu", intermediate_slope=s) for s in SLOPES if not smoke]
     comparisons = [
         PlannedComparison(name(*group, activation), name(*group, "none"), expected, f"{activation} - none")
-        for activation, expected in (("relu", WORSE), ("elu", "unknown"))
-        for group in groups
-        if activation in activations
+        for activation, expected, networks in (("relu", WORSE, groups), ("elu", "unknown", scaled))
+        for group in networks
     ]
     if size == "cpu":
         sized.config.duration = "6 epochs"
+        sized.config.evaluation.every = "2 epochs"
     return Study(
         name=f"why-{size}-{control}",
         question="Why does a ReLU between the two convolutions of a separable convolution harm?",
         hypothesis="Channels that are negative for all images die: the initialization leaves what enters the "
         "activation without scale, and no BatchNorm gives it one. BatchNorm between the convolutions takes away half "
-        "of the harm or more, and the share of dead channels predicts the harm over the arms.",
+        "of the harm or more, and over the networks the share of dead channels goes with the harm.",
         config=sized.config,
         arms=tuple(arms),
-        seeds=sized.seeds if smoke or size == "imagenet" else tuple(range(6)),
+        seeds=sized.seeds if smoke or size == "imagenet" else tuple(range(5)),
         margin=MARGIN,
         reference=f"{FIGURE_10}_none",
         comparisons=tuple(comparisons),

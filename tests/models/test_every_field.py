@@ -38,7 +38,7 @@ VALUES: dict[str, tuple[list, dict]] = {
     "segments": ([1, 7], {}),
     "group_width": ([2, 8, "all"], {}),
     "order": (["pointwise_first"], {}),
-    "intermediate_activation": (["relu", "elu", "leaky_relu", "scaled_elu"], {}),
+    "intermediate_activation": (["relu", "elu", "leaky_relu", "scaled", "scaled_elu"], {}),
     "intermediate_slope": ([0.5], {"intermediate_activation": "leaky_relu"}),
     "intermediate_batch_norm": ([True], {}),
     "module": (["inception", "regular"], {}),

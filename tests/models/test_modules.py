@@ -87,6 +87,7 @@ ACTIVATIONS = {
     "relu": lambda x: np.where(x > 0, x, 0),
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
     "leaky_relu": lambda x: np.where(x > 0, x, 0.25 * x),
+    "scaled": lambda x: x / np.sqrt((x**2).mean((1, 2, 3), keepdims=True)),
     "scaled_elu": lambda x: ACTIVATIONS["elu"](x / np.sqrt((x**2).mean((1, 2, 3), keepdims=True))),
 }
 

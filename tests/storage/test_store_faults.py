@@ -189,7 +189,7 @@ def test_a_server_that_never_answers_ends_with_74_and_the_process_ends(gcs, gs_p
     begin = time.monotonic()
     process = run_child(program, gs_place)
     assert process.stdout.split() == ["74"] * 5, process.stderr
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 60
 
 
 def test_a_token_that_expires_is_renewed(gcs, monkeypatch):

@@ -82,8 +82,8 @@ class XceptionConfig(ModelConfig):
     )
     intermediate_activation: str = choice(
         "none",
-        ("none", "relu", "elu", "leaky_relu", "scaled_elu"),
-        "paper: section 4.7, figure 10; 'scaled_elu' is elu(x / rms) with the root mean square of each image",
+        ("none", "relu", "elu", "leaky_relu", "scaled", "scaled_elu"),
+        "paper: section 4.7, figure 10; 'scaled' is x / rms, with the root mean square of an image, 'scaled_elu' its ELU",
         unless=_OTHER_MODULES,
     )
     intermediate_slope: float = number(

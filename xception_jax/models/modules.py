@@ -22,10 +22,10 @@ from xception_jax.models.layers import BatchNorm, Conv, Dtype
 Norm = Callable[..., nn.Module]
 
 
-def _scaled_elu(x: Float[Array, "b h w c"], slope: float) -> Float[Array, "b h w c"]:
-    """Returns elu(x / rms), with the root mean square of each image: an ELU is the identity on small values."""
+def _scaled(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Returns x / rms, with the root mean square of each image."""
     mean_square = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).mean((1, 2, 3), keepdims=True)
-    return nn.elu(x * jax.lax.rsqrt(mean_square + _TINY).astype(x.dtype))
+    return x * jax.lax.rsqrt(mean_square + _TINY).astype(x.dtype)
 
 
 # Activations between the two convolutions: functions of the input and of `config.model.intermediate_slope`.
@@ -34,7 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Array, float], Array]] = {
     "relu": lambda x, slope: nn.relu(x),
     "elu": lambda x, slope: nn.elu(x),
     "leaky_relu": lambda x, slope: jnp.maximum(x, slope * x),
-    "scaled_elu": _scaled_elu,
+    "scaled": lambda x, slope: _scaled(x),
+    "scaled_elu": lambda x, slope: nn.elu(_scaled(x)),  # an ELU is the identity on small values
 }
 _TINY = 1e-20  # an image of zeros stays one
 BEFORE_ACTIVATION = "before_activation"  # name of what enters the activation, in the collection 'intermediates'
