@@ -104,8 +104,8 @@ def claims(groups: list[tuple[str, str, str]], scaled: list[tuple[str, str, str]
     found += [
         Claim(
             "W5",
-            "Depthwise first, an ELU harms by more than the margin once its input has a root mean square of one, and more "
-            "than the ELU of figure 10, which is close to the identity on small values.",
+            "Depthwise first, an ELU harms by more than the margin once its input has a root mean square of one, and "
+            "more than the ELU of figure 10, which is close to the identity on small values.",
             (
                 Part("scaled elu - scaled", effect(scaled, "scaled_elu", "scaled"), "below", -margin),
                 Part("scaled elu - elu", effect(scaled, "scaled_elu", "elu"), "below", 0.0),

@@ -83,7 +83,7 @@ class XceptionConfig(ModelConfig):
     intermediate_activation: str = choice(
         "none",
         ("none", "relu", "elu", "leaky_relu", "scaled", "scaled_elu"),
-        "paper: section 4.7, figure 10; 'scaled' is x / rms, with the root mean square of an image, 'scaled_elu' its ELU",
+        "paper: section 4.7, figure 10; 'scaled' is x / rms, with the rms of each image, 'scaled_elu' its ELU",
         unless=_OTHER_MODULES,
     )
     intermediate_slope: float = number(
