@@ -22,7 +22,7 @@ from xception_jax.study.design import Arm, Search, Study
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.sizes import Size, fair_size
 
-# As many images are seen as by the other arms of the size, but few different ones, which can be learned by heart.
+# As many images are seen as by the other arms of the size, but few different ones, which can be memorized.
 FEW_IMAGES = {
     "smoke": {"data.train_split": "train[:96]"},
     "cpu": {"data.train_split": "train[:2000]", "duration": "80 epochs"},
