@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ from PIL import Image
 import xception_jax
 from tests.data.small_imagenet import photographs
 from xception_jax.config import default_config, resolve_model
+from xception_jax.data.turn import Turn
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation.predict import class_names, predict
 from xception_jax.weights import Network, Preprocessing, load_network, save_network, tree
+from xception_jax.weights.load import resized
 
 SMALL = {"name": "xception", "num_classes": 7, "width_multiplier": 0.05, "middle_blocks": 1, "stem": "small"}
 PREPROCESSING = Preprocessing(size=40, crop=0.9)
@@ -157,3 +160,13 @@ def test_a_config_can_be_a_name_or_a_file(tmp_path):
     )
     with pytest.raises(ConfigError, match="num_classes is 3"):
         xception_jax.train(tmp_path / "mine.py", tmp_path / "run")
+
+
+def test_turned_images_keep_an_even_size(files):
+    """Otherwise `convert --size` would write a file that nothing can open."""
+    network = load_network(files / "weights.safetensors")
+    turned = dataclasses.replace(network.preprocessing, turn=Turn("free", 1.0, 0))
+    network = dataclasses.replace(network, preprocessing=turned)
+    assert resized(network, "x", 42).preprocessing.size == 42
+    with pytest.raises(BadDataError, match="divisible by 2, and 41 is not"):
+        resized(network, "x", 41)
