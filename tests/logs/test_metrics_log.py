@@ -162,17 +162,18 @@ def test_a_run_that_is_killed_leaves_whole_lines_and_none_twice(path, seconds):
         "for step in range(10**9): log.write(step, 'train', {'loss': 0.1 * step, 'note': [1] * 300})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    deadline = time.monotonic() + 60
-    while not path.exists() or b"\n" not in path.read_bytes():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    try:
+        process.stdout.readline()
+        deadline = time.monotonic() + 60
+        while not path.exists() or b"\n" not in path.read_bytes():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     steps = steps_of(path)
     assert steps
     assert steps == list(range(len(steps)))

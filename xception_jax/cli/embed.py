@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data_dir", default="", metavar="DIR", help="directory of the datasets (default: that of TFDS)"
     )
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
