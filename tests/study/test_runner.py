@@ -231,7 +231,8 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
     "options",
     [["--retry", "--cell=0"], ["--retry", "--slurm=x.sh"], ["--print", "--cell=0"], ["--cell=0", "--slurm=x.sh"]],
 )
-def test_options_that_exclude_each_other_are_refused(options):
+def test_options_that_exclude_each_other_are_refused(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
     study_command.add_arguments(parser)
     arguments = parser.parse_args(["run", "studies/spectrum", "--workdir", "x", *options])
