@@ -132,7 +132,8 @@ def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
         fix = "end get_config() with `return config`, where config comes from default_config()"
         raise ConfigError(f"get_config() returns {type(config).__name__}, not a config", str(path), fix)
     try:
-        return _with_overrides(_prepare(config, overrides), overrides)
+        config = _prepare(config, overrides)
+        return _with_overrides(config, overrides)
     except UserError:
         raise
     except Exception as error:  # the value of a flag may make a parser raise any exception
@@ -146,12 +147,13 @@ def _prepare(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """
     if isinstance(config, FrozenConfigDict):
         config = ConfigDict(config)
+    defaults = default_config()
     for argument in overrides:
         override = _OVERRIDE.fullmatch(argument)
         if override is None or override[1] not in FIELDS:
             continue
         *sections, leaf = override[1].split(".")
-        section, usual = config, default_config()
+        section, usual = config, defaults
         for name in sections:
             if not isinstance(section.get(name), ConfigDict):
                 with section.unlocked():

@@ -159,8 +159,7 @@ class StepTrace:
         """Stops the trace if it is still active, because the run was interrupted or failed."""
         if self._steps and self._calls > STEPS_BEFORE:
             self._steps = 0
-            self._attempt(jax.profiler.stop_trace)
-            self._report(f"the profile ends early, after {self._calls - STEPS_BEFORE} steps: {self._directory}")
+            self._attempt(self._cut)
 
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         """Runs a part of the trace. Whatever its libraries raise, such as on a full disk, training goes on."""
@@ -177,6 +176,10 @@ class StepTrace:
         options.python_tracer_level = 0  # otherwise most of the file would be Python calls
         jax.profiler.start_trace(self._directory, profiler_options=options)
         self._started = time.monotonic()
+
+    def _cut(self) -> None:
+        jax.profiler.stop_trace()
+        self._report(f"the profile ends early, after {self._calls - STEPS_BEFORE} steps: {self._directory}")
 
     def _finish(self, traced: int, seconds: float) -> None:
         jax.profiler.stop_trace()

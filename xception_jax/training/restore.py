@@ -105,12 +105,13 @@ def _restored(workdir: str, config: ExperimentConfig | None, step: int | None) -
         else:
             state = checkpoints.restore(step, abstract)
     seal = step_path(join(directory, str(step), manifest.NAME))
-    identity = manifest.read_content(seal)["record"].get("identity", {}) if exists(seal) else {}
+    is_sealed = exists(seal)
+    identity = manifest.read_content(seal)["record"].get("identity", {}) if is_sealed else {}
     return Run(
         config=config,
         step=step,
         variables={prefix: jax.tree.map(np.asarray, tree) for prefix, tree in state.all_variables().items()},
-        sha256=manifest.measure(seal)["sha256"] if exists(seal) else "",
+        sha256=manifest.measure(seal)["sha256"] if is_sealed else "",
         classes=_class_names(config, identity.get("classes")),
     )
 
