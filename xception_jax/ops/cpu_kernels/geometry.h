@@ -32,17 +32,6 @@ struct DepthBlock {
   std::vector<Chunk> chunks;
 };
 
-// Copies a few floats, inline. The last vector overlaps the one before it. Fewer than a vector go in narrower ones.
-template <int kWidth = kLanes>
-inline void CopyFew(const float* from, Size count, float* to) {
-  if (count >= kWidth) {
-    for (Size c = 0; c + kWidth < count; c += kWidth) std::memcpy(to + c, from + c, kWidth * sizeof(float));
-    std::memcpy(to + count - kWidth, from + count - kWidth, kWidth * sizeof(float));
-  } else if constexpr (kWidth > 1) {
-    CopyFew<kWidth / 2>(from, count, to);
-  }
-}
-
 // Returns the values of `chunks` as one contiguous array; source(chunk) points at those of one. A single chunk is read in
 // place, several are copied to `buffer`.
 template <typename Source>

@@ -63,11 +63,25 @@ inline Vector Load(const float* from) {
 
 inline void Store(float* to, const Vector& value) { std::memcpy(to, &value, sizeof(value)); }
 
+// Copies a few floats, inline. The last vector overlaps the one before it. Fewer than a vector go in narrower ones.
+template <int kWidth = kLanes>
+inline void CopyFew(const float* from, Size count, float* to) {
+  if (count >= kWidth) {
+    for (Size c = 0; c + kWidth < count; c += kWidth) std::memcpy(to + c, from + c, kWidth * sizeof(float));
+    std::memcpy(to + count - kWidth, from + count - kWidth, kWidth * sizeof(float));
+  } else if constexpr (kWidth > 1) {
+    CopyFew<kWidth / 2>(from, count, to);
+  }
+}
+
 // Loads the first `count` lanes; the others are zero. All lanes for a count of kLanes or more, none for 0 or less.
 inline Vector LoadFirst(Size count, const float* from) {
   if (count >= kLanes) return Load(from);
 #ifdef __AVX512F__
   return Vector(_mm512_maskz_loadu_ps((1u << std::max<Size>(count, 0)) - 1, from));
+#elif defined(__AVX2__)
+  constexpr Indices lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  return Vector(_mm256_maskload_ps(from, __m256i(lane < int32_t(count))));
 #else
   Vector value = {};
   for (Size i = 0; i < count; ++i) value[i] = from[i];
@@ -80,7 +94,9 @@ inline void StoreFirst(Size count, float* to, Vector value) {
 #ifdef __AVX512F__
   _mm512_mask_storeu_ps(to, (1u << count) - 1, __m512(value));
 #else
-  for (Size i = 0; i < count; ++i) to[i] = value[i];
+  float buffer[kLanes];
+  Store(buffer, value);
+  CopyFew(buffer, count, to);
 #endif
 }
 
