@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 import urllib.request
 
 import pytest
@@ -47,14 +50,26 @@ def gcs(gcs_process, monkeypatch) -> GcsServer:
 
 
 @pytest.fixture(scope="session")
-def moto():
-    """Starts a server for S3. It is not among the requirements: its versions of other packages do not fit theirs."""
-    server = pytest.importorskip("moto.server", reason="needs moto[server]").ThreadedMotoServer(
-        ip_address="127.0.0.1", port=0, verbose=False
-    )
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+def moto(tmp_path_factory):
+    """Starts a server for S3, and yields its address.
+
+    It is a program of another environment (`pipx install 'moto[server]'`), because it needs other versions of packages.
+    """
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip("needs moto_server")
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("wb") as file:
+        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", "0"], stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + 60
+        while not (address := re.search(r"http://127.0.0.1:\d+", log.read_text())):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield address[0]
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture
