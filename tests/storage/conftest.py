@@ -64,7 +64,8 @@ def moto(tmp_path_factory):
     try:
         deadline = time.monotonic() + 60
         while not (address := re.search(r"http://127.0.0.1:\d+", log.read_text())):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield address[0]
     finally:
