@@ -23,7 +23,7 @@ from xception_jax.cli import main
 from xception_jax.errors import BadDataError, ConfigError, PreemptedError, UsageError
 from xception_jax.study.dial import task, training
 from xception_jax.study.dial.banks import FREE, BankSpec, make_bank, measure
-from xception_jax.study.dial.claims import CLAIMS, Part, evaluate_claims
+from xception_jax.study.dial.claims import CLAIMS, beside_claims, evaluate_claims
 from xception_jax.study.dial.design import DialStudy, Row, Tuning, check_dial, counted_cells, tuning_cells
 from xception_jax.study.dial.execute import chosen_rates, run_dial, tried_rates
 from xception_jax.study.dial.gates import check_gates
@@ -52,6 +52,7 @@ from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
 from xception_jax.study.gates import CheckedGate
+from xception_jax.study.seed_claims import Part
 from xception_jax.study.store import read_study
 from xception_jax.study.study_file import load_study, run_study_file
 
@@ -241,6 +242,19 @@ def test_claims_are_supported_by_what_they_expect_and_contradicted_by_the_opposi
     found = {tested.code: tested.verdict for tested in evaluate_claims(results)}
     assert found["H1"] == found["H5"] == "contradicted"
     assert "supported" not in found.values()
+
+
+@pytest.mark.parametrize(("price", "slope"), [(0.0, 0.0), (0.2, -3.5)])
+def test_numbers_beside_the_claims_tell_ties_from_benefits(tmp_path, price, slope):
+    """Numbers of segments that are equally good have no slope, and are no benefit at the separable end."""
+
+    def effect(arm, bank, dial):
+        return 0.95 - (0 if arm == "segments_1" else price * dial)
+
+    (benefit, in_points), (slopes, slopes_in_points) = beside_claims(collect_dial(simulate(tmp_path, effect))).values()
+    assert (in_points, slopes_in_points) == (True, False)
+    assert benefit.mean() == pytest.approx(0, abs=0.003)
+    assert slopes.mean() == pytest.approx(slope, abs=0.01 if not price else 0.5)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_measured_dial_is_the_true_one(studies):
 )
 def test_claims(studies, kind, expected):
     verdicts = judge_calibration(studies[kind])
-    assert {code: verdicts.claims[code][1] for code in expected} == expected
+    assert {tested.code: tested.verdict for tested in verdicts.claims if tested.code in expected} == expected
 
 
 def test_the_command_draws_and_prints(studies, monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_nothing_is_claimed_where_networks_are_missing(tmp_path):
     found = calibrate(root)
     assert not found.passed
     assert np.isnan(found.rank_correlations("regular", "block1_spatial", "within")[1])
-    assert {verdict for _, verdict, _, _ in judge_calibration(found).claims.values()} == {"not tested"}
+    assert {tested.verdict for tested in judge_calibration(found).claims} == {"not tested"}
     assert all(path.exists() for path in write_calibration_figures(found))
     json.dumps(found.to_json() | judge_calibration(found).to_json(), allow_nan=False)
 
@@ -139,7 +139,7 @@ def test_networks_that_diverged_are_counted(tmp_path):
 
 def test_nothing_is_claimed_where_a_gate_of_the_dial_study_fails(tmp_path):
     root = write_study(tmp_path, faithful, seeds=(0, 1), bank_change=lambda row: row.update(from_means=0.9))
-    assert {verdict for _, verdict, _, _ in judge_calibration(calibrate(root)).claims.values()} == {"not tested"}
+    assert {tested.verdict for tested in judge_calibration(calibrate(root)).claims} == {"not tested"}
 
 
 @pytest.mark.parametrize(

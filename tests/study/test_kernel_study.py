@@ -97,7 +97,7 @@ def as_images(arm, layer):
 def test_claims_about_labels(tmp_path, position, expected):
     stored = labels_study(tmp_path)
     verdicts = judge_labels(stored, kernels_of(stored, position))
-    assert {code: verdict for code, (_, verdict, _, _) in verdicts.claims.items()} == expected
+    assert {tested.code: tested.verdict for tested in verdicts.claims} == expected
 
 
 @pytest.mark.parametrize("broken", ["not learned", "not done"])
@@ -106,7 +106,7 @@ def test_labels_that_were_not_learned_say_nothing(tmp_path, broken):
     if broken == "not done":
         stored.cells()[3].write_record(exit_code=70)
     verdicts = judge_labels(stored, kernels_of(stored, as_images))
-    assert {verdict for _, verdict, _, _ in verdicts.claims.values()} == {"not tested"}
+    assert {tested.verdict for tested in verdicts.claims} == {"not tested"}
     json.dumps(verdicts.to_json(), allow_nan=False)
 
 

@@ -2,27 +2,20 @@
 
 The unit is the seed: banks, images and initial parameters are drawn anew for each. All arms of a seed face the same
 banks and test images, so their differences are analysed. This was chosen beforehand.
-
-A claim consists of parts, each a mean over seeds that is said to lie above or below a bound, or within a margin. A part
-holds if the whole 95 % t interval lies where the claim says, and fails if the whole interval lies elsewhere. A claim is
-supported if all of its parts hold (an intersection-union test) and its p-value, corrected by Holm's method over the
-claims, is below 0.05; it is contradicted if a part fails; otherwise it is undecided.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.statistics import Estimate, estimate, region_p, region_state
-from xception_jax.study.tested_claims import Seeds, decide
+from xception_jax.study.seed_claims import Claim, Part, Tested, evaluate
+from xception_jax.study.tested_claims import Seeds
 
 DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
@@ -30,78 +23,6 @@ REGULAR_WIDE, DEPTHWISE_WIDE = "regular_wide", "depthwise_first_wide"
 DEPTHWISE_ENDS, POINTWISE_ENDS = "depthwise_first_ends", "pointwise_first_ends"
 SEGMENTS = {"segments_1": 1, "segments_2": 2, "segments_4": 4, DEPTHWISE: 12}
 """Arms with the spatial convolution first, by the segments of the image's 12 channels."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One part of a claim.
-
-    Attributes:
-      name: what is estimated.
-      values: one for each seed.
-      side: 'above', 'below' or 'within'.
-      bound: bound of the claim; within means from -bound to bound.
-      points: whether the values are shares, which are shown in percentage points.
-    """
-
-    name: str
-    values: Seeds
-    side: str
-    bound: float
-    points: bool = True
-
-    @property
-    def estimate(self) -> Estimate:
-        """Returns the mean over seeds and its interval."""
-        return estimate(self.values)
-
-    @property
-    def state(self) -> str:
-        """Returns 'holds', 'fails' or 'open'."""
-        return region_state(self.estimate, self.side, self.bound)
-
-    @property
-    def p(self) -> float:
-        """Returns the one-sided p-value of the claim; that of two one-sided tests for 'within'."""
-        return region_p(self.estimate, self.side, self.bound)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns claim, state and estimate as plain data; NaN is None."""
-        stated = {"name": self.name, "side": self.side, "bound": self.bound, "state": self.state}
-        return stated | self.estimate.to_json()
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """A claim that can be tested.
-
-    Attributes:
-      text: the claim, as it is stated beforehand.
-      arms: names of the arms that it needs.
-      parts: computes its parts from the results.
-    """
-
-    text: str
-    arms: tuple[str, ...]
-    parts: Callable[[DialResults], Iterator[Part]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tested:
-    """A claim and its outcome.
-
-    Attributes:
-      code: such as 'H1'.
-      claim: the claim.
-      parts: its parts; empty if arms or banks are missing.
-      p_holm, verdict: see `tested_claims.decide`.
-    """
-
-    code: str
-    claim: Claim
-    parts: tuple[Part, ...]
-    p_holm: float
-    verdict: str
 
 
 def _order(results: DialResults) -> Iterator[Part]:
@@ -121,14 +42,52 @@ def _price(results: DialResults) -> Iterator[Part]:
 
 
 def _segments(results: DialResults) -> Iterator[Part]:
+    slopes = _slope_of_segments(results, lambda accuracy: np.log2(list(SEGMENTS.values()))[accuracy.argmax(1)])
+    if slopes is not None:
+        name = "slope of log2 of the best number of segments over the dial across"
+        yield Part(name, slopes, "below", 0.0, points=False)
+
+
+def _slope_of_segments(results: DialResults, choose: Callable[[np.ndarray], np.ndarray]) -> Seeds | None:
+    """Returns the slope over the dial across, for each seed, of what `choose` chooses by the accuracies.
+
+    Args:
+      results: all records.
+      choose: takes accuracies [banks, arms of `SEGMENTS`, seeds] and returns a number for each [bank, seed].
+
+    Returns:
+      The slopes, or None if the study has fewer than two banks for them.
+    """
     banks = [bank.name for bank in results.dial_of("across", *SEGMENTS)]
     if len(banks) < 2:
-        return
-    accuracy = np.stack([[results.accuracy(arm, bank) for arm in SEGMENTS] for bank in banks])  # [banks, arms, seeds]
-    best = np.log2(np.array(list(SEGMENTS.values())))[accuracy.argmax(1)]
-    best[np.isnan(accuracy).any(1)] = np.nan
-    slopes = _slope(_positions(results, banks), best)
-    yield Part("slope of log2 of the best number of segments over the dial across", slopes, "below", 0.0, points=False)
+        return None
+    accuracy = np.stack([[results.accuracy(arm, bank) for arm in SEGMENTS] for bank in banks])
+    chosen = np.where(np.isnan(accuracy).any(1), np.nan, choose(accuracy))
+    return _slope(_positions(results, banks), chosen)
+
+
+def beside_claims(results: DialResults) -> dict[str, tuple[Seeds, bool]]:
+    """Returns numbers without which H3 cannot be read: chance chooses among equally good numbers of segments.
+
+    They were chosen before any accuracy was known, and no claim rests on them.
+
+    Returns:
+      (the value of each seed, whether it is a difference in accuracy) by name.
+    """
+    found = {}
+    if set(SEGMENTS) <= {row.arm.name for row in results.study.rows}:
+        values = results.accuracy(DEPTHWISE, "across_0") - results.accuracy("segments_1", "across_0")
+        found["depthwise first - segments_1, across_0"] = values, True
+
+    def largest(accuracy: np.ndarray) -> np.ndarray:
+        good = accuracy >= accuracy.max(1, keepdims=True) - results.study.margin
+        return np.where(good, np.log2(list(SEGMENTS.values()))[:, None], -np.inf).max(1)
+
+    slopes = _slope_of_segments(results, largest)
+    if slopes is not None:
+        name = "slope of log2 of the largest number of segments within the margin of the best, over the dial across"
+        found[name] = slopes, False
+    return found
 
 
 def _depth(results: DialResults) -> Iterator[Part]:
@@ -164,42 +123,39 @@ def _slope(x: Float[np.ndarray, "banks seeds"], y: Float[np.ndarray, "banks seed
     return (centred * y).sum(0) / np.square(centred).sum(0)
 
 
-CLAIMS = {
+CLAIMS: dict[str, Claim[DialResults]] = {
     "H1": Claim(
         "On banks that are separable across filters, depthwise first is better than pointwise first by more than one "
         "percentage point; on banks that are separable within filters, it is worse by more than one point.",
-        (DEPTHWISE, POINTWISE),
         _order,
+        (DEPTHWISE, POINTWISE),
     ),
     "H2": Claim(
         "Along the dial across filters, the accuracy of depthwise first minus that of the regular network falls; at "
         "the separable end the two are equivalent within one point.",
-        (DEPTHWISE, REGULAR),
         _price,
+        (DEPTHWISE, REGULAR),
     ),
     "H3": Claim(
         "With the spatial convolution first, the best number of segments falls along the dial across filters.",
-        tuple(SEGMENTS),
         _segments,
+        tuple(SEGMENTS),
     ),
     "H4": Claim(
         "At eight blocks, the slope of H2 is less than half of that at two blocks, which is below zero; and it is less "
         "steep than at two blocks that cost as much as the eight.",
-        (DEPTHWISE, REGULAR, DEPTHWISE_8, REGULAR_8, DEPTHWISE_WIDE, REGULAR_WIDE),
         _depth,
+        (DEPTHWISE, REGULAR, DEPTHWISE_8, REGULAR_8, DEPTHWISE_WIDE, REGULAR_WIDE),
     ),
     "H5": Claim(
         "With a pointwise layer at both ends of the network, the two orders are equivalent within one point on the "
         "banks of H1.",
-        (DEPTHWISE_ENDS, POINTWISE_ENDS),
         _ends,
+        (DEPTHWISE_ENDS, POINTWISE_ENDS),
     ),
 }
 
 
-def evaluate_claims(results: DialResults) -> list[Tested]:
-    """Tests all claims whose arms the study has. Seeds with missing cells are left out."""
-    arms = {row.arm.name for row in results.study.rows}
-    parts = {code: tuple(claim.parts(results)) if set(claim.arms) <= arms else () for code, claim in CLAIMS.items()}
-    decided = decide(parts)
-    return [Tested(code, CLAIMS[code], found, *decided[code]) for code, found in parts.items()]
+def evaluate_claims(results: DialResults) -> tuple[Tested, ...]:
+    """Tests all claims. Seeds with missing cells are left out; a claim whose arms the study lacks is not tested."""
+    return evaluate(CLAIMS, results, [row.arm.name for row in results.study.rows])

@@ -17,13 +17,14 @@ from xception_jax.reports.environment import format_percent, format_points, make
 from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label, on_white
 from xception_jax.study.controls import EQUAL_WITHIN
 from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, SEGMENTS, Part, Tested, evaluate_claims
+from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, SEGMENTS, beside_claims, evaluate_claims
 from xception_jax.study.dial.design import COUNTED, REGULAR, DialStudy
 from xception_jax.study.dial.execute import chosen_rates, tried_rates
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
+from xception_jax.study.seed_claims import Tested
 from xception_jax.study.statistics import estimate
 from xception_jax.study.store import write_report_files
 from xception_jax.study.tested_claims import Seeds
@@ -58,16 +59,7 @@ class DialReport:
     def to_json(self) -> dict[str, Any]:
         """Returns gates and claims as plain data; NaN is None."""
         gates = [gate.to_json() for gate in self.gates]
-        claims = [
-            {
-                "code": tested.code,
-                "verdict": tested.verdict,
-                "p_holm": None if math.isnan(tested.p_holm) else tested.p_holm,
-                "parts": [part.to_json() for part in tested.parts],
-            }
-            for tested in self.claims
-        ]
-        return {"passed": self.passed, "gates": gates, "claims": claims}
+        return {"passed": self.passed, "gates": gates, "claims": [tested.to_json() for tested in self.claims]}
 
 
 def write_dial_report(root: Path) -> DialReport:
@@ -98,6 +90,7 @@ def write_dial_report(root: Path) -> DialReport:
         "edges": edges(study, rates),
         "tried": tried_rates(study, results.cells),
         "costs": costs,
+        "beside": {name: (estimate(values), points) for name, (values, points) in beside_claims(results).items()},
         "mean": _mean,
         "shown": _shown,
         "figures": {name: title for name, (title, _) in drawn.items()},
@@ -149,12 +142,12 @@ def _mean(values: np.ndarray) -> str:
     known = values[np.isfinite(values)]
     if not len(known):
         return "-"
-    spread = f" ({100 * known.std(ddof=1):.2f})" if len(known) > 1 else ""
+    spread = f" ({100 * known.std(ddof=1):.2f}; {100 * np.median(known):.2f})" if len(known) > 1 else ""
     return f"{format_percent(float(known.mean()))}{spread}"
 
 
-def _shown(part: Part, value: float) -> str:
-    return format_points(value) if part.points else f"{value:+.2f}"
+def _shown(points: bool, value: float) -> str:
+    return format_points(value) if points else f"{value:+.2f}"
 
 
 def _figures(results: DialResults) -> dict[str, tuple[str, str]]:

@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.study.cells import read_outcome
-from xception_jax.study.dial.claims import Part
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
+from xception_jax.study.seed_claims import Claim, Part, Tested, evaluate
 from xception_jax.study.store import StoredStudy
-from xception_jax.study.tested_claims import decide
+from xception_jax.study.tested_claims import NOT_TESTED
 
 RECOVERED = 0.8
 """The rank correlation from which on a statistic recovers the truth."""
@@ -38,19 +38,6 @@ FIRST_LAYER, FIRST_CONVOLUTION = "block1_spatial", "block1_conv1"
 _STEM = ("block1_conv1", "block1_conv2")
 
 _Results = TypeVar("_Results")
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim(Generic[_Results]):
-    """A claim that can be tested.
-
-    Attributes:
-      text: the claim, as it is stated beforehand.
-      parts: computes its parts from the results.
-    """
-
-    text: str
-    parts: Callable[[_Results], Iterator[Part]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,26 +59,17 @@ class Verdicts:
 
     Attributes:
       gates: gates of the study.
-      claims: text, verdict, p after Holm's correction and parts of each claim, by code.
+      claims: the claims and their outcomes.
     """
 
     gates: Sequence[CheckedGate]
-    claims: Mapping[str, tuple[str, str, float, tuple[Part, ...]]]
+    claims: Sequence[Tested]
 
     def to_json(self) -> dict[str, Any]:
         """Returns gates and claims as plain data; NaN is None."""
         return {
             "gates": [gate.to_json() for gate in self.gates],
-            "claims": [
-                {
-                    "code": code,
-                    "claim": text,
-                    "verdict": verdict,
-                    "p_holm": None if math.isnan(p) else p,
-                    "parts": [part.to_json() for part in parts],
-                }
-                for code, (text, verdict, p, parts) in self.claims.items()
-            ],
+            "claims": [tested.to_json() for tested in self.claims],
         }
 
 
@@ -171,14 +149,9 @@ LABELS: dict[str, Claim[Labels]] = {
 
 
 def _test(claims: Mapping[str, Claim[_Results]], found: _Results, gates: Sequence[CheckedGate]) -> Verdicts:
-    if not all(gate.passed for gate in gates):
-        return Verdicts(gates, {code: (claim.text, "not tested", math.nan, ()) for code, claim in claims.items()})
-    parts = {code: tuple(claim.parts(found)) for code, claim in claims.items()}
-    decided = decide(parts)
-    return Verdicts(
-        gates,
-        {code: (claim.text, decided[code][1], decided[code][0], parts[code]) for code, claim in claims.items()},
-    )
+    if all(gate.passed for gate in gates):
+        return Verdicts(gates, evaluate(claims, found))
+    return Verdicts(gates, [Tested(code, claim.text, (), math.nan, NOT_TESTED) for code, claim in claims.items()])
 
 
 def judge_calibration(found: Calibration) -> Verdicts:
@@ -229,9 +202,10 @@ def format_verdicts(verdicts: Verdicts) -> str:
         if not gate.passed
     ]
     lines += ["a gate is not passed, so no claim is tested"] if lines else []
-    for code, (text, verdict, p, parts) in verdicts.claims.items():
-        lines.append(f"{code} {verdict}" + (f" (p {p:.3g})" if math.isfinite(p) else "") + f": {text}")
-        for part in parts:
+    for tested in verdicts.claims:
+        p = f" (p {tested.p_holm:.3g})" if math.isfinite(tested.p_holm) else ""
+        lines.append(f"{tested.code} {tested.verdict}{p}: {tested.text}")
+        for part in tested.parts:
             e = part.estimate
             lines.append(f"  {part.name}: {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}], n {e.n}: {part.state}")
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
