@@ -265,7 +265,7 @@ def test_a_value_where_a_section_belongs_is_refused(section, value, field):
 
 
 def test_what_may_be_none():
-    """Fields whose default depends on the variant, or that the default variant does not have."""
+    """Fields whose default depends on the variant or the launcher, or that the default variant does not have."""
     may = {name for name, field in FIELDS.items() if field.optional}
     assert may == {
         "model.group_width",
@@ -273,13 +273,16 @@ def test_what_may_be_none():
         "model.head_width",
         "model.batch_norm.scale",
         "model.aux_head",
+        "distributed.num_processes",
+        "distributed.process_id",
         "optimizer.rmsprop_decay",
         "optimizer.rmsprop_epsilon",
         "optimizer.b1",
         "optimizer.b2",
         "optimizer.epsilon",
     }
-    for name in may:
+    assert resolve(changed(distributed__num_processes=None)).distributed.num_processes is None
+    for name in may - {"distributed.num_processes", "distributed.process_id"}:
         section = name.partition(".")[0]
         for variant in FIELDS[name].owners or VARIANTS[section]:
             fields = {f"{section}__name": variant, double(name): None}
@@ -630,6 +633,45 @@ def test_an_override_changes_what_it_names():
 )
 def test_durations(duration, steps):
     assert duration_in_steps(duration, batch_size=10, num_examples=1000) == steps
+
+
+@pytest.mark.parametrize("name", ["evaluation.every", "checkpoint.every", "log_every", "schedule.decay_every"])
+@pytest.mark.parametrize("value", ["0 steps", "0.0 epochs"])
+def test_nothing_happens_every_zero_steps(name, value):
+    with pytest.raises(ConfigError, match="a number and a unit, above 0"):
+        resolve({name: value})
+    assert resolve({"schedule.warmup": value}).schedule.warmup == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"num_processes": 4, "process_id": 1}, "coordinator"),
+        ({"process_id": 1}, "coordinator"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "process_id"),
+    ],
+)
+def test_processes_that_would_train_alone_are_refused(fields, where):
+    with pytest.raises(ConfigError) as error:
+        resolve({"distributed": fields})
+    assert error.value.where == f"config.distributed.{where}"
+
+
+def test_processes_that_are_told_what_they_are():
+    found = resolve({"distributed": {"coordinator": "host:1"}}).distributed
+    assert (found.num_processes, found.process_id) == (None, None)  # the launcher tells
+    resolve({"distributed": {"num_processes": 1, "process_id": 0}})  # as in configs of earlier releases
+    resolve({"distributed": {"coordinator": "host:1", "num_processes": 2, "process_id": 1}})
+
+
+def test_a_network_does_not_depend_on_the_defaults_of_training():
+    """The batch of the default config cannot be divided by 256 or 50."""
+    for images in (256, 50):
+        assert resolve_model({"batch_norm": {"statistics": images}}).batch_norm.statistics == images
+    with pytest.raises(ConfigError, match=r"config.model.segmants"):
+        resolve_model({"segmants": 2})
+    with pytest.raises(ConfigError, match="inception_v3 has no such field"):
+        resolve_model({"name": "inception_v3", "segments": 2})
 
 
 def test_the_papers_duration():

@@ -78,8 +78,9 @@ def start_distributed(distributed: DistributedConfig) -> None:
             if isinstance(error, RuntimeError):
                 check_processes()
             return
+        source = "config.distributed" if distributed.coordinator else "the environment"
         raise ConfigError(
-            f"{evidence or 'the environment'} says that there may be several processes, "
+            f"{evidence or source} says that there may be several processes, "
             f"but JAX cannot connect them: {error or type(error).__name__}",
             "config.distributed",
             "start them with the launcher (srun, mpirun), set config.distributed.coordinator=HOST:PORT, num_processes "

@@ -25,6 +25,12 @@ def labels_of(source):
     return [example["label"] for example in source.__getitems__(range(len(source)))]
 
 
+def test_the_directory_is_that_of_the_images(data):
+    """Cached features are dropped if its files change."""
+    original, random = (open_dataset(each, "train[:20]") for each in (data, data.replace(random_labels=0)))
+    assert random.directory == original.directory
+
+
 def test_labels_belong_to_images_in_any_split_and_epoch(data):
     true = open_dataset(data, "train[:200]")
     random = open_dataset(data.replace(random_labels=3), "train[:200]")

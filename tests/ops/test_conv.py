@@ -13,6 +13,7 @@ from jax import lax
 
 from tests.ops.reference import conv_with_gradients
 from xception_jax import ops
+from xception_jax.ops import lowerings
 from xception_jax.ops.padding import explicit_padding
 
 KERNELS = ((1, 1), (3, 3), (5, 5), (1, 7), (7, 1))
@@ -158,6 +159,27 @@ def test_each_platform_gets_its_lowering(kind, platform):
     assert lowered.count(CONVOLUTION) == expected
     if segments > 1:
         assert (f"feature_group_count = {segments}" in lowered) == (expected > 0)
+
+
+@pytest.mark.parametrize("segments", [2, 4])
+def test_segments_in_bfloat16_are_summed_over_taps_in_float32(segments):
+    """As a convolution of XLA does: y and the gradient for x are rounded once, not once for each tap."""
+    x, kernel = draw((2, 19, 19, 16), 0, "float32"), draw((3, 3, 16 // segments, 16), 1, "float32")
+    dy = draw((2, 19, 19, 16), 2, "float32")
+    x, kernel, dy = (a.astype(jnp.bfloat16) for a in (x + 1, kernel, dy))
+
+    def errors(convolve):
+        found = []
+        for dtype in ("bfloat16", "float32"):
+            y, gradient = jax.vjp(lambda x: convolve(x, kernel.astype(dtype)), x.astype(dtype))  # noqa: B023
+            found.append([np.asarray(a, np.float64) for a in (y, gradient(dy.astype(dtype))[0])])
+        return [np.square(a - b).mean() / np.square(b).mean() for a, b in zip(*found, strict=True)]
+
+    pads = ((1, 1), (1, 1))
+    ours = errors(lambda x, kernel: lowerings.on_tpu(x, kernel, segments, 1, pads))
+    native = errors(lambda x, kernel: lowerings._native(x, kernel, segments, 1, pads))
+    assert ours[0] <= 1.05 * native[0]
+    assert ours[1] <= 2.5 * native[1]  # the products of the taps are rounded
 
 
 def test_depthwise_filter_gradient_in_bfloat16_is_summed_in_float32():

@@ -173,6 +173,8 @@ def test_without_patterns_the_state_is_what_it_was():
         ({"optimizer.frozen": "."}, "nothing is left to train"),
         ({"optimizer.multipliers": (("haed", 10.0),)}, "'haed' matches none of the parameters"),
         ({"optimizer.multipliers": (("head", 10.0), ("^head/", 2.0))}, r"'\^head/' matches none .* earlier pattern"),
+        ({"optimizer.decayed": "kernels$"}, r"'kernels\$' matches no parameter that is trained"),
+        ({"optimizer.frozen": "^head", "optimizer.decayed": "^head/"}, "nothing would decay"),
         ({"optimizer.frozen": "^head", "optimizer.multipliers": (("head", 10.0),)}, "'head' matches none .* trained"),
     ],
 )
@@ -182,6 +184,12 @@ def test_a_pattern_without_effect_is_refused(fields, words):
     with pytest.raises(ConfigError, match=words) as error:
         check_patterns(config.optimizer, params)
     assert error.value.where in {f"config.{name}" for name in fields}
+
+
+def test_only_biases_are_trained_with_the_default_decay():
+    config = tiny_config(**{"optimizer.frozen": "kernel$", "optimizer.weight_decay": 1e-4})
+    params = jax.eval_shape(create_model(config.model).init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    check_patterns(config.optimizer, params)
 
 
 @pytest.mark.parametrize("value", ["head=2", [("(", 1.0)], [("head", 0)], [("head", "x")], [("head",)], [(1, 2.0)]])

@@ -215,15 +215,21 @@ def test_bfloat16_keeps_the_state_in_float32():
     assert metrics["loss"].dtype == jnp.float32
 
 
-def test_auxiliary_loss_is_added():
+def test_auxiliary_loss_is_minimized_and_not_logged():
+    """The gradient is linear in its weight; `loss` is that of the classifier, which evaluation measures."""
     fields = {"model.name": "inception_v3", "model.aux_head": True, "data.image_size": 107}
-    losses = {}
+    losses, moved = {}, {}
     for weight in (0.0, 0.4, 1.0):
-        config = tiny_config(**fields, **{"loss.aux_weight": weight})
+        config = tiny_config(**fields, **{"loss.aux_weight": weight, "optimizer.name": "sgd"})
         state, step = make(config)
-        losses[weight] = float(step(state, make_batch(config))[1]["loss"])
-    assert losses[0.4] - losses[0.0] == pytest.approx(0.4 * (losses[1.0] - losses[0.0]), rel=1e-3)
-    assert losses[1.0] > losses[0.0] + 0.5
+        new, metrics = step(state, make_batch(config))
+        losses[weight] = float(metrics["loss"])
+        before, after = (each.params["aux"]["predictions"]["bias"] for each in (state, new))
+        moved[weight] = np.asarray(after) - np.asarray(before)
+    assert losses[0.0] == losses[0.4] == losses[1.0]
+    np.testing.assert_array_equal(moved[0.0], 0)
+    np.testing.assert_allclose(moved[0.4], 0.4 * moved[1.0], rtol=1e-4)
+    assert np.abs(moved[1.0]).max() > 0
 
 
 def test_the_mesh_changes_neither_losses_nor_what_is_learned(run_python):

@@ -222,7 +222,7 @@ class _Pass:
                 to_devices=lambda batch: to_devices(batch, batch_sharding(self.mesh)),
                 poll=lambda batch: _note_damaged(damaged, batch),
             )
-        return values, predictions, len(damaged.indices)
+        return values, predictions, int(values.pop("damaged"))
 
 
 def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:

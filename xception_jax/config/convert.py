@@ -135,8 +135,9 @@ def _resolve(default: Section, tree: Mapping[str, Any], *, saved: bool = False) 
     for name, value in given.items():
         field, kind = FIELDS[name], name.partition(".")[0]
         if not saved and value is not None and value != field.default:
+            variant = section if section.path == f"{kind}." else getattr(section, kind)
             raise ConfigError(
-                f"config.{name}={value!r} has no effect: {getattr(section, kind).name} has no such field",
+                f"config.{name}={value!r} has no effect: {variant.name} has no such field",
                 f"config.{name}",
                 f"leave it at {field.default!r}; it is a field of {', '.join(field.owners)}",
             )
@@ -158,10 +159,13 @@ def resolve(config: ConfigDict | Mapping[str, Any] | ExperimentConfig) -> Experi
 
 def resolve_model(model: ConfigDict | Mapping[str, Any] | ModelConfig) -> ModelConfig:
     """Fills in and checks a `config.model`; like `resolve`."""
-    if not isinstance(model, ModelConfig):
-        return resolve({"model": model}).model
-    check_variant(model, NETWORKS)
-    return model
+    if isinstance(model, ModelConfig):
+        check_variant(model, NETWORKS)
+        return model
+    name = FIELDS["model.name"]
+    given = dict(model)
+    variant = checked(name, "model.name", given.pop("name", name.default))
+    return _resolve(NETWORKS[variant], given)
 
 
 def override(config: ExperimentConfig, fields: Mapping[str, Any]) -> ExperimentConfig:

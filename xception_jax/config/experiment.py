@@ -117,10 +117,26 @@ class DistributedConfig(Section):
 
     start: str = choice("auto", ("auto", "on", "off"), "local: auto connects the processes that a launcher started")
     coordinator: str = text("", "local: host:port of process 0; empty lets the cluster tell, or runs one process")
-    num_processes: int = integer(1, 1, "local: with a coordinator")
-    process_id: int = integer(0, 0, "local: with a coordinator")
+    num_processes: int | None = integer(None, 1, "local: with a coordinator; None lets the launcher tell")
+    process_id: int | None = integer(None, 0, "local: with a coordinator; None lets the launcher tell")
     timeout: int = integer(300, 1, "local: seconds in which all processes have to connect")
     heartbeat: int = integer(60, 2, "local: seconds without a sign of life after which a process is lost")
+
+    def check(self) -> None:
+        """Refuses numbers with which a process would train the whole network alone, or wait for one that cannot be."""
+        count, number = self.num_processes or 1, self.process_id or 0
+        if not self.coordinator and (count > 1 or number > 0):
+            raise ConfigError(
+                f"config.distributed says that this is process {number} of {count}, but not where process 0 is",
+                "config.distributed.coordinator",
+                "set it to HOST:PORT of process 0",
+            )
+        if self.num_processes is not None and number >= count:
+            raise ConfigError(
+                f"config.distributed.process_id is {number}, but there are {count} processes",
+                "config.distributed.process_id",
+                f"number the processes from 0 to {count - 1}, or set config.distributed.num_processes",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

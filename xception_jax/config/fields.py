@@ -33,14 +33,20 @@ def duration_in_steps(duration: str, batch_size: int, num_examples: int) -> int:
     Raises:
       ValueError: the duration has another form, or is absurd.
     """
+    number, unit = _parse_duration(duration)
+    examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[unit]
+    return round(number * examples_per_unit / batch_size)
+
+
+def _parse_duration(duration: str) -> tuple[float, str]:
+    """Returns the number and the unit, in the singular."""
     match = _DURATION.fullmatch(duration.strip())
     if match is None:
         raise ValueError(f"{duration!r} is not a duration")
     number = float(match[1].replace("_", ""))
     if number > MAX_DURATION:
         raise ValueError(f"{duration!r} is longer than any run")
-    examples_per_unit = {"step": batch_size, "epoch": num_examples, "example": 1}[match[2].lower()]
-    return round(number * examples_per_unit / batch_size)
+    return number, match[2].lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,15 +206,18 @@ def pattern(default: str, source: str) -> Any:
     return _field(default, check, expects, source, str)
 
 
-def span(default: str, source: str) -> Any:
-    """Declares a span of training, a number and a unit, see `duration_in_steps`."""
+def span(default: str, source: str, *, zero: bool = False) -> Any:
+    """Declares a span of training, a number and a unit, see `duration_in_steps`; above 0 unless `zero`."""
 
     def check(value: Any) -> str:
         _require(isinstance(value, str))
-        duration_in_steps(value, 1, 1)
+        number, _ = _parse_duration(value)
+        _require(number > 0 or zero)
         return value.strip()
 
-    return _field(default, check, "a number and a unit: '500 steps', '10 epochs', '3e6 examples'", source, str)
+    above = "" if zero else ", above 0"
+    expects = f"a number and a unit{above}: '500 steps', '10 epochs', '3e6 examples'"
+    return _field(default, check, expects, source, str)
 
 
 def numbers(default: tuple[float, ...], length: int, source: str) -> Any:

@@ -101,7 +101,7 @@ class ScheduleConfig(Section):
 
     name: str = ""
     learning_rate: float = number(0.045, 0.0, 1e12, "paper: section 4.2", above=True)
-    warmup: str = span("0 steps", "modern: 5 epochs is common")
+    warmup: str = span("0 steps", "modern: 5 epochs is common", zero=True)
 
 
 @dataclasses.dataclass(frozen=True)

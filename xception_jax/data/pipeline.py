@@ -268,13 +268,17 @@ class DamagedImages:
         """
         new = [int(i) for i in batch["index"][batch["damaged"]] if int(i) not in self.indices]
         self.indices.update(dict.fromkeys(new))
-        if len(self.indices) > self._max_fraction * self._info.num_examples:
+        self.check(len(self.indices))
+        return new
+
+    def check(self, count: int) -> None:
+        """Raises BadDataError if `count` damaged images, here and on other hosts, are more than `max_fraction`."""
+        if count > self._max_fraction * self._info.num_examples:
             first = ", ".join(map(str, list(self.indices)[: self.NAMED]))
-            share = len(self.indices) / self._info.num_examples
+            share = count / self._info.num_examples
             raise BadDataError(
-                f"{len(self.indices)} of {self._info.num_examples:,} images are damaged, "
+                f"{count} of {self._info.num_examples:,} images are damaged, "
                 f"more than config.data.max_bad_fraction={self._max_fraction:g}",
-                f"dataset {self._info.name}, split {self._info.split}, examples {first}",
+                f"dataset {self._info.name}, split {self._info.split}, examples {first or 'that other hosts read'}",
                 f"prepare the dataset again from an intact copy, or set max_bad_fraction above {share:.2g}",
             )
-        return new

@@ -32,6 +32,7 @@ class RandomLabels:
             what = f"images of {source.info.name} have any number of labels, which random ones cannot replace"
             raise ConfigError(what, "config.data.random_labels", "set it to -1")
         self._source, self._seed = source, seed
+        self.directory = getattr(source, "directory", None)  # synthetic images have none
         fingerprint = hashlib.sha256(f"{source.info.fingerprint} random labels {seed}".encode()).hexdigest()
         name = f"{source.info.name} with random labels (seed {seed})"
         self.info = dataclasses.replace(source.info, name=name, fingerprint=fingerprint)

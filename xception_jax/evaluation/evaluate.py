@@ -54,12 +54,13 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
         saved = config.evaluation.map_at if multi_label else SAVED_CLASSES
         best, classes = jax.lax.top_k(probabilities, min(saved, logits.shape[-1]))
-        predictions = {"classes": classes, "probabilities": best}
+        label = batch["label"].astype(bool) if multi_label else batch["label"]
+        predictions = {"classes": classes, "probabilities": best, "label": label}
         if logits.shape[-1] <= MAX_CLASSES:
             predictions["all_probabilities"] = probabilities.astype(jnp.float32)
         if keep_logits:
             predictions["logits"] = logits.astype(jnp.float32)
-        counts = {"count": masked_count(mask)}
+        counts = {"count": masked_count(mask), "damaged": masked_count(mask & batch["damaged"])}
         if multi_label:
             counts["unlabelled"] = masked_count(mask & ~batch["label"].astype(bool).any(axis=-1))
         return states | {_COUNTS: counts}, predictions
@@ -90,8 +91,9 @@ def evaluate(
         processes, none calls it more than `_AHEAD` batches earlier than another.
 
     Returns:
-      The metrics, with prefixes, `count` (the number of images) and, for multi-label data, `unlabelled` (the number of
-      images without a label); and the predictions of the last set of variables.
+      The metrics, with prefixes, `count` (the number of images), `damaged` (how many of them could not be decoded) and,
+      for multi-label data, `unlabelled` (the number of images without a label); and the predictions of the last set of
+      variables.
 
     Raises:
       RuntimeError: the masks do not sum to `num_examples`, so an image was dropped or counted twice.
@@ -101,11 +103,11 @@ def evaluate(
     for batch in batches:
         poll(batch)
         index = {"index": batch["index"].astype(np.int32)}
-        global_batch = to_devices({name: batch[name] for name in ("image", "label", "mask")} | index)
+        global_batch = to_devices({name: batch[name] for name in ("image", "label", "mask", "damaged")} | index)
         for prefix, chosen in variables.items():
             states, predictions = step(chosen, global_batch)
             measured[prefix].append(states)
-        parts.append(predictions | {name: global_batch[name] for name in ("index", "label", "mask")})
+        parts.append(predictions | {name: global_batch[name] for name in ("index", "mask")})
         if len(parts) > _AHEAD:
             jax.block_until_ready([of_batches[-_AHEAD] for of_batches in measured.values()])  # sums over all processes
 
@@ -131,8 +133,6 @@ def _predictions(parts: list[Batch]) -> Predictions:
     """Concatenates the predictions of all batches, without the padding."""
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     mask = columns.pop("mask").astype(bool)
-    if columns["label"].ndim == 2:
-        columns["label"] = columns["label"].astype(bool)
     return Predictions(**{name: column[mask] for name, column in columns.items()})
 
 

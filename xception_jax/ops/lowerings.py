@@ -120,14 +120,17 @@ def _per_tap(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) ->
     """Computes one matrix product per tap, batched over the segments; local to each device's share of the batch."""
     kh, kw, channels, filters = kernel.shape
     rows, columns = output_size(x.shape[1:3], (kh, kw), stride, pads)
-    padded = pad(x, pads)
+    # Sums over the taps, of y and of the gradient for x, are float32, as in a convolution that XLA computes.
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    padded = pad(x, pads).astype(dtype)
     kernel = kernel.reshape(kh, kw, channels, segments, filters // segments)
-    y = jnp.zeros((), x.dtype)
+    y = jnp.zeros((), dtype)
     for i in range(kh):
         for j in range(kw):
-            tap = strided(padded, i, j, rows, columns, stride).reshape(x.shape[0], rows, columns, segments, channels)
-            y = y + jnp.einsum("bhwsc,csf->bhwsf", tap, kernel[i, j])
-    return y.reshape(x.shape[0], rows, columns, filters)
+            tap = strided(padded, i, j, rows, columns, stride).astype(x.dtype)
+            tap = tap.reshape(x.shape[0], rows, columns, segments, channels)
+            y = y + jnp.einsum("bhwsc,csf->bhwsf", tap, kernel[i, j], preferred_element_type=dtype)
+    return y.astype(x.dtype).reshape(x.shape[0], rows, columns, filters)
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import hashlib
 import json
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,6 +32,12 @@ def agree_on_config_and_code(config: ExperimentConfig) -> None:
     agree("config", "configs", fields, ConfigError, "start the same command on every host")
     code = versions() | {"source files": _source_digest()}
     agree("code", "code", code, ConfigError, "install the same versions on every host")
+
+
+def agree_on_weights(name: str, found: Mapping[str, Any]) -> None:
+    """Raises InputMissingError on all processes unless they have found the same in `config.init.weights`."""
+    fix = "copy the same weights to every host, or read them from a shared directory"
+    agree(name, "initial weights", found, InputMissingError, fix)
 
 
 def agree_on_data(fingerprint: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -96,11 +97,12 @@ def with_features(
     weights = state_fingerprint(frozen)
     directory = resolve_data_dir(config.data.data_dir) / FOLDER
     sources: dict[str, FeatureSource] = {}
+    step = jax.jit(functools.partial(features_of, experiment.model))
     for split, source in experiment.sources.items():
         path = directory / f"{_digest(config, source, weights)}.npz"
         features = _read(path)
         if features is None:
-            features = _compute(experiment, state, source, report, poll)
+            features = _compute(experiment, step, state, source, report, poll)
             _write(path, features, report)
         else:
             report(f"features of {source.info.split}: read from {path}")
@@ -160,15 +162,15 @@ def _digest(config: ExperimentConfig, source: Source, weights: str) -> str:
 
 def _compute(
     experiment: Experiment,
+    step: Callable[[dict, Array], Array],
     state: TrainState,
     source: Source,
     report: Callable[[str], None],
     poll: Callable[[], None],
 ) -> Features:
-    config, model, sharding = experiment.config, experiment.model, batch_sharding(experiment.mesh)
+    config, sharding = experiment.config, batch_sharding(experiment.mesh)
     report(f"computing the features of {len(source):,} images of {source.info.split}, once")
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    step = jax.jit(lambda variables, images: features_of(model, variables, images))
     batches = EvaluationBatches(config.data, source, batch_size=config.evaluation.batch_size)
     parts: list[dict[str, np.ndarray]] = []
     start = 0.0

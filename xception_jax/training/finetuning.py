@@ -97,6 +97,10 @@ def check_patterns(optimizer: OptimizerConfig, params: dict) -> None:
     if not left:
         what = f"{optimizer.frozen!r} matches every parameter: nothing is left to train"
         raise ConfigError(what, "config.optimizer.frozen", "to train only the classifier, set it to '^(?!head/)'")
+    by_default = optimizer.decayed == OptimizerConfig.decayed  # which a network without trained kernels may keep
+    if optimizer.weight_decay and not by_default and not any(re.search(optimizer.decayed, name) for name in left):
+        what = f"{optimizer.decayed!r} matches no parameter that is trained: nothing would decay"
+        raise ConfigError(what, "config.optimizer.decayed", f"{fix}, or set config.optimizer.weight_decay=0")
     for pattern, _ in optimizer.multipliers:
         matched = {name for name in left if re.search(pattern, name)}
         if not matched:

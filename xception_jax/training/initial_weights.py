@@ -23,7 +23,7 @@ from xception_jax.data.datasets import find_class_names
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.fingerprint import compare_signatures, tree_signature
-from xception_jax.training.restore import is_run, open_run, run_network
+from xception_jax.training.restore import is_run, open_run, run_config, run_network
 from xception_jax.training.run_directory import saved_config
 from xception_jax.training.state import TrainState
 from xception_jax.weights import Network, Preprocessing, load_network
@@ -34,6 +34,20 @@ _MAY_DIFFER = ("num_classes", "fc_layers", "fc_width", "dropout_rate", "aux_head
 _OF_TRAINING = ("dropout_rate", "aux_head", "dtype", "batch_norm.momentum", "batch_norm.statistics")
 _NUM_CLASSES = "model.num_classes"
 _HEAD, _CLASSIFIERS = ("head/", "aux_"), ("head/predictions/", "aux_predictions/")
+
+
+def starts_from_run(config: ExperimentConfig, workdir: str) -> bool:
+    """Returns whether the network is that of another run, which all processes have to read at the same time.
+
+    Raises:
+      InputMissingError: there is no such run.
+      ConfigError: its config is damaged.
+    """
+    source = config.init.weights
+    if not source or not is_run(source) or saved_config(workdir) is not None:
+        return False
+    run_config(source)
+    return True
 
 
 def complete_config(config: ExperimentConfig, workdir: str | Path) -> tuple[ExperimentConfig, Network | None]:

@@ -280,8 +280,9 @@ class Loop:
                 poll=poll,
             )
         metrics["images_per_second"] = len(source) * len(variables) / (time.monotonic() - start)
-        if self.damaged[split].indices:
-            metrics["damaged"] = len(self.damaged[split].indices)
+        self.damaged[split].check(int(metrics["damaged"]))  # those of all hosts
+        if not metrics["damaged"]:
+            del metrics["damaged"]
         return metrics, predictions
 
     def _evaluate_dev(self) -> None:

@@ -77,22 +77,34 @@ def open_run(workdir: str, step: int | None = None) -> Run:
       InputMissingError: there is no run, or no such checkpoint.
       BadDataError: the checkpoint `step`, or every checkpoint, is damaged.
     """
+    root, config = run_config(workdir)
+    return _restored(root, config, step)
+
+
+def run_config(workdir: str) -> tuple[str, ExperimentConfig]:
+    """Returns (root, config) of a run.
+
+    Raises:
+      InputMissingError: there is no run.
+      ConfigError: its config is damaged.
+    """
     if names_object_store(workdir):
         store = open_run_store(workdir)
-        return _restored(store.root, read_config(store), step)
-    path = Path(workdir)
-    if hub.read(path / CONFIG) is not None:
-        fix = f"use the weight file in it: {path / WEIGHTS}"
-        raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
-    config = load_config(path / CONFIG) if os.path.lexists(path / CONFIG) else None
-    return _restored(workdir, config, step)
-
-
-def _restored(workdir: str, config: ExperimentConfig | None, step: int | None) -> Run:
-    """Reads a checkpoint of a run with this config."""
+        root, config = store.root, read_config(store)
+    else:
+        path, root = Path(workdir), workdir
+        if hub.read(path / CONFIG) is not None:
+            fix = f"use the weight file in it: {path / WEIGHTS}"
+            raise InputMissingError("this is not a run, but a folder of the Hugging Face Hub", workdir, fix)
+        config = load_config(path / CONFIG) if os.path.lexists(path / CONFIG) else None
     if config is None:
         fix = f"use a weight file, or the work directory of a run, which contains {CONFIG}"
         raise InputMissingError("there is no run", workdir, fix)
+    return root, config
+
+
+def _restored(workdir: str, config: ExperimentConfig, step: int | None) -> Run:
+    """Reads a checkpoint of a run with this config."""
     abstract = _abstract_state(config)
     directory = join(workdir, CHECKPOINTS)
     checkpoints = Checkpoints(directory, read_only=True, report=say)

@@ -20,6 +20,7 @@ from xception_jax.training.finetuning import frozen_names, norms_at_rest, stop_f
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.state import TrainState
 
+_Loss = Callable[[dict, dict, jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[dict, dict]]]
 TrainStep = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -38,62 +39,13 @@ def make_train_step(
     counters bad_steps and skipped_steps.
 
     With `class_weights`, from `losses.class_weights`, the step minimizes the weighted loss, the mean of the losses of
-    all images times the weights of their classes. `loss` is always the unweighted mean.
+    all images times the weights of their classes. `loss` is always the unweighted mean, without the auxiliary head.
     """
-    loss_function = LOSSES[config.loss.name]
-    frozen = config.optimizer.frozen
-
-    def loss_and_aux(
-        params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
-    ) -> tuple[jax.Array, tuple[dict, dict]]:
-        params, batch_stats = gathered((params, batch_stats))
-        with norms_at_rest(params, frozen):
-            (logits, endpoints), updates = model.apply(
-                {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
-            )
-        losses = loss_function(logits, labels, config.loss.label_smoothing)
-        if "aux_logits" in endpoints:
-            aux_losses = loss_function(endpoints["aux_logits"], labels, config.loss.label_smoothing)
-            losses += config.loss.aux_weight * aux_losses
-        loss = losses.mean()
-        metrics = {"loss": loss}
-        if not config.loss.multi_label:
-            metrics["top1"] = (two_class_logits(logits).argmax(-1) == labels).mean()
-        if class_weights is not None:
-            loss = metrics["weighted_loss"] = (jnp.asarray(class_weights, losses.dtype)[labels] * losses).mean()
-        return loss, (updates["batch_stats"], metrics)
-
-    def accumulated(state: TrainState, batch: dict, key: jax.Array) -> tuple[dict, dict, dict]:
-        """Averages gradients and metrics over microbatches. BatchNorm processes the microbatches one by one."""
-        gradient = jax.value_and_grad(loss_and_aux, has_aux=True)
-        n = config.accumulation_steps
-        if n == 1:
-            (_, (batch_stats, metrics)), grads = gradient(
-                state.params, state.batch_stats, batch["image"], batch["label"], key
-            )
-            return grads, batch_stats, metrics
-
-        def one(carry: tuple, inputs: tuple) -> tuple[tuple, dict]:
-            grads, batch_stats = carry
-            images, labels, i = inputs
-            (_, (batch_stats, metrics)), new_grads = gradient(
-                state.params, batch_stats, images, labels, jax.random.fold_in(key, i)
-            )
-            return (jax.tree.map(lambda total, g: total + g / n, grads, new_grads), batch_stats), metrics
-
-        # A microbatch takes every n-th image, so that each device splits its own shard.
-        images, labels = (x.reshape(-1, n, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
-        start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
-        (grads, batch_stats), metrics = jax.lax.scan(one, start, (images, labels, jnp.arange(n)))
-        return grads, batch_stats, jax.tree.map(lambda values: values.mean(0), metrics)
+    loss, frozen = _make_loss(model, config, class_weights), config.optimizer.frozen
 
     def train_step(state: TrainState, batch: dict, key_bits: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_bits), state.step)
-        grads, batch_stats, metrics = accumulated(state, batch, key)
+        grads, batch_stats, metrics = _accumulate(loss, config.accumulation_steps, state, batch, key)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -112,6 +64,67 @@ def make_train_step(
         return new, metrics | counters | {"grad_norm": grad_norm, "learning_rate": schedule(state.updates)}
 
     return train_step
+
+
+def _make_loss(model: nn.Module, config: ExperimentConfig, class_weights: Sequence[float] | None) -> _Loss:
+    """Returns `loss(params, batch_stats, images, labels, key) -> (loss, (batch_stats, metrics))` for a microbatch."""
+    loss_function = LOSSES[config.loss.name]
+    frozen, smoothing = config.optimizer.frozen, config.loss.label_smoothing
+
+    def loss(
+        params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict, dict]]:
+        params, batch_stats = gathered((params, batch_stats))
+        with norms_at_rest(params, frozen):
+            (logits, endpoints), updates = model.apply(
+                {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+        losses = loss_function(logits, labels, smoothing)
+        metrics = {"loss": losses.mean()}
+        if not config.loss.multi_label:
+            metrics["top1"] = (two_class_logits(logits).argmax(-1) == labels).mean()
+        if "aux_logits" in endpoints:
+            losses += config.loss.aux_weight * loss_function(endpoints["aux_logits"], labels, smoothing)
+        value = losses.mean()
+        if class_weights is not None:
+            value = metrics["weighted_loss"] = (jnp.asarray(class_weights, losses.dtype)[labels] * losses).mean()
+        return value, (updates["batch_stats"], metrics)
+
+    return loss
+
+
+def _accumulate(
+    loss: _Loss, count: int, state: TrainState, batch: dict, key: jax.Array
+) -> tuple[dict, dict, dict[str, jax.Array]]:
+    """Averages gradients and metrics over `count` microbatches. BatchNorm processes the microbatches one by one.
+
+    Returns:
+      (gradients, batch_stats, metrics)
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if count == 1:
+        (_, (batch_stats, metrics)), grads = gradient(
+            state.params, state.batch_stats, batch["image"], batch["label"], key
+        )
+        return grads, batch_stats, metrics
+
+    def add(carry: tuple, inputs: tuple) -> tuple[tuple, dict]:
+        grads, batch_stats = carry
+        images, labels, i = inputs
+        (_, (batch_stats, metrics)), new_grads = gradient(
+            state.params, batch_stats, images, labels, jax.random.fold_in(key, i)
+        )
+        return (jax.tree.map(lambda total, g: total + g / count, grads, new_grads), batch_stats), metrics
+
+    # A microbatch takes every `count`-th image, so that each device splits its own shard.
+    images, labels = (x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
+    start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+    (grads, batch_stats), metrics = jax.lax.scan(add, start, (images, labels, jnp.arange(count)))
+    return grads, batch_stats, jax.tree.map(lambda values: values.mean(0), metrics)
 
 
 def _polyak_average(state: TrainState, params: dict, batch_stats: dict, decay: float, frozen: str) -> dict | None:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
-from xception_jax.config import ExperimentConfig, resolve
+from xception_jax.config import ExperimentConfig, flatten, resolve
 from xception_jax.errors import ConfigError
 from xception_jax.logs.console import announce
 from xception_jax.processes import check_processes, connected, together
 from xception_jax.reports.live import marked_when_stopped
 from xception_jax.signals import StopRequested
 from xception_jax.storage import checkpoint_directory
-from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, check_shared
+from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, agree_on_weights, check_shared
 from xception_jax.training.compilation import use_compilation_cache
 from xception_jax.training.experiment import make_experiment, out_of_memory
 from xception_jax.training.features import with_features
-from xception_jax.training.initial_weights import complete_config, first_state
+from xception_jax.training.initial_weights import complete_config, first_state, starts_from_run
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.loop import Loop
 from xception_jax.training.preemption import Preemption
@@ -30,6 +30,7 @@ from xception_jax.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from xception_jax.training.summary import Summary
+    from xception_jax.weights import Network
 
 
 def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: str) -> Summary:
@@ -54,12 +55,27 @@ def train(config: ConfigDict | Mapping[str, Any] | ExperimentConfig, workdir: st
         raise stop.as_error(address) from None
 
 
+def _initial_network(requested: ExperimentConfig, address: str) -> tuple[ExperimentConfig, Network | None]:
+    """Returns the completed config and the network to start from, the same on all processes; see `complete_config`."""
+    of_run = together("initial weights", lambda: starts_from_run(requested, address))
+    agree_on_weights("source", {"from a run": of_run})
+
+    def complete() -> tuple[ExperimentConfig, Network | None]:
+        return complete_config(requested, address)
+
+    # All processes read a run together, which cannot be inside of `together`.
+    config, initial = complete() if of_run else together("network", complete)
+    model = {name: value for name, value in flatten(config).items() if name.startswith("model.")}
+    agree_on_weights("content", {"SHA-256": initial.sha256 if initial else ""} | model)
+    return config, initial
+
+
 def _train(requested: ExperimentConfig, address: str, started: float) -> Summary:
     with contextlib.ExitStack() as stack:
         stack.enter_context(connected(requested.distributed, address))
         agree_on_config_and_code(requested)
         together("compilation cache", lambda: use_compilation_cache(requested.compilation_cache))
-        config, initial = together("network", lambda: complete_config(requested, address))
+        config, initial = _initial_network(requested, address)
         directory = together(
             "work directory", lambda: stack.enter_context(open_run_directory(address, config, print_once))
         )

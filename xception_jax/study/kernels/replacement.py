@@ -157,7 +157,7 @@ def _evaluate(
     with jax.set_mesh(mesh), contextlib.closing(iter(batches)) as iterator:
         label = f"evaluating {len(sets)} networks on {printable(source.info.split)}"
         for batch in tqdm(iterator, label, len(batches), unit="batch", disable=None):
-            inputs = {name: batch[name] for name in ("image", "label", "mask")}
+            inputs = {name: batch[name] for name in ("image", "label", "mask", "damaged")}
             placed_batch = to_devices(inputs, batch_sharding(mesh))
             for name, chosen in sets.items():
                 _, predictions = step(chosen, placed_batch)
