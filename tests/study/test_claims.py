@@ -41,6 +41,18 @@ def test_known_effects(part, verdict):
     assert evaluate_claims((claim,), MEASURED, "welch", {part.terms[0][0]})[0].verdict == "not interpreted"
 
 
+@pytest.mark.parametrize("analysis", ["paired", "welch", "pooled"])
+def test_a_claim_waits_for_all_seeds_of_its_arms(analysis):
+    """Those that are left after some have diverged are not those that were planned."""
+    gap = SAMPLES["b"].accuracy.copy()
+    gap[2] = np.nan
+    measured = dataclasses.replace(MEASURED, samples=SAMPLES | {"b": Sample(gap)})
+    parts = (Part("ab", (("a", "b", 1.0),), "above", 0.1),), (Part("ac", (("a", "c", 1.0),), "above", 0.1),)
+    claims = tuple(Claim(code, "It is so.", part) for code, part in zip("XY", parts, strict=True))
+    found = evaluate_claims(claims, measured, analysis, set())
+    assert [(tested.verdict, len(tested.parts)) for tested in found] == [("not tested", 0), ("supported", 1)]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -56,6 +56,15 @@ Samples = Mapping[str, Sample]
 def versus(arm: str, baseline: str) -> Weights:
     """Returns the weights of a comparison of two arms."""
     return {arm: 1.0, baseline: -1.0}
+
+
+def of_differences(terms: Iterable[tuple[tuple[str, str], float]]) -> Weights:
+    """Returns the weights of a sum of weighted differences ((arm, baseline), weight); a baseline '' is zero."""
+    weights: dict[str, float] = {}
+    for pair, weight in terms:
+        for name, sign in zip(pair, (1, -1), strict=True):
+            weights[name] = weights.get(name, 0.0) + sign * weight
+    return {name: weight for name, weight in weights.items() if name and weight}
 
 
 def paired(weights: Weights, samples: Samples) -> Estimate:

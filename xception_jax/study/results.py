@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
-from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images, versus
+from xception_jax.study.analysis import ANALYSES, Sample, crossed, of_differences, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.checks import field_value
 from xception_jax.study.claims import ACTIVATION_COLUMNS
@@ -205,7 +205,7 @@ def collect(stored: StoredStudy) -> Results:
         rows,
         arms,
         _comparisons(stored, samples, below),
-        _interactions(stored, accuracy, below),
+        _interactions(stored, samples, below),
         evaluate_claims(stored.study.claims, _measured(stored, samples, done), stored.study.analysis, below),
         gates,
         answers,
@@ -305,20 +305,23 @@ def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[
     return tuple(results)
 
 
-def _interactions(stored: StoredStudy, accuracy: _Values, below: Set[str]) -> tuple[InteractionResult, ...]:
+def _interactions(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[str]) -> tuple[InteractionResult, ...]:
     study, results = stored.study, []
     for interaction in study.interactions:
         pairs = sorted(interaction.pairs, key=lambda pair: _axis_value(stored, pair[0]))
         x = [_axis_value(stored, arm) for arm, _ in pairs]
-        effects = np.stack([accuracy.difference(*pair) for pair in pairs], axis=1)
-        complete = int(np.isfinite(effects).all(1).sum())
+
+        def weighted(weights: np.ndarray, pairs: Sequence[tuple[str, str]] = pairs) -> statistics.Estimate:
+            return ANALYSES[study.analysis](of_differences(zip(pairs, weights, strict=True)), samples)
+
+        complete = int(np.isfinite([samples[arm].accuracy for pair in pairs for arm in pair]).all(0).sum())
         positions = np.log2(x) if study.axis in CHANNEL_AXES else x
-        trend = statistics.trend(positions, effects) if complete >= 2 and len(set(x)) > 1 else None
+        trend = statistics.trend(positions, weighted) if complete >= 2 and len(set(x)) > 1 else None
         results.append(
             InteractionResult(
                 interaction=interaction,
                 x=tuple(x),
-                effects=tuple(statistics.estimate(column) for column in effects.T),
+                effects=tuple(weighted(point) for point in np.eye(len(pairs))),
                 trend=trend,
                 seeds=complete,
                 outcome=NOT_INTERPRETED

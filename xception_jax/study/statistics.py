@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -207,7 +207,7 @@ class Trend:
     """The change of an effect along an axis.
 
     Attributes:
-      slope: change of the effect per unit of the axis, estimated from the least-squares slopes of the seeds.
+      slope: change of the effect per unit of the axis, by least squares.
       contrast: the effect at the upper end of the axis minus that at the lower end.
       first, last: the effect at the lower and at the upper end.
     """
@@ -231,26 +231,23 @@ class Trend:
         return "no"
 
 
-def trend(x: Sequence[float] | Float[Array, " points"], effects: Float[Array, "seeds points"]) -> Trend:
-    """Tests the interaction of an effect with an axis: slope and contrast of each seed, then t intervals over seeds.
-
-    Seeds are independent of each other; the points of one seed need not be. Seeds that lack a point are ignored.
+def trend(x: Sequence[float] | Float[Array, " points"], estimator: Callable[[Array], Estimate]) -> Trend:
+    """Tests the interaction of an effect with an axis.
 
     Args:
       x: positions of the points on the axis, with at least two different values.
-      effects: the paired difference for each seed at each point.
+      estimator: takes a weight for each point and returns the estimate of the weighted sum of the effects there.
 
     Raises:
       ValueError: all points have the same position.
     """
     positions = np.asarray(x, float)
-    effects = effects[np.isfinite(effects).all(1)]
     centred = positions - positions.mean()
     if not centred.any():
         raise ValueError("a trend needs points at different positions of its axis")
-    slopes = effects @ centred / (centred @ centred)
-    first, last = effects[:, int(positions.argmin())], effects[:, int(positions.argmax())]
-    return Trend(estimate(slopes), estimate(last - first), estimate(first), estimate(last))
+    first, last = (np.eye(len(positions))[point] for point in (positions.argmin(), positions.argmax()))
+    slope = centred / (centred @ centred)
+    return Trend(*map(estimator, (slope, last - first, first, last)))
 
 
 def smallest_effect(error: float, df: float, power: float = 0.8) -> float:

@@ -1,9 +1,9 @@
 """Tests the claims of a study.
 
-A part holds if the whole 95 % interval lies where the claim says, and fails if the whole interval lies elsewhere. A
-claim is supported if all of its parts hold (an intersection-union test, Berger 1982) and its p-value, the largest of
-its parts, is below 0.05 after Holm's correction over the claims of the study. It is contradicted if a part fails.
-Otherwise it is undecided.
+A claim is tested once all cells of its arms are done. A part holds if the whole 95 % interval lies where the claim
+says, and fails if the whole interval lies elsewhere. A claim is supported if all of its parts hold (an
+intersection-union test, Berger 1982) and its p-value, the largest of its parts, is below 0.05 after Holm's correction
+over the claims of the study. It is contradicted if a part fails. Otherwise it is undecided.
 
 Sums and slopes are linear in the accuracies of the arms, so that the analysis of the study gives their error. The
 correlation is that of means over seeds. Its interval, a jackknife over seeds on Fisher's scale, covers other seeds of
@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from xception_jax.study.analysis import ANALYSES, Sample
+from xception_jax.study.analysis import ANALYSES, Sample, of_differences
 from xception_jax.study.claims import Claim, Part
 from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
 
@@ -96,11 +96,16 @@ def evaluate_claims(
 
     Args:
       claims: claims of the study.
-      measured: its finished cells.
+      measured: its finished cells. A claim is not tested unless all cells of its arms are done: the seeds that are
+        left may differ from those that are missing.
       analysis: analysis of the study.
       below: the arms that do not pass its gate. Claims that need them are not interpreted.
     """
-    parts = {claim.code: tuple(_tested(part, measured, analysis) for part in claim.parts) for claim in claims}
+    complete = {name for name, sample in measured.samples.items() if np.isfinite(sample.accuracy).all()}
+    parts = {
+        claim.code: tuple(_tested(part, measured, analysis) for part in claim.parts) if claim.arms <= complete else ()
+        for claim in claims
+    }
     decided = decide(parts)
     return tuple(
         TestedClaim(
@@ -175,11 +180,8 @@ def _slope(part: Part, measured: Measured, analysis: str) -> _Found:
 def _linear(
     part: Part, factors: Sequence[float] | Float[np.ndarray, " terms"], measured: Measured, analysis: str
 ) -> _Found:
-    weights: dict[str, float] = {}
-    for (arm, baseline, weight), factor in zip(part.terms, factors, strict=True):
-        for name, sign in ((arm, 1), (baseline, -1)):
-            weights[name] = weights.get(name, 0.0) + sign * factor * weight
-    weights.pop("", None)
+    terms = zip(part.terms, factors, strict=True)
+    weights = of_differences((((arm, baseline), factor * weight) for (arm, baseline, weight), factor in terms))
     return ANALYSES[analysis](weights, measured.samples), part.bound, float
 
 

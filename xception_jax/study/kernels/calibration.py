@@ -98,6 +98,22 @@ class Calibration:
         """Returns the banks of one family by angle, with the free one, on which an arm is trained."""
         return [bank.name for bank in self.results.dial_of(family, arm)]
 
+    def recoveries(self, arm: str, layer: str, family: str) -> Float[np.ndarray, " seeds"]:
+        """Returns, for each seed, the slope of the position over the true dial of the banks of a family.
+
+        The true dial is relative to that of the free bank. A layer that recovers it has a slope of 1, one that is blind
+        to it has 0. The slope is NaN for seeds with missing networks, and where an arm has fewer than three banks.
+        """
+        banks = self.banks(arm, family)
+        if len(banks) < _FEWEST_BANKS:
+            return np.full(len(self.results.study.seeds), math.nan)
+        truth, position = (
+            np.stack([self.values(arm, layer, bank, kind, family) for bank in banks]) for kind in ("true", "position")
+        )
+        x = truth / truth[banks.index("free")]
+        centred = x - x.mean(0)
+        return (centred * position).sum(0) / np.square(centred).sum(0)
+
     def rank_correlations(self, arm: str, layer: str, family: str) -> Float[np.ndarray, " seeds"]:
         """Returns, for each seed, Spearman's correlation over the banks of a family: measured with true dial.
 
@@ -112,16 +128,18 @@ class Calibration:
         return np.array([_spearman(x, y) for x, y in zip(truth.T, measured.T, strict=True)])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the points, rank correlations and gates as plain data; NaN is None."""
+        """Returns the points, slopes, rank correlations and gates as plain data; NaN is None."""
         points = [dataclasses.asdict(point) | {"measured": point.measured.to_json()} for point in self.points]
-        correlations = [
-            {"arm": arm, "layer": layer, "family": family}
-            | estimate(self.rank_correlations(arm, layer, family)).to_json()
-            for arm, layer in self.layers
-            for family in FAMILIES
-        ]
+        found = {
+            kind: [
+                {"arm": arm, "layer": layer, "family": family} | estimate(of_seeds(arm, layer, family)).to_json()
+                for arm, layer in self.layers
+                for family in FAMILIES
+            ]
+            for kind, of_seeds in (("recoveries", self.recoveries), ("rank_correlations", self.rank_correlations))
+        }
         gates = [gate.to_json() for gate in self.gates]
-        return {"passed": self.passed, "gates": gates, "rank_correlations": correlations, "points": points}
+        return {"passed": self.passed, "gates": gates, **found, "points": points}
 
 
 _KINDS: dict[str, Callable[[Point, str], float]] = {
