@@ -109,6 +109,16 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return others, overrides
 
 
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raises UsageError if an argument is empty, as that of a variable that is not set: nothing would be read of it."""
+    before = ["the command line", *arguments]
+    for previous, argument in zip(before, arguments, strict=False):
+        if argument == "":
+            raise UsageError("an argument is empty", f"after {previous}", "give it a value, or leave it out")
+        if argument.startswith("--") and argument.endswith("="):
+            raise UsageError(f"{argument[:-1]} is empty", argument[:-1], "give it a value, or leave it out")
+
+
 def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
     """Reads a config and applies overrides.
 
@@ -121,10 +131,9 @@ def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
       InputMissingError: there is no such config.
       ConfigError: the config does not run, or an override is not valid for its field.
     """
-    sections = {name.rsplit(".", 1)[0] for name in FIELDS if "." in name}
     for argument in overrides:
         override = _OVERRIDE.fullmatch(argument)
-        if override and override[1] not in FIELDS and override[1] not in sections:
+        if override and override[1] not in FIELDS:
             raise unknown_field(override[1])
     path, variant = find_config(spec)
     config = run_file(path, "get_config", [variant] if variant else [])

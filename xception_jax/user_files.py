@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError, UserError
 from xception_jax.files import expanded, open_regular
 
 if TYPE_CHECKING:
@@ -264,6 +264,41 @@ def _check_size(member: Any, size: int, name: str) -> None:
     shape, _, dtype = header(member)
     if math.prod(shape) * dtype.itemsize > size:
         raise ValueError(f"the array {name} of shape {shape} is longer than the file")
+
+
+def require_outputs(
+    outputs: Iterable[str | os.PathLike[str] | None], inputs: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """Checks that outputs can be written and replace neither each other nor what is read, to fail before the work.
+
+    Args:
+      outputs: paths of files; None for what is not written.
+      inputs: files that are read, or sources that are no files.
+
+    Raises:
+      UsageError: an output is named twice, or is one of the inputs.
+      UserError: see `require_directory`.
+    """
+    read = {_identity(path) for path in inputs}
+    named: set[Any] = set()
+    for path in outputs:
+        if path is None:
+            continue
+        require_directory(path)
+        if (identity := _identity(path)) in named:
+            raise UsageError("two outputs have the same name", os.fspath(path), "give each a name of its own")
+        named.add(identity)
+        if identity in read:
+            raise UsageError("the output would replace what is read", os.fspath(path), "choose another name")
+
+
+def _identity(path: str | os.PathLike[str]) -> Any:
+    """Returns what paths of the same file have in common."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # there is no such file, or no such name
+        return os.path.abspath(path)
+    return status.st_dev, status.st_ino
 
 
 def require_directory(path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import time
@@ -167,8 +168,14 @@ def test_exif_data_of_all_kinds(data, expected):
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
     (tmp_path / "large").write_bytes(bytes(1001))
-    for path in (tmp_path / "large", "/dev/zero"):
-        with pytest.raises(images.DamagedImageError, match="more than 1,000 bytes"):
+    with pytest.raises(images.DamagedImageError, match="more than 1,000 bytes"):
+        images.read(tmp_path / "large")
+
+
+def test_what_may_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
             images.read(path)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from xception_jax import __version__
-from xception_jax.command_line import Parser, split_overrides
+from xception_jax.command_line import Parser, refuse_empty, split_overrides
 from xception_jax.environment import program
 
 # Each command is a module of this package with `add_arguments(parser)`, and `run(args)`, which returns the exit code.
@@ -23,7 +23,7 @@ COMMANDS = {
     "probe": "judge saved features by nearest neighbours and ridge regression",
     "export": "write a network as StableHLO, ONNX or safetensors, check it, and add a model card",
     "weights": "list, download and verify public weights by name",
-    "convert": "convert weights from Keras or timm, and back to Keras",
+    "convert": "convert weights between this package, Keras and timm",
     "study": "compare networks over several seeds: run and report a study",
     "plan": "estimate memory, time and cost of a run on accelerators you do not have",
 }
@@ -45,6 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"xception_jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     arguments, overrides = split_overrides(argv)
+    refuse_empty(arguments)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)
         if name in arguments[:1]:

@@ -15,7 +15,7 @@ from xception_jax.config import ModelConfig, from_json, resolve_model
 from xception_jax.errors import BadDataError, ConfigError, UsageError
 from xception_jax.files import sha256
 from xception_jax.names import LINE_LENGTH, printable
-from xception_jax.user_files import parse_json, read_text, reading
+from xception_jax.user_files import parse_json, read_text, reading, require_outputs
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """
     layout = _layout(args)
     require_known(args.source)
+    require_outputs([args.out], [args.source])
     network = _read(args)
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.names import printable, printable_path
-from xception_jax.user_files import require_directory
+from xception_jax.user_files import require_outputs
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError("features are saved as .npz or .csv", args.out, "use a name that ends in .npz or .csv")
-    require_directory(out)
+    require_outputs([out], args.images)
 
 
 def _embed_files(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
-from xception_jax.explain.paths import check_file, check_output
+from xception_jax.explain.paths import check_apart, check_file, check_output
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import LINE_LENGTH, printable, printable_path
+from xception_jax.user_files import require_outputs
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
     from xception_jax.evaluation.predict import class_names, find_images
 
     paths = find_images(args.images)
+    if not args.sanity:
+        check_apart(args.out, paths)
+    require_outputs([args.npz], paths)
     require_known(args.weights)
     from xception_jax.explain import files  # JAX takes seconds to import
     from xception_jax.explain.explainer import explain_files, make_explainer

@@ -14,6 +14,7 @@ from xception_jax.command_line import at_least
 from xception_jax.errors import InputMissingError, StorageError, UsageError
 from xception_jax.files import free_space, sha256, write_atomically
 from xception_jax.names import printable_path
+from xception_jax.user_files import require_outputs
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         found = _check(args, path, network, str(path))
         print(json.dumps(dataclasses.asdict(found)) if args.json else _summary(path, found))
         return 0
+    if path.exists():
+        require_outputs([path], [args.source])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file gets its name only after the check.

@@ -57,6 +57,7 @@ examples:
 NAMES = (*SHIPPED_NAMES, *DATASET_NAMES, "image_folder", "tfrecord")
 
 _CLASSES_SHOWN = 10
+_MOST_FOLDS = 1000
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _DEFAULT_SPLITS = ",".join(f"{split}={share}" for split, share in DEFAULT_SHARES.items())
 
@@ -189,22 +190,24 @@ def _shares(args: argparse.Namespace) -> dict[str, float] | None:
       UsageError: both are given, or one is not valid.
     """
     if args.folds is not None:
-        if args.splits is not None or args.folds < 2:
+        if args.splits is not None or not 2 <= args.folds <= _MOST_FOLDS:
             what = "--splits and --folds exclude each other" if args.splits else f"--folds is {args.folds}"
-            raise UsageError(what, "--folds", "set --folds to a whole number of at least 2, without --splits")
+            fix = f"set --folds to a whole number from 2 to {_MOST_FOLDS:,}, without --splits"
+            raise UsageError(what, "--folds", fix)
         return {f"fold{number}": 1 / args.folds for number in range(args.folds)}
     if args.splits is None:
         return None
     try:
         pairs = [part.split("=") for part in args.splits.split(",")]
         shares = {name.strip(): float(share) for name, share in pairs}
-        names_are_valid = len(shares) == len(pairs) and all(map(_NAME.fullmatch, shares))
+        # TFDS takes 'all' for all splits.
+        names_are_valid = len(shares) == len(pairs) and all(map(_NAME.fullmatch, shares)) and "all" not in shares
     except ValueError:
         shares, names_are_valid = {}, False
     if not names_are_valid or not (
         all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-6
     ):
-        fix = f"write names and shares above 0 that sum to 1, such as {_DEFAULT_SPLITS}"
+        fix = f"write names other than 'all' and shares above 0 that sum to 1, such as {_DEFAULT_SPLITS}"
         raise UsageError(f"--splits is {args.splits!r}", "--splits", fix)
     return shares
 

@@ -46,7 +46,7 @@ class Header(NamedTuple):
       height: height in pixels.
       content: the file, without metadata if a decoder would read it.
       scans: number of passes over the pixels; 1 if there is nothing to count.
-      exif: whether a JPEG has Exif data.
+      by_pillow: whether a JPEG has Exif data, or a chroma sampling that simplejpeg does not know.
       orientation: 1 to 8, as in Exif.
     """
 
@@ -55,7 +55,7 @@ class Header(NamedTuple):
     height: int
     content: bytes
     scans: int = 1
-    exif: bool = False
+    by_pillow: bool = False
     orientation: int = 1
 
 
@@ -64,7 +64,6 @@ def read_header(data: bytes) -> Header:
 
     Raises:
       HeaderError: the header is damaged or of another format.
-      ValueError: the same, found by simplejpeg.
     """
     try:
         if data.startswith(b"\xff\xd8\xff"):
@@ -79,8 +78,14 @@ def read_header(data: bytes) -> Header:
 
 
 def _jpeg(data: bytes) -> Header:
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-    exif, components, progressive, metadata = None, 0, False, []
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        known = True
+    except (ValueError, KeyError):  # a rare chroma sampling, or damage
+        height = width = 0
+        known = False
+    exif, components, progressive = None, 0, False
+    metadata = list[tuple[int, int]]()
     offset = 2
     for _ in range(MAX_PARTS):
         if data[offset + 1] == 0xFF:  # fill bytes may precede a marker
@@ -93,11 +98,15 @@ def _jpeg(data: bytes) -> Header:
             # Decoders go through the file only once if the first scan has all components.
             several = progressive or data[offset + 4] < components
             scans = _count_scans(data, offset) if several else 1
-            if exif is None:
+            if exif is None and known:
                 return Header("JPEG", width, height, data, scans)
-            content = _without(data, metadata)
-            return Header("JPEG", width, height, content, scans, True, orientation(exif))
+            if not height or not width:
+                raise HeaderError("its size is not stated before its pixels")
+            turn = 1 if exif is None else orientation(exif)
+            return Header("JPEG", width, height, _without(data, metadata), scans, True, turn)
         if marker in _FRAMES:
+            if not known:
+                height, width = struct.unpack_from(">HH", data, offset + 5)
             components, progressive = data[offset + 9], marker in _PROGRESSIVE
         elif marker in _METADATA:
             metadata.append((offset, end))

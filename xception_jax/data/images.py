@@ -12,7 +12,6 @@ import functools
 import io
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from xception_jax.config import DataConfig
 from xception_jax.data.decoding_memory import DECODING
 from xception_jax.data.image_headers import Header, HeaderError, read_header
 from xception_jax.data.turn import BLOCK, Turn
+from xception_jax.files import open_regular
 
 MAX_FILE_BYTES = 1 << 30
 """Limit for the size of an image file; more than any image within the default limits needs."""
@@ -92,14 +92,11 @@ def read(path: Path) -> bytes:
 
     Raises:
       DamagedImageError: it is larger than `MAX_FILE_BYTES`.
-      OSError: it cannot be read.
+      OSError: it cannot be read, or is a pipe or a device, which may never end.
     """
-    with open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        # Reading a device may never end. Other files are read at once: a limit would cost a second copy.
-        data = file.read(
-            -1 if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES else MAX_FILE_BYTES + 1
-        )
+    with open_regular(path) as file:
+        # Read at once unless it is too large: a limit would cost a second copy.
+        data = file.read(-1 if os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES else MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise DamagedImageError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
     return data
@@ -130,7 +127,7 @@ def decoded(data: bytes, limits: Limits | None = None) -> Iterator[UInt8[np.ndar
     _check(header, limits)
     with DECODING.reserve(header.width * header.height * _bytes_per_pixel(header), limits.memory):
         try:
-            if header.format == "JPEG" and not header.exif:
+            if header.format == "JPEG" and not header.by_pillow:
                 image = simplejpeg.decode_jpeg(data, colorspace="RGB")
             else:
                 image = _decode_with_pillow(header)
@@ -164,7 +161,7 @@ def _check(header: Header, limits: Limits) -> None:
 def _bytes_per_pixel(header: Header) -> int:
     if header.format == "WEBP":
         return _WEBP_BYTES
-    return (_PILLOW_BYTES if header.format == "PNG" or header.exif else _JPEG_BYTES) + (
+    return (_PILLOW_BYTES if header.format == "PNG" or header.by_pillow else _JPEG_BYTES) + (
         _SCANS_BYTES if header.scans > 1 else 0
     )
 

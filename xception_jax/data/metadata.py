@@ -91,6 +91,8 @@ def _check_info(info: dict[str, Any], path: Path) -> None:
         for name in (info.get("name", ""), info.get("configName", ""), *(split.get("name", "") for split in splits)):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"a name is {_short(name)}")
+        if any(split.get("name") == "all" for split in splits):
+            raise ValueError("a split is called 'all', which stands for all splits")
         for split in splits:
             template = split.get("filepathTemplate", "")
             if not _TEMPLATE.fullmatch(template):

@@ -114,6 +114,8 @@ def load_features(path: str | os.PathLike[str]) -> Features:
         )
         if loaded.label is not None and loaded.label.dtype.kind not in "biu":
             raise ValueError(f"the labels are {loaded.label.dtype}")
+        if loaded.label is not None and loaded.label.ndim == 1:  # numbers of classes
+            loaded = dataclasses.replace(loaded, label=loaded.label.astype(np.int64))
         shape = loaded.features.shape
         if len(shape) != 2 or not shape[0] or len(loaded.path) != shape[0] or not np.isfinite(loaded.features).all():
             raise ValueError(f"features of shape {shape} for {len(loaded.path)} files, or values that are not finite")

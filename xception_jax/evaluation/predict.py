@@ -60,7 +60,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
             found[argument] = None
             continue
         files, others = [], Counter[str]()
-        for path in filter(Path.is_file, folders.files(argument)):
+        for path in folders.files(argument):  # a broken link or a pipe is named as an image that cannot be read
             if path.suffix.lower() in images.SUFFIXES:
                 files.append(path)
             else:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from xception_jax.errors import InputMissingError, UsageError
-from xception_jax.user_files import require_directory
+from xception_jax.user_files import require_directory, require_outputs
 
 
 def is_file(path: str) -> bool:
@@ -36,3 +37,15 @@ def check_output(path: str) -> None:
         check_file(path, ".png")
     elif not Path(path).absolute().parent.is_dir():
         raise InputMissingError("there is no such directory", path, "create it, or choose another path")
+
+
+def check_apart(path: str, images: Sequence[Path]) -> None:
+    """Checks that pictures do not replace the images that they explain, or others beside them.
+
+    Raises:
+      UsageError: they would.
+    """
+    if is_file(path):
+        require_outputs([path], images)
+    elif Path(path).resolve() in {image.resolve().parent for image in images}:
+        raise UsageError("the folder for the pictures holds the images", path, "choose another folder")

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,11 +144,20 @@ class MetricsLog:
         if first is not None:
             entries.append(_entry(step, *first))
         repaired = b"".join(map(_encode, entries))
+        dropped = [entry["split"] for entry in parsed if entry is not None and entry["step"] > step]
+        if step == 0 and {"dev", "test"} & set(dropped):
+            self._set_aside(content)
         if repaired != content:
             write_atomically(self._path, repaired)
         if damaged := parsed.count(None):
             log.warning("%s: removed %d damaged line%s", self._path, damaged, "s" * (damaged > 1))
         return entries
+
+    def _set_aside(self, content: bytes) -> None:
+        """Keeps the entries of a run that begins again, because its checkpoints are gone or there were none yet."""
+        kept = self._path.with_name(f"{self._path.stem}.{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.jsonl")
+        write_atomically(kept, content)
+        log.warning("there is no checkpoint for the entries of %s; they are kept in %s", self._path, kept.name)
 
     def has(self, step: int, split: str) -> bool:
         """Returns whether there is an entry for this step and split, including entries before a resume."""

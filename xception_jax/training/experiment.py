@@ -206,6 +206,9 @@ def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
             "config.loss.name",
             f"set it to {loss!r}" + ("" if info.multi_label else "; with one logit, it is the sigmoid loss"),
         )
+    if info.num_classes < 2 and not info.multi_label:
+        what = f"{info.name} has a single class, {info.class_names[0] if info.class_names else ''}"
+        raise ConfigError(what, "config.data.name", "add images of another class: there is nothing to tell apart")
     if info.num_classes != config.num_classes:
         one = ", or to 1 for a single logit" if info.num_classes == 2 and not info.multi_label else ""
         raise ConfigError(

@@ -236,7 +236,11 @@ def write_config(
             stored = read_text(path / CONFIG)
             if stored == text:
                 return
-            changes = _changes(parse_json(stored, dict), json.loads(text))
+            found = parse_json(stored, dict)
+            if not {"model", "data", "optimizer"} & set(found):
+                what = f"there is another {CONFIG}, which is not that of a run"
+                raise WorkdirError(what, join(shown, CONFIG), "choose another work directory")
+            changes = _changes(found, json.loads(text))
     lines = {name: f"{name}: {before!r} -> {after!r}" for name, (before, after) in changes.items()}
     refused = [lines[name] for name, values in changes.items() if _is_refused(name, *values, config.optimizer.name)]
     # Without a checkpoint there is nothing to protect, so a mistake in the config can be corrected in place.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from xception_jax.data.images import Preprocessing
 from xception_jax.errors import UserError
 from xception_jax.user_files import read_json
 from xception_jax.weights.network import both_names, described_preprocessing
+
+log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 20
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
@@ -60,9 +64,16 @@ def _short(value: Any) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a `config.json` of timm, or None if there is none."""
+    """Returns the content of a `config.json` of timm, or None if there is none.
+
+    A file that cannot be read is reported: without it, preprocessing and class names are guessed.
+    """
+    if not os.path.lexists(path):
+        return None
     try:
         described = read_json(path, dict, limit=_MAX_BYTES)
-    except (OSError, ValueError, UserError):
+    except (OSError, ValueError, UserError) as error:
+        reason = error.what if isinstance(error, UserError) else str(error)
+        log.warning("%s is not used: %s", path, reason)
         return None
     return described if isinstance(described.get("pretrained_cfg"), dict) else None

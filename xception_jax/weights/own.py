@@ -88,6 +88,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         reason = " ".join((error.what if isinstance(error, UserError) else str(error)).split())[:_MAX_REASON]
         raise BadDataError(f"the description of the weights cannot be read: {reason}", path, COPY_AGAIN) from None
     _require_shown(model, tensors, path)
+    tree.check(tensors, model, path)
     network = Network(model, tree.unflatten(tensors), preprocessing, classes, path, sha256, multi_label)
     if network.has_single_logit and classes is not None:  # older files name only the second class
         classes = both_names(classes)
@@ -95,7 +96,6 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
     if classes is not None and len(classes) != network.num_classes:
         what = f"the file names {len(classes)} classes, but its model has {network.num_classes}"
         raise BadDataError(what, path, COPY_AGAIN)
-    tree.check(tensors, model, path)
     if _digest(tensors) != digest:
         raise BadDataError("a tensor has changed since the file was written", path, COPY_AGAIN)
     return network

@@ -127,6 +127,7 @@ def members(
             with _damage_named(archive, f"the member after {last}"):
                 member = tar.next()
                 if member is None:
+                    _refuse_more(tar.fileobj, most)
                     return
                 # To skip a member, TarFile would go on reading behind the end of the file.
                 if not 0 <= member.size <= most - member.offset_data:
@@ -145,6 +146,15 @@ def members(
             assert file is not None  # regular files only
             yield Member(archive, folder, name, member.size, file)
         raise unexpected(archive, last, f"at most {MAX_MEMBERS:,} files")
+
+
+def _refuse_more(stream: Any, most: int) -> None:
+    """Raises ReadError if something follows the end of an archive: a hole in its middle looks like its end."""
+    read = 0
+    while (chunk := stream.read(1 << 20)) and read <= most:
+        read += len(chunk)
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("data follow its end, so that it has a hole")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from xception_jax.data.metadata import check_class_names
 from xception_jax.data.prepare.groups import check_groups, near_duplicates, read_groups
 from xception_jax.data.prepare.splits import DEFAULT_SHARES, TRAIN, divide, divide_groups
 from xception_jax.data.prepare.writer import Dataset
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.names import printable
 
 _SPLIT_NAMES = {
@@ -136,6 +136,10 @@ def image_folder(
     files = _divided_files(source, skipped, contents, shares, groups)
     classes = sorted({file.label for file in files})
     check_class_names(classes, str(source))
+    if len(classes) == 1:
+        contents.warnings.append(
+            f"there is a single class, {classes[0]}: --source is a folder with one folder for each class"
+        )
     if all(class_name.isdecimal() for class_name in classes):
         classes.sort(key=int)  # the names are labels: 2 comes before 10
     by_split: dict[str, list[_File]] = collections.defaultdict(list)
@@ -190,13 +194,18 @@ def _divided_files(
     keys = [folders.text(path.relative_to(source)) for path in paths]
     labels = [label for files in found.values() for label in files.values()]
     group_of = read_groups(groups, keys) if groups else None
-    shares = shares or DEFAULT_SHARES
+    required, shares = shares is not None, shares or DEFAULT_SHARES
     if split_folders:
         splits = [split for split, files in found.items() for _ in files]
     elif group_of is not None:
         splits = divide_groups(group_of, labels, shares)
     else:
         splits = divide(keys, labels, shares)
+    if not split_folders and (empty := [split for split in shares if split not in splits]):
+        what = f"{len(paths):,} images leave {', '.join(empty[:10])} without any"
+        if required:
+            raise BadDataError(what, str(source), "ask for fewer splits, or add images")
+        contents.warnings.append(f"{what}: the dataset has no such split")
     if group_of is None:
         contents.warnings += near_duplicates(keys, labels, splits)
     else:
@@ -250,8 +259,14 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
 def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
     """Returns the class of each image CLASS/.../file of a folder, in alphabetical order; all else in it is skipped."""
     found = {}
+    top, inside = folder.resolve(), dict[Path, str]()
     for path in folders.files(folder):
         label, *below = path.relative_to(folder).parts
+        if path.parent not in inside:
+            inside[path.parent] = _class_inside(path.parent, top) or label
+        if (other := inside[path.parent]) != label:
+            what = f"a folder of the class {label!r} is a link to one of the class {other!r}"
+            raise BadDataError(what, str(path.parent), "remove the link: its images would have another label")
         if not path.is_file():
             skipped.add("a broken link or not a regular file", path)
         elif path.suffix.lower() not in images.SUFFIXES:
@@ -267,6 +282,12 @@ def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
     return found
 
 
+def _class_inside(folder: Path, top: Path) -> str:
+    """Returns the class in whose folder, directly below `top`, a folder really is; '' if it is elsewhere."""
+    real = folder.resolve()
+    return real.relative_to(top).parts[0] if real != top and real.is_relative_to(top) else ""
+
+
 def _examples(
     files: list[_File],
     classes: list[str],
@@ -280,6 +301,13 @@ def _examples(
         try:
             data = images.read(file.path)
             images.decode(data, limits)
+        except OSError as error:
+            if skipped is None:
+                what = f"an image cannot be read: {error.strerror or error}"
+                fix = "grant read permission, remove it or pass --skip-damaged"
+                raise StorageError(what, folders.text(file.path), fix) from error
+            skipped.add("unreadable", file.path)
+            continue
         except images.DamagedImageError as error:
             if skipped is None:
                 raise BadDataError(

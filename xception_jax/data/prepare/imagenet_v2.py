@@ -19,6 +19,7 @@ from xception_jax.data.imagenet_classes import class_names
 from xception_jax.data.prepare.archives import members, unexpected
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.user_files import reading
 
 NAME = "imagenet_v2"
 TFDS_VERSION = "3.0.0"
@@ -83,7 +84,12 @@ def _from_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise BadDataError("the folder contains a file that is not part of ImageNet-V2", str(path), fix)
         if path.suffix.lower() not in images.SUFFIXES:
             raise BadDataError("the folder contains a file without the name of an image", str(path), "remove it")
-        yield _example(path.parent.name, folders.text(Path(path.name)), path.read_bytes())
+        yield _example(path.parent.name, folders.text(Path(path.name)), _read(path))
+
+
+def _read(path: Path) -> bytes:
+    with reading("image", path, "remove it, or unpack the archive again"):
+        return images.read(path)
 
 
 def _example(folder: str, name: str, image: bytes) -> tuple[str, dict[str, Any]]:

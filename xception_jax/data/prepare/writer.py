@@ -116,17 +116,24 @@ def incomplete_directory(
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.parent / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            replaced = target.with_name(f"{version}.replaced")
+            if os.path.lexists(replaced) and not os.path.lexists(target):
+                replaced.rename(target)  # of a process that was killed between two names
             if is_complete(target) and not overwrite:
                 shutil.rmtree(target / WORK, ignore_errors=True)  # of a process that was killed at its very end
                 yield None
                 return
+            _refuse_others(target, overwrite=overwrite)
             identity = hashlib.sha256(f"{_FORMAT} {name} {version} {source}".encode()).hexdigest()
             _begin(partial, identity if source else "")
             try:
                 yield partial
-                shutil.rmtree(target, ignore_errors=True)
+                shutil.rmtree(replaced, ignore_errors=True)
+                if target.is_dir():
+                    target.rename(replaced)
                 partial.rename(target)
-                shutil.rmtree(target / WORK, ignore_errors=True)
+                for path in (replaced, target / WORK):
+                    shutil.rmtree(path, ignore_errors=True)
             except BaseException as error:
                 if not (source and isinstance(error, KeyboardInterrupt)):
                     shutil.rmtree(partial, ignore_errors=True)
@@ -138,6 +145,15 @@ def incomplete_directory(
             str(error.filename or target),
             "free some space or choose another --data_dir" if full else "check the path or choose another --data_dir",
         ) from error
+
+
+def _refuse_others(target: Path, *, overwrite: bool) -> None:
+    """Raises StorageError if something else than a dataset would be deleted, or a link to one would be replaced."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise StorageError("there is a link or a file in the place of the dataset", str(target), "move it away")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        what = "there is a directory in the place of the dataset that is not a complete one"
+        raise StorageError(what, str(target), "move it away, or pass --overwrite to replace it")
 
 
 def _begin(partial: Path, identity: str) -> None:
@@ -166,7 +182,8 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
       progress: shows progress on standard error.
 
     Raises:
-      BadDataError: two examples of a split have the same key, a label is out of range, or a class has no valid name.
+      BadDataError: two examples of a split have the same key, a label is out of range, a class has no valid name, or
+        there is no example.
       StorageError: the disk is full, or the directory cannot be written.
     """
     name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
@@ -186,6 +203,10 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
                 records = _collect(dataset, split, unsorted, progress=progress)
             if records.count:
                 splits.append(_write_shards(partial, dataset.name, split, records, progress=progress))
+            else:
+                print(f"{name}: no example of {split} is left, so the dataset has no such split", file=sys.stderr)
+        if not splits:
+            raise BadDataError(f"there is no example for {name}", name, "check that the original files are complete")
         _write_metadata(partial, dataset, splits)
     return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
 
