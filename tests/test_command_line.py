@@ -14,11 +14,11 @@ from importlib import import_module
 import pytest
 
 from tests.conftest import ROOT
-from xception_jax.cli import COMMANDS, main
+from xception_jax.cli import COMMANDS, main, parse
 from xception_jax.command_line import Parser, read_config, run_main, split_overrides
 from xception_jax.config import FIELDS, resolve
 from xception_jax.config.shipped import shipped_names
-from xception_jax.errors import ConfigError, InputMissingError, UserError
+from xception_jax.errors import ConfigError, InputMissingError, UsageError, UserError
 
 LONG = "long" * 2000
 
@@ -330,3 +330,24 @@ def test_a_program_ends_with_a_promised_code_and_no_hang(streams, statement, cod
     if lines is not None:
         assert len(process.stderr.splitlines()) == lines, process.stderr
         assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["predict", "", "--weights", "w"], "after predict"),
+        (["predict", "a.png", "--weights", "w", "--contact_sheet", ""], "after --contact_sheet"),
+        (["evaluate", "w", "--per_class="], "--per_class"),
+        (["prepare", "image_folder", "--groups", ""], "after --groups"),
+    ],
+)
+def test_an_argument_that_is_empty_is_refused(arguments, where):
+    """As that of a shell's variable that is not set."""
+    with pytest.raises(UsageError, match="empty") as error:
+        parse(arguments)
+    assert error.value.where == where
+
+
+def test_a_section_is_not_replaced_as_a_whole():
+    with pytest.raises(ConfigError, match=r"config.data is a section, not a field"):
+        read_config("fashion_mnist", ["--config.data={}"])

@@ -17,7 +17,7 @@ from tests.data.small_imagenet import encoded, jpeg, photograph
 from tests.data.test_prepare import opened, prepare
 from xception_jax.data import folders
 from xception_jax.data.prepare import groups, splits
-from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 
 
 def write_folder(directory: Path, files: dict[str, bytes]) -> Path:
@@ -394,3 +394,54 @@ def test_an_empty_folder_is_missing_input(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputMissingError):
         prepare("image_folder", "--source", tmp_path / "empty", "--name", "empty", "--data_dir", tmp_path)
+
+
+def test_splits_that_would_be_empty_are_refused_or_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "f", {f"{label}/{n}.jpg": jpeg(photograph(n)) for label in "ab" for n in range(3)})
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path]
+    for options, empty in ((["--folds", 10], "fold6, fold7"), (["--splits", "train=0.99,test=0.01"], "test")):
+        with pytest.raises(BadDataError, match=f"6 images leave {empty}"):
+            prepare(*arguments, *options)
+    with pytest.raises(UsageError, match="--folds"):
+        prepare(*arguments, "--folds", 20_000_000)
+    with pytest.raises(UsageError, match="--splits"):  # TFDS takes it for all splits
+        prepare(*arguments, "--splits", "train=0.5,all=0.5")
+    assert prepare(*arguments) == 0
+    assert "6 images leave test without any: the dataset has no such split" in capsys.readouterr().out
+
+
+def test_nothing_left_of_a_folder_is_an_error(tmp_path):
+    folder = write_folder(tmp_path / "f", {f"{label}/{n}.jpg": b"damaged" for label in "ab" for n in range(9)})
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--skip-damaged"]
+    with pytest.raises(BadDataError, match="there is no example"):
+        prepare(*arguments, "--folds", 2)
+    assert not (tmp_path / "f" / "1.0.0").exists()
+
+
+@pytest.mark.parametrize("link", ["cat/more", "puppy"])
+def test_a_link_does_not_change_the_label_of_an_image(tmp_path, link):
+    folder = write_folder(tmp_path / "f", {f"{label}/1.jpg": jpeg(photograph(0)) for label in ("cat", "dog")})
+    (folder / link).symlink_to(folder / "dog")
+    with pytest.raises(BadDataError, match="is a link to one of the class 'dog'") as error:
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+    assert error.value.where.endswith(link)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "f", {f"train/{label}/1.jpg": jpeg(photograph(0)) for label in "ab"})
+    (folder / "train" / "a" / "z.png").symlink_to("/proc/self/mem")  # reading it is an input/output error
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path]
+    with pytest.raises(StorageError, match="an image cannot be read") as error:
+        prepare(*arguments)
+    assert error.value.where.endswith("train/a/z.png")
+    prepare(*arguments, "--skip-damaged", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_examples"] == {"train": 2}
+    assert report["skipped"] == {"unreadable": [f"{folder}/train/a/z.png"]}
+
+
+def test_a_single_class_is_a_warning(tmp_path, capsys):
+    files = {f"images/{split}/{label}/1.jpg": jpeg(photograph(0)) for split in ("train", "val") for label in "ab"}
+    folder = write_folder(tmp_path / "f", files)
+    prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+    assert "there is a single class, images: --source is a folder with" in capsys.readouterr().out

@@ -240,3 +240,40 @@ def test_images_above_a_limit_count_as_damaged(data, tmp_path):
     config = data.replace(name="scans", data_dir=str(tmp_path), max_scans=2)
     (batch,) = list(EvaluationBatches(config, open_dataset(config, "train"), batch_size=2))
     assert batch["damaged"].tolist() == [True, False]
+
+
+def grey_jpeg(side: int, factors: list[tuple[int, int]]) -> bytes:
+    """Returns a grey JPEG whose components have these horizontal and vertical sampling factors.
+
+    Each block is the code of no difference and the end of the block in the tables that Pillow writes.
+    """
+    source = encoded(np.zeros((8, 8, 3), np.uint8), "JPEG", subsampling=0)
+    tables, at = b"", 2
+    while source[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(source[at + 2 : at + 4])
+        tables += source[at:end] if source[at + 1] in (0xDB, 0xC4) else b""
+        at = end
+    widest, highest = (max(factor[axis] for factor in factors) for axis in (0, 1))
+    blocks = sum(h * v for h, v in factors) * -(-side // (8 * widest)) * -(-side // (8 * highest))
+    bits = "001010" * blocks
+    pixels = int(bits.ljust(-(-len(bits) // 8) * 8, "1"), 2).to_bytes(-(-len(bits) // 8))
+    count = len(factors)
+    frame = struct.pack(">HBHHB", 8 + 3 * count, 8, side, side, count)
+    frame += b"".join(bytes([number, h << 4 | v, 0]) for number, (h, v) in enumerate(factors, 1))
+    scan = struct.pack(">HB", 6 + 2 * count, count) + b"".join(bytes([number + 1, 0]) for number in range(count))
+    return b"\xff\xd8" + tables + b"\xff\xc0" + frame + b"\xff\xda" + scan + b"\0\x3f\0" + pixels + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("luma", [(4, 2), (1, 4), (2, 2)])
+def test_rare_chroma_samplings_are_decoded(luma):
+    """simplejpeg knows few of them, and takes others for damage."""
+    image = images.decode(grey_jpeg(64, [luma, (1, 1), (1, 1)]))
+    np.testing.assert_array_equal(image, np.full((64, 64, 3), 128, np.uint8))
+
+
+def test_a_rare_sampling_is_counted_as_any_other():
+    data = grey_jpeg(64, [(4, 2), (1, 1), (1, 1)])
+    with pytest.raises(images.DamagedImageError, match="64 x 64 pixels, above max_pixels"):
+        images.decode(data, images.Limits(max_pixels=100))
+    with pytest.raises(images.DamagedImageError):
+        images.decode(data[: data.index(b"\xff\xda")])

@@ -355,3 +355,52 @@ def test_missing_arguments_are_three_lines(arguments, error):
 def test_the_names_on_the_command_line_are_those_of_the_tables():
     assert set(names.SHIPPED_NAMES) == set(SHIPPED)
     assert set(names.DATASET_NAMES) == set(DATASETS)
+
+
+# --- what is in the place of a dataset ----------------------------------------------------------------------------
+
+
+def test_what_is_no_dataset_is_not_deleted(tmp_path):
+    target = tmp_path / "numbered" / "1.0.0"
+    target.mkdir(parents=True)
+    (target / "notes.txt").write_text("precious")
+    with pytest.raises(StorageError, match="not a complete one"):
+        writer.write_dataset(numbered(20), tmp_path)
+    assert (target / "notes.txt").read_text() == "precious"
+    writer.write_dataset(numbered(20), tmp_path, overwrite=True)
+    assert len(records(target)) == 20
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_link_or_a_file_in_its_place_is_refused_before_the_work(tmp_path, kind):
+    target = tmp_path / "numbered" / "1.0.0"
+    target.parent.mkdir()
+    if kind == "link":
+        elsewhere = writer.write_dataset(numbered(30), tmp_path / "elsewhere").path
+        target.symlink_to(elsewhere)
+    else:
+        target.write_text("precious")
+    dataset = numbered(20)
+    with pytest.raises(StorageError, match="a link or a file"):
+        writer.write_dataset(dataset, tmp_path, overwrite=True)
+    assert len(list(dataset.splits["train"])) == 20  # none of them was read
+    assert target.is_symlink() or target.read_text() == "precious"
+
+
+def test_an_old_dataset_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    path = writer.write_dataset(numbered(30), tmp_path).path
+    old = records(path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_write_metadata", fail)
+        with pytest.raises(StorageError):
+            writer.write_dataset(numbered(20), tmp_path, overwrite=True)
+    assert records(path) == old
+    path.rename(path.with_name("1.0.0.replaced"))  # killed between two names
+    assert writer.write_dataset(numbered(20), tmp_path).already_there
+    assert records(path) == old
+    assert len(records(writer.write_dataset(numbered(20), tmp_path, overwrite=True).path)) == 20
+    assert [entry.name for entry in path.parent.iterdir() if entry.name != ".lock"] == ["1.0.0"]

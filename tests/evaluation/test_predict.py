@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,25 @@ def test_a_single_logit_gives_both_classes(network, folder, tmp_path, capsys):
         assert {guess["name"] for guess in of_image} == {"cat", "dog"}
         assert sum(guess["probability"] for guess in of_image) == pytest.approx(1)
         assert of_image[0]["probability"] >= 0.5
+
+
+def test_what_is_no_regular_file_is_named(weights, tmp_path, capsys):
+    Image.fromarray(photographs()[0]).save(tmp_path / "a.png")
+    (tmp_path / "broken.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BadDataError, match="2 of 3 images cannot be read, all others were predicted"):
+        run("--weights", weights, tmp_path, "--json")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in entry for entry in found] == [False, True, True]
+    with pytest.raises(BadDataError, match="1 of 1 images"):
+        run("--weights", weights, tmp_path / "pipe.jpg")
+
+
+def test_a_contact_sheet_does_not_replace_an_image(weights, tmp_path):
+    Image.fromarray(photographs()[0]).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    for sheet in ("a.png", "b.png"):
+        with pytest.raises(UsageError, match="would replace what is read"):
+            run("--weights", weights, tmp_path / "a.png", "--contact_sheet", tmp_path / sheet)
+    assert (tmp_path / "a.png").read_bytes() == before

@@ -244,3 +244,16 @@ def test_a_directory_in_the_place_of_the_file(path):
     path.mkdir()
     with pytest.raises(WorkdirError, match="cannot be used"):
         MetricsLog(path)
+
+
+def test_a_run_that_begins_again_keeps_the_results_of_the_one_before(path, caplog):
+    """As after its checkpoints were moved away, or with another experiment in its work directory."""
+    write_steps(path, (10, 20))
+    with contextlib.closing(MetricsLog(path, 20)) as log:
+        log.write(20, "test", {"top1": 0.9})
+    before = path.read_bytes()
+    MetricsLog(path, 0).close()
+    assert path.read_bytes() == b""
+    (kept,) = path.parent.glob("metrics.*.jsonl")
+    assert kept.read_bytes() == before
+    assert kept.name in caplog.text

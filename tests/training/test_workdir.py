@@ -195,3 +195,11 @@ def test_damaged_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config of the run cannot be read"), open_workdir(tmp_path, config_with()):
         pass
+
+
+def test_a_config_of_something_else_is_not_replaced(tmp_path):
+    """As that of weights of the Hugging Face Hub."""
+    (tmp_path / "config.json").write_text('{"architecture": "xception41"}')
+    with pytest.raises(WorkdirError, match="not that of a run"), open_workdir(str(tmp_path), config_with()):
+        pass
+    assert (tmp_path / "config.json").read_text() == '{"architecture": "xception41"}'

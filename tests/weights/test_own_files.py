@@ -239,3 +239,21 @@ def test_forms_of_class_names(path, text):
     names = path.with_name("names")
     names.write_text(text)
     assert command._read_names(names) == ["cat", "dog", "bird"]
+
+
+def test_a_file_is_not_converted_onto_itself(path):
+    save_network(path, network())
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="would replace what is read"):
+        convert(path, path, "--no-head")
+    assert path.read_bytes() == before
+
+
+def test_names_that_are_a_tensor_and_a_group_are_refused(path):
+    save_network(path, network())
+    with safetensors.safe_open(path, "numpy") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["params/head"] = np.zeros(1, np.float32)
+    safetensors.numpy.save_file(tensors, path, metadata)
+    with pytest.raises(BadDataError):
+        load_network(path)

@@ -259,14 +259,12 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
 def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
     """Returns the class of each image CLASS/.../file of a folder, in alphabetical order; all else in it is skipped."""
     found = {}
-    top, inside = folder.resolve(), dict[Path, str]()
+    checked = set[Path]()
     for path in folders.files(folder):
         label, *below = path.relative_to(folder).parts
-        if path.parent not in inside:
-            inside[path.parent] = _class_inside(path.parent, top) or label
-        if (other := inside[path.parent]) != label:
-            what = f"a folder of the class {label!r} is a link to one of the class {other!r}"
-            raise BadDataError(what, str(path.parent), "remove the link: its images would have another label")
+        if path.parent not in checked:
+            checked.add(path.parent)
+            _refuse_other_class(path.parent, label, folder)
         if not path.is_file():
             skipped.add("a broken link or not a regular file", path)
         elif path.suffix.lower() not in images.SUFFIXES:
@@ -278,14 +276,18 @@ def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
     classes = set(found.values())
     for path, is_folder in folders.entries(folder):
         if is_folder and path.name not in classes:
+            _refuse_other_class(path, path.name, folder)
             skipped.add("a class without images", path)
     return found
 
 
-def _class_inside(folder: Path, top: Path) -> str:
-    """Returns the class in whose folder, directly below `top`, a folder really is; '' if it is elsewhere."""
-    real = folder.resolve()
-    return real.relative_to(top).parts[0] if real != top and real.is_relative_to(top) else ""
+def _refuse_other_class(folder: Path, label: str, top: Path) -> None:
+    """Raises BadDataError if a folder of a class is a link into that of another class, directly below `top`."""
+    real, top = folder.resolve(), top.resolve()
+    if real == top or not real.is_relative_to(top) or (other := real.relative_to(top).parts[0]) == label:
+        return
+    what = f"a folder of the class {label!r} is a link to one of the class {other!r}"
+    raise BadDataError(what, str(folder), "remove the link: its images would have another label")
 
 
 def _examples(
