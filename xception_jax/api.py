@@ -87,6 +87,10 @@ class LoadedNetwork:
         if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim != 4:
             what = f"images are {images.dtype} of shape {images.shape}, not float32 of shape (batch, height, width, 3)"
             raise UsageError(what, "images", "pass what preprocess() returns")
+        least = self.network.model.smallest_side
+        if images.shape[3] != 3 or min(images.shape[1:3]) < least:
+            what = f"images have the shape {images.shape}, not 3 channels and at least {least} x {least} pixels"
+            raise UsageError(what, "images", "pass what preprocess() returns")
         return self._apply(self.variables, images)
 
     def __call__(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b num_classes"]:
@@ -215,7 +219,7 @@ def _as_list(images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]) -> 
 def _pixels(image: Image) -> UInt8[np.ndarray, "h w 3"]:
     if not isinstance(image, str | os.PathLike):
         pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             what = f"an image is {pixels.dtype} of shape {pixels.shape}, not uint8 of shape (height, width, 3)"
             raise UsageError(what, "images", "pass RGB pixels from 0 to 255; call the network on preprocessed images")
         return pixels

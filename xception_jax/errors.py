@@ -13,7 +13,7 @@ from xception_jax.names import LINE_LENGTH, printable
 
 SUCCESS_EXIT_CODE = 0
 BUG_EXIT_CODE = 1  # with a traceback
-INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C before training began: 128 + SIGINT, as in shells
+INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C in another command than `train`: 128 + SIGINT, as in shells
 READER_LEFT_EXIT_CODE = 141  # the reader of the output has ended, as `head` does: 128 + SIGPIPE, as in shells
 
 

@@ -100,6 +100,14 @@ def _is_alive(pid: int) -> bool:
     return pid > 0
 
 
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def compression_of(start: bytes) -> str:
+    """Returns what compressed a file that begins with these bytes: 'gzip', 'bzip2', 'xz' or 'zstd'; '' for nothing."""
+    return next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), "")
+
+
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a regular file. A pipe or a device, which could block or go on forever, is refused.
 

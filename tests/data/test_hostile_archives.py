@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import lzma
 import struct
 import tarfile
 import time
@@ -74,7 +75,10 @@ GNU_SPARSE_1_0 = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n30 GNU.sparse.r
         (header("a.JPEG", 0, b"2", "/etc/passwd") + END, "neither links"),
         (header("a.JPEG", 0, b"1", "b.JPEG") + END, "neither links"),
         (member("a.txt") + END, "names that end in .JPEG"),
-        (b"BZh9" + bytes(1000), "damaged at its beginning"),
+        (b"BZh9" + bytes(1000), "compressed by bzip2"),
+        (lzma.compress(member("a.JPEG") + END), "compressed by xz"),
+        (member("a.JPEG") + END + bytes(4096) + member("b.JPEG") + END, "data follow its end"),
+        (gzip.compress(member("a.JPEG") + END + member("b.JPEG") + END, mtime=0), "data follow its end"),
         (b"\x1f\x8b" + bytes(100), "damaged"),
         (b"", "damaged at its beginning"),
         (gzip.compress(b"", mtime=0), "damaged at its beginning"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import lzma
 import pickle
 import struct
 import zipfile
@@ -247,3 +249,18 @@ def test_no_file_and_a_directory(tmp_path):
     for path in (tmp_path / "none.h5", tmp_path):
         with pytest.raises(InputMissingError):
             load_network(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (gzip.compress(b"weights" * 100), "compressed by gzip"),
+        (lzma.compress(b"weights" * 100), "compressed by xz"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+    ],
+)
+def test_what_is_often_downloaded_instead_is_named(tmp_path, start, words):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(start)
+    assert words in refusal(path)

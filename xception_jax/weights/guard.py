@@ -30,6 +30,7 @@ import h5py
 import numpy as np
 
 from xception_jax.errors import BadDataError, StorageError
+from xception_jax.files import compression_of
 from xception_jax.names import in_shell
 from xception_jax.weights.limits import COPY_AGAIN, RAISE, Limits, elements, memory_limit
 
@@ -66,6 +67,13 @@ def container_format(file: BinaryIO, where: str) -> str:
         raise BadDataError("the file is a pickle; loading it may run any code", where, fix)
     if is_zip:
         return "zip"
+    if compression := compression_of(start):
+        raise BadDataError(f"the file is compressed by {compression}", where, "unpack it first")
+    if start.startswith(b"version https://"):
+        what = "the file is a pointer of Git LFS, which stands for the weights"
+        raise BadDataError(what, where, "run `git lfs pull` where it comes from, or download the file itself")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise BadDataError("the file is a web page", where, "download the file itself, not the page that shows it")
     what = "the file is neither safetensors nor a Keras file (HDF5, .keras), or its first bytes are damaged"
     fix = "load a SavedModel or checkpoint in Keras, then model.save_weights('x.weights.h5')"
     raise BadDataError(what, where, fix)

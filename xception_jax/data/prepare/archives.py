@@ -16,6 +16,7 @@ from typing import IO, Any, Self
 
 from xception_jax.data.images import MAX_FILE_BYTES
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
+from xception_jax.files import compression_of
 
 MAX_MEMBERS = 200_000
 """Limit for the members of one archive; the largest, that of the validation images, has 50,000."""
@@ -32,7 +33,6 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-_GZIP = b"\x1f\x8b"
 _IGNORED = (".DS_Store", "Thumbs.db")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg")
 
@@ -119,7 +119,11 @@ def members(
             if path is not None:
                 stream, size = stack.enter_context(open(path, "rb")), path.stat().st_size
             assert isinstance(stream, io.BufferedReader)
-            packed = stream.peek(2)[:2] == _GZIP
+            compression = compression_of(stream.peek(8)[:8])
+            if compression not in ("", "gzip"):
+                fix = "unpack it, and put the .tar in its place"
+                raise BadDataError(f"the archive is compressed by {compression}", archive, fix)
+            packed = compression == "gzip"
             mode: Any = "r|gz" if packed else "r|"  # typeshed lacks the second
             tar = stack.enter_context(tarfile.open(mode=mode, fileobj=stream, tarinfo=_StrictTarInfo))
         last, most = "its beginning", size * MAX_RATIO if packed else size
@@ -161,7 +165,7 @@ def _refuse_more(stream: Any, most: int) -> None:
 def _damage_named(archive: str, member: str) -> Iterator[None]:
     try:
         yield
-    except MemoryError:
+    except (MemoryError, BadDataError):
         raise
     except OSError as error:
         if error.errno is None:  # how gzip and bzip2 report damage
