@@ -128,9 +128,8 @@ def test_what_cannot_be_read_is_named(network, files):
     assert "damaged.jpg" in error.value.where
     with pytest.raises(InputMissingError):
         network.predict(files / "missing.jpg")
-    for shape in ((1, 71, 71, 4), (1, 2, 2, 3)):
-        with pytest.raises(UsageError, match="not 3 channels and at least"):
-            network(np.zeros(shape, np.float32))
+    with pytest.raises(UsageError, match="not 3 channels and at least"):
+        network(np.zeros((1, 71, 71, 4), np.float32))
     with pytest.raises(UsageError, match=r"uint8 of shape \(0, 10, 3\)"):
         network.predict(np.zeros((0, 10, 3), np.uint8))
     with pytest.raises(InputMissingError, match="cannot be read"):
