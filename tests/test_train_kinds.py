@@ -53,6 +53,7 @@ def test_many_labels_an_image(run_python, tmp_path):
     assert 0 < test["map_at_k"] <= 1
     assert test["map_at_k_all"] == pytest.approx(test["map_at_k"])  # with 10 classes no ranking is too short
     assert re.search(r"test\[:77\] MAP|test MAP", process.stdout)
+    assert re.search(r"learning rate \S+ after a warm-up of \d+ steps: the run ends before", process.stderr)
     assert (tmp_path / "report.html").exists()
 
 
@@ -112,6 +113,7 @@ def test_a_small_imagenet_trains_the_whole_network_at_299(run_python, tmp_path):
     assert trained.returncode == 0, trained.stderr
     assert "22,855,952 parameters" in trained.stderr
     assert "8.36 G multiply-adds per image at 299" in trained.stderr
+    assert "staircase, learning rate 0.045\n" in trained.stderr
     entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(entry["step"], entry["split"]) for entry in entries if entry["split"] == "train"] == [
         (1, "train"),

@@ -162,12 +162,22 @@ class Journal:
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
+            ("schedule", self._schedule()),
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
             ("workdir", workdir),
         ]
         shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
         for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
             self.message(line)
+
+    def _schedule(self) -> str:
+        """Describes the learning rate, and says if it never reaches its peak."""
+        schedule = self._experiment.config.schedule
+        text = f"{schedule.name}, learning rate {schedule.learning_rate:g}"
+        if warmup := self._experiment.steps(schedule.warmup):
+            text += f" after a warm-up of {warmup:,} steps"
+            text += ": the run ends before" if warmup >= self._experiment.total_steps else ""
+        return text
 
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of a finished step. At a log point, writes their mean over the interval."""
