@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -25,9 +26,14 @@ from xception_jax.cli import prepare as command
 from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.datasets import DATASETS, SHIPPED, open_dataset
-from xception_jax.data.prepare import fashion_mnist, names, sorting, tfrecord, writer
+from xception_jax.data.prepare import fashion_mnist, names, photographs, sorting, tfrecord, writer
 from xception_jax.data.sources import check_labels
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
+
+SIZES = {
+    "astronaut": (512, 512), "chelsea": (300, 451), "china": (427, 640), "coffee": (400, 600), "flower": (427, 640),
+    "rocket": (427, 640),
+}  # fmt: skip
 
 
 def prepare(*arguments: str) -> int:
@@ -355,6 +361,24 @@ def test_missing_arguments_are_three_lines(arguments, error):
 def test_the_names_on_the_command_line_are_those_of_the_tables():
     assert set(names.SHIPPED_NAMES) == set(SHIPPED)
     assert set(names.DATASET_NAMES) == set(DATASETS)
+
+
+# --- photographs --------------------------------------------------------------------------------------------------
+
+
+def test_crops_of_photographs_do_not_overlap_and_cover_them(tmp_path):
+    dataset = photographs.photograph_crops()
+    crops = {split: dict(examples) for split, examples in dataset.splits.items()}
+    keys = [key for of_split in crops.values() for key in of_split]
+    assert len(keys) == len(set(keys)) == sum((h // 28) * (w // 28) for h, w in SIZES.values())
+    assert set(crops) == {"train", "dev", "test"}
+    for key, example in itertools.chain.from_iterable(of_split.items() for of_split in crops.values()):
+        name, row, column = key.rsplit("_", 2)
+        assert photographs.PHOTOGRAPHS[example["label"]] == name
+        expected = photographs.read_photograph(name)[int(row) * 28 :, int(column) * 28 :][:28, :28]
+        np.testing.assert_array_equal(images.decode(example["image"]), expected)
+    columns = [max(int(key.rsplit("_", 1)[1]) for key in crops["train"] if key.startswith("china")), 21]
+    assert columns[0] < min(int(key.rsplit("_", 1)[1]) for key in crops["dev"] if key.startswith("china")) < columns[1]
 
 
 # --- what is in the place of a dataset ----------------------------------------------------------------------------

@@ -254,11 +254,12 @@ def test_no_file_and_a_directory(tmp_path):
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (gzip.compress(b"weights" * 100), "compressed by gzip"),
+        (gzip.compress(b"weights" * 100, mtime=0), "compressed by gzip"),
         (lzma.compress(b"weights" * 100), "compressed by xz"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     ],
+    ids=["gzip", "xz", "pointer", "page"],
 )
 def test_what_is_often_downloaded_instead_is_named(tmp_path, start, words):
     path = tmp_path / "weights.safetensors"

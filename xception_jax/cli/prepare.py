@@ -29,6 +29,8 @@ examples:
     xception-jax prepare fashion_mnist_scenes
   fashion_mnist_stacks   three of the same images as the channels of one; training also writes it on first use
     xception-jax prepare fashion_mnist_stacks
+  photograph_crops       crops of six photographs in scikit-image and scikit-learn; training also writes it on first use
+    xception-jax prepare photograph_crops
   fashion_mnist          all 70,000 images, from the four idx files (Debian: apt install dataset-fashion-mnist)
     xception-jax prepare fashion_mnist --source /usr/share/datasets/fashion-mnist
   imagenet2012           ImageNet, from ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in one directory, not

@@ -20,6 +20,7 @@ from xception_jax.data.prepare.fashion_mnist import (
 )
 from xception_jax.data.prepare.imagenet import imagenet2012
 from xception_jax.data.prepare.imagenet_v2 import VARIANTS, imagenet_v2
+from xception_jax.data.prepare.photographs import photograph_crops
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.data.random_labels import RandomLabels
 from xception_jax.data.sources import (
@@ -45,8 +46,9 @@ SHIPPED: dict[str, Callable[[], Dataset]] = {
     "fashion_mnist_subset": fashion_mnist_subset,
     "fashion_mnist_scenes": fashion_mnist_scenes,
     "fashion_mnist_stacks": fashion_mnist_stacks,
+    "photograph_crops": photograph_crops,
 }
-"""Builds each dataset from images in this package. `open_dataset` writes them on first use."""
+"""Builds each dataset from images in this package, or in others. `open_dataset` writes them on first use."""
 
 
 def open_dataset(data: DataConfig, split: str) -> Source:
