@@ -251,3 +251,14 @@ def test_one_name_twice(tmp_path):
 def test_integers_stay_limited():
     """The parsers rely on it: Python refuses to convert longer ones."""
     assert sys.get_int_max_str_digits() == 4300
+
+
+@pytest.mark.parametrize(
+    "text", ['{"pretrained_cfg": {}', '{"pretrained_cfg": {"crop_pct": NaN}}', "{}" + " " * (1 << 21)]
+)
+def test_a_config_of_the_hub_that_cannot_be_read_is_a_note(tmp_path, text):
+    (tmp_path / CONFIG).write_text(text)
+    preprocessing, classes, notes = hub.describe(tmp_path / CONFIG, Preprocessing(), 3)
+    assert (preprocessing, classes) == (Preprocessing(), None)
+    assert len(notes) == 1
+    assert notes[0].startswith("config.json is not used, because it cannot be read: ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import reprlib
 from pathlib import Path
@@ -12,8 +11,6 @@ from xception_jax.data.images import Preprocessing
 from xception_jax.errors import UserError
 from xception_jax.user_files import read_json
 from xception_jax.weights.network import both_names, described_preprocessing
-
-log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 20
 _INTERPOLATIONS = {"bilinear": "antialiased_bilinear", "bicubic": "antialiased_bicubic"}
@@ -29,7 +26,7 @@ def describe(
     """
     described = read(path)
     if described is None:
-        return default, None, []
+        return default, None, _reasons(path)
     given, preprocessing, notes = described["pretrained_cfg"], default, []
     for theirs, ours in _FIELDS.items():
         if theirs not in given:
@@ -64,16 +61,21 @@ def _short(value: Any) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a `config.json` of timm, or None if there is none.
-
-    A file that cannot be read is reported: without it, preprocessing and class names are guessed.
-    """
-    if not os.path.lexists(path):
-        return None
+    """Returns the content of a `config.json` of timm, or None if there is none."""
     try:
         described = read_json(path, dict, limit=_MAX_BYTES)
-    except (OSError, ValueError, UserError) as error:
-        reason = error.what if isinstance(error, UserError) else str(error)
-        log.warning("%s is not used: %s", path, reason)
+    except (OSError, ValueError, UserError):
         return None
     return described if isinstance(described.get("pretrained_cfg"), dict) else None
+
+
+def _reasons(path: Path) -> list[str]:
+    """Returns a note on a `config.json` that cannot be read: without it, preprocessing and class names are guessed."""
+    if not os.path.lexists(path):
+        return []
+    try:
+        read_json(path, dict, limit=_MAX_BYTES)
+    except (OSError, ValueError, UserError) as error:
+        reason = error.what if isinstance(error, UserError) else str(error)
+        return [f"{path.name} is not used, because it cannot be read: {reason}"]
+    return []
