@@ -148,7 +148,9 @@ def test_a_config_of_the_hub_that_no_network_has(tmp_path):
         assert preprocessing == Preprocessing()
         assert len(notes) == 1
         assert len(notes[0]) < 300
-    assert config_of(tmp_path, crop_pct=10**400) == (Preprocessing(), None, [])  # no number of JSON that we read
+    preprocessing, classes, (note,) = config_of(tmp_path, crop_pct=10**400)  # no number of JSON that we read
+    assert (preprocessing, classes) == (Preprocessing(), None)
+    assert "too large" in note
 
 
 def model_of(*layers: dict) -> LayerConfig:
