@@ -34,7 +34,7 @@ from xception_jax.command_line import run_main
         (["nothing"], 64, "unrecognized arguments: nothing"),
         (["--workdir=gs://"], 78, "gs://"),
         (["--workdir=s3://bucket/run"], 73, "use a local directory"),
-        (["--workdir="], 78, "is empty"),
+        (["--workdir="], 64, "is empty"),
         (["--config.data.data_dir=gs://bucket/data"], 78, "gcloud storage cp"),
         (["--config.batch_size=2000", "--config.duration=1 epoch"], 78, "at most 640"),
     ],

@@ -190,9 +190,14 @@ FAULTS = {
         ("test_thirty_kills_end_with_the_same_hash", "test_thirty_kills_in_a_bucket_end_with_the_same_hash"),
     ),
     45: Fault(
-        "hosts that differ in config, data or directory",
+        "hosts that differ in config, weights, data or directory",
         "one code, before training",
-        ("test_different_configs", "test_work_directories_that_are_not_shared", "test_data_that_are_others"),
+        (
+            "test_different_configs",
+            "test_work_directories_that_are_not_shared",
+            "test_data_that_are_others",
+            "test_initial_weights_of_hosts.py",
+        ),
     ),
     46: Fault(
         "an error on one host",

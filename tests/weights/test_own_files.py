@@ -216,7 +216,7 @@ def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
         (["x.safetensors", "y.safetensors", "--classes", "imagenet"], 65),
         (["x.safetensors", "y.safetensors", "--classes", "x.safetensors"], 65),
         (["x.safetensors", "y.safetensors", "--size", "0"], 64),
-        (["x.safetensors", "none/y.safetensors"], 74),
+        (["x.safetensors", "none/y.safetensors"], 66),
     ],
 )
 def test_arguments_that_make_no_sense(path, monkeypatch, arguments, code):

@@ -162,7 +162,7 @@ class Journal:
             ("dataset", f"{data.name}, {data.num_classes} classes: {sizes}"),
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
-            ("schedule", self._schedule()),
+            ("rate", self._rate()),
             ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
             ("workdir", workdir),
         ]
@@ -170,7 +170,7 @@ class Journal:
         for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
             self.message(line)
 
-    def _schedule(self) -> str:
+    def _rate(self) -> str:
         """Describes the learning rate, and says if it never reaches its peak."""
         schedule = self._experiment.config.schedule
         text = f"{schedule.name}, learning rate {schedule.learning_rate:g}"
