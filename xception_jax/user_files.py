@@ -273,7 +273,7 @@ def require_outputs(
 
     Args:
       outputs: paths of files; None for what is not written.
-      inputs: files that are read, or sources that are no files.
+      inputs: files that are read; names of other sources are allowed.
 
     Raises:
       UsageError: an output is named twice, or is one of the inputs.

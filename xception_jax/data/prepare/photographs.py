@@ -1,7 +1,7 @@
 """Crops of photographs that scikit-image and scikit-learn contain, labelled by photograph.
 
 Natural images in colour, of 28 x 28 pixels, which do not overlap: set `data.image_size` to 28, `data.eval_crop` to 1.
-Six photographs are no benchmark. A network tells them apart by their colours.
+This is not a benchmark: a network tells six photographs apart by their colours.
 """
 
 from __future__ import annotations
