@@ -8,6 +8,7 @@ import json
 
 from xception_jax.command_line import at_least
 from xception_jax.errors import UsageError
+from xception_jax.explain.paths import check_file
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.user_files import require_outputs
 from xception_jax.weights.sources import require_known
@@ -104,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
     require_known(args.source)
     if not 0 < args.at <= 1:
         raise UsageError(f"--at is {args.at:g}", "--at", "set it to a rate above 0 and at most 1, such as 0.95")
-    if args.predictions and not args.predictions.endswith(".npz"):
-        raise UsageError("predictions are saved as .npz", args.predictions, "use a name that ends in .npz")
+    if args.predictions:
+        check_file(args.predictions, ".npz")
     require_outputs((args.predictions, args.per_class, args.mistakes), filter(None, (args.source, args.real)))
     from xception_jax.cli.evaluate_split import evaluate_split, open_subject  # JAX takes seconds to import
     from xception_jax.evaluation import judgement_text, tables

@@ -18,7 +18,7 @@ from xception_jax.evaluation.predict import Prediction, class_names, find_images
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import printable, printable_path
-from xception_jax.user_files import require_outputs, writing
+from xception_jax.user_files import require_directory, require_outputs, writing
 from xception_jax.weights.sources import require_known
 
 MAX_ON_SHEET = 400
@@ -114,7 +114,7 @@ def _check_sheet(path: Path) -> None:
     """Raises a UserError if the contact sheet cannot be written, to fail before the predictions."""
     if path.suffix.lower() != ".png":
         raise UsageError("the contact sheet is a PNG", str(path), "use a name that ends in .png")
-    require_outputs([path])
+    require_directory(path)
 
 
 def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[str], total: int) -> None:

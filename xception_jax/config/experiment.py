@@ -123,7 +123,7 @@ class DistributedConfig(Section):
     heartbeat: int = integer(60, 2, "local: seconds without a sign of life after which a process is lost")
 
     def check(self) -> None:
-        """Refuses process numbers with which a process would train alone, or that exceed the number of processes."""
+        """Refuses a process number without a coordinator, and one that is not below the number of processes."""
         count, number = self.num_processes or 1, self.process_id or 0
         if not self.coordinator and (count > 1 or number > 0):
             raise ConfigError(

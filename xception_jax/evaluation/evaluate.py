@@ -62,7 +62,7 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
             predictions["logits"] = logits.astype(jnp.float32)
         counts = {"count": masked_count(mask), "damaged": masked_count(mask & batch["damaged"])}
         if multi_label:
-            counts["unlabelled"] = masked_count(mask & ~batch["label"].astype(bool).any(axis=-1))
+            counts["unlabelled"] = masked_count(mask & ~label.any(axis=-1))
         return states | {_COUNTS: counts}, predictions
 
     return step

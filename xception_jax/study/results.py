@@ -179,10 +179,6 @@ class _Values:
         """Returns the value for each seed, NaN where there is none."""
         return np.array([self._values.get((arm, seed), math.nan) for seed in self._seeds], float)
 
-    def difference(self, arm: str, baseline: str) -> Float[np.ndarray, " seeds"]:
-        """Returns the paired differences, NaN where a seed lacks either value."""
-        return self.of(arm) - self.of(baseline)
-
 
 def collect(stored: StoredStudy) -> Results:
     """Reads all cells of a study directory and analyses those that are done.

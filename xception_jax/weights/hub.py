@@ -24,9 +24,9 @@ def describe(
 
     `default` is used for what it does not specify; a network without a classifier has 0 classes.
     """
-    described = read(path)
+    described, unread = _read(path)
     if described is None:
-        return default, None, _reasons(path)
+        return default, None, unread
     given, preprocessing, notes = described["pretrained_cfg"], default, []
     for theirs, ours in _FIELDS.items():
         if theirs not in given:
@@ -62,20 +62,16 @@ def _short(value: Any) -> str:
 
 def read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a `config.json` of timm, or None if there is none."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Returns what `read` does, and a note on a file that cannot be read: its preprocessing and classes are guessed."""
+    if not os.path.lexists(path):
+        return None, []
     try:
         described = read_json(path, dict, limit=_MAX_BYTES)
-    except (OSError, ValueError, UserError):
-        return None
-    return described if isinstance(described.get("pretrained_cfg"), dict) else None
-
-
-def _reasons(path: Path) -> list[str]:
-    """Returns a note on a `config.json` that cannot be read: without it, preprocessing and class names are guessed."""
-    if not os.path.lexists(path):
-        return []
-    try:
-        read_json(path, dict, limit=_MAX_BYTES)
     except (OSError, ValueError, UserError) as error:
         reason = error.what if isinstance(error, UserError) else str(error)
-        return [f"{path.name} is not used, because it cannot be read: {reason}"]
-    return []
+        return None, [f"{path.name} is not used, because it cannot be read: {reason}"]
+    return (described if isinstance(described.get("pretrained_cfg"), dict) else None), []

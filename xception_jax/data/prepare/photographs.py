@@ -6,7 +6,6 @@ This is not a benchmark: a network tells six photographs apart by their colours.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,8 +65,12 @@ def read_photograph(name: str) -> UInt8[np.ndarray, "h w 3"]:
     """
     try:
         if name in _OF_SCIKIT_LEARN:
-            return np.asarray(importlib.import_module("sklearn.datasets").load_sample_image(f"{name}.jpg"))
-        return np.asarray(getattr(importlib.import_module("skimage.data"), name)())
+            from sklearn.datasets import load_sample_image
+
+            return np.asarray(load_sample_image(f"{name}.jpg"))
+        import skimage.data
+
+        return np.asarray(getattr(skimage.data, name)())
     except ImportError as error:
         what = (
             f"the photograph {name} is in scikit-{'learn' if name in _OF_SCIKIT_LEARN else 'image'}, which is missing"

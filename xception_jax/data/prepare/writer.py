@@ -183,7 +183,7 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
 
     Raises:
       BadDataError: two examples of a split have the same key, a label is out of range, a class has no valid name, or
-        there is no example.
+        the dataset would be empty.
       StorageError: the disk is full, or the directory cannot be written.
     """
     name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
