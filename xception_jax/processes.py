@@ -32,6 +32,7 @@ _WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another o
 _KINDS = {kind.__name__: kind for kind in UserError.__subclasses__()} | {UserError.__name__: UserError}
 _BUG = "bug"
 _NAMED = 20  # processes in a message
+_CLOSING_SECONDS = 5.0
 _handlers = list[Any]()
 T = TypeVar("T")
 
@@ -258,6 +259,7 @@ class _Peers:
         self._distributed, self._workdir = distributed, workdir
         self._interval = distributed.heartbeat / _SIGNS_PER_HEARTBEAT
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self._heard: dict[int, float] = {}
         self.roll_call = RollCall()
         self._answered = 0.0  # when the coordinator last did; 0 if it refused since
@@ -272,7 +274,8 @@ class _Peers:
         """Starts to write and read signs of life."""
         if jax.distributed.is_initialized() and jax.process_count() > 1:
             self._heard = dict.fromkeys(range(jax.process_count()), time.monotonic())
-            threading.Thread(target=self._run, name="peers", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
+            self._thread.start()
 
     def wait_for_a_verdict(self) -> None:
         """Returns as soon as all processes are known to be alive; `lost` ends this process if one is not."""
@@ -290,6 +293,9 @@ class _Peers:
             # If the coordinator is gone, the others know that anyway.
             with contextlib.suppress(Exception):
                 _store().key_value_set(f"{_prefix()}ended/{_number()}", str(exit_code))
+        if self._thread is not None:
+            # A thread that returns from the library while Python ends would crash the process.
+            self._thread.join(_CLOSING_SECONDS)
 
     def _follow(self, ended: Mapping[str, str]) -> None:
         """Ends this process with the code of one that failed, unless it ends by itself, as after a common error."""

@@ -71,6 +71,9 @@ def test_progress_as_text():
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
+END = "\x04"  # of what is written to the terminal
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     """Returns a function that makes a pseudo-terminal of 100 columns standard error, and one that reads from it."""
@@ -83,11 +86,13 @@ def terminal(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
 
     def read() -> str:
+        stream.write(END)
         stream.flush()
-        received = b""
-        while select.select([master], [], [], 0.2)[0]:  # a terminal passes on what it gets in pieces
-            received += os.read(master, 100_000)
-        return received.decode()
+        received = ""
+        while not received.endswith(END):  # a terminal passes on what it gets in pieces
+            assert select.select([master], [], [], 60)[0], f"nothing after {received!r}"
+            received += os.read(master, 100_000).decode()
+        return received.removesuffix(END)
 
     yield begin, read
     stream.close()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import BadDataError, ConfigError, UserError
@@ -43,4 +44,5 @@ with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work di
     }
 with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work directory"):
     results["again"] = gather("first", f"second run {number}")
+results["threads"] = [thread.name for thread in threading.enumerate() if thread.name == "peers"]
 print(json.dumps(results))

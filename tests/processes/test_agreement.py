@@ -31,6 +31,10 @@ def test_all_know_the_values_of_all(results):
     assert [result["again"] for result in results] == [["second run 0", "second run 1"]] * 2
 
 
+def test_no_thread_is_left_that_could_crash_the_end_of_the_process(results):
+    assert [result["threads"] for result in results] == [[], []]
+
+
 def test_an_error_of_one_is_the_error_of_all(results):
     assert [result["nobody"] for result in results] == [0, 1]
     error = ["BadDataError", "damaged on 1 (process 1 of 2)", "here", "mend it"]

@@ -134,6 +134,7 @@ class ProgressLine:
             file=sys.stderr,
             disable=not terminal,
             dynamic_ncols=True,
+            position=0,  # the only bar, even if an earlier one was not closed
             bar_format="{percentage:3.0f}%  step {n_fmt}/{total_fmt}  {desc}",
         )
         # The handler of absl ignores its own filters, so the filter is also added to the handler inside it.

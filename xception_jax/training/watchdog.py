@@ -28,6 +28,7 @@ _WRITING_SECONDS = 10.0
 # The first process to end ends the others. After this time they have written their stacks too.
 _OTHERS_SECONDS = 5.0
 _ANSWER_SECONDS = 5.0  # of the coordinator, which may be frozen
+_CLOSING_SECONDS = 5.0
 _AFTER_SECONDS = 3600.0  # what follows takes time of its own
 _BUSY = "busy"
 
@@ -51,18 +52,21 @@ class Watchdog:
         self._config, self._stopwatch, self._throughput, self._directory = config, stopwatch, throughput, directory
         self._process, self._count = jax.process_index(), jax.process_count()
         self._stop = threading.Event()
+        self._publisher = threading.Thread(target=self._publish, name="activity", daemon=True)
 
     def __enter__(self) -> Watchdog:
         """Starts the threads, unless it is off."""
         if self._config.factor:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
             if self._count > 1:
-                threading.Thread(target=self._publish, name="activity", daemon=True).start()
+                self._publisher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Ends the threads."""
         self._stop.set()
+        if self._publisher.is_alive():
+            self._publisher.join(_CLOSING_SECONDS)  # as in `_Peers.leave`
 
     def _watch(self) -> None:
         ended, ticks = 0, 0
