@@ -17,18 +17,20 @@ The recipe for photographs was not tuned. The learning rate of `fashion_mnist` i
 split.
 
 Expected: unknown for photographs. `fashion_mnist` reaches 0.874 with 100 images and 100 steps, and 0.869 from scratch
-(docs/howto/finetune.md). Cost: `head` needs one forward pass for each image, and then seconds; the others less than
-training all layers, because the backward pass ends at block 5.
+(docs/notebook/2026-11-26-finetuning.md). Cost: `head` needs one forward pass for each image, and then seconds; the
+others less than training all layers, because the backward pass ends at block 5.
 """
 
 from xception_jax.config import default_config
+from xception_jax.errors import ConfigError
 
 VARIANTS = ("", "head", "fashion_mnist")
 
 
 def get_config(variant=""):
     if variant not in VARIANTS:
-        raise ValueError(f"there is no variant {variant!r}, only {', '.join(VARIANTS[1:])}")
+        fix = f"choose {' or '.join(VARIANTS[1:])}"
+        raise ConfigError(f"there is no variant {variant!r}", "the config, after its colon", fix)
     config = default_config()
     config.name = "fine-tuning"
     config.init.weights = "weights.safetensors"  # any file that `convert` can read, or the work directory of a run

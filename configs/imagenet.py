@@ -18,5 +18,5 @@ def get_config(variant="xception"):
     config.model.dtype = "bfloat16"  # modern: parameters, statistics and the classifier stay in float32
     config.model.batch_norm.statistics = "device"  # inferred: each replica of the paper had its own statistics
     if variant != "xception":
-        config.optimizer.weight_decay = 4e-5  # paper: section 4.4
+        config.optimizer.weight_decay = 4e-5  # paper: section 4.3
     return config

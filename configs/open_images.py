@@ -9,13 +9,15 @@ Requires open_images_v4 of TFDS in any size: `xception-jax prepare tfrecord --so
 """
 
 from xception_jax.config import default_config
+from xception_jax.errors import ConfigError
 
 VARIANTS = ("", "fc")
 
 
 def get_config(variant=""):
     if variant not in VARIANTS:
-        raise ValueError(f"there is no variant {variant!r}, only {', '.join(VARIANTS[1:])}")
+        fix = f"choose {' or '.join(VARIANTS[1:])}"
+        raise ConfigError(f"there is no variant {variant!r}", "the config, after its colon", fix)
     config = default_config()
     config.name = "xception on Open Images" + (", fully connected layers" if variant == "fc" else "")
     config.model.num_classes = 7186

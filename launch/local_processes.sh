@@ -17,20 +17,24 @@ export JAX_NUM_PROCESSES="$PROCESSES"
 JAX_COORDINATOR_ADDRESS="localhost:$(free_port)"
 export JAX_COORDINATOR_ADDRESS
 
-children=()
-trap '((${#children[@]} == 0)) || kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
+children=() stopped="" interrupted=""
+stop() { # a signal to this script ends `wait`, not the processes
+  stopped=1 interrupted=1
+  ((${#children[@]} == 0)) || kill -TERM "${children[@]}" 2>/dev/null || true
+}
+trap stop TERM INT
 
 for ((number = 0; number < PROCESSES; number++)); do
   JAX_PROCESS_ID="$number" xception-jax train --config="$CONFIG" --workdir="$WORKDIR" "$@" &
   children+=($!)
 done
+[[ -z "$stopped" ]] || stop # it came before there were all of them
 
 result=0
 for child in "${children[@]}"; do
-  code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal to this script ended `wait`, not the process
-    code=0
+  interrupted=1
+  while [[ -n "$interrupted" ]]; do
+    interrupted="" code=0
     wait "$child" || code=$?
   done
   if ((result == 0)); then result=$code; fi

@@ -11,17 +11,20 @@ WORKDIR="${WORKDIR:-runs/$CONFIG}"
 DATA_DIR="${DATA_DIR:-}" # where `xception-jax prepare` put the dataset; empty for its default
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 
-stopped=""
-child=""
-trap 'stopped=1; [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
+child="" stopped="" interrupted=""
+stop() { # a signal to this script ends `wait`, not the run
+  stopped=1 interrupted=1
+  [[ -z "$child" ]] || kill -TERM "$child" 2>/dev/null || true
+}
+trap stop TERM INT
 
 for ((restart = 0; ; restart++)); do
   xception-jax train --config="$CONFIG" --workdir="$WORKDIR" --config.data.data_dir="$DATA_DIR" "$@" &
   child=$!
-  code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal to this script ended `wait`, not the run
-    code=0
+  [[ -z "$stopped" ]] || stop # it came before there was a child
+  interrupted=1
+  while [[ -n "$interrupted" ]]; do
+    interrupted="" code=0
     wait "$child" || code=$?
   done
 

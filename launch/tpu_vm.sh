@@ -16,7 +16,8 @@ RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}" # v4: tpu-ubuntu2204-base, v5p: v2-alp
 CAPACITY="${CAPACITY:---spot}"            # or --guaranteed, --reserved
 CONFIG="${CONFIG:-imagenet}"
 WORKDIR="${WORKDIR:?such as gs://my-bucket/xception; the disks of the workers end with the slice}"
-DATA_DIR="${DATA_DIR:-}" # where every worker finds the dataset
+DATA_DIR="${DATA_DIR:-}"   # where every worker finds the dataset
+DATA_DISK="${DATA_DISK:-}" # a disk to attach read-only, such as projects/my-project/zones/us-west4-a/disks/tfds
 SETUP="${SETUP:-true}"   # what every new worker runs once, such as 'gcsfuse --implicit-dirs my-data-bucket /data'
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
 POLL_SECONDS="${POLL_SECONDS:-30}"
@@ -37,7 +38,8 @@ state() { # of the queued resource
 
 create() {
   gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
-    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "$CAPACITY" || exit
+    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "$CAPACITY" \
+    ${DATA_DISK:+"--data-disk=source=$DATA_DISK,mode=read-only"} || exit
 }
 
 delete() {

@@ -313,6 +313,7 @@ run_program(main, resumable=True)
         (">/dev/null", "raise OSError(28, 'No space left on device', 'a/b')", 74, 3),
         (">/dev/null", "raise PermissionError(13, 'Permission denied', 'a/b')", 74, 3),
         (">/dev/null", "raise MemoryError", 71, 3),
+        (">/dev/null", "raise type('JaxRuntimeError', (RuntimeError,), {})('RESOURCE_EXHAUSTED: 9G')", 71, 3),
         (">/dev/null", "raise KeyboardInterrupt", 130, 0),
         (">/dev/null", "import os, signal; os.kill(os.getpid(), 15); signal.pause()", 75, 3),
         (">/dev/null", "import threading; threading.Thread(target=threading.Event().wait).start()", 0, 0),
@@ -325,7 +326,7 @@ def test_a_program_ends_with_a_promised_code_and_no_hang(streams, statement, cod
     shell = f'{sys.executable} {tmp_path}/program.py "$0" {streams}; exit ${{PIPESTATUS[0]}}'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", shell, statement]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert process.returncode == code, process.stderr
     if lines is not None:
         assert len(process.stderr.splitlines()) == lines, process.stderr

@@ -21,8 +21,10 @@ from xception_jax.config import (
     DataConfig,
     ExperimentConfig,
     InceptionV3Config,
+    LAMBConfig,
     LionConfig,
     MeshConfig,
+    ScheduleConfig,
     SGDConfig,
     StaircaseConfig,
     XceptionConfig,
@@ -586,7 +588,7 @@ def test_another_variant_has_its_own_defaults():
     adam = override(DEFAULTS, {"optimizer.name": "adam", "optimizer.b1": 0.8})
     assert adam.optimizer == AdamConfig(b1=0.8, b2=0.999)
     assert override(adam, {"optimizer.name": "lion"}).optimizer == LionConfig(b1=0.8, b2=0.99)
-    assert override(adam, {"optimizer.name": "lamb"}).optimizer == AdamConfig("lamb", b1=0.8, b2=0.999, epsilon=1e-6)
+    assert override(adam, {"optimizer.name": "lamb"}).optimizer == LAMBConfig(b1=0.8, b2=0.999, epsilon=1e-6)
     changed_b2 = override(adam, {"optimizer.b2": 0.95})
     assert override(changed_b2, {"optimizer.name": "lion"}).optimizer.b2 == 0.95
     assert override(adam, {"optimizer.name": "lion", "optimizer.b2": 0.999}).optimizer.b2 == 0.999
@@ -735,6 +737,15 @@ def test_contradictions(fields, where, fix):
 )
 def test_what_only_looks_like_a_contradiction(fields):
     resolve(changed(**fields))
+
+
+@pytest.mark.parametrize("table", [NETWORKS, OPTIMIZERS, SCHEDULES], ids=["networks", "optimizers", "schedules"])
+def test_a_section_has_the_defaults_of_its_name(table):
+    """Whether it is built in Python or named on the command line."""
+    first = {type(section): name for name, section in reversed(table.items())}
+    for kind, name in first.items():
+        if kind is not ScheduleConfig:  # a base class, which needs a name
+            assert kind() == table[name]
 
 
 @pytest.mark.parametrize(

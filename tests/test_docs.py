@@ -8,7 +8,6 @@ are also run. A block after `<!-- file: NAME -->` is written to that file, for l
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -130,18 +129,17 @@ def run_page(page: Path) -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, shared_environment) -> Iterator[Path]:
     """Enters a directory with what the snippets take for granted: the network of the page TRAINS and two pictures."""
-    place, home = tmp_path_factory.mktemp("docs"), Path.cwd()
+    place = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", shared_environment["TFDS_DATA_DIR"])
         patch.syspath_prepend(str(place))
-        os.chdir(place)
+        patch.chdir(place)
         picture = Image.open(DOCS / "images" / "contact_sheet.png").convert("RGB")
         picture.crop((0, 0, 90, 80)).save("photo.jpg")
         picture.crop((0, 0, 60, 90)).save("shirt.png")
         run_page(TRAINS)
         Path("runs/first").symlink_to("from_python")
         yield place
-        os.chdir(home)
 
 
 SLOW = ("your_network", "explain")

@@ -360,7 +360,7 @@ def test_leftovers_go_although_nothing_needs_to_be_built(load, cache):
 
 def test_concurrent_builders_build_once(builder, tmp_path, cache):
     processes = [builder(1) for _ in range(3)]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [output for output, _ in outputs] == ["42\n"] * 3, outputs
     assert len(compilers(tmp_path)) == 2  # one shell and its child
     assert not list(cache.glob("build-*"))

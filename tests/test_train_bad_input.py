@@ -26,6 +26,8 @@ from xception_jax.command_line import run_main
         (["--config.loss.name=sigmoid"], 78, "set it to 'softmax'"),
         (["--config.data.name=imagenet2012"], 66, "xception-jax prepare imagenet2012"),
         (["--config.data.eval_split=nothing"], 66, "no split 'nothing'"),
+        (["--config.data.eval_split=train[600:700]"], 78, "eval_split=train[600:700] share images"),
+        (["--config.data.test_split=train[800:]"], 78, "config.data.test_split=train[800:] share images"),
         (["--config=configs/nothing.py"], 66, "choose one of fashion_mnist"),
         (["--config=nothing"], 66, "choose one of fashion_mnist"),
         (["--config=studies/spectrum"], 66, "there is no config studies/spectrum"),

@@ -24,7 +24,7 @@ from xception_jax.config import ExperimentConfig
 from xception_jax.data import images as files
 from xception_jax.data.images import Preprocessing
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation.predict import class_names, probabilities
+from xception_jax.evaluation.predict import class_names, most_probable
 from xception_jax.models import create_model
 from xception_jax.runs import open_network, require_classifier, without_classifier
 from xception_jax.training.train import train as train_or_resume
@@ -160,13 +160,12 @@ class LoadedNetwork:
         if top < 1:
             raise UsageError(f"top is {top}", "predict", "set it to at least 1")
         several, are_several = _as_list(images)
-        rows = [row for start in range(0, len(several), _BATCH) for row in self._rows(several[start : start + _BATCH])]
-        names = self.classes
-        found = [[(names[k], float(row[k])) for k in np.argsort(-row, kind="stable")[:top]] for row in rows]
+        names, found = self.classes, []
+        for start in range(0, len(several), _BATCH):
+            logits = self(self.preprocess(several[start : start + _BATCH]))
+            best = jax.device_get(most_probable(self.network, logits, min(top, len(names))))
+            found += [[(names[k], float(p)) for k, p in zip(*row, strict=True)] for row in zip(*best, strict=True)]
         return found if are_several else found[0]
-
-    def _rows(self, images: Sequence[Image]) -> Float[np.ndarray, "b num_classes"]:
-        return np.asarray(probabilities(self.network, self(self.preprocess(images)).astype("float32")))
 
 
 def load(source: str | os.PathLike[str], *, step: int | None = None) -> LoadedNetwork:

@@ -14,6 +14,7 @@ from xception_jax.names import LINE_LENGTH, printable
 SUCCESS_EXIT_CODE = 0
 BUG_EXIT_CODE = 1  # with a traceback
 INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C in another command than `train`: 128 + SIGINT, as in shells
+OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in messages of XLA
 READER_LEFT_EXIT_CODE = 141  # the reader of the output has ended, as `head` does: 128 + SIGPIPE, as in shells
 
 
@@ -79,7 +80,7 @@ class DivergedError(UserError):
 
 
 class DeviceMemoryError(UserError):
-    """The step does not fit into the memory of a device."""
+    """A step does not fit into the memory of a device, or the program into that of the machine."""
 
     exit_code = 71
 

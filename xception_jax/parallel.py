@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +14,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import MeshConfig
-from xception_jax.errors import ConfigError
+from xception_jax.errors import OUT_OF_DEVICE_MEMORY, ConfigError, DeviceMemoryError
 
 AXES = ("data", "fsdp")
 T = TypeVar("T")
@@ -130,6 +131,31 @@ def gathered(tree: T) -> T:
 def to_devices(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Builds a global batch from the local batches of all processes."""
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """Returns an array on the host. If it is sharded over processes, this is a collective that all must call."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        replicated = leaf.is_fully_replicated
+        leaf = leaf.addressable_data(0) if replicated else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+@contextlib.contextmanager
+def fits_device(what: str, where: str, fix: str) -> Iterator[None]:
+    """Raises a DeviceMemoryError if something does not fit into the memory of a device.
+
+    Args:
+      what: the computation, such as 'the training step'.
+      where: the fields that decide its size, with their values.
+      fix: what the user can do.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_DEVICE_MEMORY not in str(error):
+            raise
+        raise DeviceMemoryError(f"{what} does not fit into the memory of a device", where, fix) from error
 
 
 def bytes_from_primary(content: bytes) -> bytes:

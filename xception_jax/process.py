@@ -20,6 +20,7 @@ from xception_jax.environment import SCRIPT, program
 from xception_jax.errors import (
     BUG_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
+    OUT_OF_DEVICE_MEMORY,
     READER_LEFT_EXIT_CODE,
     SUCCESS_EXIT_CODE,
     DeviceMemoryError,
@@ -118,9 +119,11 @@ def _exit_code_after(end: SystemExit) -> int:
 
 def _as_user_error(error: Exception) -> UserError | None:
     """Returns the failure of a disk or of memory as an error for the user, or None for a bug."""
+    fix = "lower the batch size, or free some memory"
     if isinstance(error, MemoryError):
-        fix = "lower the batch size, or free some memory"
         return DeviceMemoryError("there is not enough memory", "this process", fix)
+    if type(error).__name__ == "JaxRuntimeError" and OUT_OF_DEVICE_MEMORY in str(error):
+        return DeviceMemoryError("there is not enough memory on a device", "this process", fix)
     if not isinstance(error, OSError):
         return None
     where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)

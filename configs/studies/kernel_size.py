@@ -17,9 +17,8 @@ SIDES = (3, 5, 7)
 
 def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     sized = study_size(size)
-    expected = (
-        "better" if size == "imagenet" else "unknown"
-    )  # large kernels exceed most feature maps of 32-pixel images
+    # Large kernels exceed most feature maps of 32-pixel images.
+    expected = "better" if size == "imagenet" else "unknown"
     return Study(
         name=f"kernel_size-{size}-{control}",
         question="Do larger depthwise kernels pay for themselves?",

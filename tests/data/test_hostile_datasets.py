@@ -212,7 +212,7 @@ except UserError as error:
 @pytest.mark.parametrize("mebibytes", [50, 600, 1200])
 def test_too_little_address_space_ends_with_71_instead_of_waiting_for_ever(dataset, mebibytes):
     command = [sys.executable, "-c", LIMITED, str(dataset), str(mebibytes)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == DeviceMemoryError.exit_code, result.stderr
     assert "cannot start its threads" in result.stderr
     assert "ulimit -v" in result.stderr

@@ -180,26 +180,24 @@ def test_what_may_never_end_is_not_read(tmp_path):
 
 
 def test_decoding_waits_for_memory_in_the_order_of_arrival():
-    memory, order, holding = DecodingMemory(), [], threading.Event()
-    release = threading.Event()
+    memory, order, release = DecodingMemory(), [], threading.Event()
 
     def work(number: int, amount: int) -> None:
         with memory.reserve(amount * SMALL * 2, limit=20 * SMALL):
             order.append(number)
             assert memory.used <= 20 * SMALL or amount > 10
-            holding.set()
-            release.wait(10)
+            release.wait(60)
 
-    threads = []
+    threads, deadline = [], time.monotonic() + 60
     for number, amount in enumerate((6, 30, 1, 5)):  # the second is above the limit and waits until it is alone
         threads.append(threading.Thread(target=work, args=(number, amount), daemon=True))
         threads[-1].start()
-        assert holding.wait(5)
-        time.sleep(0.05)
-    assert order == [0]
+        while order != [0] or len(memory._queue) != number:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
     release.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert order[:2] == [0, 1]
     assert sorted(order) == [0, 1, 2, 3]
     assert memory.used == 0

@@ -407,7 +407,7 @@ def test_workers_end_when_the_trainer_is_killed(photographs_data):
 def _is_running(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

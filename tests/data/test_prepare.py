@@ -140,7 +140,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path):
         "try: writer.write_dataset(numbered(500, size=1000), pathlib.Path(sys.argv[1]))\n"
         "except StorageError as error: print(error); sys.exit(error.exit_code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=600)
     assert done.returncode == 74, done.stderr
     assert len(done.stdout.splitlines()) == 3
     assert [path.name for path in (tmp_path / "numbered").iterdir()] == [".lock"]

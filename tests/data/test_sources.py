@@ -242,7 +242,7 @@ def test_two_processes_that_start_at_once_share_one_preparation_without_tensorfl
         for _ in range(2)
     ]
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         assert out == f"{fashion_mnist.NUM_SCENES['train']}\n", err
     assert [path.name for path in (tmp_path / "fashion_mnist_scenes").iterdir() if path.is_dir()] == ["1.0.0"]
 

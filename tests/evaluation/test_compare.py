@@ -9,7 +9,7 @@ from scipy.stats import binomtest, bootstrap
 
 from xception_jax.cli import evaluate as command
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
-from xception_jax.evaluation.compare import compare
+from xception_jax.evaluation.compare import check_same_images, compare
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import Predictions, save_predictions
 
@@ -66,6 +66,46 @@ def test_images_without_a_label_are_left_out():
     )
     found = compare(a, b)
     assert (found.count, found.accuracy_a, found.accuracy_b) == (2, 1.0, 0.5)
+
+
+def in_groups(a, b, size, seed=0):
+    """Both predictions of groups in which all images have the same outcome."""
+    groups = np.repeat([f"patient {n}" for n in range(len(a))], size)
+    return [dataclasses.replace(predictions(np.repeat(right, size), seed), group=groups) for right in (a, b)]
+
+
+def test_images_of_a_group_count_as_one():
+    a, b = np.arange(40) < 21, (np.arange(40) > 0) & (np.arange(40) < 27)  # only A is right in one, only B in six
+    single, grouped = compare(predictions(a), predictions(b)), compare(*in_groups(a, b, size=25))
+    independent = compare(*[dataclasses.replace(each, group=None) for each in in_groups(a, b, size=25)])
+    assert (grouped.count, grouped.groups, single.groups) == (1000, 40, None)
+    assert grouped.p_value == pytest.approx(single.p_value, abs=1e-9)  # exact, because few groups differ
+    assert grouped.interval == pytest.approx(single.interval, abs=0.03)
+    assert grouped.interval_a == pytest.approx(single.interval_a, abs=0.03)
+    assert independent.p_value < 1e-6 < grouped.p_value
+    assert np.diff(independent.interval)[0] < np.diff(grouped.interval)[0] / 3
+
+
+def test_groups_of_different_sizes_against_scipys_bootstrap():
+    rng = np.random.default_rng(4)
+    sizes = rng.integers(1, 30, 60)
+    groups = np.repeat(np.arange(60), sizes)
+    a = rng.random(len(groups)) < 0.7
+    b = rng.random(len(groups)) < np.repeat(rng.choice([0.4, 0.95], 60), sizes)
+    found = compare(*[dataclasses.replace(predictions(right), group=groups.astype(str)) for right in (a, b)])
+    sums = np.bincount(groups, b.astype(float) - a)
+    reference = bootstrap(
+        (sums, sizes), lambda d, n, axis: d.sum(axis) / n.sum(axis), paired=True, method="percentile",
+        n_resamples=10_000, rng=np.random.default_rng(7),
+    )  # fmt: skip
+    assert found.interval == pytest.approx(tuple(reference.confidence_interval), abs=0.01)
+    assert found.difference == pytest.approx(b.mean() - a.mean())
+
+
+def test_other_groups_are_refused():
+    a, b = in_groups(*pair(n=4), size=2)
+    with pytest.raises(BadDataError, match="groups"):
+        check_same_images(a, dataclasses.replace(b, group=b.group[::-1]), "here")
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 10), (1.0, 20), (0.0, 20), (0.79, 50_000)])

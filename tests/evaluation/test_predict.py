@@ -9,15 +9,20 @@ import json
 import os
 from pathlib import Path
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import multilabel
 from tests.data.small_imagenet import jpeg, photograph, photographs
 from xception_jax.cli import predict as command
+from xception_jax.config import override, resolve
 from xception_jax.data import folders, imagenet_classes
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import contact_sheet, predict
+from xception_jax.evaluation.evaluate import make_evaluation_step
 from xception_jax.runs import open_network
 from xception_jax.weights import save_network
 
@@ -199,6 +204,34 @@ def test_a_single_logit_gives_both_classes(network, folder, tmp_path, capsys):
         assert {guess["name"] for guess in of_image} == {"cat", "dog"}
         assert sum(guess["probability"] for guess in of_image) == pytest.approx(1)
         assert of_image[0]["probability"] >= 0.5
+
+
+SURE = np.array([[30.0, 40.0, 20.0, -5.0], [-3.0, 2.0, 1.0, 50.0]], np.float32)
+"""Logits of which several have the probability 1 in float32."""
+
+
+def test_classes_are_ranked_by_logits_where_probabilities_are_equal(network):
+    many = dataclasses.replace(network, multi_label=True)
+    classes, probabilities = predict.most_probable(many, jnp.asarray(SURE), 3)
+    np.testing.assert_array_equal(classes, [[1, 0, 2], [3, 1, 2]])
+    np.testing.assert_array_equal(probabilities[0], [1, 1, 1])
+
+
+def test_an_evaluation_ranks_by_logits_too():
+    class Logits(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return x[:, 0, 0], {}
+
+    config = override(resolve(multilabel.get_config()), {"model.num_classes": 4, "evaluation.map_at": 3})
+    batch = {
+        "image": jnp.asarray(SURE)[:, None, None],
+        "label": jnp.eye(4)[:2],
+        "mask": jnp.ones(2, bool),
+        "damaged": jnp.zeros(2, bool),
+    }
+    _, found = make_evaluation_step(Logits(), config)({}, batch)
+    np.testing.assert_array_equal(found["classes"], [[1, 0, 2], [3, 1, 2]])
 
 
 def test_what_is_no_regular_file_is_named(weights, tmp_path, capsys):

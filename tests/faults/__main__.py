@@ -21,7 +21,8 @@ def main(arguments: list[str]) -> int:
     nodes = sorted({node for fault in faults.values() for name in fault.tests for node in places()[name]})
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "not kernels", f"--junitxml={report}", *nodes]
+        options = ["-m", "not kernels", f"--junitxml={report}", "-o", "faulthandler_timeout=7200"]
+        command = [sys.executable, "-m", "pytest", *options, *nodes]
         code = subprocess.run(command, cwd=TESTS.parent).returncode
         outcomes = read_outcomes(report)
     print(f"\n{'':3} {'tried':>6} {'kept':>6} {'broken':>6}  fault: promise")

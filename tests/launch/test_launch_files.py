@@ -49,7 +49,7 @@ exit 99
 verb="$4" command="${@: -1}"
 echo "$verb" >> "$NOTES/gcloud"
 case "$verb" in
-  create) printf 'WAITING_FOR_RESOURCES\\nACTIVE\\n' > "$NOTES/states" ;;
+  create) printf '%s\\n' "$@" > "$NOTES/created"; printf 'WAITING_FOR_RESOURCES\\nACTIVE\\n' > "$NOTES/states" ;;
   delete) rm -rf "$NOTES/states" "$NOTES/worker"* ;;
   describe)
     [[ -s "$NOTES/states" ]] || { echo "ERROR: NOT_FOUND: there is no such resource" >&2; exit 1; }
@@ -117,7 +117,7 @@ class Launch:
     def __call__(self, name: str, codes: list[int], *arguments: str, **variables: str) -> tuple[int, str]:
         """Returns the exit code and the output of a script."""
         process = self.start(name, codes, *arguments, **variables)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def starts(self) -> list[list[str]]:
@@ -216,6 +216,13 @@ def test_a_slice_that_is_taken_away_is_requested_again(launch):
     assert verbs == [*once, "delete", *once, "delete"]
 
 
+def test_a_disk_with_the_dataset_is_attached_to_the_slice(launch):
+    assert launch("tpu_vm.sh", [0, 0])[0] == 0
+    assert launch.calls("created")[-1] == "--spot"
+    assert launch("tpu_vm.sh", [0, 0], DATA_DISK="projects/p/zones/z/disks/tfds")[0] == 0
+    assert launch.calls("created")[-1] == "--data-disk=source=projects/p/zones/z/disks/tfds,mode=read-only"
+
+
 def test_a_slice_that_exists_is_used(launch):
     (launch.folder / "states").write_text("PROVISIONING\nACTIVE\n")
     assert launch("tpu_vm.sh", [0, 0], KEEP="1")[0] == 0
@@ -229,7 +236,7 @@ def test_a_script_that_is_stopped_waits_for_the_run_and_starts_none(launch, name
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
     assert process.returncode == 75
     assert len(launch.starts()) == 1
 
@@ -240,7 +247,7 @@ def test_a_stopped_script_leaves_the_slice_alone(launch):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 130
     assert "delete" not in launch.calls("gcloud")
 

@@ -40,8 +40,8 @@ def mutated(model: xception.Xception, *replacements: tuple[str, str]) -> xceptio
 
 BLOCKS = [f"block{i}" for i in range(1, 8)]
 RELU_AT_THE_END_OF_BLOCK1 = (
-    'x = nn.relu(conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem))',
-    'x = conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem)',
+    'x = nn.relu(conv3x3_bn(x, stem_output, "block1_conv2"))',
+    'x = conv3x3_bn(x, stem_output, "block1_conv2")',
 )
 RELU_BEFORE_BLOCK2 = ("if block > 2:", "if block >= 2:")
 # What is replaced, and the first block whose output is wrong then; all after it are too.

@@ -28,7 +28,7 @@ def run_child(program: str, *arguments: str, **environment: str) -> subprocess.C
     """Runs a Python program, and waits for it to end."""
     command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     variables = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="session")

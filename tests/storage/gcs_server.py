@@ -76,6 +76,8 @@ class GcsServer:
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "GOOGLE_CLOUD_PROJECT": "test",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             # Otherwise gcsfs asks for the type of the bucket over gRPC, which this server does not have.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
@@ -315,7 +317,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server = self.server_object
         server.requests.append((request.method, request.path))
         fault = server.control(request) or Fault()
+        objects = server.objects
         time.sleep(fault.delay)
+        if server.objects is not objects:  # of another test by now
+            self._disconnect()
+            return
         status, headers, content = _error(fault.status, "injected") if fault.status else server.answer(request)
         if fault.lost:
             self._disconnect()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -185,14 +186,13 @@ def test_a_lease_that_is_deleted_is_lost(gs_store):
 
 
 def test_a_write_that_arrives_after_its_time_costs_no_lease(gcs, gs_place):
-    store = open_store(gs_place, "--workdir", patience=dataclasses.replace(BRISK, total=0.5))
+    store = open_store(gs_place, "--workdir", patience=dataclasses.replace(BRISK, total=2))
     with hold(store, "lease", renew_every=60) as lease:
-        gcs.control = writes(1, Fault(delay=1))
+        before = store.entry("lease").generation
+        gcs.control = writes(1, Fault(delay=4))
         with pytest.raises(StorageError, match="took too long"):
             lease.renew()
-        before = store.entry("lease").generation
-        while store.entry("lease").generation == before:
-            time.sleep(0.05)
+        until(lambda: store.entry("lease").generation != before)
         lease.renew()
 
 
@@ -205,6 +205,14 @@ def test_a_store_that_ignores_conditions_is_refused(gcs, gs_store):
     with pytest.raises(WorkdirError, match="ignores the conditions"):
         with hold(gs_store, "lease"):
             pass
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for a condition."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def writes(count: int, fault: Fault):
@@ -229,7 +237,7 @@ def test_a_store_that_is_away_for_a_while_costs_no_lease_but_no_commit_is_made(g
         gcs.control = lambda request: Fault(status=503)
         with pytest.raises(StorageError):
             lease.renew()
-        time.sleep(1)
+        until(lambda: "could not be renewed" in caplog.text)
         assert not lease.lost
         gcs.control = lambda request: None
         lease.renew()

@@ -175,21 +175,21 @@ def test_a_server_that_never_answers_ends_with_74_and_the_process_ends(gcs, gs_p
         import sys, time
         from xception_jax.errors import StorageError
         from xception_jax.storage import Patience, open_store
-        store = open_store(sys.argv[1], "--workdir", patience=Patience(total=1))
+        store = open_store(sys.argv[1], "--workdir", patience=Patience(total=4))
         store.put("ready", "")
         for operation in (store.read, store.exists, store.list, store.delete, lambda name: store.put(name, "")):
             begin = time.monotonic()
             try:
                 operation("x")
             except StorageError as error:
-                assert time.monotonic() - begin < 10, error
+                assert time.monotonic() - begin < 30, error
                 print(error.exit_code)
     """
     gcs.control = lambda request: Fault(delay=20) if any("ready" in m.name for m in gcs.mutations) else None
     begin = time.monotonic()
     process = run_child(program, gs_place)
     assert process.stdout.split() == ["74"] * 5, process.stderr
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 200
 
 
 def test_a_token_that_expires_is_renewed(gcs, monkeypatch):
@@ -203,7 +203,7 @@ def test_a_token_that_expires_is_renewed(gcs, monkeypatch):
             store.put(str(number), "")
             time.sleep(0.8)
     """
-    gcs.tokens = Tokens(promised=61, valid=1)  # TensorStore asks for a new one a minute before the old one expires
+    gcs.tokens = Tokens(promised=61, valid=2)  # TensorStore asks for a new one a minute before the old one expires
     monkeypatch.delenv("GOOGLE_AUTH_TOKEN_FOR_TESTING")
     process = run_child(program, GCE_METADATA_ROOT=gcs.url.removeprefix("http://"))
     assert process.returncode == 0, process.stderr

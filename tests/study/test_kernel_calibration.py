@@ -17,35 +17,35 @@ from xception_jax.study.dial.records import BANKS, CELLS, network_path, read_dia
 from xception_jax.study.kernels.calibration import calibrate, write_calibration_figures
 from xception_jax.study.kernels.claims import judge_calibration
 
-RNG = np.random.default_rng(0)
 FILTERS = 12
 
 
-def faithful(bank):
+def faithful(bank, rng):
     """Filters that are the templates of the bank."""
     return bank.transpose(1, 2, 3, 0)
 
 
-def mixed(bank):
+def mixed(bank, rng):
     """Filters that are each a sum of all templates: separable across filters where the bank is, and not within."""
-    return np.einsum("khwc,kf->hwcf", bank, RNG.normal(size=(len(bank), FILTERS)))
+    return np.einsum("khwc,kf->hwcf", bank, rng.normal(size=(len(bank), FILTERS)))
 
 
-def deaf(bank):
+def deaf(bank, rng):
     """Filters that know nothing of the bank."""
-    return RNG.normal(size=(3, 3, 12, FILTERS))
+    return rng.normal(size=(3, 3, 12, FILTERS))
 
 
 def write_study(root, first_layer, **options):
     """Writes a dial study with one regular arm, whose first layers are as stated and whose second ones are random."""
     simulate(root, lambda arm, bank, dial: 0.96, arms=["regular"], **options)
     study, _ = read_dial(root)
+    rng = np.random.default_rng(0)
     for row in study.rows:
         for bank in row.banks:
             for seed in study.seeds:
                 variables = {
-                    "params/block1_spatial/kernel": first_layer(make_bank(bank, seed)).astype(np.float32),
-                    "params/block2_spatial/kernel": deaf(None).astype(np.float32),
+                    "params/block1_spatial/kernel": first_layer(make_bank(bank, seed), rng).astype(np.float32),
+                    "params/block2_spatial/kernel": deaf(None, rng).astype(np.float32),
                     "batch_stats/block1_bn/mean": np.zeros(FILTERS, np.float32),
                 }
                 save_network(root, DialCell(COUNTED, row.arm.name, bank, seed, 0.01), variables)

@@ -63,7 +63,7 @@ def run(code: str, *arguments: object, devices: int = 1) -> subprocess.Popen:
 
 def output_of(code: str, *arguments: object, devices: int = 1) -> str:
     process = run(code, *arguments, devices=devices)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return output
 
@@ -108,16 +108,18 @@ def test_saves_in_the_background_what_the_next_step_overwrites(tmp_path):
 
 def test_step_is_reported_only_with_its_manifest(tmp_path):
     lines = []
-    with Checkpoints(tmp_path, report=lines.append, identity={"dataset": "d", "config": "c"}) as checkpoints:
+
+    def report(line: str) -> None:
+        lines.append((line, (tmp_path / "5" / "manifest.json").exists()))
+
+    with Checkpoints(tmp_path, report=report, identity={"dataset": "d", "config": "c"}) as checkpoints:
         checkpoints.save(5, state_at(5), {"loss": np.float32(0.5)})
         assert lines == []
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not lines and time.monotonic() < deadline:
-            before = (tmp_path / "5" / "manifest.json").exists()
             checkpoints.poll()
-            assert not lines or before
             time.sleep(0.005)
-        assert lines == ["saved checkpoint 5"]
+        assert lines == [("saved checkpoint 5", True)]
     record = json.loads((tmp_path / "5" / "manifest.json").read_text())["record"]
     assert record["step"] == 5
     assert record["metrics"] == {"loss": 0.5}
@@ -421,7 +423,7 @@ def test_killed_between_commit_and_manifest(tmp_path):
         """,
         tmp_path,
     )
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     assert output == "saved checkpoint 1\n"
     assert (tmp_path / "2").exists()
@@ -472,7 +474,6 @@ def test_failed_save_is_reported_by_whatever_comes_next(tmp_path, limit_file_siz
 
 
 def test_no_room_ends_the_process_with_74(tmp_path):
-    start = time.monotonic()
     process = run(
         """
         import resource, sys
@@ -489,9 +490,12 @@ def test_no_room_ends_the_process_with_74(tmp_path):
         """,
         tmp_path,
     )
-    output, errors = process.communicate(timeout=60)
+    first = process.stdout.readline()
+    start = time.monotonic()
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 74, errors
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
+    output = first + output
     # Before or after our three lines Orbax sometimes prints that its event loop was closed under a pending future.
     lines = errors[errors.index("error: ") :].splitlines()
     assert lines[0] == "error: checkpoint 2 could not be written: File too large"
@@ -589,7 +593,7 @@ def test_two_processes_agree_on_the_step(tmp_path, free_port):
     """)
     processes = [run(code, tmp_path, f"localhost:{free_port}", i, devices=2) for i in range(2)]
     try:
-        outcomes = [process.communicate(timeout=60) for process in processes]
+        outcomes = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -325,6 +325,14 @@ def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environme
     assert complete_config(nothing, tmp_path) == (nothing, None)
 
 
+def test_another_initialization_is_not_another_network(start, weights):
+    kernels = [
+        start(weights, **{"model.initialization": name})[0].params["block1_conv1"]["kernel"]
+        for name in ("glorot", "variance_preserving")
+    ]
+    np.testing.assert_array_equal(*kernels)
+
+
 def test_files_of_other_networks_are_refused(start, weights, tmp_path):
     with pytest.raises(ConfigError, match="padding differ") as error:
         start(weights, **{"model.padding": "symmetric"})

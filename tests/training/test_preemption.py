@@ -12,8 +12,8 @@ import time
 import pytest
 
 from xception_jax.errors import PreemptedError
-from xception_jax.signals import StopRequested
-from xception_jax.training.preemption import ONE_REQUEST_SECONDS, Preemption
+from xception_jax.signals import ONE_REQUEST_SECONDS, StopRequested
+from xception_jax.training.preemption import Preemption
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -71,7 +71,7 @@ def test_first_signal_finishes_the_step_and_exits_75(signum):
     process = start(LOOP)
     read_until(process, "step 3")
     process.send_signal(signum)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert f"{signum.name}: stopping after this step" in output
     assert errors.startswith(f"stopped by {signum.name} after step ")
@@ -80,12 +80,13 @@ def test_first_signal_finishes_the_step_and_exits_75(signum):
 
 def test_two_signals_at_once_are_one_request():
     """As `timeout` sends them: to its child and to the group of the child."""
-    process = start(LOOP)
+    stop = "raise preemption.error("
+    process = start(LOOP.replace(stop, f"time.sleep(2); {stop}"))  # the second one arrives within the request
     read_until(process, "step 3")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert (output + errors).count("stopping after this step") == 1
 
@@ -100,9 +101,9 @@ def test_second_signal_exits_130_while_the_main_thread_is_inside_c(signum):
     time.sleep(ONE_REQUEST_SECONDS + 0.1)
     start_time = time.monotonic()
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert time.monotonic() - start_time < 2
+    assert time.monotonic() - start_time < 10
     assert errors == f"{signum.name} after {signum.name}: exiting now, the last checkpoint is intact\n"
 
 
@@ -162,7 +163,7 @@ def test_a_program_ends_at_once_where_nothing_can_be_lost_also_inside_c():
     read_until(process, "busy")
     start_time = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert time.monotonic() - start_time < 5
     assert errors == (

@@ -54,7 +54,7 @@ def test_only_a_step_that_does_not_end_ends_the_process(start, tmp_path):
     assert process.stdout.readline() == "goes on\n"
     assert process.stdout.readline() == "stuck\n"
     continued = time.monotonic()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors
     assert time.monotonic() - continued > LIMIT - 0.5
     what, where, following = errors.splitlines()[:3]
@@ -106,12 +106,12 @@ def test_a_process_waits_for_the_save_of_another_one_but_not_for_ever(shared_env
         for process in pair:
             assert any(line == "working\n" for line in process.stdout), process.communicate()
         pair[1].send_signal(signal.SIGSTOP)
-        _, errors = pair[0].communicate(timeout=60)
+        _, errors = pair[0].communicate(timeout=600)
         pair[1].send_signal(signal.SIGCONT)
         assert pair[0].returncode == 75, errors
         assert re.search(r"no step has ended for .* in: training steps \(process 0 of 2\)", errors)
         assert "watched_pair_program.py" in (tmp_path / "stacks_0.txt").read_text()
-        _, errors = pair[1].communicate(timeout=60)
+        _, errors = pair[1].communicate(timeout=600)
         assert pair[1].returncode == 75, errors
         assert "lost process 0 of 2" in errors
 

@@ -310,6 +310,7 @@ def test_a_killed_process_leaves_a_part_that_the_next_one_continues(server, cach
     server.behaviours[served] = [slow(0.5)]
     process = start(f"hf://someone/flowers@{COMMIT}")
     while not any(path.stat().st_size for path in cache.rglob("*.partial")):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -15,10 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, override
-from xception_jax.data.datasets import open_dataset
+from xception_jax.data.datasets import open_dataset, overlap
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
-from xception_jax.data.random_labels import RandomLabels
-from xception_jax.data.sources import Source, SourceInfo, TfdsSource, check_labels
+from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError, UsageError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step, name_examples
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
@@ -178,7 +177,7 @@ def _open_development(
     if not split or info.num_classes > MAX_CLASSES:
         return None
     development = open_dataset(data, split)
-    if split == info.split or (isinstance(source, TfdsSource | RandomLabels) and source.overlaps(split)):
+    if overlap(source, split):
         if args.thresholds:
             fix = "choose thresholds on images that are not evaluated: they fit their own images too well"
             what = f"--thresholds {split} has images of the split that is evaluated, {info.split}"

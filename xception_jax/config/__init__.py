@@ -30,6 +30,7 @@ from xception_jax.config.model import BatchNormConfig, InceptionV3Config, ModelC
 from xception_jax.config.section import Section
 from xception_jax.config.training import (
     AdamConfig,
+    LAMBConfig,
     LionConfig,
     OptimizerConfig,
     RMSPropConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "DistributedConfig",
     "ExperimentConfig",
     "InceptionV3Config",
+    "LAMBConfig",
     "LionConfig",
     "MeshConfig",
     "ModelConfig",

@@ -152,7 +152,8 @@ def resolve(config: ConfigDict | Mapping[str, Any] | ExperimentConfig) -> Experi
         it is.
 
     Raises:
-      ConfigError: a field is unknown, of the wrong type or range, contradicts another, or would have no effect.
+      ConfigError: a field is unknown, of the wrong type or range, contradicts another, or belongs to another network,
+        optimizer or schedule.
     """
     return config if isinstance(config, ExperimentConfig) else _resolve(ExperimentConfig(), config)
 
@@ -207,7 +208,7 @@ def to_json(config: ExperimentConfig) -> str:
 
 
 def from_json(text: str) -> ExperimentConfig:
-    """Returns the config that `to_json`, of this or an earlier release, wrote. It is read as data: nothing of it runs.
+    """Returns the config that `to_json`, of this or an earlier release, wrote. The text is parsed, never executed.
 
     Raises:
       ConfigError: the text is not a JSON object, or what it holds is not a valid config.

@@ -165,7 +165,7 @@ class CheckpointConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig(Section):
-    """When a run in which no step ends any more is ended, so that it can be started again."""
+    """When a stalled run is ended, so that the scheduler starts it again."""
 
     path: ClassVar[str] = "watchdog."
 
@@ -220,7 +220,7 @@ class ExperimentConfig(Section):
         return 2 if self.model.num_classes == 1 and not self.loss.multi_label else self.model.num_classes
 
     def check(self) -> None:
-        """Refuses two corrections of one imbalance, and batches that cannot be cut as other fields say."""
+        """Rejects balancing classes twice, batches that do not divide evenly, and images that are too small."""
         if self.loss.class_weights == "balanced" and self.data.sampling == "balanced":
             raise ConfigError(
                 "class_weights='balanced' and sampling='balanced' would correct the sizes of the classes twice",

@@ -104,7 +104,7 @@ def _require(condition: bool) -> None:
 
 
 def _compile(pattern: str) -> None:
-    """Raises an exception if a text is no regular expression."""
+    """Raises an exception if the pattern is not a valid regular expression."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about sets in sets
         re.compile(pattern)

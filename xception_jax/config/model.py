@@ -49,7 +49,7 @@ class ModelConfig(Section):
 
     @property
     def smallest_side(self) -> int:
-        """Returns the side of the smallest images, in pixels, of which every layer has a pixel left."""
+        """Returns the smallest side of images, in pixels, for which no layer is empty."""
         return 1
 
 
@@ -87,7 +87,11 @@ class XceptionConfig(ModelConfig):
         unless=_OTHER_MODULES,
     )
     intermediate_slope: float = number(
-        0.1, 0.0, 1.0, "local: of 'leaky_relu' for negative values", unless=_OTHER_MODULES
+        0.1,
+        0.0,
+        1.0,
+        "local: of 'leaky_relu' for negative values",
+        unless=_OTHER_MODULES | {"intermediate_activation": ("none", "relu", "elu", "scaled", "scaled_elu")},
     )
     intermediate_batch_norm: bool = flag(
         False, "paper: section 3, none between the two convolutions; MobileNets have it", unless=_OTHER_MODULES
@@ -116,7 +120,7 @@ class XceptionConfig(ModelConfig):
     )
 
     def check(self) -> None:
-        """Refuses two answers to one question, kernels without a centre, and widths that no segments or towers fit."""
+        """Rejects `segments` together with `group_width`, even kernels, and widths that do not divide."""
         if self.group_width is not None and self.segments != "depthwise":
             raise ConfigError(
                 f"config.model.segments={self.segments!r} and group_width={self.group_width!r} contradict each other",
@@ -128,13 +132,6 @@ class XceptionConfig(ModelConfig):
                 f"config.model.kernel_size is {self.kernel_size}",
                 "config.model.kernel_size",
                 "set it to an odd number: 3, 5 or 7",
-            )
-        if self.intermediate_slope != 0.1 and self.intermediate_activation != "leaky_relu":
-            raise ConfigError(
-                f"config.model.intermediate_slope={self.intermediate_slope!r} has no effect with "
-                f"intermediate_activation={self.intermediate_activation!r}",
-                "config.model.intermediate_slope",
-                "leave it at 0.1, or set config.model.intermediate_activation='leaky_relu'",
             )
         widths = [round(128 * self.width_multiplier), round(0.75 * self.head_width) if self.head_width else _TOWERS]
         if self.stem == "module":
@@ -167,7 +164,7 @@ class XceptionConfig(ModelConfig):
 
     @property
     def smallest_side(self) -> int:
-        """Returns the side of the smallest images, in pixels, of which every layer has a pixel left."""
+        """Returns the smallest side of images, in pixels, for which no layer is empty."""
         return 7 if self.stem == "imagenet" else 1
 
     @property
@@ -185,16 +182,17 @@ class InceptionV3Config(ModelConfig):
     """Inception V3, the paper's baseline."""
 
     name: str = "inception_v3"
+    batch_norm: BatchNormConfig = BatchNormConfig(scale=False)  # as in TF-Slim and Keras
     aux_head: bool = flag(False, "paper: section 4.3, not used")
 
     @property
     def smallest_side(self) -> int:
-        """Returns the side of the smallest images, in pixels, of which every layer has a pixel left."""
+        """Returns the smallest side of images, in pixels, for which no layer is empty."""
         return 107 if self.aux_head else 75
 
 
 NETWORKS: dict[str, ModelConfig] = {
     "xception": XceptionConfig(),
-    "inception_v3": InceptionV3Config(batch_norm=BatchNormConfig(scale=False)),
-    "inception_v3_2016": InceptionV3Config(name="inception_v3_2016"),
+    "inception_v3": InceptionV3Config(),
+    "inception_v3_2016": InceptionV3Config(name="inception_v3_2016", batch_norm=BatchNormConfig()),
 }

@@ -45,7 +45,7 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Checks what a single field cannot show; a section overrides it."""
+        """Checks constraints between fields; a section overrides it."""
 
     def replace(self: _Section, **values: Any) -> _Section:
         """Returns a copy with other values, checked again."""

@@ -77,18 +77,27 @@ class LionConfig(OptimizerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class AdamConfig(LionConfig):
-    """Adam and the optimizers derived from it."""
+    """Adam and AdamW."""
 
     name: str = "adam"
-    epsilon: float = number(1e-8, 0.0, 10.0, "modern: added to the root of the second average", above=True)
+    b2: float = number(0.999, 0.0, 1.0, "modern: weight of the past in the average of squares")
+    epsilon: float = number(1e-8, 0.0, 10.0, "modern: added to the root of the average of squares", above=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class LAMBConfig(AdamConfig):
+    """LAMB: Adam with a rate for each layer."""
+
+    name: str = "lamb"
+    epsilon: float = number(1e-6, 0.0, 10.0, "modern: added to the root of the average of squares", above=True)
 
 
 OPTIMIZERS: dict[str, OptimizerConfig] = {
     "sgd": SGDConfig(),
     "rmsprop": RMSPropConfig(),
-    "adam": AdamConfig(b2=0.999),
-    "adamw": AdamConfig(name="adamw", b2=0.999),
-    "lamb": AdamConfig(name="lamb", b2=0.999, epsilon=1e-6),
+    "adam": AdamConfig(),
+    "adamw": AdamConfig(name="adamw"),
+    "lamb": LAMBConfig(),
     "lion": LionConfig(),
 }
 

@@ -69,6 +69,13 @@ def open_dataset(data: DataConfig, split: str) -> Source:
     return source if data.random_labels < 0 else RandomLabels(source, data.random_labels)
 
 
+def overlap(source: Source, split: str) -> bool:
+    """Returns whether another split of the same dataset has images of this one, as 'train[98%:]' has of 'train'."""
+    if split == source.info.split:
+        return True
+    return isinstance(source, TfdsSource | RandomLabels) and source.overlaps(split)
+
+
 def _open_dataset(data: DataConfig, split: str) -> Source:
     if data.name == SYNTHETIC:
         return SyntheticSource(data.synthetic_examples, split)

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from xception_jax.config import ExperimentConfig
 from xception_jax.data.pipeline import Batch
@@ -19,14 +18,14 @@ from xception_jax.metrics import Metric, metrics_of
 from xception_jax.metrics.metric import State, masked_count
 from xception_jax.metrics.predictions import MAX_CLASSES, Predictions
 from xception_jax.metrics.single_label import two_class_logits
-from xception_jax.parallel import DeviceBatch, gathered
+from xception_jax.parallel import DeviceBatch, gathered, whole
 
 # Number of classes saved per image, enough for top-5.
 SAVED_CLASSES = 5
 
 # How many batches a process may dispatch before the devices have finished them. This also bounds how far it gets ahead
 # of the other processes, and so how long all take to stop.
-_AHEAD = 8
+_AHEAD = 2
 
 _COUNTS = "counts"  # key of the image counts, beside the states of the metrics
 
@@ -53,7 +52,9 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         states = {metric.name: metric.measure(logits, batch["label"], mask) for metric in metrics}
         probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
         saved = config.evaluation.map_at if multi_label else SAVED_CLASSES
-        best, classes = jax.lax.top_k(probabilities, min(saved, logits.shape[-1]))
+        # Not of the probabilities, of which several may be rounded to 1.
+        _, classes = jax.lax.top_k(logits, min(saved, logits.shape[-1]))
+        best = jnp.take_along_axis(probabilities, classes, axis=-1)
         label = batch["label"].astype(bool) if multi_label else batch["label"]
         predictions = {"classes": classes, "probabilities": best, "label": label}
         if logits.shape[-1] <= MAX_CLASSES:
@@ -83,7 +84,7 @@ def evaluate(
     Args:
       step: a step from `make_evaluation_step`.
       metrics: the metrics from `metrics_of` for the same config.
-      variables: sets of variables by metric prefix: '' for the current step, 'ema_' for the Polyak average.
+      variables: sets of variables by metric prefix: `''` for the current step, `'ema_'` for the Polyak average.
       batches: batches of this process, padded, with a mask.
       num_examples: number of images, to which the masks of all processes must sum.
       to_devices: builds a global batch from the local batches of all processes.
@@ -126,7 +127,7 @@ def evaluate(
 
 def _fetch(parts: list[Any]) -> list[Any]:
     """Gathers trees of global arrays from all processes as NumPy arrays."""
-    return [jax.tree.map(np.asarray, multihost_utils.process_allgather(part, tiled=True)) for part in parts]
+    return [jax.tree.map(whole, part) for part in parts]
 
 
 def _predictions(parts: list[Batch]) -> Predictions:

@@ -19,7 +19,7 @@ from xception_jax.names import printable, printable_path
 
 if TYPE_CHECKING:
     import jax
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
     from xception_jax.weights import Network
 
@@ -93,13 +93,24 @@ def class_names(network: Network) -> list[str]:
     return [words.get(name, name) for name in names]
 
 
-def probabilities(network: Network, logits: Float[Array, "b n"]) -> Float[Array, "b c"]:
-    """Returns the probability of each class; for a single logit, those of both classes that it separates."""
+def most_probable(
+    network: Network, logits: Float[Array, "b n"], top: int
+) -> tuple[Int[Array, "b top"], Float[Array, "b top"]]:
+    """Returns the most probable classes and their probabilities; a single logit separates two classes.
+
+    Classes are ranked by their logits, because several probabilities may be rounded to 1.
+    """
     import jax
+    import jax.numpy as jnp
 
     from xception_jax.metrics.single_label import two_class_logits
 
-    return jax.nn.sigmoid(logits) if network.multi_label else jax.nn.softmax(two_class_logits(logits))
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if not network.multi_label:
+        logits = two_class_logits(logits)
+    _, classes = jax.lax.top_k(logits, top)
+    probabilities = jax.nn.sigmoid(logits) if network.multi_label else jax.nn.softmax(logits)
+    return classes, jnp.take_along_axis(probabilities, classes, axis=-1)
 
 
 def predict(
@@ -134,11 +145,11 @@ def predict(
     @jax.jit
     def forward(variables: dict, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, _ = model.apply(variables, pixels, train=False)
-        return jax.lax.top_k(probabilities(network, logits), top)
+        return most_probable(network, logits, top)
 
     variables = jax.device_put(network.variables)
     for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails):
-        shares, classes = jax.device_get(forward(variables, batch.pixels))
+        classes, shares = jax.device_get(forward(variables, batch.pixels))
         for row, path in enumerate(batch.paths):
             if batch.errors[row]:
                 yield Prediction(path, error=batch.errors[row])

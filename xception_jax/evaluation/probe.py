@@ -1,4 +1,4 @@
-"""Judges features by what simple classifiers make of them: nearest neighbours and ridge regression.
+"""Evaluates features with simple classifiers: nearest neighbours and ridge regression.
 
 Options are chosen on a part of the training features that is held out; the test features are used once.
 """
@@ -61,9 +61,11 @@ def fit_neighbours(
                 for start in range(0, len(others), _ROWS)
             ]
         )
-        votes = np.eye(classes)[labels[nearest]]
+        rows = np.arange(len(nearest))[:, None]
         for k in counted:
-            yield votes[:, :k].mean(axis=1)
+            votes = np.zeros((len(nearest), classes))
+            np.add.at(votes, (rows, labels[nearest[:, :k]]), 1)
+            yield votes / k
 
     return scores_of
 

@@ -1,8 +1,8 @@
 """Counts the parameters and multiply-adds of a network from its layers: all of them, and the live ones.
 
 A weight of a convolution is live if it meets a pixel in at least one position. On small maps many weights are not: on a
-map of one pixel, eight of the nine taps of a 3 x 3 kernel only ever meet padding. A multiply-add is live if it is no
-product of padding. Both follow from kernel, stride, padding and size of the map, whatever computes the convolution.
+map of one pixel, eight of the nine taps of a 3 x 3 kernel only ever meet padding. A multiply-add is live unless its
+input is padding. Both follow from kernel, stride, padding and size of the map, whatever computes the convolution.
 """
 
 from __future__ import annotations
@@ -133,9 +133,8 @@ def _meetings(size: int, window: int, stride: int, ends: tuple[int, int]) -> lis
     last = (size + before + after - window) // stride  # position of the window
     counts = []
     for tap in range(window):
-        first_inside = max(
-            0, -((tap - before) // stride)
-        )  # the smallest position with position * stride >= before - tap
+        # The smallest position with position * stride >= before - tap.
+        first_inside = max(0, -((tap - before) // stride))
         last_inside = min(last, (size - 1 + before - tap) // stride)
         counts.append(max(0, last_inside - first_inside + 1))
     return counts

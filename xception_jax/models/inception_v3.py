@@ -1,7 +1,7 @@
 """Defines Inception V3, the baseline of the paper: the canonical network, and the 2016 graph of table 3.
 
 TF-Slim and current versions of Keras have the canonical network. The 2016 graph was the first that Keras released. It
-differs in six places, and has 23,626,728 parameters, the number in table 3.
+differs in the ways that `InceptionV3` lists, and has 23,626,728 parameters, the number in table 3.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ KernelSize = tuple[int, int]
 class InceptionV3(nn.Module):
     """Inception V3 (Szegedy et al. 2015, arXiv 1512.00567), with eleven modules `mixed0` to `mixed10`.
 
-    With `config.name='inception_v3_2016'` it is the 2016 graph: convolutions with bias, ReLU before BN, 32 filters in
-    the pool projection of mixed1 and mixed2, 160 filters in the first convolution of the double 7 x 7 tower of mixed7,
-    and average pooling in mixed8.
+    With `config.name='inception_v3_2016'` it is the 2016 graph: convolutions with bias, ReLU before BN, BN with a scale
+    (`config.batch_norm.scale`), 32 filters in the pool projection of mixed1 and mixed2, 160 filters in the first
+    convolution of the double 7 x 7 tower of mixed7, and average pooling in mixed8.
 
     `config.aux_head` adds an auxiliary classifier after mixed7, which returns `endpoints['aux_logits']` in training.
     With `config.padding='symmetric'`, average pooling counts the padding, as in PyTorch ports.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -51,7 +52,7 @@ class Xception(nn.Module):
             return x if stride == 1 else ops.max_pool(x, padding="SAME" if config.padding == "same" else "SYMMETRIC")
 
         # Entry flow.
-        stem = {"stride": 2, "padding": "VALID"} if config.stem == "imagenet" else {}
+        stride, padding = (2, "VALID") if config.stem == "imagenet" else (1, "SAME")
         stem_width, stem_output = width(32), width(64)
         if config.stem_width is not None:
             stem_width, stem_output = config.stem_width, 2 * config.stem_width
@@ -59,9 +60,9 @@ class Xception(nn.Module):
             x = nn.relu(sepconv_bn(images, stem_width, "block1_conv1"))
             x = nn.relu(sepconv_bn(x, stem_output, "block1_conv2"))
         else:
-            x = nn.relu(conv_bn(images, stem_width, "block1_conv1", kernel_size=(3, 3), **stem))  # [b, 149, 149, 32]
-            stem.pop("stride", None)
-            x = nn.relu(conv_bn(x, stem_output, "block1_conv2", kernel_size=(3, 3), **stem))  # [b, 147, 147, 64]
+            conv3x3_bn = partial(conv_bn, kernel_size=(3, 3), padding=padding)
+            x = nn.relu(conv3x3_bn(images, stem_width, "block1_conv1", stride=stride))  # [b, 149, 149, 32]
+            x = nn.relu(conv3x3_bn(x, stem_output, "block1_conv2"))  # [b, 147, 147, 64]
         endpoints["block1"] = x
 
         for block, channels, stride in zip((2, 3, 4), (128, 256, 728), config.strides[:3], strict=True):

@@ -7,7 +7,7 @@
 | 1 x 1, one segment | matrix product | the same | matrix product, activations kept from being transposed |
 | 1 x 1 with a stride | of the pixels that it reads | native | of the pixels that it reads |
 | depthwise | `feature_group_count` | the same | shifted multiply-adds, filter gradient row by row |
-| 1 < segments < channels | one batched product per tap | native on one GPU, else as on a TPU | as on a TPU |
+| 1 < segments < channels | one batched product per tap | native on one GPU, as on a TPU in a mesh | as on a TPU |
 | few input channels (the stem) | native | native | patches x matrix |
 | otherwise | native | native | native |
 

@@ -28,8 +28,8 @@ def on_tpu(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) -> A
 
 
 def on_gpu(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) -> Array:
-    """Convolves on GPUs."""
-    if 1 < segments < x.shape[-1] and jax.device_count() > 1:
+    """Convolves on GPUs. Over several of them, XLA would gather the whole batch for a native one with segments."""
+    if 1 < segments < x.shape[-1] and jax.sharding.get_abstract_mesh().size > 1:
         return _per_tap(x, kernel, segments, stride, pads)
     return _product_or_native(x, kernel, segments, stride, pads)
 

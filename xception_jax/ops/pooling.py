@@ -105,10 +105,11 @@ def avg_pool(
 ) -> Float[Array, "b oh ow c"]:
     """Returns the mean of each window; padded positions count as zeros only with `count_padding` (PyTorch)."""
     pads = explicit_padding(padding, x.shape[1:3], (window, window), stride)
-    if count_padding:
-        return _window_sum(x, window, stride, pads) / window**2
-    counts = _reduce_window_sum(jnp.ones((1, *x.shape[1:3], 1), x.dtype), window, stride, pads)
-    return _window_sum(x, window, stride, pads) / counts
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # a sum in bfloat16 is rounded at every term
+    counts: Array | int = window**2
+    if not count_padding:
+        counts = _reduce_window_sum(jnp.ones((1, *x.shape[1:3], 1), wide.dtype), window, stride, pads)
+    return (_window_sum(wide, window, stride, pads) / counts).astype(x.dtype)
 
 
 def _reduce_window_sum(x: Array, window: int, stride: int, pads: Pads) -> Array:

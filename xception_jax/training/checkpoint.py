@@ -32,7 +32,7 @@ from xception_jax.parallel import from_primary
 from xception_jax.storage import checkpoint_directory, is_url
 from xception_jax.training import digest, manifest
 from xception_jax.training.digest import DigestArgs, host_parts
-from xception_jax.training.fingerprint import tree_fingerprint, tree_signature, versions
+from xception_jax.training.fingerprint import tree_signature, versions
 from xception_jax.training.manifest import DamagedError
 from xception_jax.training.orbax_manager import open_manager
 from xception_jax.training.preservation import LatestOrBest
@@ -189,7 +189,6 @@ class Checkpoints:
             "run": self._run,
             "identity": self._identity,
             "versions": versions(),
-            "tree": tree_fingerprint(state),
             "metrics": metrics,
         }
         if self._bucket is not None:

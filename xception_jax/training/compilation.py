@@ -56,8 +56,10 @@ def _remove_torn(directory: Path) -> None:
 
     Objects in a bucket are written as a whole.
     """
-    from jax._src.compilation_cache import decompress_executable  # there is no public name for it
-
+    try:
+        from jax._src.compilation_cache import decompress_executable  # there is no public name for it
+    except ImportError:  # another version of JAX; a torn program then only stays without use
+        return
     marker = directory / _CHECKED
     checked = marker.stat().st_mtime if marker.exists() else 0.0
     if not os.access(directory, os.W_OK):  # others may write here, and this user only read

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from xception_jax.parallel import whole
 from xception_jax.training import manifest, step_files
-from xception_jax.training.fingerprint import named_leaves, whole
+from xception_jax.training.fingerprint import named_leaves
 from xception_jax.training.manifest import DamagedError
 from xception_jax.training.step_files import COMMITTED, step_path
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +18,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xception_jax.config import ExperimentConfig, duration_in_steps
 from xception_jax.config.fields import MAX_INTEGER
-from xception_jax.data.datasets import open_dataset
+from xception_jax.data.datasets import open_dataset, overlap
 from xception_jax.data.sources import Source, SourceInfo, check_labels
-from xception_jax.errors import ConfigError, DeviceMemoryError
+from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
-from xception_jax.parallel import batch_sharding, check_batch, make_mesh
+from xception_jax.parallel import batch_sharding, check_batch, fits_device, make_mesh
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.losses import class_weights
 from xception_jax.training.optimizers import make_optimizer, make_schedule
 from xception_jax.training.state import TrainState, abstract_state, make_state_init, seed_bits
 from xception_jax.training.step import make_train_step
+
+_SPLITS = {"train": "train_split", "dev": "eval_split", "test": "test_split"}  # fields of `config.data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +104,8 @@ class Experiment:
         options: dict[str, str | bool] = {}
         if self.config.profile and self.mesh.devices.flat[0].platform == "gpu":
             options = {"xla_gpu_enable_command_buffer": ""}  # traces of CUDA graphs do not name the operation
-        try:
+        with fits_step(self.config):
             return jitted.lower(self.abstract, self.abstract_batch(), key_bits).compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            raise out_of_memory(error, self.config) from error
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes, dtypes and sharding of a global batch."""
@@ -116,12 +118,10 @@ class Experiment:
         }
 
 
-def out_of_memory(error: jax.errors.JaxRuntimeError, config: ExperimentConfig) -> Exception:
-    """Converts an out-of-memory error of XLA to a DeviceMemoryError, and returns any other error unchanged."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    return DeviceMemoryError(
-        "the training step does not fit into the memory of a device",
+def fits_step(config: ExperimentConfig) -> contextlib.AbstractContextManager[None]:
+    """Raises a DeviceMemoryError if the training step does not fit into the memory of a device."""
+    return fits_device(
+        "the training step",
         f"batch_size={config.batch_size}, image_size={config.data.image_size}, dtype={config.model.dtype}",
         "lower config.batch_size, raise config.accumulation_steps, or set config.model.dtype='bfloat16'",
     )
@@ -138,7 +138,7 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
       InputMissingError: the data are missing.
       BadDataError: the data are damaged.
     """
-    splits = {"train": config.data.train_split, "dev": config.data.eval_split, "test": config.data.test_split}
+    splits = {name: getattr(config.data, field) for name, field in _SPLITS.items()}
     sources = {name: open_dataset(config.data, split) for name, split in splits.items() if split}
     check_data(config, sources)
     mesh = make_mesh(config.mesh)
@@ -191,10 +191,10 @@ def _check_duration(config: ExperimentConfig, num_examples: int) -> None:
 
 
 def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
-    """Checks that network, loss and data agree about the classes.
+    """Checks that the splits are disjoint, and that network, loss and data agree about the classes.
 
     Raises:
-      ConfigError: the number of classes or the kind of labels differs.
+      ConfigError: two splits share images, or the number of classes or the kind of labels differs.
       BadDataError: a label is out of range.
     """
     info = sources["train"].info
@@ -217,6 +217,15 @@ def check_data(config: ExperimentConfig, sources: dict[str, Any]) -> None:
             f"set it to {info.num_classes}{one}",
         )
     _check_balance(config, info)
+    for a, b in itertools.combinations(sources, 2):
+        other = sources[b].info.split
+        if overlap(sources[a], other):
+            field = f"config.data.{_SPLITS[b]}"
+            raise ConfigError(
+                f"the splits config.data.{_SPLITS[a]}={sources[a].info.split} and {field}={other} share images",
+                field,
+                "use disjoint splits such as train[:98%] and train[98%:], or '' to do without this one",
+            )
     for source in sources.values():
         check_labels(source, jax.process_index(), jax.process_count())  # each process checks a part
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from xception_jax.environment import installed_versions
 from xception_jax.names import printable
+from xception_jax.parallel import whole
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -30,11 +29,6 @@ def tree_signature(tree: Any) -> dict[str, str]:
     return {name: signature(leaf) for name, leaf in named_leaves(tree).items()}
 
 
-def tree_fingerprint(tree: Any) -> str:
-    """Returns the SHA-256 over names, dtypes and shapes. States with the same fingerprint are interchangeable."""
-    return hashlib.sha256(json.dumps(tree_signature(tree), sort_keys=True).encode()).hexdigest()
-
-
 def state_fingerprint(state: Any) -> str:
     """Returns the SHA-256 over the name, dtype, shape and bits of every leaf.
 
@@ -46,14 +40,6 @@ def state_fingerprint(state: Any) -> str:
         digest.update(f"{name} {array.dtype}{list(array.shape)}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def whole(leaf: Any) -> np.ndarray:
-    """Returns an array on the host. With several processes, this is a collective that all of them must call."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        replicated = leaf.is_fully_replicated
-        leaf = leaf.addressable_data(0) if replicated else multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def compare_signatures(stored: dict[str, str], wanted: dict[str, str], max_rows: int = 10) -> tuple[int, list[str]]:

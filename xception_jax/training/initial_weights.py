@@ -29,9 +29,9 @@ from xception_jax.training.state import TrainState
 from xception_jax.weights import Network, Preprocessing, load_network
 
 # Fields of `config.model` that may differ from the network in the file. They affect only the head or only training.
-_MAY_DIFFER = ("num_classes", "fc_layers", "fc_width", "dropout_rate", "aux_head", "dtype")
+_MAY_DIFFER = ("num_classes", "fc_layers", "fc_width", "dropout_rate", "aux_head", "dtype", "initialization")
 # Fields that say how the network is trained. They are never taken from the file.
-_OF_TRAINING = ("dropout_rate", "aux_head", "dtype", "batch_norm.momentum", "batch_norm.statistics")
+_OF_TRAINING = ("dropout_rate", "aux_head", "dtype", "initialization", "batch_norm.momentum", "batch_norm.statistics")
 _NUM_CLASSES = "model.num_classes"
 _HEAD, _CLASSIFIERS = ("head/", "aux_"), ("head/predictions/", "aux_predictions/")
 

@@ -119,9 +119,8 @@ class Journal:
         content = bytes_from_primary(json.dumps(found).encode())
         return {int(step): entry for step, entry in json.loads(content).items()}
 
-    @property
     def has_recovered(self) -> bool:
-        """Whether the run has gone back to a checkpoint before. All processes get the same answer."""
+        """Returns whether the run has gone back to a checkpoint before. A collective."""
         return self._agree(self._writes and any(entry["split"] == RECOVERY for entry in self.entries()))
 
     def _agree(self, found: bool) -> bool:
@@ -183,7 +182,8 @@ class Journal:
         """Records the metrics of a finished step. At a log point, writes their mean over the interval."""
         self.throughput.mark(step)
         self.stopwatch.step_ended(step)
-        self._interval.append({name: metrics[name] for name in _AVERAGED if name in metrics})
+        if not metrics["bad_steps"]:  # one loss that is not finite would hide those of the whole interval
+            self._interval.append({name: metrics[name] for name in _AVERAGED if name in metrics})
         self._last_step = step
         log_point = step % self._log_every == 0 or step == self._experiment.total_steps
         speed = {
@@ -214,7 +214,8 @@ class Journal:
 
     def _common(self) -> list[str]:
         """Returns the metrics that all steps of the interval have. A resumed run may weight its classes, or not."""
-        return [name for name in self._interval[0] if all(name in entry for entry in self._interval)]
+        first = self._interval[0] if self._interval else {}  # empty if all steps of the interval were skipped
+        return [name for name in first if all(name in entry for entry in self._interval)]
 
     def evaluation(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Writes and prints the metrics of an evaluation."""
@@ -222,10 +223,11 @@ class Journal:
         self.message(f"step {step:,}  {split}: {describe(metrics, metrics_of(self._experiment.config), ('', 'ema_'))}")
 
     def images(self, step: int, images: Float32[np.ndarray, "b h w 3"]) -> None:
-        """Sends the first images of a batch, in [-1, 1], to the trackers of process 0."""
+        """Sends the first images of a batch, nominally in [-1, 1], to the trackers of process 0."""
         count = self._experiment.config.logs.images
         for tracker in self._trackers if count else ():
-            pixels = np.round((images[:count] + 1) * 127.5).astype(np.uint8)
+            pixels = np.round((images[:count] + 1) * 127.5)
+            pixels = np.clip(pixels, 0, 255).astype(np.uint8)  # turned images leave [-1, 1]
             tracker.images(step, "train/images", pixels)
 
     def histograms(self, step: int, params: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
-from xception_jax.parallel import DeviceBatch, batch_sharding, to_devices
+from xception_jax.parallel import DeviceBatch, batch_sharding, fits_device, to_devices
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.feed import Feed, polled
@@ -213,7 +213,7 @@ class Loop:
         The same batches would lead to the same divergence. The steps in between count as skipped, so the position in
         the data still depends only on the step, and an interrupted run recovers in the same way.
         """
-        has_recovered = self.journal.has_recovered
+        has_recovered = self.journal.has_recovered()
         with self.journal.stopwatch.during(goodput.START):
             restored = (
                 None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
@@ -269,7 +269,9 @@ class Loop:
         start = time.monotonic()
         announced = announce(f"evaluating on {split}: {len(source):,} images", print_once)
         batches = contextlib.closing(iter(self.evaluation_batches[split]))
-        with announced, self.journal.pause(goodput.EVALUATION), batches as iterator:
+        size = self.config.evaluation.batch_size
+        fits = fits_device("an evaluation batch", f"config.evaluation.batch_size={size}", "lower it")
+        with announced, self.journal.pause(goodput.EVALUATION), batches as iterator, fits:
             metrics, predictions = evaluate(
                 self.evaluation_step,
                 self.metrics,

@@ -11,10 +11,8 @@ import jax
 
 from xception_jax.errors import PreemptedError
 from xception_jax.processes import gather
-from xception_jax.signals import ONE_REQUEST_SECONDS, SIGNALS, StopRequested, StopSignals
+from xception_jax.signals import StopRequested, StopSignals
 from xception_jax.training.stop_point import StopPoint
-
-__all__ = ["ONE_REQUEST_SECONDS", "SIGNALS", "Preemption"]
 
 _SECONDS_FOR_THE_OTHERS = 1.0  # process 0 ends last, because the others need its store
 

@@ -1,4 +1,4 @@
-"""Ends a run in which no training step ends any more, so that a scheduler starts it again."""
+"""Ends a stalled run, so that a scheduler starts it again."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def _call(
 
 @functools.cache
 def _mention_allocator() -> None:
-    """Says once that a network is trained without the allocator's settings, as in a loop of one's own."""
+    """Says once that a network is trained without the allocator's settings, as a user's own training loop may be."""
     if lacks_allocator():
         log.warning(
             "Training on a CPU is faster with other settings of the memory allocator. `xception-jax train` sets them "
