@@ -79,7 +79,7 @@ def test_a_fault_that_lasts_ends_with_74(gcs, gs_store, operation, fault):
     assert error.value.exit_code == 74
     assert "injected" in error.value.what or fault in ("cut", "lost")
     assert str(error.value).count("\n") == 2
-    assert 2 <= len(gcs.requests) <= 100
+    assert 2 <= len(gcs.requests) <= 500  # no tight loop: each waits for up to 0.1 s
 
 
 @pytest.mark.parametrize(("operation", "fault"), CASES)

@@ -40,7 +40,7 @@ def gs_lister(bucket: str, patience: Patience) -> Callable[[str], list[str]]:
             prefix=prefix,
             fields="items(name),nextPageToken",
             timeout=patience.total,
-            retry=retry.with_timeout(min(patience.delays, patience.total)),
+            retry=retry.with_timeout(patience.total),
         )
         return [blob.name for blob in blobs]
 

@@ -25,7 +25,8 @@ class Patience:
     """How long a store is tried before an operation fails.
 
     Attributes:
-      retries: how often a request is repeated after 429, 5xx or a broken connection.
+      retries: how often a request is repeated after 429, 5xx or a broken connection. Listings of gs:// are repeated
+        until `total`.
       first_delay: seconds before the first repetition; doubled for each further one.
       longest_delay: seconds that the delay grows to.
       total: seconds for the operation as a whole, whatever happens, for example if the server never answers.
@@ -35,11 +36,6 @@ class Patience:
     first_delay: float = 0.5
     longest_delay: float = 8.0
     total: float = 90.0
-
-    @property
-    def delays(self) -> float:
-        """Seconds between the first and the last request, if each fails at once."""
-        return sum(min(self.first_delay * 2**number, self.longest_delay) for number in range(self.retries))
 
 
 @dataclasses.dataclass(frozen=True)
