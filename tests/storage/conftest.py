@@ -19,7 +19,7 @@ from xception_jax.storage import Patience, Store, open_store
 
 BUCKET = "bucket"
 BRISK = Patience(retries=3, first_delay=0.05, longest_delay=0.1, total=5)
-"""The limits of the tests: one second if every request fails (five for listings), five if the server does not answer."""
+"""The limits of the tests: one second if every request fails, five for listings and if the server does not answer."""
 
 _numbers = itertools.count(1)
 
