@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -66,6 +69,20 @@ def pytest_xdist_auto_num_workers():
 def pytest_collection_modifyitems(items):
     """Puts the longest files first. Workers take whole files, and a long one at the end would leave the others idle."""
     items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
+
+_ports = itertools.count(127 * os.getpid())
+
+
+def free_port() -> int:
+    """Returns a port that nobody uses, and whose successor is free too: there the processes of a run call the roll.
+
+    It is not one of the ports that the system gives to any program at any time.
+    """
+    while True:
+        port = 10_000 + 2 * (next(_ports) % 10_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import NEWER_CODE, ROOT
+from tests.conftest import NEWER_CODE, ROOT, free_port
 from tests.tiny_run import TINY, three_lines
 from xception_jax.logs import goodput
 from xception_jax.logs.metrics_log import read_metrics
@@ -175,9 +174,7 @@ def test_kill_minus_9_and_sigterm_and_the_same_command_end_with_the_same_bits(
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(uninterrupted, shared_environment, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"--config.distributed.coordinator=localhost:{free.getsockname()[1]}"
+    coordinator = f"--config.distributed.coordinator=localhost:{free_port()}"
     environment = shared_environment | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"}
     pair = [
         start(

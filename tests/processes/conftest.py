@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import NEWER_CODE, ROOT
+from tests.conftest import NEWER_CODE, ROOT, free_port
 from tests.tiny_run import TINY
 
 
@@ -22,9 +21,7 @@ def train_pair(shared_environment, tmp_path):
     """
     environment = shared_environment | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"}
     environment |= {"GO": str(tmp_path / "go")}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     with contextlib.ExitStack() as stack:
 
         def start(*arguments_of_hosts, program="train.py", heartbeat=8):

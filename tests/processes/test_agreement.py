@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 
 @pytest.fixture(scope="module")
 def results(shared_environment):
     """Returns what each exchange gave in process 0 and in process 1."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     program = [sys.executable, "tests/processes/agreement_program.py", address]
     options = {"cwd": ROOT, "env": shared_environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     pair = [subprocess.Popen([*program, str(number)], text=True, **options) for number in (0, 1)]

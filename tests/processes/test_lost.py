@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from xception_jax.errors import PreemptedError
 
 HEARTBEAT = 10
@@ -21,9 +20,7 @@ HEARTBEAT = 10
 @pytest.fixture
 def start(shared_environment):
     """Returns a function that starts processes by number, of three that know each other."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     with contextlib.ExitStack() as stack:
 
         def start(*numbers: int, timeout: int = 60) -> list[subprocess.Popen]:

@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from tests.conftest import free_port
 from xception_jax import roll_call
 from xception_jax.roll_call import RollCall
 
@@ -16,9 +17,7 @@ from xception_jax.roll_call import RollCall
 @pytest.fixture
 def join(monkeypatch):
     """Returns a function that lets a process of four join the roll call, as a thread of this one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     states = []
     monkeypatch.setattr(roll_call, "state_of_jax", lambda: states.pop())
     with contextlib.ExitStack() as stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -12,18 +11,11 @@ import threading
 import jax
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError
 from xception_jax.launchers import SKYPILOT_PORT, from_environment, gpus_of_task, may_have_peers, several_processes
 from xception_jax.processes import check_processes
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def test_processes_that_are_not_connected_are_refused(monkeypatch):
@@ -120,8 +112,8 @@ def test_tasks_of_a_job_that_was_not_started_by_srun_are_refused(shared_environm
 
 
 @pytest.mark.faults
-def test_the_variables_of_jax_connect_two_processes(shared_environment, free_port):
-    common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port}", "JAX_NUM_PROCESSES": "2"}
+def test_the_variables_of_jax_connect_two_processes(shared_environment):
+    common = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     found = start(shared_environment, *(common | {"JAX_PROCESS_ID": str(i)} for i in (0, 1)))
     assert found == ["process 0 of 2", "process 1 of 2"]
 
@@ -135,15 +127,15 @@ def test_slurm_connects_two_processes(shared_environment):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"])
-def test_gke_connects_two_hosts(shared_environment, free_port, name):
-    common = {name: "localhost,localhost", "JAX_COORDINATOR_PORT": str(free_port), "TPU_SKIP_MDS_QUERY": "1"}
+def test_gke_connects_two_hosts(shared_environment, name):
+    common = {name: "localhost,localhost", "JAX_COORDINATOR_PORT": str(free_port()), "TPU_SKIP_MDS_QUERY": "1"}
     common |= {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
     hosts = (common | {"TPU_WORKER_ID": str(i)} for i in (0, 1))
     assert start(shared_environment, *hosts, arguments=["tpu"]) == ["process 0 of 2", "process 1 of 2"]
 
 
 @pytest.mark.faults
-def test_the_metadata_server_connects_the_hosts_of_a_tpu_slice(shared_environment, free_port):
+def test_the_metadata_server_connects_the_hosts_of_a_tpu_slice(shared_environment):
     """Without any variable: each host asks its own metadata server, here one on loopback for each."""
 
     def metadata_server(number):
@@ -165,7 +157,7 @@ def test_the_metadata_server_connects_the_hosts_of_a_tpu_slice(shared_environmen
 
     servers = [metadata_server(i) for i in (0, 1)]
     try:
-        common = {"JAX_COORDINATOR_PORT": str(free_port)}
+        common = {"JAX_COORDINATOR_PORT": str(free_port())}
         addresses = ("{}:{}".format(*server.server_address) for server in servers)
         hosts = (common | {"GCE_METADATA_IP": address} for address in addresses)
         found = start(shared_environment, *hosts, arguments=["tpu", "metadata"])

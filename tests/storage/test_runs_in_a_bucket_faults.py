@@ -8,14 +8,13 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.conftest import NEWER_CODE, ROOT
+from tests.conftest import NEWER_CODE, ROOT, free_port
 from tests.storage.conftest import BUCKET
 from tests.storage.gcs_requests import Fault
 from tests.tiny_run import TINY
@@ -156,9 +155,7 @@ def test_two_runs_race_for_one_directory(start, messages, gcs):
 
 def test_two_processes_have_the_bits_of_two_on_a_disk(start, messages, gcs, tmp_path):
     def train_pair(workdir: str) -> str:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = f"localhost:{free_port()}"
         flags = f"{os.environ['XLA_FLAGS']} {NEWER_CODE}"
         pair = []
         for number in (0, 1):

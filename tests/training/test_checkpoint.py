@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.conftest import free_port
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.training import digest
 from xception_jax.training.checkpoint import Checkpoints
@@ -570,7 +570,7 @@ def test_save_on_eight_devices_restore_on_fewer(tmp_path):
         assert output_of(restore, tmp_path, devices=devices).endswith(f"7 {devices} {state_fingerprint(state_at(7))}\n")
 
 
-def test_two_processes_agree_on_the_step(tmp_path, free_port):
+def test_two_processes_agree_on_the_step(tmp_path):
     code = textwrap.dedent("""
         import pathlib, sys
         jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
@@ -591,7 +591,8 @@ def test_two_processes_agree_on_the_step(tmp_path, free_port):
             step, state = checkpoints.restore_latest(wanted)
         say(f"{step} {state_fingerprint(state)}")
     """)
-    processes = [run(code, tmp_path, f"localhost:{free_port}", i, devices=2) for i in range(2)]
+    address = f"localhost:{free_port()}"
+    processes = [run(code, tmp_path, address, i, devices=2) for i in range(2)]
     try:
         outcomes = [process.communicate(timeout=600) for process in processes]
     finally:
@@ -621,13 +622,6 @@ def test_two_processes_agree_on_the_step(tmp_path, free_port):
         2,
         ["checkpoint 2 had no manifest; its content matches its digest, so a manifest is added"],
     )
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(

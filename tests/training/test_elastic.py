@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import NEWER_CODE, ROOT
+from tests.conftest import NEWER_CODE, ROOT, free_port
 from tests.tiny_run import TINY
 from xception_jax.logs.metrics_log import read_metrics
 
@@ -27,9 +26,7 @@ pytestmark = pytest.mark.faults
 @pytest.fixture
 def train(shared_environment, tmp_path):
     """Returns a function that trains to step `end` of `total`, on some devices in some processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
 
     def run(workdir: str, end: int, total: int, *, devices: int, processes: int = 1) -> str:
         last = end == total

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ import time
 
 import pytest
 
+from tests.conftest import free_port
 from xception_jax.errors import PreemptedError
 from xception_jax.signals import ONE_REQUEST_SECONDS, StopRequested
 from xception_jax.training.preemption import Preemption
@@ -214,9 +214,7 @@ WAITING_LOOP = """
     ],
 )
 def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum, loop, ready):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     code = "import jax, sys\njax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n" + textwrap.dedent(loop)
     processes = [start(code, address, str(i)) for i in range(2)]
     try:

@@ -6,14 +6,13 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.test_train_faults import Run
 from tests.tiny_run import TINY
 from xception_jax.config import resolve
@@ -93,9 +92,7 @@ def test_a_thread_that_holds_the_global_lock_is_no_obstacle(start):
 
 @pytest.mark.faults
 def test_a_process_waits_for_the_save_of_another_one_but_not_for_ever(shared_environment, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     with contextlib.ExitStack() as stack:
         pair = []
         for number in (0, 1):
