@@ -37,7 +37,7 @@ ANGLES = (0.25, 0.5, 1.0)
 RATES = (0.4, 1.0, 2.5)  # times the rate of the config
 MARGIN = 0.01
 GATE = 0.8  # training accuracy
-FLAT = 0.01  # regular networks find both kinds of turns as difficult
+FLAT = 0.015  # regular networks find both kinds of turns about as difficult
 DEEP = "deep"
 
 Turns = tuple[tuple[str, float], ...]
@@ -130,7 +130,7 @@ def _network(config: ConfigDict) -> ConfigDict:
 
 
 def _cpu() -> ConfigDict:
-    """Returns the size for garments stacked as channels: six epochs of 27,000 images of 28 x 28 pixels."""
+    """Returns the size for garments stacked as channels: four epochs of 27,000 images of 28 x 28 pixels."""
     config = _network(study_size("cpu").config)
     config.model.width_multiplier = 0.15
     config.model.stem_width = 8
@@ -140,7 +140,7 @@ def _cpu() -> ConfigDict:
     config.data.train_split = "train"
     config.data.eval_split = "dev"
     config.data.test_split = "test"
-    config.duration = "6 epochs"
+    config.duration = "4 epochs"
     config.schedule.learning_rate = 0.05
     config.evaluation.every = "1 epoch"
     config.checkpoint.every = "1 epoch"
@@ -179,15 +179,15 @@ BOTH = ("regular", "depthwise")
 SIZES: dict[str, dict[str, Any]] = {
     "smoke": {
         "config": _smoke,
-        "arms": (*arms(BOTH, ENDS), *arms(BOTH[1:], (NONE,))),
+        "arms": tuple(arms(BOTH, ENDS)),
         "seeds": (0, 1),
         "search": None,
         "budget": "two minutes of one core; shows that the study runs",
     },
     "cpu": {
         "config": _cpu,
-        "arms": (*arms(tuple(MODULES), ENDS), *arms(("depthwise",), (NONE,))),
-        "seeds": tuple(range(1, 9)),  # the pilot had seed 0
+        "arms": tuple(arms(tuple(MODULES), ENDS)),
+        "seeds": tuple(range(1, 11)),  # the pilot had seed 0
         "budget": "two to four hours of two cores",
     },
     "cifar": {
@@ -218,10 +218,10 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
         name=f"isometry-{size}-{control}",
         question="Do depthwise separable convolutions lose more than regular ones when a lossless turn of the images "
         "mixes channels and space?",
-        hypothesis="They do, by more than a point, because they rely on correlations across channels and in space that "
-        "can be mapped apart; a turn that keeps the two apart costs them no more than it costs regular convolutions.",
+        hypothesis="They do, by more than a point beyond a turn that keeps channels and space apart, because they rely "
+        "on correlations across channels and in space that can be mapped apart.",
         margin=MARGIN,
-        reference="depthwise_none",
+        reference=name("depthwise", *ENDS[0]),
         comparisons=tuple(
             PlannedComparison(name(module, *turn, depth), name("regular", *turn, depth))
             for module in ("depthwise", "pointwise", "depthwise3")

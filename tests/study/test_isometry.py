@@ -77,7 +77,7 @@ def written(study, tmp_path_factory):
 
 
 def test_arms_differ_in_module_turn_and_depth_only(study):
-    assert (len(study.arms), len(load_study(FILE_OF_STUDY).arms)) == (32, 9)
+    assert (len(study.arms), len(load_study(FILE_OF_STUDY).arms)) == (32, 8)
     base = study.arm_config(study.arm("depthwise_none"))
     for arm in study.arms:
         config = study.arm_config(arm)

@@ -13,9 +13,9 @@ import numpy as np
 
 from xception_jax.names import csv_cell
 from xception_jax.study.cells import ACTIVATIONS, Cell
-from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.user_files import read_json, reading
 
+ACTIVATION_COLUMNS = ("dead_start", "dead_end", "rms_start", "rms_end")  # of cells.csv
 MOMENTS = ("start", "end")
 ROW = ("arm", "seed", "moment", "layer", "map", "channels", "dead", "rms")
 _TINY = 1e-30  # a layer whose channels are all zero has no logarithm

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xception_jax.config import FIELDS, ExperimentConfig, override
+from xception_jax.config import FIELDS, ExperimentConfig, override, resolve
 from xception_jax.errors import ConfigError
 from xception_jax.study.claims import claim_problems
 from xception_jax.study.design import (
@@ -108,7 +108,7 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
     yield from gate_problems(study.gates, names)
     if study.gate is not None and not 0 < study.gate <= 1:
         yield f"the gate is {study.gate}", "set it to a training accuracy between 0 and 1, or to None"
-    yield from claim_problems(study.claims, names, study.axis, study.activations)
+    yield from claim_problems(study.claims, names, study.axis)
 
 
 def _config_problems(study: Study, configs: Mapping[str, ExperimentConfig]) -> Iterator[tuple[str, str]]:
@@ -125,10 +125,11 @@ def _config_problems(study: Study, configs: Mapping[str, ExperimentConfig]) -> I
         if study.axis not in ("", *CHANNEL_AXES) and not isinstance(field_value(config, study.axis), int | float):
             what = f"{study.axis} is {field_value(config, study.axis)!r} in arm {arm}, which has no place on an axis"
             yield what, "choose an axis of numbers"
-    turns = {(config.data.turn, config.data.turn_angle != 0) for config in configs.values()}
+    data = [resolve(study.config).data, *(config.data for config in configs.values())]
+    turns = {(each.turn, each.turn_angle != 0) for each in data}
     for kind in {gate.kind for gate in study.gates} & {"kronecker", "free"}:
         if (kind, True) not in turns or not {(other, False) for other, _ in turns if other != "none"} & turns:
-            what = f"the gate {kind} needs arms with data.turn={kind!r}, and one with data.turn_angle=0 and a turn"
+            what = f"the gate {kind} needs arms with data.turn={kind!r}, and data.turn_angle=0 in an arm or the config"
             yield what, "add them, or remove the gate"
 
 

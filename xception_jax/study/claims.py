@@ -2,9 +2,8 @@
 
 A claim consists of parts. A part is a number that is said to lie above or below a bound, or between -bound and bound:
 
-'sum'          the weighted sum of differences in accuracy, such as the mean effect of an activation over four networks.
-'slope'        the least-squares slope of weighted differences over the axis of the study.
-'correlation'  between a measured column of the arms and their harm, which is minus the weighted difference.
+'sum'    the weighted sum of differences in accuracy, such as the mean effect of an activation over four networks.
+'slope'  the least-squares slope of weighted differences over the axis of the study.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator
 
-MEASURES = ("sum", "slope", "correlation")
+MEASURES = {"sum": 1, "slope": 2}  # and the least number of terms
 SIDES = ("above", "below", "within")
-# Columns of cells.csv that `Study.activations` measures, see activations.py.
-ACTIVATION_COLUMNS = ("dead_start", "dead_end", "rms_start", "rms_end")
 
 Term = tuple[str, str, float]
 """(arm, baseline, weight): the accuracy of the arm minus that of the baseline, or minus 0 if the baseline is ''."""
@@ -30,10 +27,9 @@ class Part:
       name: what is estimated.
       terms: the differences in accuracy that it consists of.
       side: one of `SIDES`.
-      bound: a difference in accuracy as a share (0.003 is 0.3 percentage points), a slope per unit of the axis (per
-        doubling on the axis of channels), or a correlation.
+      bound: a difference in accuracy as a share (0.003 is 0.3 percentage points), or a slope per unit of the axis (per
+        doubling on the axis of channels).
       measure: one of `MEASURES`.
-      column: the column of cells.csv, for a correlation: one of `ACTIVATION_COLUMNS`.
     """
 
     name: str
@@ -41,7 +37,6 @@ class Part:
     side: str
     bound: float
     measure: str = "sum"
-    column: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +59,7 @@ class Claim:
         return {name for part in self.parts for term in part.terms for name in term[:2] if name}
 
 
-def claim_problems(
-    claims: Collection[Claim], arms: Collection[str], axis: str, activations: bool
-) -> Iterator[tuple[str, str]]:
+def claim_problems(claims: Collection[Claim], arms: Collection[str], axis: str) -> Iterator[tuple[str, str]]:
     """Yields (what is wrong, how to fix it) for the claims of a study with these arms and this axis."""
     codes = [claim.code for claim in claims]
     for claim in claims:
@@ -77,16 +70,15 @@ def claim_problems(
         for name in sorted(claim.arms - set(arms)):
             yield f"claim {claim.code} names an arm {name!r} that does not exist", f"choose one of {', '.join(arms)}"
         for part in claim.parts:
-            for what, fix in _part_problems(part, axis, activations):
+            for what, fix in _part_problems(part, axis):
                 yield f"claim {claim.code}, {part.name!r}: {what}", fix
 
 
-def _part_problems(part: Part, axis: str, activations: bool) -> Iterator[tuple[str, str]]:
-    least = {"sum": 1, "slope": 2, "correlation": 3}
+def _part_problems(part: Part, axis: str) -> Iterator[tuple[str, str]]:
     if part.measure not in MEASURES:
         yield f"the measure is {part.measure!r}", f"set it to one of {', '.join(MEASURES)}"
-    elif len(part.terms) < least[part.measure]:
-        yield f"it has {len(part.terms)} terms", f"a {part.measure} needs at least {least[part.measure]}"
+    elif len(part.terms) < MEASURES[part.measure]:
+        yield f"it has {len(part.terms)} terms", f"a {part.measure} needs at least {MEASURES[part.measure]}"
     if part.side not in SIDES:
         yield f"the side is {part.side!r}", f"set it to one of {', '.join(SIDES)}"
     if not all(math.isfinite(weight) for *_, weight in part.terms) or not any(weight for *_, weight in part.terms):
@@ -95,12 +87,3 @@ def _part_problems(part: Part, axis: str, activations: bool) -> Iterator[tuple[s
         yield f"the bound is {part.bound}", "set it to a number, above 0 for 'within'"
     if part.measure == "slope" and not axis:
         yield "a slope needs an axis", "set the axis of the study"
-    if part.measure == "correlation":
-        if part.column not in ACTIVATION_COLUMNS:
-            yield f"the column is {part.column!r}", f"set it to one of {', '.join(ACTIVATION_COLUMNS)}"
-        if not activations:
-            yield "nothing measures its column", "set activations=True in the study"
-        if not -1 < part.bound < 1:
-            yield f"the bound is {part.bound}", "set it to a correlation between -1 and 1"
-    elif part.column:
-        yield f"the column {part.column!r} has no effect", "remove it, or set measure='correlation'"

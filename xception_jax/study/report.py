@@ -15,9 +15,8 @@ from xception_jax.names import LINE_LENGTH, csv_cell, printable
 from xception_jax.reports.environment import format_interval, format_p, format_points, make_environment
 from xception_jax.reports.style import on_white, themed
 from xception_jax.study import figures
-from xception_jax.study.activation_files import activations_csv
+from xception_jax.study.activation_files import ACTIVATION_COLUMNS, activations_csv
 from xception_jax.study.cells import State, state_of
-from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import cost_headline, deviations
 from xception_jax.study.design import COSTS
 from xception_jax.study.predictions import write_answers
@@ -108,25 +107,22 @@ def gate_notice(results: Results) -> str:
     """Returns what the report says about the training accuracy of the arms; '' if all of them pass the gate."""
     gate, below = results.stored.study.gate, results.below_gate
     if gate is None:
-        return "No gate on the training accuracy was stated: the study may rank speed, not representation."
+        return "No gate on the training accuracy was stated: differences may reflect how fast the arms train."
     if not below:
         return ""
     return (
-        f"This study ranks speed, not representation: the training accuracy of {', '.join(below)} is below the gate of "
-        f"{gate:.1%}. Comparisons with these arms are not interpreted."
+        f"The training accuracy of {', '.join(below)} is below the gate of {gate:.1%}. Differences with these arms may "
+        "reflect how fast they train, and are not interpreted."
     )
 
 
 def format_part(tested: TestedPart, results: Results) -> str:
     """Returns the estimate of a part of a claim, its interval, and where the claim says that it lies."""
-    part = tested.part
-    if part.measure == "correlation":
-        found, bound, unit = f"{tested.value:.2f} [{tested.low:.2f}, {tested.high:.2f}]", f"{part.bound:g}", ""
-    else:
-        found = f"{format_points(tested.value)} {format_interval((tested.low, tested.high))}"
-        bound, unit = f"{100 * part.bound:g}", " points" + f" {_unit(results)}" * (part.measure == "slope")
+    part, bound = tested.part, f"{100 * tested.part.bound:g}"
+    found = f"{format_points(tested.value)} {format_interval((tested.low, tested.high))}"
+    unit = " points" + f" {_unit(results)}" * (part.measure == "slope")
     place = f"within \N{PLUS-MINUS SIGN}{bound}" if part.side == "within" else f"{part.side} {bound}"
-    return f"{found}{unit}, said to be {place}"
+    return f"{found}{unit}, claimed: {place}"
 
 
 def _difference(estimate: Estimate) -> str:

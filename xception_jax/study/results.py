@@ -15,7 +15,6 @@ from xception_jax.study import statistics
 from xception_jax.study.analysis import ANALYSES, Sample, crossed, of_differences, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.checks import field_value
-from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison
 from xception_jax.study.gates import CheckedGate, check_gates
@@ -202,20 +201,17 @@ def collect(stored: StoredStudy) -> Results:
         arms,
         _comparisons(stored, samples, below),
         _interactions(stored, samples, below),
-        evaluate_claims(stored.study.claims, _measured(stored, samples, done), stored.study.analysis, below),
+        evaluate_claims(stored.study.claims, _measured(stored, samples), stored.study.analysis, below),
         gates,
         answers,
     )
 
 
-def _measured(stored: StoredStudy, samples: Mapping[str, Sample], done: Sequence[Mapping[str, Any]]) -> Measured:
+def _measured(stored: StoredStudy, samples: Mapping[str, Sample]) -> Measured:
     """Returns what claims are tested on."""
-    columns = {name: _Values(done, stored.study.seeds, name) for name in ACTIVATION_COLUMNS}
     x = {arm: _axis_value(stored, arm) for arm in samples}
     return Measured(
-        samples,
-        {arm: math.log2(value) for arm, value in x.items()} if stored.study.axis in CHANNEL_AXES else x,
-        {name: {arm: values.of(arm) for arm in samples} for name, values in columns.items()},
+        samples, {arm: math.log2(value) for arm, value in x.items()} if stored.study.axis in CHANNEL_AXES else x
     )
 
 
@@ -284,8 +280,8 @@ def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[
     adjusted = statistics.holm_within([entry.claim for entry in study.comparisons], [found.p for found in estimates])
     results = []
     for comparison, pair, difference, p in zip(study.comparisons, pairs, estimates, adjusted, strict=True):
-        verdict = statistics.verdict(difference, study.margin, p)
         gated = below & {comparison.arm, comparison.baseline}
+        verdict = NOT_INTERPRETED if gated else statistics.verdict(difference, study.margin, p)
         results.append(
             ComparisonResult(
                 comparison=comparison,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from xception_jax.study.activation_files import activation_columns, read_activations
+from xception_jax.study.activation_files import ACTIVATION_COLUMNS, activation_columns, read_activations
 from xception_jax.study.cells import Cell, read_outcome
-from xception_jax.study.claims import ACTIVATION_COLUMNS
 from xception_jax.study.store import StoredStudy
 
 COLUMNS = (

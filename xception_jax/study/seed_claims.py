@@ -12,8 +12,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+from jaxtyping import Float
+
 from xception_jax.study.statistics import Estimate, estimate, region_p, region_state
-from xception_jax.study.tested_claims import Seeds, decide
+from xception_jax.study.tested_claims import decide
+
+Seeds = Float[np.ndarray, " seeds"]
 
 _Results = TypeVar("_Results")
 

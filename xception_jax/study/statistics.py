@@ -62,7 +62,7 @@ def from_error(
     sd: float = math.nan,
     bootstrap: tuple[float, float] = (math.nan, math.nan),
 ) -> Estimate:
-    """Returns the estimate of a mean with a known standard error: Student's interval and test.
+    """Returns the estimate of a mean with a given standard error: Student's interval and test.
 
     With an error of zero the interval has zero width, and p is 0, or 1 if the mean is zero.
     """
@@ -127,13 +127,13 @@ def holm(p: Sequence[float]) -> list[float]:
     """Returns p-values corrected for multiple comparisons (Holm 1979).
 
     Rejecting those below 0.05 makes an error in at most 5 % of families. NaN, for a comparison without enough values,
-    stays NaN and does not count as a comparison.
+    stays NaN. It counts as a comparison: a family has the size that was stated, whatever could be measured.
     """
     adjusted = np.full(len(p), math.nan)
     given = np.asarray(p, float)
     known = np.flatnonzero(~np.isnan(given))
     order = known[np.argsort(given[known], kind="stable")]
-    steps = given[order] * (len(order) - np.arange(len(order)))
+    steps = given[order] * (len(p) - np.arange(len(order)))
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted.tolist()
 

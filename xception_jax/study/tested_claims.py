@@ -3,33 +3,27 @@
 A claim is tested once all cells of its arms are done. A part holds if the whole 95 % interval lies where the claim
 says, and fails if the whole interval lies elsewhere. A claim is supported if all of its parts hold (an
 intersection-union test, Berger 1982) and its p-value, the largest of its parts, is below 0.05 after Holm's correction
-over the claims of the study. It is contradicted if a part fails. Otherwise it is undecided.
+over all claims of the study. It is contradicted if a part fails. Otherwise it is undecided.
 
-Sums and slopes are linear in the accuracies of the arms, so that the analysis of the study gives their error. The
-correlation is that of means over seeds. Its interval, a jackknife over seeds on Fisher's scale, covers other seeds of
-the same arms.
+Sums and slopes are linear in the accuracies of the arms, so that the analysis of the study gives their error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
 
 from xception_jax.study.analysis import ANALYSES, Sample, of_differences
 from xception_jax.study.claims import Claim, Part
-from xception_jax.study.statistics import Estimate, estimate, holm, region_p, region_state
+from xception_jax.study.statistics import holm, region_p, region_state
 
 NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
 NOT_TESTED = "not tested"
 _SIGNIFICANCE = 0.05
-_LARGEST_R = 1 - 1e-9  # Fisher's scale has no place for 1
-
-Seeds = Float[np.ndarray, " seeds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +33,10 @@ class Measured:
     Attributes:
       samples: the finished cells of each arm.
       positions: positions of each arm on the axis; logarithms to base 2 on an axis of channels.
-      columns: measured columns, then the value of each arm for each seed, NaN where there is none.
     """
 
     samples: Mapping[str, Sample]
     positions: Mapping[str, float]
-    columns: Mapping[str, Mapping[str, Seeds]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,58 +149,19 @@ def _largest(p: Sequence[float]) -> float:
 
 
 def _tested(part: Part, measured: Measured, analysis: str) -> TestedPart:
-    found, bound, inverse = _MEASURES[part.measure](part, measured, analysis)
-    value, low, high = (float(inverse(end)) for end in (found.mean, found.low, found.high))
-    state, p = region_state(found, part.side, bound), region_p(found, part.side, bound)
-    return TestedPart(part, found.n, value, low, high, p, state)
+    weights = of_differences(
+        ((arm, baseline), factor * weight)
+        for (arm, baseline, weight), factor in zip(part.terms, _factors(part, measured), strict=True)
+    )
+    found = ANALYSES[analysis](weights, measured.samples)
+    state, p = region_state(found, part.side, part.bound), region_p(found, part.side, part.bound)
+    return TestedPart(part, found.n, found.mean, found.low, found.high, p, state)
 
 
-_Found = tuple[Estimate, float, Callable[[float], float]]
-"""An estimate, the bound on its scale, and the function that turns values of this scale into those of the part."""
-
-
-def _sum(part: Part, measured: Measured, analysis: str) -> _Found:
-    return _linear(part, [1.0] * len(part.terms), measured, analysis)
-
-
-def _slope(part: Part, measured: Measured, analysis: str) -> _Found:
+def _factors(part: Part, measured: Measured) -> Sequence[float]:
+    """Returns the factors of the terms: 1 for a sum; for a slope, those of the least-squares fit over the axis."""
+    if part.measure == "sum":
+        return [1.0] * len(part.terms)
     x = np.array([measured.positions[arm] for arm, *_ in part.terms])
     centred = x - x.mean()
-    return _linear(part, centred / (centred @ centred), measured, analysis)
-
-
-def _linear(
-    part: Part, factors: Sequence[float] | Float[np.ndarray, " terms"], measured: Measured, analysis: str
-) -> _Found:
-    terms = zip(part.terms, factors, strict=True)
-    weights = of_differences((((arm, baseline), factor * weight) for (arm, baseline, weight), factor in terms))
-    return ANALYSES[analysis](weights, measured.samples), part.bound, float
-
-
-def _correlation(part: Part, measured: Measured, analysis: str) -> _Found:
-    accuracy = {arm: sample.accuracy for arm, sample in measured.samples.items()}
-    harm = np.stack([-weight * (accuracy[arm] - accuracy.get(base, 0.0)) for arm, base, weight in part.terms])
-    values = np.stack([measured.columns[part.column][arm] for arm, *_ in part.terms])
-    complete = np.isfinite(harm).all(0) & np.isfinite(values).all(0)
-    harm, values = harm[:, complete], values[:, complete]
-    n = harm.shape[1]
-    if n < 3:  # two pseudo-values tell too little about their spread
-        return estimate([]), math.atanh(part.bound), math.tanh
-
-    def z(seeds: Sequence[int]) -> float:
-        x, y = values[:, seeds].mean(1), harm[:, seeds].mean(1)
-        if not (x.std() > 0 and y.std() > 0):
-            return math.nan
-        r = float(np.corrcoef(x, y)[0, 1])
-        return math.atanh(min(max(r, -_LARGEST_R), _LARGEST_R))
-
-    everything = z(range(n))
-    pseudo = [n * everything - (n - 1) * z([seed for seed in range(n) if seed != left]) for left in range(n)]
-    return estimate(pseudo if np.isfinite(pseudo).all() else []), math.atanh(part.bound), math.tanh
-
-
-_MEASURES: dict[str, Callable[[Part, Measured, str], _Found]] = {
-    "sum": _sum,
-    "slope": _slope,
-    "correlation": _correlation,
-}
+    return (centred / (centred @ centred)).tolist()

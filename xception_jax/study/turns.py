@@ -23,7 +23,7 @@ from xception_jax.data.datasets import open_dataset
 from xception_jax.data.pipeline import EvaluationBatches
 from xception_jax.data.turn import BLOCK, CHANNELS
 from xception_jax.files import write_atomically
-from xception_jax.study.design import Study
+from xception_jax.study.design import Arm, Study
 from xception_jax.study.patch_covariance import covariance, kronecker_share, whiten
 from xception_jax.user_files import read_text, reading, writing
 
@@ -56,9 +56,13 @@ Key = tuple[str, float, int]
 
 
 def turned_data(study: Study) -> dict[Key, DataConfig]:
-    """Returns `config.data` of each turn that cells of the study see, by (kind, angle, seed); 'none' is the angle 0."""
+    """Returns `config.data` of each turn that cells of the study see, by (kind, angle, seed), and of the study itself.
+
+    'none' is the angle 0, to which the gates compare.
+    """
     turned = [arm for arm in study.arms if study.arm_config(arm).data.turn != "none"]
-    configs = [study.arm_config(arm, study.seeded_fields(seed)).data for arm in turned for seed in study.seeds]
+    arms = [Arm("the study", {}), *turned] if turned else []
+    configs = [study.arm_config(arm, study.seeded_fields(seed)).data for arm in arms for seed in study.seeds]
     return {(data.turn if data.turn_angle else "none", data.turn_angle, data.turn_seed): data for data in configs}
 
 

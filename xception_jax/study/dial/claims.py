@@ -14,8 +14,7 @@ from jaxtyping import Float
 
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.seed_claims import Claim, Part, Tested, evaluate
-from xception_jax.study.tested_claims import Seeds
+from xception_jax.study.seed_claims import Claim, Part, Seeds, Tested, evaluate
 
 DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"

@@ -24,10 +24,9 @@ from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
-from xception_jax.study.seed_claims import Tested
+from xception_jax.study.seed_claims import Seeds, Tested
 from xception_jax.study.statistics import estimate
 from xception_jax.study.store import write_report_files
-from xception_jax.study.tested_claims import Seeds
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
 _PAIRS = {

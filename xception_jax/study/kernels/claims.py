@@ -21,9 +21,9 @@ from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
-from xception_jax.study.seed_claims import Claim, Part, Tested, evaluate
+from xception_jax.study.seed_claims import Claim, Part, Seeds, Tested, evaluate
 from xception_jax.study.store import StoredStudy
-from xception_jax.study.tested_claims import NOT_TESTED, Seeds
+from xception_jax.study.tested_claims import NOT_TESTED
 
 RECOVERED = 0.5
 """The slope of the position over the true dial above which a layer tells it: 1 recovers the dial, 0 is blind to it."""
