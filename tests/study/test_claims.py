@@ -17,10 +17,8 @@ SAMPLES = {
     name: Sample((right := RNG.random((6, 300)) < share).mean(1), right)
     for name, share in {"a": 0.9, "b": 0.7, "c": 0.5, "d": 0.3, "zero": 0.9}.items()
 }
-DEAD = {name: 1 - sample.accuracy for name, sample in SAMPLES.items()}
-MEASURED = Measured(SAMPLES, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "zero": 0.0}, {"dead_end": DEAD})
+MEASURED = Measured(SAMPLES, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "zero": 0.0})
 LINE = tuple((name, "", 1.0) for name in "abcd")
-EVERY = tuple((name, "zero", 1.0) for name in "abcd")
 
 
 @pytest.mark.parametrize(
@@ -31,8 +29,6 @@ EVERY = tuple((name, "zero", 1.0) for name in "abcd")
         (Part("mean", (("a", "b", 0.5), ("c", "d", 0.5)), "above", 0.1), "supported"),
         (Part("slope", LINE, "below", -0.15, "slope"), "supported"),
         (Part("slope", LINE, "above", 0.0, "slope"), "contradicted"),
-        (Part("r", EVERY, "above", 0.8, "correlation", "dead_end"), "supported"),
-        (Part("r", EVERY, "below", 0.0, "correlation", "dead_end"), "contradicted"),
     ],
 )
 def test_known_effects(part, verdict):
@@ -61,7 +57,6 @@ def test_a_claim_waits_for_all_seeds_of_its_arms(analysis):
         ({"measure": "slope"}, "has 1 terms"),
         ({"measure": "guess"}, "measure is 'guess'"),
         ({"bound": float("nan")}, "bound is nan"),
-        ({"column": "dead_end"}, "has no effect"),
     ],
 )
 def test_a_claim_that_makes_no_sense_is_refused(fields, words):

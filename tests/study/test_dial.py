@@ -251,10 +251,24 @@ def test_numbers_beside_the_claims_tell_ties_from_benefits(tmp_path, price, slop
     def effect(arm, bank, dial):
         return 0.95 - (0 if arm == "segments_1" else price * dial)
 
-    (benefit, in_points), (slopes, slopes_in_points) = beside_claims(collect_dial(simulate(tmp_path, effect))).values()
+    found = beside_claims(collect_dial(simulate(tmp_path, effect)))
+    (benefit, in_points), (slopes, slopes_in_points) = list(found.values())[-2:]
     assert (in_points, slopes_in_points) == (True, False)
     assert benefit.mean() == pytest.approx(0, abs=0.003)
     assert slopes.mean() == pytest.approx(slope, abs=0.01 if not price else 0.5)
+
+
+def test_numbers_beside_the_claims_show_filters_and_steps(tmp_path):
+    def effect(arm, bank, dial):
+        return (
+            0.9
+            + 0.02 * ("multiplier" in arm)
+            - {"depthwise_first": 0.3, "depthwise_first_long": 0.1}.get(arm, 0) * dial
+        )
+
+    found = beside_claims(collect_dial(simulate(tmp_path, effect)))
+    means = [values.mean() for values, in_points in found.values() if in_points]
+    assert means == pytest.approx([0.02, 0.02, -0.1, 0.2, means[4]], abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +354,9 @@ def _change(**columns):
         ({"bank_change": _change(from_means=0.3)}, "only the channel means"),
         ({"bank_change": _change(from_sums=0.3)}, "only the channel sums"),
         ({"cell_change": _change(pulled_across=0.2)}, "pulled back"),
+        ({"cell_change": _change(steps=1)}, "another rate, number of steps or design"),
+        ({"cell_change": _change(design="x")}, "another rate, number of steps or design"),
+        ({"cell_change": _change(bank="x")}, "cells that are missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -361,6 +378,11 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
     text = (root / "report.md").read_text()
     assert "interprets nothing" in text
     assert "supported" not in text
+    assert "Not shown before all cells are done" in text
+    assert "96.3" not in text.partition("## Accuracy")[2].partition("##")[0]
+    (root / CELLS).write_text("".join([*lines, lines[-1]]))
+    with pytest.raises(BadDataError, match="two rows are about"):
+        write_dial_report(root)
     assert not CheckedGate("x", float("nan"), 1.0).passed
     (root / CELLS).write_text("arm,seed\nx,1\n")
     with pytest.raises(BadDataError, match="other columns"):

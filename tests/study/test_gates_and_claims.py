@@ -57,7 +57,7 @@ def test_no_comparison_is_interpreted_below_the_gate(tmp_path, gate, below):
     assert results.below_gate == below
     outcomes = [entry.outcome for entry in results.comparisons]
     assert (outcomes == [NOT_INTERPRETED] * 2) == bool(below)
-    words = "ranks speed, not representation"
+    words = "may reflect how fast they train"
     for name in ("report.html", "report.md"):
         assert (words in (tmp_path / name).read_text()) == bool(below)
     assert (words in format_results(results)) == bool(below)

@@ -194,7 +194,11 @@ def test_a_flat_gate_compares_means_and_waits_for_all_cells():
         ({"seeded": ("data.name",)}, "seeded names 'data.name'"),
         ({"seeded": ("data.turns",)}, "seeded names 'data.turns'"),
         (
-            {"arms": (Arm("depthwise_none", {"data.turn_seed": 1}),), "comparisons": (), "claims": ()},
+            {
+                "arms": (Arm("depthwise_kronecker_100", {"data.turn_seed": 1}),),
+                "comparisons": (),
+                "claims": (),
+            },
             "sets data.turn_seed",
         ),
     ],

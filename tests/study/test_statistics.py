@@ -34,10 +34,10 @@ def test_holm_is_statsmodels_():
         np.testing.assert_allclose(statistics.holm(p), multipletests(p, method="holm")[1], rtol=1e-12)
 
 
-def test_holm_leaves_out_what_could_not_be_compared():
+def test_holm_counts_what_could_not_be_compared():
     with_gap = statistics.holm([0.01, math.nan, 0.04])
     assert math.isnan(with_gap[1])
-    assert [with_gap[0], with_gap[2]] == statistics.holm([0.01, 0.04]) == [0.02, 0.04]
+    assert [with_gap[0], with_gap[2]] == statistics.holm([0.01, 0.04, 1.0])[:2] == [0.03, 0.08]
     assert statistics.holm([]) == []
 
 

@@ -19,6 +19,8 @@ from xception_jax.study.seed_claims import Claim, Part, Seeds, Tested, evaluate
 DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
 REGULAR_WIDE, DEPTHWISE_WIDE = "regular_wide", "depthwise_first_wide"
+REGULAR_LONG, DEPTHWISE_LONG = "regular_long", "depthwise_first_long"
+DEPTHWISE_6 = "depthwise_first_multiplier_6"
 DEPTHWISE_ENDS, POINTWISE_ENDS = "depthwise_first_ends", "pointwise_first_ends"
 SEGMENTS = {"segments_1": 1, "segments_2": 2, "segments_4": 4, DEPTHWISE: 12}
 """Arms with the spatial convolution first, by the segments of the image's 12 channels."""
@@ -66,15 +68,28 @@ def _slope_of_segments(results: DialResults, choose: Callable[[np.ndarray], np.n
 
 
 def beside_claims(results: DialResults) -> dict[str, tuple[Seeds, bool]]:
-    """Returns numbers without which H3 cannot be read: chance chooses among equally good numbers of segments.
+    """Returns numbers that help to read the claims. They were chosen before any counted accuracy was known.
 
-    They were chosen before any accuracy was known, and no claim rests on them.
+    For H1, depthwise first with as many spatial filters as pointwise first; for H2, what is left of its slope with
+    twice the steps; for H3, numbers that tell more where chance chooses among equally good numbers of segments.
 
     Returns:
       (the value of each seed, whether it is a difference in accuracy) by name.
     """
-    found = {}
-    if set(SEGMENTS) <= {row.arm.name for row in results.study.rows}:
+    found: dict[str, tuple[Seeds, bool]] = {}
+    arms = {row.arm.name for row in results.study.rows}
+    if {DEPTHWISE_6, POINTWISE} <= arms:
+        for bank in ("across_0", "within_0"):
+            values = results.accuracy(DEPTHWISE_6, bank) - results.accuracy(POINTWISE, bank)
+            found[f"depthwise first with six filters for each channel - pointwise first, {bank}"] = values, True
+    if {REGULAR_LONG, DEPTHWISE_LONG} <= arms:
+        common = [bank.name for bank in results.dial_of("across", DEPTHWISE_LONG, REGULAR_LONG, DEPTHWISE, REGULAR)]
+        long, usual = (
+            _slopes(results, *pair, common) for pair in ((DEPTHWISE_LONG, REGULAR_LONG), (DEPTHWISE, REGULAR))
+        )
+        found["slope of depthwise first - regular with twice the steps"] = long, True
+        found["the same, minus the slope with the usual steps"] = long - usual, True
+    if set(SEGMENTS) <= arms:
         values = results.accuracy(DEPTHWISE, "across_0") - results.accuracy("segments_1", "across_0")
         found["depthwise first - segments_1, across_0"] = values, True
 

@@ -151,7 +151,10 @@ def _bank_values(study: DialStudy, spec: BankSpec, seed: int) -> dict[str, Any]:
 
 
 def tried_rates(study: DialStudy, rows: Sequence[Mapping[str, str]]) -> dict[str, dict[float, float]]:
-    """Returns the mean accuracy over the banks of the tuning, by arm and rate. A network that diverged counts as 0."""
+    """Returns the mean accuracy over the banks of the tuning, by arm and rate.
+
+    A network that diverged guesses, and what is not a number counts as 0.
+    """
     tried: dict[str, dict[float, float]] = {}
     for arm in (row.arm.name for row in study.rows):
         for rate in sorted(study.tuning.rates):

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.design import COUNTED, REGULAR
+from xception_jax.study.dial.design import REGULAR
+from xception_jax.study.dial.execute import chosen_rates
+from xception_jax.study.dial.records import CELLS, record_key
 from xception_jax.study.dial.results import DialResults
 from xception_jax.study.gates import CheckedGate, key_of_largest, range_of
 
@@ -24,9 +26,23 @@ def check_gates(results: DialResults) -> list[CheckedGate]:
 
 
 def _complete(results: DialResults) -> Iterator[CheckedGate]:
-    done = sum(row["stage"] == COUNTED for row in results.cells)
-    detail = f"{done} of {results.planned} cells"
-    yield CheckedGate("cells that are missing", results.planned - done, 0, detail)
+    """Checks that the records are those of the stated design: they may come from several machines."""
+    planned, done = results.planned, results.done
+    yield CheckedGate(
+        "cells that are missing", len(planned - done), 0, f"{len(planned & done)} of {len(planned)} cells"
+    )
+    study, rates = results.study, chosen_rates(results.study, results.cells)
+    stated = {entry["design"] for entry in results.history}
+    unfit = [
+        record_key(CELLS, row)
+        for row in results.counted
+        if record_key(CELLS, row) not in planned
+        or float(row["rate"]) != rates.get(row["arm"], float(row["rate"]))
+        or int(row["steps"]) != study.steps(study.arm(row["arm"]))
+        or row["design"] not in stated
+    ]
+    name = "cells with another rate, number of steps or design than stated"
+    yield CheckedGate(name, len(unfit), 0, " ".join(unfit[0]) if unfit else "")
 
 
 def _all_banks(results: DialResults) -> dict[str, BankSpec]:

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,9 @@ def read_records(root: Path, name: str) -> list[Record]:
                 raise ValueError(f"a row has other columns than {', '.join(columns)}")
             for column in set(columns) - _TEXTS:
                 float(row[column])
+        twice = [key for key, count in Counter(record_key(name, row) for row in rows).items() if count > 1]
+        if twice:
+            raise ValueError(f"two rows are about {' '.join(twice[0])}")
         return rows
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from xception_jax.study.dial.banks import BankSpec
 from xception_jax.study.dial.design import COUNTED, DialStudy, counted_cells
-from xception_jax.study.dial.records import BANKS, CELLS, read_dial, read_records
+from xception_jax.study.dial.records import BANKS, CELLS, read_dial, read_records, record_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +34,24 @@ class DialResults:
     banks: Sequence[Mapping[str, str]]
 
     @property
-    def planned(self) -> int:
-        """Returns the number of counted cells that the design has."""
-        return len(counted_cells(self.study, {}))
+    def counted(self) -> list[Mapping[str, str]]:
+        """Returns the rows of the cells that count."""
+        return [row for row in self.cells if row["stage"] == COUNTED]
+
+    @property
+    def planned(self) -> set[tuple[str, ...]]:
+        """Returns the keys of the counted cells that the design has."""
+        return {cell.key for cell in counted_cells(self.study, {})}
+
+    @property
+    def done(self) -> set[tuple[str, ...]]:
+        """Returns the keys of the counted cells that are done."""
+        return {record_key(CELLS, row) for row in self.counted}
 
     def of_cells(self, column: str, arm: str, bank: str) -> Float[np.ndarray, " seeds"]:
         """Returns a column of cells.csv for the counted cells of an arm on a bank, by seed; NaN for missing cells."""
-        wanted = (COUNTED, arm, bank)
-        found = {
-            row["seed"]: float(row[column]) for row in self.cells if (row["stage"], row["arm"], row["bank"]) == wanted
-        }
-        return self._by_seed(found)
+        rows = (row for row in self.counted if (row["arm"], row["bank"]) == (arm, bank))
+        return self._by_seed({row["seed"]: float(row[column]) for row in rows})
 
     def accuracy(self, arm: str, bank: str) -> Float[np.ndarray, " seeds"]:
         """Returns the accuracy of the counted cells of an arm on a bank, by seed; NaN for missing cells."""
