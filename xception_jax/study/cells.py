@@ -78,7 +78,10 @@ class Cell:
         return hashlib.sha256(to_json(self.config).encode()).hexdigest()[:16]
 
     def record(self) -> dict[str, Any]:
-        """Returns the record of its last end: exit_code, attempts, seconds, reused_from; {} if it has not ended yet."""
+        """Returns the record of its last end; {} if it has not ended yet.
+
+        It has exit_code, attempts, seconds, cpu_seconds and reused_from.
+        """
         try:
             return read_json(self.directory / RECORD, dict)
         except (OSError, ValueError):

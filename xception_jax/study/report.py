@@ -155,6 +155,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "reference": results.stored.costs[study.reference],
         "unit": _unit(results),
         "seconds": sum(row["seconds"] for row in results.rows if not row["reused_from"]),
+        "cpu_seconds": sum(row["cpu_seconds"] or 0 for row in results.rows if not row["reused_from"]),
         "reused": sum(bool(row["reused_from"]) for row in results.rows),
         "edges": [arm for arm in results.arms if arm.tuned_at_edge],
         "drawn": drawn,

@@ -12,7 +12,7 @@ from xception_jax.study.store import StoredStudy
 COLUMNS = (
     "arm", "seed", "exit_code", "test_accuracy", "dev_accuracy", "train_accuracy", "width_multiplier", "parameters",
     "live_parameters", "multiply_adds", "live_multiply_adds", "channels_per_segment", "images_per_second", "steps",
-    "seconds", "learning_rate", "weight_decay", "config_hash", "reused_from",
+    "seconds", "cpu_seconds", "learning_rate", "weight_decay", "config_hash", "reused_from",
     *ACTIVATION_COLUMNS,
 )  # fmt: skip
 
@@ -28,6 +28,7 @@ def row_of(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
             "arm": cell.arm,
             "seed": cell.seed,
             "exit_code": record.get("exit_code"),
+            "cpu_seconds": record.get("cpu_seconds"),
             "learning_rate": config.schedule.learning_rate,
             "weight_decay": config.optimizer.weight_decay,
             "config_hash": cell.config_hash,

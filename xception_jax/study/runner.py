@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import signal
@@ -166,15 +167,16 @@ class Runner:
 
     def _collect(self) -> None:
         for running in list(self.running):
-            code = running.process.poll()
-            if code is None:
+            pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
+            if not pid:
                 continue
+            code = running.process.returncode = os.waitstatus_to_exitcode(status)
             self.running.remove(running)
             running.process.communicate()  # closes the pipe
             self._free.append(running.slot)
-            self._note(running, code)
+            self._note(running, code, usage.ru_utime + usage.ru_stime)
 
-    def _note(self, running: Running, code: int) -> None:
+    def _note(self, running: Running, code: int, cpu_seconds: float) -> None:
         cell = running.cell
         if code == WorkdirError.exit_code and cell.is_held():  # by a process of an earlier runner that is still saving
             self.waiting.append(cell)
@@ -184,6 +186,7 @@ class Runner:
         cell.write_record(
             exit_code=code,
             seconds=round(record.get("seconds", 0.0) + time.monotonic() - running.started, 1),
+            cpu_seconds=round(record.get("cpu_seconds", 0.0) + cpu_seconds, 1),
             attempts=record.get("attempts", 0) + 1,
             config_hash=cell.config_hash,
             message="" if code == SUCCESS_EXIT_CODE else last_error(cell.directory / LOG),
