@@ -349,6 +349,21 @@ def test_an_argument_that_is_empty_is_refused(arguments, where):
     assert error.value.where == where
 
 
+def test_a_value_that_ends_in_an_equals_sign_is_not_empty():
+    args = parse(["prepare", "image_folder", "--source", "d", "--name", "n", "--groups=(p[0-9]+)="])
+    assert args.groups == "(p[0-9]+)="
+
+
+def test_the_home_directory_is_known_where_a_shell_does_not_replace_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    args = parse(["predict", "~/a.png", "b~/c.png", "--weights=~/w.h5", "--contact_sheet", "~ada.png"])
+    assert (args.images, args.weights, args.contact_sheet) == (
+        ["/home/ada/a.png", "b~/c.png"],
+        "/home/ada/w.h5",
+        "~ada.png",
+    )
+
+
 def test_a_section_is_not_replaced_as_a_whole():
     with pytest.raises(ConfigError, match=r"config.data is a section, not a field"):
         read_config("fashion_mnist", ["--config.data={}"])

@@ -445,7 +445,7 @@ def check_page(text: str) -> None:
 def test_the_report_of_a_run(predictions, tmp_path):
     config = override(resolve(default_config()), {"name": NASTY[0], "model.num_classes": len(NASTY)})
     shown = {index for group in choose_examples(predictions) for index in group}
-    shown |= {index for cell in choose_cells(predictions).values() for index in cell}
+    shown |= {index for cell in choose_cells(predictions, len(NASTY)).values() for index in cell}
     pixels = {index: np.zeros((8, 8, 3), np.uint8) for index in shown}
     judgement = judge(predictions, len(NASTY), choose_thresholds(predictions), draws=5)
     judged = Judged("test\x1b", predictions, judgement, pixels)

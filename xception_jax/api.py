@@ -37,7 +37,7 @@ __all__ = ["LoadedNetwork", "load", "train"]
 
 Image: TypeAlias = str | os.PathLike[str] | UInt8[np.ndarray, "h w 3"]
 
-_BATCH = 32  # images of a long list that are predicted at once
+_BATCH = 32  # images of a long list that are predicted at once; a power of two
 
 
 class LoadedNetwork:
@@ -162,9 +162,12 @@ class LoadedNetwork:
         several, are_several = _as_list(images)
         names, found = self.classes, []
         for start in range(0, len(several), _BATCH):
-            logits = self(self.preprocess(several[start : start + _BATCH]))
-            best = jax.device_get(most_probable(self.network, logits, min(top, len(names))))
-            found += [[(names[k], float(p)) for k, p in zip(*row, strict=True)] for row in zip(*best, strict=True)]
+            batch = self.preprocess(several[start : start + _BATCH])
+            padding = (1 << (len(batch) - 1).bit_length()) - len(batch)  # so that few programs are compiled
+            batch = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            best = jax.device_get(most_probable(self.network, self(batch), min(top, len(names))))
+            rows = list(zip(*best, strict=True))[: len(several) - start]
+            found += [[(names[k], float(p)) for k, p in zip(*row, strict=True)] for row in rows]
         return found if are_several else found[0]
 
 

@@ -7,6 +7,7 @@ import gc
 import inspect
 import io
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -109,14 +110,27 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return others, overrides
 
 
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Replaces ~ by the home directory where a shell does not: in `--out=~/maps`, and inside of quotes."""
+
+    def expanded(argument: str) -> str:
+        option, equals, value = argument.partition("=")
+        if option.startswith("--") and value.startswith("~/"):
+            return f"{option}{equals}{os.path.expanduser(value)}"
+        return os.path.expanduser(argument) if argument.startswith("~/") else argument
+
+    return list(map(expanded, arguments))
+
+
 def refuse_empty(arguments: Sequence[str]) -> None:
     """Raises UsageError if an argument is empty, as that of a variable that is not set: nothing would be read of it."""
     before = ["the command line", *arguments]
     for previous, argument in zip(before, arguments, strict=False):
         if argument == "":
             raise UsageError("an argument is empty", f"after {previous}", "give it a value, or leave it out")
-        if argument.startswith("--") and argument.endswith("="):
-            raise UsageError(f"{argument[:-1]} is empty", argument[:-1], "give it a value, or leave it out")
+        option, equals, value = argument.partition("=")
+        if option.startswith("--") and equals and not value:
+            raise UsageError(f"{option} is empty", option, "give it a value, or leave it out")
 
 
 def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:

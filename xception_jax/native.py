@@ -35,6 +35,7 @@ from xception_jax.names import printable_path
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
 
+KERNELS = "kernels"  # directory of the libraries in the cache
 PATIENCE = 600.0  # seconds for one compilation, or to wait for that of another process
 _MAX_BYTES = 64 << 20  # of a library; ours have about 1 MB
 _SCRATCH = "build-"
@@ -89,9 +90,9 @@ def load(name: str, command: Callable[[Path], list[str]], description: str) -> c
 def _candidates() -> Iterator[Path]:
     """Yields the user's cache directory, if there is one, and a private directory among the temporary files."""
     if (cache := cache_directory()) is not None:
-        yield cache / "kernels"
+        yield cache / KERNELS
     with contextlib.suppress(OSError):
-        yield Path(tempfile.gettempdir()) / f"{APPLICATION}-{os.geteuid()}" / "kernels"
+        yield Path(tempfile.gettempdir()) / f"{APPLICATION}-{os.geteuid()}" / KERNELS
 
 
 def _from_cache(library: Path, command: Callable[[Path], list[str]], description: str) -> ctypes.CDLL:

@@ -58,7 +58,8 @@ class RollCall:
                 return
         self._address, self._count, self._number = state.coordinator_address, state.num_processes, state.process_id
         host, port = self._address.rsplit(":", 1)
-        with contextlib.suppress(OSError, OverflowError, ValueError):  # the port is closed: nobody is named
+        # The port is closed, or that of another program: nobody is named.
+        with contextlib.suppress(OSError, OverflowError, ValueError, TypeError):
             (self._listen if self._number == 0 else self._report)(host.strip("[]"), int(port))
 
     # --- process 0 ---------------------------------------------------------------------------------------------------
@@ -75,6 +76,10 @@ class RollCall:
                 with contextlib.suppress(TimeoutError):
                     peer, _ = server.accept()
                     threading.Thread(target=self._follow, args=(peer,), name="roll call", daemon=True).start()
+            with self._lock:  # both sides have been waiting for the other one
+                for peer in self._peers.values():
+                    with contextlib.suppress(OSError):
+                        peer.shutdown(socket.SHUT_RDWR)
 
     def _follow(self, peer: socket.socket) -> None:
         """Counts a process as present until its connection ends, or forever if it says that it leaves."""

@@ -109,7 +109,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text (byte {error.start})"
     if isinstance(error, MemoryError):
-        return "it takes more memory than there is"
+        return "there is not enough memory to read it"
     if isinstance(error, KeyError):
         return f"there is no {message}"
     if isinstance(error, TypeError | AttributeError | IndexError | ArithmeticError):

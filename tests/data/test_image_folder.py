@@ -263,7 +263,7 @@ def test_a_group_in_two_split_folders_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (["--groups", "patient"], UsageError, "has 0 captures"),
+        (["--groups", "patient"], UsageError, "has 0 capture groups"),
         (["--groups", "("], UsageError, "not a regular expression"),
         (["--groups", r"(patienta\d)"], BadDataError, "40 of 80 files have no group"),
         (["--groups", "missing.csv"], InputMissingError, "there is no table of groups"),
@@ -367,7 +367,7 @@ def test_capital_letters_and_a_missing_train(tmp_path, data, capsys):
     prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
     assert opened(data, tmp_path, "f", "train").info.class_names == ("a",)
     folder = write_folder(tmp_path / "g", {"test/a/1.jpg": jpeg(photograph(0))})
-    with pytest.raises(BadDataError, match="no folder for training beside test"):
+    with pytest.raises(BadDataError, match="no training folder next to test"):
         prepare("image_folder", "--source", folder, "--name", "g", "--data_dir", tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 import types
 
@@ -59,6 +60,14 @@ def test_one_that_leaves_because_others_are_missing_is_not_missing(join):
         server.shutdown(socket.SHUT_RDWR)
     wait_until(lambda: 1 not in zero._peers)
     assert zero.missing() == [2, 3]
+
+
+def test_once_connected_nobody_waits_for_anybody(join):
+    zero, one = join(0), join(1)
+    wait_until(lambda: zero.missing() == one.missing() == [2, 3])
+    zero.__exit__()
+    one.__exit__()
+    wait_until(lambda: not any(thread.name == "roll call" for thread in threading.enumerate()))
 
 
 def test_without_an_answer_process_0_is_missing(join):

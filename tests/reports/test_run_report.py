@@ -16,7 +16,7 @@ from PIL import Image
 from xception_jax import config as config_lib
 from xception_jax.evaluation import judgement_text
 from xception_jax.metrics.judgement import choose_thresholds, judge
-from xception_jax.metrics.predictions import Predictions
+from xception_jax.metrics.predictions import Predictions, most_confused
 from xception_jax.reports.curves import Line, _series, _thin, line_figure
 from xception_jax.reports.mistakes import MAX_CELL_IMAGES, MAX_IMAGES, choose_cells, choose_examples
 from xception_jax.reports.run import Judged, Live, write_report
@@ -125,7 +125,7 @@ def make_images(predictions, size=28):
     rng = np.random.default_rng(1)
     return {
         index: rng.integers(0, 256, (size, size, 3), np.uint8)
-        for chosen in (*choose_examples(predictions), *choose_cells(predictions).values())
+        for chosen in (*choose_examples(predictions), *choose_cells(predictions, 10).values())
         for index in chosen
     }
 
@@ -230,7 +230,7 @@ def test_images_say_in_words_and_marks_whether_they_are_right(full):
 
 def test_a_cell_of_the_confusion_matrix_has_its_images(full):
     predictions = make_predictions()
-    cells = choose_cells(predictions)
+    cells = choose_cells(predictions, 10)
     best = predictions.classes[:, 0]
     assert set(cells) == set(zip(predictions.label.tolist(), best.tolist(), strict=True))
     for (label, predicted), chosen in cells.items():
@@ -243,12 +243,14 @@ def test_a_cell_of_the_confusion_matrix_has_its_images(full):
         template = full[full.index(f'<template id="cell-{label}-{predicted}">') :]
         assert template[: template.index("</template>")].count("<img") == len(chosen)
     many = make_predictions(n=4000)
-    sizes = [len(chosen) for chosen in choose_cells(many).values()]
+    sizes = [len(chosen) for chosen in choose_cells(many, 10).values()]
     assert sum(sizes) == MAX_IMAGES
     assert max(sizes) <= MAX_CELL_IMAGES
     assert min(sizes) >= 1
-    wrong = [cell for cell in choose_cells(many) if cell[0] != cell[1]]
+    wrong = [cell for cell in choose_cells(many, 10) if cell[0] != cell[1]]
     assert len(wrong) == 90  # mistakes come first
+    many = make_predictions(n=4000, c=40)
+    assert set(choose_cells(many, 40)) == {(a, b) for a, b, _ in most_confused(many, 20)}  # only they have a button
 
 
 def test_heat_maps_stand_beside_their_images(tmp_path):
@@ -284,7 +286,7 @@ def test_groups_replace_the_interval_of_independent_images(tmp_path):
 
 def test_a_live_report_reloads_and_a_finished_one_does_not(tmp_path, full):
     live = render(tmp_path, metrics=make_metrics(test=False), live=Live(written=1e9, seconds=60.0))
-    assert "This run goes on." in Page(live).words
+    assert "This run is still in progress." in Page(live).words
     assert 'http-equiv="refresh"' in live
     assert 'data-written="1000000000.0" data-seconds="60.0"' in live
     assert "has not finished" not in live

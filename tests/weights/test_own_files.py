@@ -141,7 +141,7 @@ def test_to_another_layout_and_back_by_command(tmp_path, capsys, out, options, f
     report = json.loads(printed.out)
     assert report["num_classes"] == 3
     assert report["sha256"] == hashlib.sha256(there.read_bytes()).hexdigest()
-    assert "has no place for preprocessing and class names" in printed.err
+    assert "cannot store preprocessing or class names" in printed.err
     assert convert(there, back, "--model", run, "--classes", names, "--size", 71) == 0
     assert "preprocessing" in capsys.readouterr().out
     loaded = load_network(back)

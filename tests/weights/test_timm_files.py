@@ -242,6 +242,22 @@ def test_the_hubs_description_beside_the_file_is_read(small, capsys):
     assert str(small) in caught.value.fix
 
 
+def test_descriptions_of_other_versions_of_timm(small):
+    write_tensors(small, TENSORS)
+    config_json, names = small.with_name("config.json"), ["cat", "dog", "bird"]
+    flat = {"architecture": "xception", "crop_pct": 0.9, "labels": names}
+    by_number = {"pretrained_cfg": {"crop_pct": 0.9, "label_names": {"0": "cat", "1": "dog", "2": "bird"}}}
+    for content in (flat, by_number):
+        config_json.write_text(json.dumps(content))
+        network = load_network(small, SMALL)
+        assert (network.preprocessing.crop, network.classes) == (0.9, ("cat", "dog", "bird"))
+    for content in (flat | {"global_pool": "max"}, {"pretrained_cfg": {"global_pool": "avgmax"}}):
+        config_json.write_text(json.dumps(content))
+        with pytest.raises(BadDataError, match="pooling, not average pooling"):
+            load_network(small, SMALL)
+        assert load_network(small, SMALL, head=False).preprocessing.size == 299
+
+
 def test_what_of_the_description_is_not_supported_is_told(small, capsys):
     write_tensors(small, TENSORS)
     described = {

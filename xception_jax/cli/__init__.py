@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from xception_jax import __version__
-from xception_jax.command_line import Parser, refuse_empty, split_overrides
+from xception_jax.command_line import Parser, refuse_empty, split_overrides, with_home
 from xception_jax.environment import program
 
 # Each command is a module of this package with `add_arguments(parser)`, and `run(args)`, which returns the exit code.
@@ -18,7 +18,7 @@ COMMANDS = {
     "prepare": "write a dataset in the format that training reads",
     "predict": "predict the classes of images",
     "evaluate": "evaluate a network on every image of a split",
-    "explain": "draw which parts of an image speak for a class",
+    "explain": "show which parts of an image support a class",
     "embed": "save the features of images",
     "probe": "judge saved features by nearest neighbours and ridge regression",
     "export": "write a network as StableHLO, ONNX or safetensors, check it, and add a model card",
@@ -46,6 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     arguments, overrides = split_overrides(argv)
     refuse_empty(arguments)
+    arguments = with_home(arguments)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary)
         if name in arguments[:1]:

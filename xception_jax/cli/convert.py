@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
     _writer(layout)(args.out, network)
     if layout != "xception_jax" and network.classes is not None:
-        print(f"note: the layout of {layout} has no place for preprocessing and class names", file=sys.stderr)
+        print(f"note: the {layout} layout cannot store preprocessing or class names", file=sys.stderr)
     _report(args, network)
     return 0
 

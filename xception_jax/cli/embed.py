@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Checks the arguments that need neither the network nor JAX."""
     if bool(args.images) == bool(args.dataset):
-        what = "there are images and a dataset" if args.images else "there is nothing to embed"
+        what = "images and --dataset cannot be combined" if args.images else "there is nothing to embed"
         raise UsageError(what, "embed", "pass images or folders, or --dataset NAME --split SPLIT")
     if bool(args.dataset) != bool(args.split):
         raise UsageError("--dataset and --split belong together", "--dataset and --split", "pass both")

@@ -36,7 +36,9 @@ _OF_A_NETWORK = (
     "mistakes",
     "thresholds",
     "predictions",
+    "at",
 )
+AT = 0.95  # metrics.judgement.AT, whose package imports JAX
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at",
         type=float,
-        default=0.95,  # metrics.judgement.AT, whose package imports JAX
         metavar="RATE",
-        help="specificity, and sensitivity, to choose thresholds for (%(default)s)",
+        help=f"specificity, and sensitivity, to choose thresholds for (default: {AT})",
     )
     parser.add_argument("--predictions", metavar="FILE.npz", help="save the most probable classes of each image")
     parser.add_argument(
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.source:
         raise UsageError("there is nothing to evaluate", "evaluate SOURCE", "pass a work directory or a weight file")
     require_known(args.source)
+    args.at = AT if args.at is None else args.at
     if not 0 < args.at <= 1:
         raise UsageError(f"--at is {args.at:g}", "--at", "set it to a rate above 0 and at most 1, such as 0.95")
     if args.predictions:

@@ -1,8 +1,9 @@
-"""`xception-jax explain` draws which parts of an image speak for a class."""
+"""`xception-jax explain` shows which parts of an image support a class."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import sys
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             residuals.append(each.residual)
             entry |= {"class": each.label, "name": describer.label(each), "probability": each.probability}
             if args.npz:
-                kept.append(each)
+                kept.append(dataclasses.replace(each, thumbnail=None))  # large, and not saved
         if args.json:
             tqdm.write(json.dumps(json_ready(entry)))
         elif not each.error:

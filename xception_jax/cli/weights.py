@@ -13,6 +13,7 @@ from typing import Any
 
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.names import LINE_LENGTH, in_shell, printable, printable_path
+from xception_jax.native import KERNELS
 from xception_jax.weights import sources
 from xception_jax.weights.released import KERAS_FILES, RELEASES
 
@@ -94,7 +95,9 @@ def _path(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace) -> None:
     names = {sources.cached_path(name): name for name in RELEASES}
-    cached = [path.with_suffix("") for path in sorted(sources.cache_directory().rglob("*.sha256"))]
+    # The compiled kernels are in the same cache.
+    folders = [path for path in sources.cache_directory().glob("*") if path.name != KERNELS]
+    cached = sorted(path.with_suffix("") for folder in folders for path in folder.rglob("*.sha256"))
     paths = [_existing(text) for text in args.files] or [path for path in cached if path.exists()]
     if not paths:
         print(f"nothing is in the cache ({printable_path(sources.cache_directory())})")

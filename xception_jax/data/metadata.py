@@ -1,4 +1,4 @@
-"""Opens the description of a TFDS dataset that may come from a stranger.
+"""Opens the description of a TFDS dataset that may come from an untrusted source.
 
 TFDS trusts these files: it imports the module of every feature that features.json names, writes out as many class names
 as it says, and formats file names with it. What is checked here is therefore checked before TFDS reads it.

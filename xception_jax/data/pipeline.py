@@ -199,7 +199,7 @@ class BatchIterator:
             dataset = loaded.to_iter_dataset(
                 grain.ReadOptions(num_threads=_PREFETCHED_BATCHES, prefetch_buffer_size=_PREFETCHED_BATCHES)
             )
-        self._iterator = iter(dataset)
+        self._iterator, self._workers = iter(dataset), workers
 
     def __iter__(self) -> BatchIterator:
         """Returns itself."""
@@ -217,11 +217,11 @@ class BatchIterator:
         except (StopIteration, UserError):
             raise
         except (RuntimeError, OSError) as error:
-            raise StorageError(
-                f"loading data failed: {' '.join(str(error).split())}",
-                "the data pipeline",
-                "see the message of the worker above; if memory ran out, set a smaller data.workers",
-            ) from error
+            fix = "check the disk that holds the dataset"
+            if self._workers:
+                fix = "see the message of the worker above; if memory ran out, set a smaller data.workers"
+            what = f"loading data failed: {' '.join(str(error).split())}"
+            raise StorageError(what, "the data pipeline", fix) from error
 
     def close(self) -> None:
         """Stops threads and workers. Leaves behind those that do not stop within `_CLOSING_SECONDS`."""

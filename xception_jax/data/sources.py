@@ -26,8 +26,7 @@ from xception_jax.names import in_shell
 LABELS_CHECKED_BEFORE_TRAINING = 4096
 OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
 
-_CHUNK = 1024  # records that are read in one call, to read all of them
-_SAMPLE_CHUNK = 64  # the same, with images
+_CHUNK = 64  # records that are read in one call, with the bytes of their images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +195,8 @@ class TfdsSource:
     def _read(self, index: int) -> dict[str, Any]:
         try:
             return self._records[index]
+        except MemoryError:
+            raise
         except Exception as error:
             # array_record raises RuntimeError, protobuf raises DecodeError, and TFDS passes on any error.
             raise self._damaged(index, error) from error
@@ -227,6 +228,8 @@ class TfdsSource:
     def _read_all(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         try:
             return self._records.__getitems__(indices)
+        except MemoryError:
+            raise
         except Exception:
             return [self._read(index) for index in indices]  # the error names the damaged one
 
@@ -306,8 +309,8 @@ def check_labels(source: Source, part: int = 0, parts: int = 1) -> None:
     """
     num_checked = min(len(source), LABELS_CHECKED_BEFORE_TRAINING)
     sample = np.linspace(0, len(source) - 1, num_checked, dtype=np.int64)[part::parts].tolist()
-    for start in range(0, len(sample), _SAMPLE_CHUNK):
-        for example in source.__getitems__(sample[start : start + _SAMPLE_CHUNK]):
+    for start in range(0, len(sample), _CHUNK):
+        for example in source.__getitems__(sample[start : start + _CHUNK]):
             check_label(example, source.info)
 
 

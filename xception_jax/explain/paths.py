@@ -37,6 +37,8 @@ def check_output(path: str) -> None:
         check_file(path, ".png")
     elif not Path(path).absolute().parent.is_dir():
         raise InputMissingError("there is no such directory", path, "create it, or choose another path")
+    elif Path(path).exists() and not Path(path).is_dir():
+        raise UsageError("there is a file in the place of the folder", path, "choose another path, or one with .png")
 
 
 def check_apart(path: str, images: Sequence[Path]) -> None:

@@ -102,7 +102,10 @@ def run_evaluation(workdir: str, step: int, prefix: str) -> dict[str, Any] | Non
     """
     entries = {entry["split"]: entry for entry in metrics_of_run(workdir) if entry["step"] == step}
     entry = entries.get("test") or entries.get("dev")
-    return _accuracy(entry, prefix) if entry else None
+    if not entry:
+        return None
+    with reading("metrics", Path(workdir) / "metrics.jsonl", "pass --evaluation, or restore the file"):
+        return _accuracy(entry, prefix, independent=not entry.get("groups"))
 
 
 def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
@@ -114,7 +117,8 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
     """
     with reading("evaluation", path, "write it by `xception-jax evaluate SOURCE --json > FILE.json`"):
         metrics = read_json(path, dict)
-        evaluation = _accuracy(metrics, "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else "")
+        prefix = "ema_" if any(f"ema_{name}" in metrics for name in _SHARES) else ""
+        evaluation = _accuracy(metrics, prefix, independent=not metrics.get("judgement", {}).get("groups"))
     of = metrics.get("sha256")
     if of and of != network.sha256:
         raise BadDataError(
@@ -125,8 +129,13 @@ def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
     return evaluation
 
 
-def _accuracy(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _accuracy(metrics: Mapping[str, Any], prefix: str, *, independent: bool) -> dict[str, Any]:
     """Returns dataset, split, count and each share, with its interval if it is a proportion of independent images.
+
+    Args:
+      metrics: an entry of metrics.jsonl, or the output of `evaluate --json`.
+      prefix: prefix of the metrics, '' or 'ema_'.
+      independent: whether the images are; those of a group are not.
 
     Raises:
       KeyError: there is no count or no share.
@@ -147,7 +156,7 @@ def _accuracy(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is not between 0 and 1")
             evaluation[name] = float(share)
-            if name != "map_at_k":
+            if independent and name != "map_at_k":
                 evaluation[f"{name}_interval"] = list(wilson_interval(share, evaluation["count"]))
     if not any(name in evaluation for name in _SHARES):
         raise KeyError("top1")

@@ -162,13 +162,13 @@ class StepTrace:
             self._attempt(self._cut)
 
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Runs a part of the trace. Whatever its libraries raise, such as on a full disk, training goes on."""
+        """Runs a part of the trace. Whatever its libraries raise, such as on a full disk, training continues."""
         try:
             action(*arguments)
         except Exception as error:
             self._steps = 0
             reason = " ".join(str(error).split())[:200]
-            self._report(f"no profile, training goes on: {type(error).__name__}: {reason}")
+            self._report(f"no profile, training continues: {type(error).__name__}: {reason}")
 
     def _start(self) -> None:
         self._directory.mkdir(exist_ok=True)  # the profiler itself would write nothing, and not say so

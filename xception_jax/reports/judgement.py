@@ -65,7 +65,7 @@ def _figures(judgement: Judgement, predictions: Predictions, names: Sequence[str
         x, y, counts = np.array([[entry.confidence, entry.accuracy, entry.count] for entry in bins]).T
         note = (
             "The share of correct images in each fifteenth of the probability of the best class; larger points have "
-            "more images. Below the dashed line the network is too sure."
+            "more images. Below the dashed line the network is overconfident."
         )
         curve = Curve("images", x, y, counts)
         figures.append(("Calibration", note, share_figure([curve], "probability", "correct", diagonal=True)))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xception_jax.data.images import thumbnail
 from xception_jax.metrics.predictions import (
     Predictions,
     class_average_precision,
@@ -24,7 +25,7 @@ MAX_CELL_IMAGES = 6  # of one cell of the confusion matrix
 MAX_IMAGES = 150  # of all cells: about 1 MB
 _MAX_CLASSES = 30  # a larger confusion matrix is not readable
 _MAX_ROWS = 20
-_THUMBNAIL = 160  # pixels
+THUMBNAIL = 160  # pixels
 
 Cell = tuple[int, int]  # label and predicted class
 
@@ -38,20 +39,24 @@ def choose_examples(predictions: Predictions, count: int = 12) -> tuple[list[int
     return predictions.index[sample].tolist(), predictions.index[surest].tolist()
 
 
-def choose_cells(predictions: Predictions) -> dict[Cell, list[int]]:
+def choose_cells(predictions: Predictions, num_classes: int) -> dict[Cell, list[int]]:
     """Returns the indices of the images of each cell of the confusion matrix, the most confident first.
 
-    There are up to `MAX_CELL_IMAGES` of a cell and `MAX_IMAGES` in all. Every cell gets its first image before any gets
-    its second, and mistakes come before correct predictions.
+    If there are too many classes for a matrix, there are only the pairs that the report lists. There are up to
+    `MAX_CELL_IMAGES` of a cell and `MAX_IMAGES` in all. Every cell gets its first image before any gets its second,
+    and mistakes come before correct predictions.
     """
     if predictions.multi_label:
         return {}
+    shown = None
+    if num_classes > _MAX_CLASSES:
+        shown = {(label, wrong) for label, wrong, _ in most_confused(predictions, _MAX_ROWS)}
     ranked: list[tuple[bool, int, int, Cell, int]] = []
     seen: dict[Cell, int] = {}
     for i in np.argsort(-predictions.probabilities[:, 0], kind="stable").tolist():
         cell = int(predictions.label[i]), int(predictions.classes[i, 0])
         seen[cell] = seen.get(cell, 0) + 1
-        if seen[cell] <= MAX_CELL_IMAGES:
+        if seen[cell] <= MAX_CELL_IMAGES and (shown is None or cell in shown):
             ranked.append((cell[0] == cell[1], seen[cell], len(ranked), cell, int(predictions.index[i])))
     cells: dict[Cell, list[int]] = {}
     for *_, cell, index in sorted(ranked)[:MAX_IMAGES]:
@@ -117,7 +122,8 @@ class Cards:
 
     def cells(self) -> dict[str, list[dict[str, Any]]]:
         """Returns the cards of each cell of the confusion matrix, under 'label-predicted'."""
-        found = {f"{a}-{b}": self._cards(chosen) for (a, b), chosen in choose_cells(self._predictions).items()}
+        chosen = choose_cells(self._predictions, len(self._names))
+        found = {f"{a}-{b}": self._cards(indices) for (a, b), indices in chosen.items()}
         return {cell: cards for cell, cards in found.items() if cards}
 
     def _cards(self, indices: Sequence[int]) -> list[dict[str, Any]]:
@@ -143,16 +149,9 @@ class Cards:
         }
 
 
-def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """Returns a small version of an image, uint8 [h, w, 3] or [h, w, 1]."""
-    image = Image.fromarray(pixels.squeeze())
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return np.asarray(image)
-
-
 def _data_uri(pixels: np.ndarray) -> str:
     """Returns an image for the `src` of an <img> element."""
-    small = thumbnail(pixels)
+    small = thumbnail(pixels, THUMBNAIL)
     kind = "png" if max(small.shape[:2]) <= 64 else "jpeg"  # JPEG makes photographs ten times smaller
     buffer = io.BytesIO()
     Image.fromarray(small).save(buffer, kind, **({} if kind == "png" else {"quality": 80}))

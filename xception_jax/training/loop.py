@@ -285,6 +285,8 @@ class Loop:
         self.damaged[split].check(int(metrics["damaged"]))  # those of all hosts
         if not metrics["damaged"]:
             del metrics["damaged"]
+        if (groups := source.column("group")) is not None:
+            metrics["groups"] = len(set(groups))
         return metrics, predictions
 
     def _evaluate_dev(self) -> None:

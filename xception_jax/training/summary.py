@@ -27,7 +27,7 @@ from xception_jax.metrics.predictions import Predictions
 from xception_jax.metrics.resampling import DRAWS
 from xception_jax.metrics.single_label import TopK
 from xception_jax.names import printable_path
-from xception_jax.reports.mistakes import choose_cells, choose_examples, thumbnail
+from xception_jax.reports.mistakes import THUMBNAIL, choose_cells, choose_examples
 from xception_jax.reports.run import Judged, Live, RunInfo, write_report
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.journal import Journal
@@ -213,7 +213,8 @@ def _judge(
         predictions = name_examples(predictions, source)
     chosen = {index: None for group in choose_examples(predictions)[::-1] for index in group}
     if not live:
-        chosen |= {index: None for cell in choose_cells(predictions).values() for index in cell}
+        cells = choose_cells(predictions, experiment.config.num_classes)
+        chosen |= {index: None for cell in cells.values() for index in cell}
     judgement = judge(predictions, experiment.config.num_classes, thresholds, draws=0 if live else DRAWS)
     limits = images.Limits.of(experiment.config.data)
     shown = _decode(source, chosen, _LIVE_IMAGES_SECONDS if live else math.inf, limits)
@@ -236,7 +237,7 @@ def _decode(source: Source, indices: Iterable[int], seconds: float, limits: imag
         if time.monotonic() - start > seconds:
             break
         try:
-            decoded[index] = thumbnail(images.decode(source[index]["image"], limits))
+            decoded[index] = images.thumbnail(images.decode(source[index]["image"], limits), THUMBNAIL)
         except images.DamagedImageError:
             continue  # the evaluation used the next image instead; the report shows no image
     return decoded

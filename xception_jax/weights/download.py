@@ -336,7 +336,8 @@ def _not_written(error: OSError, partial: Path) -> StorageError:
     reason, place = error.strerror or str(error), str(error.filename or partial)
     fix = "set XCEPTION_JAX_CACHE to a directory that you can write to"
     if error.errno in _FULL:
-        fix = f"free some space ({free_space(partial.parent)}) or set XCEPTION_JAX_CACHE to a directory that has room"
+        existing = next(folder for folder in partial.parents if folder.exists())
+        fix = f"free some space ({free_space(existing)}) or set XCEPTION_JAX_CACHE to a directory that has room"
     return StorageError(f"the download cannot be written: {reason}", place, fix)
 
 

@@ -70,7 +70,7 @@ def container_format(file: BinaryIO, where: str) -> str:
     if compression := compression_of(start):
         raise BadDataError(f"the file is compressed by {compression}", where, "unpack it first")
     if start.startswith(b"version https://"):
-        what = "the file is a pointer of Git LFS, which stands for the weights"
+        what = "the file is a Git LFS pointer, not the weights themselves"
         raise BadDataError(what, where, "run `git lfs pull` where it comes from, or download the file itself")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise BadDataError("the file is a web page", where, "download the file itself, not the page that shows it")

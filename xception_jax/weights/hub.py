@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xception_jax.data.images import Preprocessing
-from xception_jax.errors import UserError
+from xception_jax.errors import BadDataError, UserError
 from xception_jax.user_files import read_json
 from xception_jax.weights.network import both_names, described_preprocessing
 
@@ -23,6 +23,9 @@ def describe(
     """Returns preprocessing and class names from a `config.json`, which may be missing, and notes.
 
     `default` is used for what it does not specify; a network without a classifier has 0 classes.
+
+    Raises:
+      BadDataError: its classifier follows another pooling than the average.
     """
     described, unread = _read(path)
     if described is None:
@@ -45,7 +48,13 @@ def describe(
             notes.append(f"{theirs} {_short(given[theirs])} in {path.name} is not supported; using {used}")
     if given.get("crop_mode", "center") != "center":
         notes.append(f"crop_mode {_short(given['crop_mode'])} in {path.name} is not supported; using the center")
-    names = described.get("label_names")
+    pool = described.get("global_pool", given.get("global_pool")) or "avg"
+    if num_classes and pool not in ("avg", "fast"):
+        fix = "train a classifier on average pooling instead"
+        raise BadDataError(f"the classifier follows {_short(pool)} pooling, not average pooling", str(path), fix)
+    names = described.get("label_names") or given.get("label_names")
+    if isinstance(names, dict):  # by the number of the class, as text
+        names = [names.get(str(number), f"class {number}") for number in range(num_classes)]
     if not isinstance(names, list) or not num_classes:
         return preprocessing, None, notes
     if num_classes == 1 and len(names) in (1, 2):  # one logit, of the second of two classes
@@ -74,4 +83,6 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     except (OSError, ValueError, UserError) as error:
         reason = error.what if isinstance(error, UserError) else str(error)
         return None, [f"{path.name} is not used, because it cannot be read: {reason}"]
+    if "pretrained_cfg" not in described and "architecture" in described:  # of older versions of timm, which were flat
+        described = {"pretrained_cfg": described, "label_names": described.get("labels")}
     return (described if isinstance(described.get("pretrained_cfg"), dict) else None), []

@@ -69,7 +69,7 @@ def _read_head(
     )
     if beside and demanded is not False:
         # Around a nested network it is clear where the network ends. Here it may be a part of another network.
-        what = f"the file holds more than the network, left over: {tree.listed(beside)}"
+        what = f"the file contains layers that are not part of the network: {tree.listed(beside)}"
         raise BadDataError(what, where, "read the network without the layers above it: --no-head (head=False)")
     layers = find_dense(backbone.beside, backbone.outside)
     problem = tree.compare_heads([f"{each.shapes}" for each in wanted], [f"{each.shapes}" for each in layers])

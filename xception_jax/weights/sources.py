@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 from xception_jax import environment
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.files import local_directory, write_atomically
-from xception_jax.names import printable, printable_path
+from xception_jax.names import in_shell, printable, printable_path
 from xception_jax.storage import checkpoint_directory, names_object_store
 from xception_jax.weights.released import CONFIG, PICKLES, RELEASES, WEIGHTS, Release
 
@@ -205,7 +205,7 @@ def verify(path: Path, pins: Mapping[str, str], *, kept: Path | None = None, tho
         raise StorageError(f"the file cannot be read: {error}", str(path), "check its permissions") from None
     for name, value in [*wanted, *(("sha256", value) for value in remembered)]:
         if found[name] != value:
-            fix = f"remove the file, and it is downloaded again: rm '{kept}'"
+            fix = f"remove the file, and it is downloaded again: rm {in_shell(kept)}"
             if is_new:
                 fix = "try again; if it stays, a proxy changes the file or its publisher has replaced it"
                 fix += f" (then remove {record})" if remembered else ""

@@ -1,4 +1,4 @@
-"""Reads tar archives that may come from a stranger, as streams and without unpacking them.
+"""Reads tar archives that may come from an untrusted source, as streams and without unpacking them.
 
 Limits keep every archive from taking more time or memory than its size explains: for the number of members, the length
 of names and of headers, the size of a member, and the ratio of compression.

@@ -28,12 +28,12 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
     """Returns the group of each file.
 
     Args:
-      groups: a regular expression with one capture, which is searched in the key; or the name of a CSV file with the
-        columns 'file' and 'group'.
+      groups: a regular expression with one capture group, which is searched in the key; or the name of a CSV file with
+        the columns 'file' and 'group'.
       keys: the path of each file relative to the folder, with slashes.
 
     Raises:
-      UsageError: the regular expression is not valid, or does not have exactly one capture.
+      UsageError: the regular expression is not valid, or does not have exactly one capture group.
       InputMissingError: there is no such CSV file.
       BadDataError: a file has no group, or the CSV file has other columns.
     """
@@ -71,7 +71,7 @@ def _from_pattern(groups: str, keys: Sequence[str]) -> dict[str, str]:
     except re.error as error:
         raise UsageError(f"{groups!r} is not a regular expression: {error}", "--groups", fix) from None
     if pattern.groups != 1:
-        raise UsageError(f"the regular expression {groups!r} has {pattern.groups} captures", "--groups", fix)
+        raise UsageError(f"the regular expression {groups!r} has {pattern.groups} capture groups", "--groups", fix)
     return {key: match[1] for key in keys if (match := pattern.search(key)) and match[1]}
 
 

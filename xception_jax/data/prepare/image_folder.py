@@ -246,7 +246,7 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
             found[split] = path
     if "train" not in found:
         if found and len(found) == len(others) + len(found):
-            what = f"there is no folder for training beside {', '.join(folder.name for folder in found.values())}"
+            what = f"there is no training folder next to {', '.join(folder.name for folder in found.values())}"
             raise BadDataError(
                 what, str(source), "add one called train, or point --source at the folders of the classes"
             )

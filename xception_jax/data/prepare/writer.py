@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -36,6 +36,7 @@ from xception_jax.data.prepare.sorting import SortedRecords
 from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.files import write_atomically
+from xception_jax.names import printable
 
 VERSION = "1.0.0"
 
@@ -115,7 +116,7 @@ def incomplete_directory(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(target.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, name)
             replaced = target.with_name(f"{version}.replaced")
             if os.path.lexists(replaced) and not os.path.lexists(target):
                 replaced.rename(target)  # of a process that was killed between two names
@@ -145,6 +146,19 @@ def incomplete_directory(
             str(error.filename or target),
             "free some space or choose another --data_dir" if full else "check the path or choose another --data_dir",
         ) from error
+
+
+def _lock(file: IO[str], name: str) -> None:
+    """Waits until no other process prepares this dataset."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that prepares {printable(name)} ...", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print("note: this file system has no locks, so do not prepare a dataset twice at a time", file=sys.stderr)
 
 
 def _refuse_others(target: Path, *, overwrite: bool) -> None:
