@@ -23,6 +23,8 @@ POINTS: dict[str, dict[str, Any]] = {
 }
 # Lines of effects need fewer points than that of the accuracy: these have the ends, and two points in between.
 OF_EFFECTS = ("1", "2", "8", "all")
+# What two cores can train in hours; larger sizes have all points and lines.
+SMALL = {"smoke": (("1", "all"), ("none",)), "cpu": (OF_EFFECTS, ("none", "relu", "bn", "bn_relu"))}
 BATCH_NORM = {"model.intermediate_batch_norm": True}
 # BatchNorm without an activation separates the effect of an activation behind BatchNorm from that of BatchNorm.
 LINES: dict[str, dict[str, Any]] = {
@@ -35,7 +37,7 @@ LINES: dict[str, dict[str, Any]] = {
 SHARED = (("none", "relu"), ("bn", "bn_relu", "bn_elu"))
 EFFECTS = {"relu": "none", "bn_relu": "bn", "bn_elu": "bn"}
 RATES = {
-    "cpu": (0.0125, 0.025, 0.05, 0.1),
+    "cpu": (0.0125, 0.035, 0.1),
     "cifar": (0.05, 0.1, 0.2, 0.4),
     "imagenet": (0.1, 0.2, 0.4, 0.8),
 }
@@ -112,14 +114,17 @@ def claims(points: tuple[str, ...], margin: float) -> tuple[Claim, ...]:
 def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
     sized = fair_size(size)
     smoke = size == "smoke"
-    points = tuple(POINTS) if not smoke else ("1", "all")
-    lines = list(LINES) if not smoke else ["none"]
+    points, lines = SMALL.get(size, (tuple(POINTS), tuple(LINES)))
+    if size == "cpu":
+        sized.config.model.stem_width = 8
+        sized.config.model.width_multiplier = 0.1
+        sized.config.duration = "4 epochs"
     sized.config.model.initialization = "variance_preserving"  # glorot's variance changes along the axis
 
     def arm(point: str, line: str) -> Arm:
         # Lines that are compared share a rate, the best on average, so that its choice is no part of the effect.
         shared = next(group for group in SHARED if line in group)
-        tuned_as = tuple(f"{point}_{each}" for each in shared) if point in OF_EFFECTS and not smoke else ()
+        tuned_as = tuple(f"{point}_{each}" for each in shared if each in lines) if point in OF_EFFECTS else ()
         return Arm(f"{point}_{line}", POINTS[point] | LINES[line], line, tuned_as)
 
     arms = [arm(point, line) for point in points for line in lines if line == "none" or point in OF_EFFECTS]
@@ -134,7 +139,7 @@ def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
         "channel and helps where it sees all of them (section 4.7).",
         config=sized.config,
         arms=(*arms, Arm("regular", {"model.module": "regular"}, line="regular")),
-        seeds=sized.seeds,
+        seeds=tuple(range(5)) if size == "cpu" else sized.seeds,
         margin=sized.margin,
         reference="1_none",
         comparisons=(
