@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import fcntl
 import gzip
 import itertools
 import json
@@ -12,6 +13,8 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -27,7 +30,7 @@ from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.datasets import DATASETS, SHIPPED, open_dataset
 from xception_jax.data.prepare import fashion_mnist, names, photographs, sorting, tfrecord, writer
-from xception_jax.data.sources import check_labels
+from xception_jax.data.sources import check_labels, is_complete
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 
 SIZES = {
@@ -129,6 +132,20 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError) as error:
         writer.write_dataset(numbered(3), tmp_path / "file")
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, capsys):
+    (tmp_path / "numbered").mkdir()
+    with open(tmp_path / "numbered" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=writer.write_dataset, args=(numbered(3), tmp_path), daemon=True)
+        waiting.start()
+        told, deadline = "", time.monotonic() + 60
+        while "waiting for another process that prepares numbered" not in told:
+            assert time.monotonic() < deadline
+            told += capsys.readouterr().err
+    waiting.join(60)
+    assert is_complete(next((tmp_path / "numbered").glob("1.*")))
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path):

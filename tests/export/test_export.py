@@ -403,6 +403,8 @@ def test_what_is_refused(weights, evaluation, tmp_path):
         with pytest.raises(BadDataError, match=match):
             export(weights, tmp_path / "x.onnx", "--format", "onnx", "--evaluation", other)
     good = json.loads(evaluation.read_text())
+    other.write_text(json.dumps(good | {"judgement": {"groups": 20}}))  # whose images are not independent
+    assert {"top1", "top5"} == {name for name in read_evaluation(other, load_network(weights)) if "top" in name}
     for name, value in (
         ("count", "1000"),
         ("count", 1000.5),

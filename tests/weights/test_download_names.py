@@ -233,6 +233,9 @@ def test_verify(server, cache, flowers, tmp_path, monkeypatch, capsys):
     assert "nothing is in the cache" in call(monkeypatch, capsys, "weights", "verify")
     path = sources.find(NAME).path
     other = sources.find(FLOWERS).path
+    (cache / "kernels").mkdir()  # of the CPU, compiled before
+    for name in ("a.so", "a.so.sha256"):
+        (cache / "kernels" / name).write_text("x")
     lines = call(monkeypatch, capsys, "weights", "verify").splitlines()
     assert lines == [f"{other}: has the recorded SHA-256", f"{NAME}: has the pinned md5"]
     copy = tmp_path / "copy.h5"

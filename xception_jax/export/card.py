@@ -104,7 +104,7 @@ def run_evaluation(workdir: str, step: int, prefix: str) -> dict[str, Any] | Non
     entry = entries.get("test") or entries.get("dev")
     if not entry:
         return None
-    with reading("metrics", Path(workdir) / "metrics.jsonl", "pass --evaluation, or restore the file"):
+    with reading("metrics", f"{workdir}/metrics.jsonl", "pass --evaluation, or restore the file"):
         return _accuracy(entry, prefix, independent=not entry.get("groups"))
 
 
