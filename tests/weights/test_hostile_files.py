@@ -256,7 +256,7 @@ def test_no_file_and_a_directory(tmp_path):
     [
         (gzip.compress(b"weights" * 100, mtime=0), "compressed by gzip"),
         (lzma.compress(b"weights" * 100), "compressed by xz"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     ],
     ids=["gzip", "xz", "pointer", "page"],
