@@ -71,11 +71,10 @@ class Lease:
       store: where the lease is.
       name: the object.
       owner: this process.
-      content: what this process has written.
       generation: that of the object.
     """
 
-    def __init__(self, store: Store, name: str, owner: Owner, content: bytes, generation: bytes) -> None:
+    def __init__(self, store: Store, name: str, owner: Owner, generation: bytes) -> None:
         self.owner = owner
         self._store, self._name, self._generation = store, name, generation
         self._renewals = 0
@@ -182,7 +181,7 @@ def hold(
     owner = Owner.this_process()
     content = _encode(owner, 0, released=False)
     generation = _acquire(store, name, content, renew_every, take_over_after, report)
-    lease = Lease(store, name, owner, content, generation)
+    lease = Lease(store, name, owner, generation)
     thread = threading.Thread(target=lease.renew_until_released, args=(renew_every,), name="lease", daemon=True)
     thread.start()
     try:

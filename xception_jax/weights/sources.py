@@ -88,7 +88,7 @@ def find(source: str | os.PathLike) -> Source:
     path = cached_path(text)
     if not path.exists():
         _require_online(text, path)
-        _download_release(text, release, path)
+        _download_release(release, path)
     verify(path, release.pins)
     if release.repository is not None and path.with_name(CONFIG).exists():
         verify(path.with_name(CONFIG), {})
@@ -220,7 +220,7 @@ def verify(path: Path, pins: Mapping[str, str], *, kept: Path | None = None, tho
             print(f"note: {what} ({printable_path(record)})", file=sys.stderr)  # a shared cache may be read-only
 
 
-def _download_release(name: str, release: Release, path: Path) -> None:
+def _download_release(release: Release, path: Path) -> None:
     if release.repository is None:
         from xception_jax.weights.download import Remote, fetch
 
