@@ -1,6 +1,7 @@
 """The datasets that can be prepared by name, and opening any dataset.
 
-To add a dataset, write a function that returns a `Dataset` and add a line to `DATASETS`.
+To add a dataset, write a function that returns a `Dataset`, add a line to `DATASETS`, and its name to
+`prepare/names.py`, which the command reads without importing TFDS.
 """
 
 from __future__ import annotations
