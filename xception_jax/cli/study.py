@@ -47,74 +47,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="action", required=True, metavar="run | report | power | kernels | separability"
     )
 
-    run = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
-    run.add_argument(
+    for add in (_add_run, _add_report, _add_power, _add_kernels, _add_separability):
+        add(actions)
+
+
+def _add_run(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser("run", help="train all cells (arm x seed); the same command resumes")
+    parser.add_argument(
         "study",
         help=f"{', '.join(shipped_names('study'))}, or your own .py file; optionally with ':size' or ':size,control'",
     )
-    run.add_argument("--workdir", help="the study directory")
-    run.add_argument(
+    parser.add_argument("--workdir", help="the study directory")
+    parser.add_argument(
         "--jobs",
         type=at_least(1),
         default=1,
         help="number of cells that run at a time; they share cores and GPUs evenly",
     )
-    run.add_argument(
+    parser.add_argument(
         "--data_dir", help="directory of the datasets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)"
     )
-    run.add_argument("--retry", action="store_true", help="run failed cells again")
-    run.add_argument(
+    parser.add_argument("--retry", action="store_true", help="run failed cells again")
+    parser.add_argument(
         "--reuse",
         action="append",
         default=[],
         metavar="DIR",
         help="another study directory whose finished cells are copied where the config is equal; may be repeated",
     )
-    run.add_argument("--cell", type=at_least(0), metavar="N", help="run only cell N, as each job of a job array does")
-    run.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
-    run.add_argument("--print", action="store_true", help="print the arms and their costs without training")
+    parser.add_argument(
+        "--cell", type=at_least(0), metavar="N", help="run only cell N, as each job of a job array does"
+    )
+    parser.add_argument("--slurm", metavar="FILE", help="write a Slurm array script instead of running")
+    parser.add_argument("--print", action="store_true", help="print the arms and their costs without training")
 
-    report = actions.add_parser("report", help="write the report, the figures and cells.csv; also while the study runs")
-    report.add_argument("workdir", help="the study directory")
-    report.add_argument("--json", action="store_true", help="print the results as JSON")
 
-    power = actions.add_parser("power", help="plan how many seeds decide the margin, from the variance of a pilot")
-    power.add_argument("source", metavar="FILE", help="study directory of the pilot, or a cells.csv")
-    power.add_argument(
+def _add_report(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser("report", help="write the report, the figures and cells.csv; also while the study runs")
+    parser.add_argument("workdir", help="the study directory")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _add_power(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser("power", help="plan how many seeds decide the margin, from the variance of a pilot")
+    parser.add_argument("source", metavar="FILE", help="study directory of the pilot, or a cells.csv")
+    parser.add_argument(
         "--margin", type=_margin, help="the smallest difference that matters, as a share (default: that of the study)"
     )
-    power.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    kernels = actions.add_parser("kernels", help="measure how separable the kernels of regular convolutions are")
-    kernels.add_argument(
+
+def _add_kernels(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser("kernels", help="measure how separable the kernels of regular convolutions are")
+    parser.add_argument(
         "source", help="work directory of a run, study directory (also of a dial study), or weight file of any network"
     )
-    kernels.add_argument(
+    parser.add_argument(
         "--axes",
         choices=("hwio", "oihw", "ohwi"),  # weight_file.AXES, whose package imports JAX
         help="order of the axes of a kernel in a weight file, where i is input and o is output (default: found out)",
     )
-    kernels.add_argument(
+    parser.add_argument(
         "--replace",
         action="store_true",
         help="of a run: replace regular kernels by kernels of low rank, and print the accuracy lost on the test split",
     )
-    kernels.add_argument(
+    parser.add_argument(
         "--data_dir", metavar="DIR", help="directory of the datasets for --replace (default: of the run)"
     )
-    kernels.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
-    patches = actions.add_parser(
+
+def _add_separability(actions: argparse._SubParsersAction) -> None:
+    parser = actions.add_parser(
         "separability", help="measure how separable the patches of images are into channels and space"
     )
-    patches.add_argument("source", help="folder of images, at any depth, or directory or name of a prepared dataset")
-    patches.add_argument("--split", default="train", help="split of a prepared dataset (default: %(default)s)")
-    patches.add_argument(
+    parser.add_argument("source", help="folder of images, at any depth, or directory or name of a prepared dataset")
+    parser.add_argument("--split", default="train", help="split of a prepared dataset (default: %(default)s)")
+    parser.add_argument(
         "--patches", type=at_least(100), default=28_000, help="number of patches that are read (default: %(default)s)"
     )
-    patches.add_argument("--side", type=at_least(2), default=3, help="side of a patch in pixels (default: %(default)s)")
-    patches.add_argument("--seed", type=at_least(0), default=0, help="of places and turns (default: %(default)s)")
-    patches.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--side", type=at_least(2), default=3, help="side of a patch in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of places and turns (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
