@@ -115,10 +115,6 @@ def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
     sized = fair_size(size)
     smoke = size == "smoke"
     points, lines = SMALL.get(size, (tuple(POINTS), tuple(LINES)))
-    if size == "cpu":
-        sized.config.model.stem_width = 8
-        sized.config.model.width_multiplier = 0.1
-        sized.config.duration = "4 epochs"
     sized.config.model.initialization = "variance_preserving"  # glorot's variance changes along the axis
 
     def arm(point: str, line: str) -> Arm:
@@ -139,7 +135,7 @@ def get_study(size: str = "cpu", control: str = "live_parameters") -> Study:
         "channel and helps where it sees all of them (section 4.7).",
         config=sized.config,
         arms=(*arms, Arm("regular", {"model.module": "regular"}, line="regular")),
-        seeds=tuple(range(5)) if size == "cpu" else sized.seeds,
+        seeds=sized.seeds,
         margin=sized.margin,
         reference="1_none",
         comparisons=(

@@ -56,7 +56,7 @@ class InceptionV3(nn.Module):
 
 
 class _Layers:
-    """What the modules are made of. Its parameters belong to the network that is being called, under the given names.
+    """Builds the layers of one call. Their parameters belong to the calling network, under the names given here.
 
     Attributes:
       endpoints: the output of each module so far.

@@ -158,7 +158,10 @@ def _lock(file: IO[str], name: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print("note: this file system has no locks, so do not prepare a dataset twice at a time", file=sys.stderr)
+        print(
+            "note: this file system has no locks: do not run two commands that prepare this dataset at the same time",
+            file=sys.stderr,
+        )
 
 
 def _refuse_others(target: Path, *, overwrite: bool) -> None:
