@@ -13,7 +13,7 @@ from xception_jax.names import LINE_LENGTH, printable
 
 SUCCESS_EXIT_CODE = 0
 BUG_EXIT_CODE = 1  # with a traceback
-INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C in another command than `train`: 128 + SIGINT, as in shells
+INTERRUPTED_EXIT_CODE = 130  # a second signal, or Ctrl-C in most commands: 128 + SIGINT, as in shells
 OUT_OF_DEVICE_MEMORY = "RESOURCE_EXHAUSTED"  # in messages of XLA
 READER_LEFT_EXIT_CODE = 141  # the reader of the output has ended, as `head` does: 128 + SIGPIPE, as in shells
 
@@ -74,7 +74,7 @@ class InputMissingError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss is not finite, even after going back to a checkpoint once."""
+    """The loss is not finite, and there is no checkpoint to go back to, or going back to one did not help."""
 
     exit_code = 70
 

@@ -289,7 +289,7 @@ def require_outputs(
             raise UsageError("two outputs have the same name", os.fspath(path), "give each a name of its own")
         named.add(identity)
         if identity in read:
-            raise UsageError("the output would replace what is read", os.fspath(path), "choose another name")
+            raise UsageError("the output would overwrite an input", os.fspath(path), "choose another name")
 
 
 def _identity(path: str | os.PathLike[str]) -> Any:

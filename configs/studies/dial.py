@@ -7,8 +7,9 @@ convolution in front represents exactly) or across them (one spatial filter a ch
 The paper calls the order unimportant (section 2). Here the templates that have to be found are separable in one way,
 in the other, or in neither, by a dial, and the best possible accuracy is the same on all of them.
 
-Sizes: smoke (seconds, interprets nothing), cpu (default: a night of two cores), full (one GPU); controls: multiply_adds
-(default), live_parameters: studies/dial:cpu,live_parameters. Design, gates and claims: docs/studies/dial.md.
+Sizes: smoke (under two minutes, interprets nothing), cpu (default: a night of two cores), full (one GPU); controls:
+multiply_adds (default), live_parameters: studies/dial:cpu,live_parameters. Design, gates and claims:
+docs/studies/dial.md.
 """
 
 import dataclasses

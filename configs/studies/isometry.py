@@ -188,7 +188,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "config": _cpu,
         "arms": tuple(arms(tuple(MODULES), ENDS)),
         "seeds": tuple(range(1, 11)),  # the pilot had seed 0
-        "budget": "two to four hours of two cores",
+        "budget": "about three processor hours",
     },
     "cifar": {
         "config": _cifar,

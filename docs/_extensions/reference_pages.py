@@ -98,7 +98,7 @@ def exit_codes() -> str:
     meanings = {
         errors.SUCCESS_EXIT_CODE: "The command has finished.",
         errors.BUG_EXIT_CODE: "A bug of this package, with a traceback. Please report it.",
-        errors.INTERRUPTED_EXIT_CODE: "A second signal, or Ctrl-C in a command other than `train`.",
+        errors.INTERRUPTED_EXIT_CODE: "A second signal, or Ctrl-C in a command other than `train` and `study run`.",
         errors.READER_LEFT_EXIT_CODE: "The program that reads the output has ended, as `head` does.",
     }
     for error in vars(errors).values():

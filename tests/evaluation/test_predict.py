@@ -251,6 +251,6 @@ def test_a_contact_sheet_does_not_replace_an_image(weights, tmp_path):
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
     for sheet in ("a.png", "b.png"):
-        with pytest.raises(UsageError, match="would replace what is read"):
+        with pytest.raises(UsageError, match="would overwrite an input"):
             run("--weights", weights, tmp_path / "a.png", "--contact_sheet", tmp_path / sheet)
     assert (tmp_path / "a.png").read_bytes() == before

@@ -239,6 +239,6 @@ def test_pictures_do_not_replace_images(weights, photos, tmp_path):
     before = (photos / "a.png").read_bytes()
     with pytest.raises(UsageError, match="holds the images"):
         run("--weights", weights, photos, "--out", photos)
-    with pytest.raises(UsageError, match="would replace what is read"):
+    with pytest.raises(UsageError, match="would overwrite an input"):
         run("--weights", weights, photos / "a.png", "--out", photos / "a.png")
     assert (photos / "a.png").read_bytes() == before

@@ -9,8 +9,11 @@ import numpy as np
 
 from configs.studies.dial import get_study
 from xception_jax.study.dial.banks import make_bank, measure
-from xception_jax.study.dial.design import counted_cells
+from xception_jax.study.dial.design import counted_cells, tuning_cells
 from xception_jax.study.dial.records import BANK_COLUMNS, BANKS, CELL_COLUMNS, CELLS, cell_record, state
+
+BEST_RATE = 0.04
+"""The rate that the cells choose which choose the rates, for all arms."""
 
 
 def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None):
@@ -21,7 +24,7 @@ def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=
       effect: returns the accuracy of (arm, bank name, measured dial across).
       seeds: of the study.
       arms: names of the arms that the study has; by default all.
-      bank_change, cell_change: change a row, given as a dict, before it is written.
+      bank_change, cell_change: change a row of a cell that counts, given as a dict, before it is written.
     """
     study = dataclasses.replace(get_study("cpu"), seeds=seeds)
     if arms is not None:
@@ -30,7 +33,10 @@ def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=
     state(root, study)
     rng = np.random.default_rng(0)
     banks, cells = {}, []
-    for cell in counted_cells(study, {row.arm.name: 0.01 for row in study.rows}):
+    for cell in tuning_cells(study):
+        accuracy = 0.9 - (0.1 if cell.rate != BEST_RATE else 0)
+        cells.append(cell_record(study, cell, {"accuracy": accuracy, "curve": (0.5, accuracy)}))
+    for cell in counted_cells(study, {row.arm.name: BEST_RATE for row in study.rows}):
         key = cell.bank.name, cell.seed
         if key not in banks:
             dial = dataclasses.asdict(measure(make_bank(cell.bank, cell.seed)))

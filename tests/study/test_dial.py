@@ -336,6 +336,12 @@ def test_a_part_without_enough_seeds_is_open():
     assert Part("x", np.array([0.02, 0.021, 0.0]), "below", 0.01).state == "open"
 
 
+def _swap_free_within(row):
+    """Makes the free bank more separable within filters than the one at 67 degrees."""
+    if row["bank"] == "free":
+        row["within"] = 0.5
+
+
 def _change(**columns):
     def change(row):
         if row["bank"] == "across_45":
@@ -356,7 +362,9 @@ def _change(**columns):
         ({"cell_change": _change(pulled_across=0.2)}, "pulled back"),
         ({"cell_change": _change(steps=1)}, "another rate, number of steps or design"),
         ({"cell_change": _change(design="x")}, "another rate, number of steps or design"),
-        ({"cell_change": _change(bank="x")}, "cells that are missing"),
+        ({"cell_change": lambda row: row.update(rate=0.08)}, "another rate, number of steps or design"),
+        ({"cell_change": _change(bank="x")}, "cells that count and are missing"),
+        ({"bank_change": _swap_free_within}, "measured rank"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -373,10 +381,13 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
     (root / CELLS).write_text("".join(lines[:-1]))
     report = write_dial_report(root)
     assert not report.passed
-    assert report.gates[0].detail.startswith("137 of 138")
+    assert report.gates[1].detail.startswith("137 of 138")
+    shown = [gate for gate in report.gates if "accuracy of regular" in gate.name or "pulled back" in gate.name]
+    assert len(shown) == 8
+    assert {gate.detail for gate in shown} == {"cells are missing"}  # and not the lowest and the highest accuracy
     assert report.claims == ()
     text = (root / "report.md").read_text()
-    assert "interprets nothing" in text
+    assert "draws no conclusions" in text
     assert "supported" not in text
     assert "Not shown before all cells are done" in text
     assert "96.3" not in text.partition("## Accuracy")[2].partition("##")[0]
@@ -387,7 +398,7 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
     (root / CELLS).write_text("arm,seed\nx,1\n")
     with pytest.raises(BadDataError, match="other columns"):
         write_dial_report(root)
-    (root / CELLS).write_text("".join(lines).replace("0.01,regular", "x,regular", 1))
+    (root / CELLS).write_text("".join(lines).replace("0.04,regular", "x,regular", 1))
     with pytest.raises(BadDataError, match="could not convert"):
         write_dial_report(root)
     (root / CELLS).unlink()
@@ -399,14 +410,41 @@ def test_a_study_with_missing_cells_is_not_interpreted(tmp_path):
             write_dial_report(root)
 
 
+def test_the_cells_that_choose_the_rates_and_the_claims_must_be_those_of_the_design(tmp_path):
+    root = simulate(tmp_path, expected, seeds=(0, 1))
+    lines = (root / CELLS).read_text().splitlines(keepends=True)
+    (root / CELLS).write_text("".join([lines[0], *lines[2:]]))
+    failed = [gate.name for gate in check_gates(collect_dial(root)) if not gate.passed]
+    assert failed == ["cells that choose the rates and are missing"]
+    (root / CELLS).write_text("".join(lines))
+    data = json.loads((root / "study.json").read_text())
+    data["study"]["hypotheses"]["H2"] = "Something else."
+    (root / "study.json").write_text(json.dumps(data))
+    failed = {gate.name: gate.detail for gate in check_gates(collect_dial(root)) if not gate.passed}
+    assert failed.pop("claims that this version states differently") == "H2"
+    assert [*failed] == ["cells with another rate, number of steps or design than stated"]  # the claims belong to it
+
+
+def test_numbers_that_are_equal_on_all_banks_have_no_slope(tmp_path):
+    """Rounding would otherwise decide a claim whose bound is 0."""
+    found = evaluate_claims(
+        collect_dial(simulate(tmp_path, lambda arm, bank, dial: 0.9 + 0.02 * (arm == "segments_2")))
+    )
+    (part,) = next(tested.parts for tested in found if tested.code == "H3")
+    assert part.values.tolist() == [0.0] * 4
+
+
 def test_the_report_says_what_is_equal_and_what_came_out(tmp_path, monkeypatch, capsys):
     root = simulate(tmp_path, expected)
     monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "report", str(root), "--json"])
     assert main() == 0
-    assert json.loads(capsys.readouterr().out)["claims"][0]["verdict"] == "supported"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["claims"][0]["verdict"] == "supported"
+    assert printed["beside"]["depthwise first - segments_1, across_0"]["n"] == 4
     text = (root / "report.md").read_text()
     assert "equal multiply-adds, but not equal live parameters (depthwise_first +17%" in text
     assert "**H5: supported**" in text
+    assert "| within ±1.00 | holds |" in text
     for name in ("crossing", "segments", "price"):
         assert (root / "figures" / f"{name}.svg").read_text().startswith("<svg")
 

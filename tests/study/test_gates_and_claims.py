@@ -213,7 +213,7 @@ def test_power_plans_the_seeds_of_the_next_study(tmp_path, capsys):
     assert (found["df"], set(found["arms"])) == (21, set(ARMS))
     assert (of_csv["sd"], of_csv["images"]) == (pytest.approx(found["sd"]), None)
     rows = {(row["margin"], row["analysis"]): row for row in found["rows"]}
-    assert set(rows) == {(m, a) for m in (0.0025, 0.005, 0.01) for a in ("paired", "pooled", "crossed")}
+    assert set(rows) == {(m, a) for m in (0.0025, 0.005, 0.01) for a in ("paired", "welch", "crossed")}
     assert rows[0.005, "paired"]["equivalence"] < rows[0.0025, "paired"]["equivalence"]
     for row in rows.values():
         assert (

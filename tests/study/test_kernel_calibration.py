@@ -112,16 +112,26 @@ def test_nothing_is_claimed_where_networks_are_missing(tmp_path):
     json.dumps(found.to_json() | judge_calibration(found).to_json(), allow_nan=False)
 
 
-def test_a_network_without_its_bank_or_its_row_does_not_count(tmp_path):
+def _without_row(path, start):
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(start)]
+    assert len(kept) == len(lines) - 1
+    path.write_text("".join(kept))
+
+
+def test_a_network_without_its_bank_does_not_count(tmp_path):
     root = write_study(tmp_path, faithful, seeds=(0, 1))
-    for name, start in ((BANKS, "within_22,0,"), (CELLS, "test,regular,across_45,1,")):
-        lines = (root / name).read_text().splitlines(keepends=True)
-        kept = [line for line in lines if not line.startswith(start)]
-        assert len(kept) == len(lines) - 1
-        (root / name).write_text("".join(kept))
+    _without_row(root / BANKS, "within_22,0,")
     found = calibrate(root)
-    assert len(found.points) == 2 * (9 * 2 - 2)
+    assert len(found.points) == 2 * (9 * 2 - 1)
     json.dumps(found.to_json() | judge_calibration(found).to_json(), allow_nan=False)
+
+
+def test_no_kernel_is_measured_before_all_cells_are_done(tmp_path):
+    root = write_study(tmp_path, faithful, seeds=(0, 1))
+    _without_row(root / CELLS, "test,regular,across_45,1,")
+    with pytest.raises(InputMissingError, match="17 of 18 cells of the dial study are done"):
+        calibrate(root)
 
 
 def test_networks_that_diverged_are_counted(tmp_path):

@@ -244,7 +244,7 @@ def test_forms_of_class_names(path, text):
 def test_a_file_is_not_converted_onto_itself(path):
     save_network(path, network())
     before = path.read_bytes()
-    with pytest.raises(UsageError, match="would replace what is read"):
+    with pytest.raises(UsageError, match="would overwrite an input"):
         convert(path, path, "--no-head")
     assert path.read_bytes() == before
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "evaluate a network on every image of a split",
     "explain": "show which parts of an image support a class",
     "embed": "save the features of images",
-    "probe": "judge saved features by nearest neighbours and ridge regression",
+    "probe": "evaluate saved features with nearest neighbours and ridge regression",
     "export": "write a network as StableHLO, ONNX or safetensors, check it, and add a model card",
     "weights": "list, download and verify public weights by name",
     "convert": "convert weights between this package, Keras and timm",

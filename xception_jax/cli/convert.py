@@ -48,11 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "source", help="a Keras file (.h5, .weights.h5, .keras), safetensors of PyTorch or our own, or a work directory"
+        "source",
+        help="a Keras file (.h5, .weights.h5, .keras), safetensors of PyTorch or of this package, or a work directory",
     )
     parser.add_argument("out", help="OUT.safetensors, or OUT.weights.h5 for Keras")
     parser.add_argument(
-        "--layout", choices=LAYOUTS, help="whose names the tensors get (default: keras for OUT.weights.h5, else ours)"
+        "--layout",
+        choices=LAYOUTS,
+        help="naming scheme of the tensors (default: keras for OUT.weights.h5, otherwise xception_jax)",
     )
     parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument(
@@ -66,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="require the classifier, or leave it out; by default it is read if it fits",
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line or as JSON; or 'imagenet'")
-    parser.add_argument("--size", type=at_least(1), help="side of the images in pixels, if the file does not say it")
+    parser.add_argument(
+        "--size", type=at_least(1), help="side of the images in pixels, if the file does not specify it"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 

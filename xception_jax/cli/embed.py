@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="*", metavar="PATH", help="images, or folders to search for images")
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        metavar="SOURCE",
+        help="weight file, name of public weights, or work directory of a run",
+    )
     parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument("--out", required=True, metavar="FILE.npz|FILE.csv", help="where to save the features")
     parser.add_argument("--labels", choices=("folder",), help="label each image with the name of its folder")

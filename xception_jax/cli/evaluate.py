@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", nargs="?", help="work directory of a run, or a weight file")
+    parser.add_argument("source", nargs="?", help="weight file, name of public weights, or work directory of a run")
     parser.add_argument("--dataset", metavar="NAME", help="name of the dataset (default: that of the run)")
     parser.add_argument("--split", help="such as 'validation' or 'train[98%%:]' (default: the test split of the run)")
     parser.add_argument("--step", type=at_least(0), help="checkpoint of the run (default: the newest intact one)")

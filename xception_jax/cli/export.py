@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes a network as one file, runs the file in a separate process and compares the logits."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", help="work directory of a run, or a weight file or its name")
+    parser.add_argument("source", help="weight file, name of public weights, or work directory of a run")
     parser.add_argument("out", help="a directory, or a file whose name ends with the format")
     parser.add_argument("--format", choices=("stablehlo", "onnx", "safetensors"), required=True)
     parser.add_argument("--step", type=at_least(0), help="checkpoint of the run (default: the newest intact one)")

@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "exit code is 65."
     )
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")
-    parser.add_argument("--weights", required=True, metavar="SOURCE", help="weight file or its name, or a run")
+    parser.add_argument(
+        "--weights",
+        required=True,
+        metavar="SOURCE",
+        help="weight file, name of public weights, or work directory of a run",
+    )
     parser.add_argument("--step", type=at_least(0), help="checkpoint of a run (default: the newest intact one)")
     parser.add_argument(
         "--top", type=at_least(1), default=5, metavar="N", help="number of classes per image (default: 5)"

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "The files are written by `embed` with labels: --dataset and --split, or --labels folder."
     parser.add_argument("train", metavar="TRAIN.npz", help="features to fit to")
-    parser.add_argument("test", metavar="TEST.npz", help="features to judge by")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the choice of that fifth (default: 0)")
+    parser.add_argument("test", metavar="TEST.npz", help="features to evaluate on")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed for choosing that fifth (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 

@@ -105,7 +105,7 @@ def _add_kernels(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--axes",
         choices=("hwio", "oihw", "ohwi"),  # weight_file.AXES, whose package imports JAX
-        help="order of the axes of a kernel in a weight file, where i is input and o is output (default: found out)",
+        help="order of the axes of a kernel in a weight file, where i is input and o is output (default: inferred)",
     )
     parser.add_argument(
         "--replace",
@@ -113,7 +113,7 @@ def _add_kernels(actions: argparse._SubParsersAction) -> None:
         help="of a run: replace regular kernels by kernels of low rank, and print the accuracy lost on the test split",
     )
     parser.add_argument(
-        "--data_dir", metavar="DIR", help="directory of the datasets for --replace (default: of the run)"
+        "--data_dir", metavar="DIR", help="directory of the datasets for --replace (default: that of the run)"
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
@@ -128,7 +128,12 @@ def _add_separability(actions: argparse._SubParsersAction) -> None:
         "--patches", type=at_least(100), default=28_000, help="number of patches that are read (default: %(default)s)"
     )
     parser.add_argument("--side", type=at_least(2), default=3, help="side of a patch in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of places and turns (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="seed for the positions of patches and the turns (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 

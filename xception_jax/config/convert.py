@@ -216,7 +216,7 @@ def from_json(text: str) -> ExperimentConfig:
     try:
         fields = parse_json(text, dict)
     except ValueError as error:
-        raise ConfigError(f"a saved config cannot be read: {error}", "config", "restore it, or start anew") from None
+        raise ConfigError(f"a saved config cannot be read: {error}", "config", "restore it, or start over") from None
     return _resolve(ExperimentConfig(), fields, saved=True)
 
 

@@ -116,9 +116,9 @@ class DistributedConfig(Section):
     path: ClassVar[str] = "distributed."
 
     start: str = choice("auto", ("auto", "on", "off"), "local: auto connects the processes that a launcher started")
-    coordinator: str = text("", "local: host:port of process 0; empty lets the cluster tell, or runs one process")
-    num_processes: int | None = integer(None, 1, "local: with a coordinator; None lets the launcher tell")
-    process_id: int | None = integer(None, 0, "local: with a coordinator; None lets the launcher tell")
+    coordinator: str = text("", "local: host:port of process 0; empty: ask the launcher, or run one process")
+    num_processes: int | None = integer(None, 1, "local: with a coordinator; None: ask the launcher")
+    process_id: int | None = integer(None, 0, "local: with a coordinator; None: ask the launcher")
     timeout: int = integer(300, 1, "local: seconds in which all processes have to connect")
     heartbeat: int = integer(60, 2, "local: seconds without a sign of life after which a process is lost")
 
@@ -169,7 +169,9 @@ class WatchdogConfig(Section):
 
     path: ClassVar[str] = "watchdog."
 
-    factor: int = integer(20, 0, "local: times the median step without the end of a step; 0 is off")
+    factor: int = integer(
+        20, 0, "local: end the run if no step finishes within this multiple of the median step; 0 is off"
+    )
     min_seconds: int = integer(600, 1, "local: in training steps and waiting for input", unless={"factor": (0,)})
 
 

@@ -202,7 +202,7 @@ def pattern(default: str, source: str) -> Any:
         _compile(value)
         return value
 
-    expects = "a regular expression over parameter names such as 'block2_sepconv1/kernel'"
+    expects = "a regular expression over parameter names such as 'block2_sepconv1/spatial/kernel'"
     return _field(default, check, expects, source, str)
 
 

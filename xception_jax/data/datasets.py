@@ -87,6 +87,8 @@ def _open_dataset(data: DataConfig, split: str) -> Source:
         directory = write_dataset(SHIPPED[data.name](), data_dir, progress=False).path
     if directory is None:
         fix = f"run {_prepare_command(data.name, data_dir)}"
+        if data.name.partition(":")[0] not in (*SHIPPED, *DATASETS):
+            fix += "; for a dataset of TFDS, prepare tfrecord --source VERSION_DIR"
         raise InputMissingError(f"the dataset {data.name} is not in {data_dir}", str(data_dir), fix)
     return TfdsSource(directory, split)
 

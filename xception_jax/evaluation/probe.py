@@ -113,7 +113,7 @@ def probe(
 
     Args:
       train: features and labels to fit to.
-      test: features and labels to judge by.
+      test: features and labels to evaluate on.
       classes: number of classes.
       seed: seed of the choice of held-out features.
     """

@@ -50,4 +50,4 @@ def check_apart(path: str, images: Sequence[Path]) -> None:
     if is_file(path):
         require_outputs([path], images)
     elif Path(path).resolve() in {image.resolve().parent for image in images}:
-        raise UsageError("the folder for the pictures holds the images", path, "choose another folder")
+        raise UsageError("the output folder contains the input images", path, "choose another folder")

@@ -57,13 +57,12 @@ def parse(url: str, where: str) -> Place:
         control characters or characters that clients do not read literally.
     """
     match = _URL.fullmatch(url)
-    supported = " or ".join(f"{scheme}://bucket/path" for scheme in SCHEMES)
 
     def refuse(reason: str, fix: str) -> ConfigError:
         return ConfigError(f"{url!r} {reason}", where, fix)
 
     if match is None or match[1].lower() not in SCHEMES:
-        raise refuse("is not the address of a supported object store", f"use a local directory, {supported}")
+        raise refuse("is not the address of a supported object store", "use a local directory or gs://bucket/path")
     scheme, slashes, rest = match[1].lower(), match[2], match[3]
     bucket, _, path = rest.partition("/")
     if slashes == "/":

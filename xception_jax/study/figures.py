@@ -124,7 +124,7 @@ def effects(results: Results) -> str | None:
                 x, mean, half, label=legend_label(entry.interaction.name), capsize=2.5, markersize=4.5, **style
             )
         _axis(axes, results, [x for entry in shown for x in entry.x])
-        axes.set_ylabel("paired difference in test accuracy, points", color=QUIET)
+        axes.set_ylabel("difference in test accuracy, points", color=QUIET)
         axes.legend()
 
     return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)

@@ -107,7 +107,7 @@ def plan_seeds(source: Path, margin: float | None = None) -> SeedPlan:
     images = _image_error(samples, pairs or [])
     rows = []
     for factor in _MARGINS:
-        for analysis, paired, error in (("paired", True, 0.0), ("pooled", False, 0.0), ("crossed", False, images)):
+        for analysis, paired, error in (("paired", True, 0.0), ("welch", False, 0.0), ("crossed", False, images)):
             if error is not None:
                 share = math.sqrt(ratio) if paired and ratio else 1.0
                 seeds = [
@@ -140,6 +140,7 @@ def format_plan(plan: SeedPlan) -> str:
     ]
     lines += [
         "equivalence: arms without a difference are found equivalent; difference: one as large as the margin is found.",
+        "The analysis 'pooled' needs at most as many as 'welch'.",
         "Holm's correction for several comparisons needs more seeds for a difference, and none for equivalence.",
     ]
     return "\n".join(lines)

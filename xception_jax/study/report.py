@@ -24,7 +24,7 @@ from xception_jax.study.results import Results, collect
 from xception_jax.study.rows import COLUMNS
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study, write_report_files
-from xception_jax.study.tested_claims import TestedPart
+from xception_jax.study.tested_claims import NOT_INTERPRETED, TestedPart
 from xception_jax.study.turns import mean_shares, read_turns
 
 # What an interval of each analysis is.
@@ -95,9 +95,10 @@ def format_results(results: Results) -> str:
         lines += [f"    {part.part.name}: {format_part(part, results)}: {part.state}" for part in tested.parts]
     for interaction in results.interactions:
         if interaction.trend is not None:
+            found = NOT_INTERPRETED if interaction.outcome == NOT_INTERPRETED else interaction.trend.flips
             lines.append(
                 f"  {interaction.interaction.name}: slope {_difference(interaction.trend.slope)} points "
-                f"{_unit(results)}, change of sign: {interaction.trend.flips} ({interaction.outcome})"
+                f"{_unit(results)}, change of sign: {found} ({interaction.outcome})"
             )
     lines.append(f"report: {results.stored.root / 'report.html'}")
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)

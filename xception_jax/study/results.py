@@ -23,7 +23,7 @@ from xception_jax.study.rows import row_of
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.tested_claims import NOT_INTERPRETED, Measured, TestedClaim, evaluate_claims
-from xception_jax.study.turns import read_turns
+from xception_jax.study.turns import lacks_turns, read_turns
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -95,7 +95,7 @@ class InteractionResult:
     Attributes:
       interaction: the interaction as planned.
       x: the positions of its points on the axis.
-      effects: the paired difference at each point.
+      effects: the difference at each point.
       trend: slope (per doubling of x if the axis is logarithmic), ends and their contrast; None if there are fewer than
         two points or two seeds.
       seeds: number of seeds for which all arms are done.
@@ -191,7 +191,10 @@ def collect(stored: StoredStudy) -> Results:
     answers = read_answers(stored.root, [cell for cell in cells if cell.state() == "done"])
     arms = _arms(stored, cells, rows, accuracy)
     complete = {arm.name: arm.accuracy.mean if arm.accuracy.n == len(stored.study.seeds) else math.nan for arm in arms}
-    gates = check_gates(stored.study.gates, complete, read_turns(stored.root))
+    turns = read_turns(stored.root)
+    if lacks_turns(stored.study, turns):
+        turns = []  # a gate about some of the seeds is none
+    gates = check_gates(stored.study.gates, complete, turns)
     open_to_claims = all(gate.passed for gate in gates)
     below = {arm.name for arm in arms if arm.passes is False or not open_to_claims}
     samples = _samples(stored, accuracy, answers)

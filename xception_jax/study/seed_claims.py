@@ -53,8 +53,11 @@ class Part:
 
     @property
     def p(self) -> float:
-        """Returns the one-sided p-value of the claim; that of two one-sided tests for 'within'."""
-        return region_p(self.estimate, self.side, self.bound)
+        """Returns the one-sided p-value of the claim; that of two one-sided tests for 'within'.
+
+        It is NaN unless the values of all seeds are known: those that are left may differ from those that are missing.
+        """
+        return region_p(self.estimate, self.side, self.bound) if np.isfinite(self.values).all() else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Returns claim, state and estimate as plain data; NaN is None."""

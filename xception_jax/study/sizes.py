@@ -23,7 +23,7 @@ class Size:
       config: the base config.
       seeds: paired over the arms.
       margin: the smallest difference in accuracy that matters, as a share.
-      budget: the cost of a cell in words.
+      budget: the cost of the study in words.
     """
 
     config: ConfigDict

@@ -68,8 +68,8 @@ class TestedClaim:
 
     Attributes:
       claim: the claim.
-      parts: its parts.
-      p_holm: the largest p-value of its parts, corrected for all claims of the study.
+      parts: its parts; none if it is not tested or not interpreted.
+      p_holm: the largest p-value of its parts, corrected for all claims of the study; then NaN.
       verdict: 'supported', 'contradicted', 'undecided', `NOT_TESTED` if cells are missing, or `NOT_INTERPRETED`.
     """
 
@@ -100,12 +100,9 @@ def evaluate_claims(
     }
     decided = decide(parts)
     return tuple(
-        TestedClaim(
-            claim,
-            parts[claim.code],
-            decided[claim.code][0],
-            NOT_INTERPRETED if below & claim.arms else decided[claim.code][1],
-        )
+        TestedClaim(claim, (), math.nan, NOT_INTERPRETED)
+        if below & claim.arms
+        else TestedClaim(claim, parts[claim.code], *decided[claim.code])
         for claim in claims
     )
 

@@ -14,7 +14,7 @@ from xception_jax.parallel import whole
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by name, such as 'params/block2_sepconv1/kernel'."""
+    """Returns the leaves of a tree by name, such as 'params/block2_sepconv1/spatial/kernel'."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

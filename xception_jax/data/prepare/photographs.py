@@ -72,7 +72,6 @@ def read_photograph(name: str) -> UInt8[np.ndarray, "h w 3"]:
 
         return np.asarray(getattr(skimage.data, name)())
     except ImportError as error:
-        what = (
-            f"the photograph {name} is in scikit-{'learn' if name in _OF_SCIKIT_LEARN else 'image'}, which is missing"
-        )
+        package = "scikit-learn" if name in _OF_SCIKIT_LEARN else "scikit-image"
+        what = f"the photograph {name} is in {package}, which is not installed"
         raise InputMissingError(what, "photograph_crops", "pip install scikit-image scikit-learn") from error

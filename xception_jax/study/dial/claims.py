@@ -119,9 +119,13 @@ def _ends(results: DialResults) -> Iterator[Part]:
         yield Part(f"order with a pointwise layer at both ends, {bank}", values, "within", results.study.margin)
 
 
-def _slopes(results: DialResults, arm: str, baseline: str, banks: Sequence[str] = ()) -> Seeds:
-    """Returns, for each seed, the least-squares slope of a difference in accuracy over the measured dial across."""
-    banks = banks or [bank.name for bank in results.dial_of("across", arm, baseline)]
+def _slopes(results: DialResults, arm: str, baseline: str, banks: Sequence[str] | None = None) -> Seeds:
+    """Returns, for each seed, the least-squares slope of a difference in accuracy over the measured dial across.
+
+    The banks are by default all on which both arms are trained.
+    """
+    if banks is None:
+        banks = [bank.name for bank in results.dial_of("across", arm, baseline)]
     if len(banks) < 2:
         return np.full(len(results.study.seeds), np.nan)
     effects = np.stack([results.accuracy(arm, bank) - results.accuracy(baseline, bank) for bank in banks])
@@ -134,7 +138,8 @@ def _positions(results: DialResults, banks: Sequence[str]) -> Float[np.ndarray, 
 
 def _slope(x: Float[np.ndarray, "banks seeds"], y: Float[np.ndarray, "banks seeds"]) -> Seeds:
     centred = x - x.mean(0)
-    return (centred * y).sum(0) / np.square(centred).sum(0)
+    slope = (centred * y).sum(0) / np.square(centred).sum(0)
+    return np.where(np.ptp(y, axis=0) == 0, 0.0, slope)  # exactly: rounding must not decide a claim with a bound of 0
 
 
 CLAIMS: dict[str, Claim[DialResults]] = {
@@ -171,5 +176,5 @@ CLAIMS: dict[str, Claim[DialResults]] = {
 
 
 def evaluate_claims(results: DialResults) -> tuple[Tested, ...]:
-    """Tests all claims. Seeds with missing cells are left out; a claim whose arms the study lacks is not tested."""
+    """Tests all claims. A claim that lacks a cell, or an arm, is not tested."""
     return evaluate(CLAIMS, results, [row.arm.name for row in results.study.rows])

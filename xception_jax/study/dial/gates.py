@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.design import REGULAR
+from xception_jax.study.dial.claims import CLAIMS
+from xception_jax.study.dial.design import REGULAR, tuning_cells
 from xception_jax.study.dial.execute import chosen_rates
 from xception_jax.study.dial.records import CELLS, record_key
 from xception_jax.study.dial.results import DialResults
@@ -27,22 +29,27 @@ def check_gates(results: DialResults) -> list[CheckedGate]:
 
 def _complete(results: DialResults) -> Iterator[CheckedGate]:
     """Checks that the records are those of the stated design: they may come from several machines."""
-    planned, done = results.planned, results.done
-    yield CheckedGate(
-        "cells that are missing", len(planned - done), 0, f"{len(planned & done)} of {len(planned)} cells"
-    )
-    study, rates = results.study, chosen_rates(results.study, results.cells)
-    stated = {entry["design"] for entry in results.history}
+    study, planned = results.study, results.planned
+    tuning = {cell.key for cell in tuning_cells(study)}
+    tuned = {record_key(CELLS, row) for row in results.cells} & tuning
+    for name, done, wanted in (
+        ("cells that choose the rates and are missing", tuned, tuning),
+        ("cells that count and are missing", results.done & planned, planned),
+    ):
+        yield CheckedGate(name, len(wanted) - len(done), 0, f"{len(done)} of {len(wanted)} cells")
+    rates, design = chosen_rates(study, results.cells), study.design_hash()
     unfit = [
         record_key(CELLS, row)
         for row in results.counted
         if record_key(CELLS, row) not in planned
-        or float(row["rate"]) != rates.get(row["arm"], float(row["rate"]))
+        or float(row["rate"]) != rates.get(row["arm"])
         or int(row["steps"]) != study.steps(study.arm(row["arm"]))
-        or row["design"] not in stated
+        or row["design"] != design
     ]
     name = "cells with another rate, number of steps or design than stated"
     yield CheckedGate(name, len(unfit), 0, " ".join(unfit[0]) if unfit else "")
+    other = [code for code, claim in CLAIMS.items() if study.hypotheses.get(code) != claim.text]
+    yield CheckedGate("claims that this version states differently", len(other), 0, ", ".join(other))
 
 
 def _all_banks(results: DialResults) -> dict[str, BankSpec]:
@@ -58,9 +65,12 @@ def _bayes(results: DialResults) -> Iterator[CheckedGate]:
 def _flat(results: DialResults) -> Iterator[CheckedGate]:
     for row in results.study.rows:
         if row.arm.form == REGULAR:
+            name = f"range of the accuracy of {row.arm.name} over the banks, mean over seeds"
+            if not results.complete:  # it would show accuracies
+                yield CheckedGate(name, math.nan, FLAT, "cells are missing")
+                continue
             means = {bank.name: float(results.accuracy(row.arm.name, bank.name).mean()) for bank in row.banks}
             value, detail = range_of(means)
-            name = f"range of the accuracy of {row.arm.name} over the banks, mean over seeds"
             yield CheckedGate(name, value, FLAT, detail)
 
 
@@ -68,20 +78,26 @@ def _ranks(results: DialResults) -> Iterator[CheckedGate]:
     """Checks the measured dial: exact at the separable end and for ranks, and rising with the angle for each seed."""
     wrong, checked = [], 0
     banks = _all_banks(results)
-    for name, spec in banks.items():
-        dial = results.of_banks(spec.family, name)
-        ranks = results.of_banks(f"rank_{spec.family}", name)
+    of_family = [  # the free bank is the end of both
+        (family, spec)
+        for family in ("within", "across")
+        for spec in banks.values()
+        if spec.family == family or spec.name == "free"
+    ]
+    for family, spec in of_family:
+        dial = results.of_banks(family, spec.name)
+        ranks = results.of_banks(f"rank_{family}", spec.name)
         intended = spec.dial if spec.unit == "rank" else 1 if spec.dial == 0 else 9
         good = (ranks == intended) & ((dial <= _EXACT) if intended == 1 else (dial > _EXACT))
         previous = [
             other
             for other in banks.values()
-            if (other.family, other.unit) == (spec.family, spec.unit) and other.dial < spec.dial
+            if (family, other) in of_family and other.unit == spec.unit and other.dial < spec.dial
         ]
         for other in previous:
-            good &= results.of_banks(spec.family, other.name) < dial
+            good &= results.of_banks(family, other.name) < dial
         checked += len(good)
-        wrong += [name] * int((~good).sum())
+        wrong += [spec.name] * int((~good).sum())
     yield CheckedGate("banks whose measured rank or dial is not the intended one", len(wrong), 0, f"of {checked}")
 
 
@@ -97,13 +113,16 @@ def _pulled(results: DialResults) -> Iterator[CheckedGate]:
     for row in results.study.rows:
         if row.arm.form != REGULAR:
             continue
+        name = f"largest difference between the dial of {row.arm.name}, pulled back, and that of its bank"
+        if not results.complete:
+            yield CheckedGate(name, math.nan, PULLED, "cells are missing")
+            continue
         off = {}
         for bank in row.banks:
             for family in ("within", "across"):
                 pulled = results.of_cells(f"pulled_{family}", row.arm.name, bank.name)
                 off[bank.name, family] = float(np.abs(pulled - results.of_banks(family, bank.name)).mean())
         worst = key_of_largest(off)
-        name = f"largest difference between the dial of {row.arm.name}, pulled back, and that of its bank"
         yield CheckedGate(name, off[worst], PULLED, f"{worst[1]} filters, {worst[0]}")
 
 

@@ -24,8 +24,8 @@ from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
-from xception_jax.study.seed_claims import Seeds, Tested
-from xception_jax.study.statistics import estimate
+from xception_jax.study.seed_claims import Part, Seeds, Tested
+from xception_jax.study.statistics import Estimate, estimate
 from xception_jax.study.store import write_report_files
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
@@ -44,11 +44,14 @@ class DialReport:
       results: all records.
       gates: gates of the study.
       claims: tested, or () if a gate is not passed.
+      beside: numbers that help to read the claims, by name, and whether each is a difference in accuracy; none if a
+        gate is not passed.
     """
 
     results: DialResults
     gates: Sequence[CheckedGate]
     claims: Sequence[Tested]
+    beside: Mapping[str, tuple[Estimate, bool]]
 
     @property
     def passed(self) -> bool:
@@ -58,7 +61,9 @@ class DialReport:
     def to_json(self) -> dict[str, Any]:
         """Returns gates and claims as plain data; NaN is None."""
         gates = [gate.to_json() for gate in self.gates]
-        return {"passed": self.passed, "gates": gates, "claims": [tested.to_json() for tested in self.claims]}
+        claims = [tested.to_json() for tested in self.claims]
+        beside = {name: found.to_json() for name, (found, _) in self.beside.items()}
+        return {"passed": self.passed, "gates": gates, "claims": claims, "beside": beside}
 
 
 def write_dial_report(root: Path) -> DialReport:
@@ -72,7 +77,8 @@ def write_dial_report(root: Path) -> DialReport:
     results = collect_dial(root)
     gates = check_gates(results)
     passed = all(gate.passed for gate in gates)
-    report = DialReport(results, gates, evaluate_claims(results) if passed else ())
+    beside = {name: (estimate(values), points) for name, (values, points) in beside_claims(results).items()}
+    report = DialReport(results, gates, evaluate_claims(results) if passed else (), beside if passed else {})
     study = results.study
     drawn = _figures(results) if passed else {}
     rates, costs = chosen_rates(study, results.cells), study.costs()
@@ -83,16 +89,15 @@ def write_dial_report(root: Path) -> DialReport:
         "claims": report.claims,
         "passed": passed,
         "headline": headline(study, costs),
-        # Whoever knew accuracies before all cells are done could stop, or change, what is still to come.
-        "complete": results.planned <= results.done,
         "banks": list(dict.fromkeys(bank.name for row in study.rows for bank in row.banks)),
         "rates": rates,
         "edges": edges(study, rates),
         "tried": tried_rates(study, results.cells),
         "costs": costs,
-        "beside": {name: (estimate(values), points) for name, (values, points) in beside_claims(results).items()},
+        "beside": report.beside,
         "mean": _mean,
         "shown": _shown,
+        "bound": _bound,
         "figures": {name: title for name, (title, _) in drawn.items()},
     }
     files = {"report.md": make_environment(Path(__file__).parent).get_template("report.md").render(context)}
@@ -147,6 +152,12 @@ def _mean(values: np.ndarray) -> str:
 
 def _shown(points: bool, value: float) -> str:
     return format_points(value) if points else f"{value:+.2f}"
+
+
+def _bound(part: Part) -> str:
+    """Returns what is claimed of a part, such as 'above +1.00' or 'within ±1.00'."""
+    shown = _shown(part.points, part.bound)
+    return f"within ±{shown.removeprefix('+')}" if part.side == "within" else f"{part.side} {shown}"
 
 
 def _figures(results: DialResults) -> dict[str, tuple[str, str]]:

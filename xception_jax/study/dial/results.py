@@ -48,6 +48,14 @@ class DialResults:
         """Returns the keys of the counted cells that are done."""
         return {record_key(CELLS, row) for row in self.counted}
 
+    @property
+    def complete(self) -> bool:
+        """Returns whether all counted cells are done.
+
+        Before that, no accuracy is shown: whoever knew some could stop, or change, what is still to come.
+        """
+        return self.planned <= self.done
+
     def of_cells(self, column: str, arm: str, bank: str) -> Float[np.ndarray, " seeds"]:
         """Returns a column of cells.csv for the counted cells of an arm on a bank, by seed; NaN for missing cells."""
         rows = (row for row in self.counted if (row["arm"], row["bank"]) == (arm, bank))

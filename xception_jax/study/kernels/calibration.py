@@ -157,13 +157,20 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def calibrate(root: Path) -> Calibration:
-    """Measures the kernels of a dial study's regular networks that did not diverge. The study may still run.
+    """Measures the kernels of a dial study's regular networks that did not diverge.
 
     Raises:
-      InputMissingError: there is no dial study, or no network of it.
+      InputMissingError: there is no dial study, some of its cells are not done, or there is no network of it.
       BadDataError: a file is damaged.
     """
     results = collect_dial(root)
+    if not results.complete:
+        done, planned = len(results.done & results.planned), len(results.planned)
+        raise InputMissingError(
+            f"{done} of {planned} cells of the dial study are done, and kernels are measured when all are",
+            str(root),
+            "run `xception-jax study run` for it again",
+        )
     wanted = [
         (row.arm, bank.name, seed)
         for row in results.study.rows
@@ -177,8 +184,7 @@ def calibrate(root: Path) -> Calibration:
         path = network_path(root, arm.name, bank, seed)
         place = results.study.seeds.index(seed)
         dials = {family: float(results.of_banks(family, bank)[place]) for family in FAMILIES}
-        recorded = math.isfinite(results.accuracy(arm.name, bank)[place]) and all(map(math.isfinite, dials.values()))
-        if not recorded or not path.exists():
+        if not all(map(math.isfinite, dials.values())) or not path.exists():
             missing += 1
             continue
         kernels = _kernels(path, arm.depth)
@@ -224,14 +230,22 @@ def write_calibration_figures(found: Calibration) -> list[Path]:
 
 
 def _figure(found: Calibration, family: str) -> str:
-    """Draws the measured dial of the first and last layer of each arm over that of the bank, with random kernels."""
+    """Draws the measured dial of the first and last layer of each arm over that of the bank, with random kernels.
+
+    A color is an arm; its last layer has hollow markers. Arms with fewer than two banks of the family are left out.
+    """
     layers: dict[str, list[str]] = {}
     for arm, layer in found.layers:
-        layers.setdefault(arm, []).append(layer)
-    ends = [(arm, layer) for arm, own in layers.items() for layer in dict.fromkeys((own[0], own[-1]))]
+        if len(found.banks(arm, family)) > 1:
+            layers.setdefault(arm, []).append(layer)
+    ends = [
+        (number, arm, layer, number_of_end)
+        for number, (arm, own) in enumerate(layers.items())
+        for number_of_end, layer in enumerate(dict.fromkeys((own[0], own[-1])))
+    ]
 
     def draw(axes: Axes) -> None:
-        for number, (arm, layer) in enumerate(ends):
+        for number, arm, layer, is_last in ends:
             of_banks = [(arm, layer, bank) for bank in found.banks(arm, family)]
             true, measured, null = (
                 [estimate(found.values(*each, kind, family)) for each in of_banks]
@@ -241,7 +255,8 @@ def _figure(found: Calibration, family: str) -> str:
             color, marker = COLORS[number % len(COLORS)], "os^Dv"[number % 5]
             label = legend_label(f"{arm}, {layer}")
             y = [e.mean for e in measured]
-            axes.errorbar(x, y, half, label=label, color=color, marker=marker, markersize=4.5, capsize=2.5)
+            face = "white" if is_last else color
+            axes.errorbar(x, y, half, label=label, color=color, marker=marker, mfc=face, markersize=4.5, capsize=2.5)
             axes.plot(x, [e.mean for e in null], color=color, linestyle=(0, (1, 1.5)), linewidth=1)
         axes.set_xlabel(f"true dial {family} filters, of the bank", color=QUIET)
         axes.set_ylabel(f"dial {family} filters, of the kernel (dotted: random)", color=QUIET)
