@@ -49,6 +49,11 @@ def printable(name: object, length: int = NAME_LENGTH) -> str:
     return _cut(escaped(_cut(str(name), 2 * length)), length)
 
 
+def one_line(text: object) -> str:
+    """Returns the words of a text, such as the message of an exception, in one line."""
+    return " ".join(str(text).split())
+
+
 def printable_path(path: str | os.PathLike[str]) -> str:
     """Returns a path as `printable` does, with room for deep folders."""
     return printable(os.fspath(path), PATH_LENGTH)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError, UserError
 from xception_jax.files import expanded, open_regular
+from xception_jax.names import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +104,7 @@ def writing(
 
 def describe(error: BaseException) -> str:
     """Returns an exception in one line that a user understands without its traceback."""
-    message = " ".join(str(error).split())[:200]
+    message = one_line(error)[:200]
     if isinstance(error, RecursionError):
         return f"it is nested more than {MAX_DEPTH} levels deep"
     if isinstance(error, UnicodeDecodeError):

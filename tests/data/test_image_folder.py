@@ -427,6 +427,17 @@ def test_a_link_does_not_change_the_label_of_an_image(tmp_path, link):
     assert error.value.where.endswith(link)
 
 
+@pytest.mark.parametrize(("first", "second"), [("cat/more", "dog/more"), ("cat/more", "wolf")])
+def test_two_classes_do_not_share_a_folder_elsewhere(tmp_path, first, second):
+    folder = write_folder(tmp_path / "f", {f"{label}/1.jpg": jpeg(photograph(0)) for label in ("cat", "dog")})
+    other = write_folder(tmp_path / "other", {"1.jpg": jpeg(photograph(1))})
+    for link in (first, second):
+        (folder / link).symlink_to(other)
+    with pytest.raises(BadDataError, match="is a link to one of the class 'cat'") as error:
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+    assert error.value.where.endswith(second)
+
+
 def test_an_image_that_cannot_be_read_is_named(tmp_path, capsys):
     folder = write_folder(tmp_path / "f", {f"train/{label}/1.jpg": jpeg(photograph(0)) for label in "ab"})
     (folder / "train" / "a" / "z.png").symlink_to("/proc/self/mem")  # reading it is an input/output error

@@ -102,6 +102,24 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_array_equal(images.decode(buffer.getvalue())[..., 0], transform(PHOTOGRAPH[..., 0]))
 
 
+@pytest.mark.parametrize("exif", [None, 1, 6])
+def test_a_jpeg_with_exif_is_as_damaged_as_one_without(exif):
+    """Decoders differ in the warnings that they ignore; half of the pixels were wrong where Pillow decoded."""
+    tags = Image.Exif()
+    if exif is not None:
+        tags[0x0112] = exif
+    whole = encoded(PHOTOGRAPH, "JPEG", quality=95, **({} if exif is None else {"exif": tags}))
+    assert sorted(images.decode(whole + bytes(100)).shape) == sorted(PHOTOGRAPH.shape)
+    middle = len(whole) // 2
+    for damaged in (
+        whole[:middle] + bytes(300) + whole[middle + 300 :],
+        whole[:middle],
+        whole[:-2] + bytes(99) + whole[-2:],
+    ):
+        with pytest.raises(images.DamagedImageError, match="JPEG"):
+            images.decode(damaged)
+
+
 def test_exif_is_found_behind_other_segments_and_fill_bytes_only_where_it_is_a_segment():
     exif = Image.Exif()
     exif[0x0112] = 3

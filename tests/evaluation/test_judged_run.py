@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -198,6 +199,22 @@ def test_thresholds_are_chosen_on_the_development_split(evaluated, finished, tmp
         with pytest.raises(UsageError, match="has images of the split that is evaluated"):
             run(finished[0], "--split", split, "--thresholds", thresholds)
     assert "thresholds_split" not in json.loads(run(finished[0], "--json", "--split", "validation[:20]"))
+
+
+def test_new_images_without_a_development_split(evaluated, finished, config, tmp_path, capsys):
+    """Without --thresholds, they are evaluated, and no thresholds are chosen."""
+    there = Path(config.data.data_dir) / config.data.name
+    shutil.copytree(there, tmp_path / config.data.name)
+    for path in tmp_path.rglob("dataset_info.json"):
+        info = json.loads(path.read_text())
+        info["splits"] = [split for split in info["splits"] if split["name"] == "test"]
+        path.write_text(json.dumps(info))
+    found = json.loads(run(finished[0], "--json", "--data_dir", tmp_path, "--split", "test"))
+    assert found["top1"] == evaluated[0]["top1"]
+    assert found["judgement"]["thresholds"] == []
+    assert "note: no thresholds are chosen" in capsys.readouterr().err
+    with pytest.raises(InputMissingError):
+        run(finished[0], "--data_dir", tmp_path, "--split", "test", "--thresholds", "validation")
     with pytest.raises(UsageError, match=r"--at is 1\.5"):
         run(finished[0], "--at", 1.5)
 

@@ -99,7 +99,7 @@ def test_several_labels_come_along_but_are_not_probed(multilabel_run, tmp_path):
 
 def test_a_damaged_image_is_named_and_left_out(weights, photos, tmp_path, capsys):
     (photos / "cat" / "0.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(BadDataError, match="1 images cannot be read"):
+    with pytest.raises(BadDataError, match="1 of 4 images cannot be read"):
         run(embed, "--weights", weights, photos, "--out", tmp_path / "x.npz")
     assert capsys.readouterr().err.startswith(f"{photos}/cat/0.jpg: it cannot be decoded")
     assert len(load_features(tmp_path / "x.npz").features) == 3

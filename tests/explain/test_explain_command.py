@@ -237,7 +237,7 @@ def network_leaf(variables, path):
 
 def test_pictures_do_not_replace_images(weights, photos, tmp_path):
     before = (photos / "a.png").read_bytes()
-    with pytest.raises(UsageError, match="holds the images"):
+    with pytest.raises(UsageError, match="contains the input images"):
         run("--weights", weights, photos, "--out", photos)
     with pytest.raises(UsageError, match="would overwrite an input"):
         run("--weights", weights, photos / "a.png", "--out", photos / "a.png")

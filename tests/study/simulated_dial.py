@@ -15,6 +15,8 @@ from xception_jax.study.dial.records import BANK_COLUMNS, BANKS, CELL_COLUMNS, C
 BEST_RATE = 0.04
 """The rate that the cells choose which choose the rates, for all arms."""
 
+MEASURED = ("accuracy", "train_accuracy", "loss", "seconds", "cpu_seconds", "pulled_within", "pulled_across")
+
 
 def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None):
     """Writes a directory of the cpu size.
@@ -35,7 +37,7 @@ def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=
     banks, cells = {}, []
     for cell in tuning_cells(study):
         accuracy = 0.9 - (0.1 if cell.rate != BEST_RATE else 0)
-        cells.append(cell_record(study, cell, {"accuracy": accuracy, "curve": (0.5, accuracy)}))
+        cells.append(cell_record(study, cell, {name: accuracy for name in MEASURED} | {"curve": (0.5, accuracy)}))
     for cell in counted_cells(study, {row.arm.name: BEST_RATE for row in study.rows}):
         key = cell.bank.name, cell.seed
         if key not in banks:

@@ -505,7 +505,7 @@ def test_a_study_with_cells_takes_further_seeds_and_no_other_design(tmp_path):
     simulate(tmp_path, expected, seeds=(0, 1))
     assert read_dial(tmp_path)[0] == study
     cells = counted_cells(study, {})
-    assert {cell.key for cell in cells} == done(tmp_path)
+    assert {cell.key for cell in (*tuning_cells(study), *cells)} == done(tmp_path)
     with pytest.raises(ConfigError) as error:
         state(tmp_path, dataclasses.replace(study, margin=0.02, seeds=(1, 2)))
     assert error.value.details == ("margin", "seed 0 was removed")
@@ -515,7 +515,7 @@ def test_a_study_with_cells_takes_further_seeds_and_no_other_design(tmp_path):
     assert len([cell for cell in counted_cells(more, {}) if cell.key not in done(tmp_path)]) == len(cells) / 2
     add_record(tmp_path, CELLS, read_records(tmp_path, CELLS)[3] | {"accuracy": 0.5})  # replaced, not added
     rows = read_records(tmp_path, CELLS)
-    assert (len(rows), rows[-1]["accuracy"]) == (len(cells), "0.5")
+    assert (len(rows), rows[-1]["accuracy"]) == (len(tuning_cells(study)) + len(cells), "0.5")
 
 
 def test_a_directory_with_banks_or_another_study_keeps_its_design(tmp_path):

@@ -270,6 +270,22 @@ def test_every_checkpoint_damaged(tmp_path):
         assert "SHA-256" in caught.value.where
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "_CHECKPOINT_METADATA", "digest/digest.json"])
+def test_a_disk_that_fails_to_read_is_not_a_damaged_checkpoint(tmp_path, name):
+    """The newest step may be intact: a run that went on from an older one would lose what lies between."""
+    fill(tmp_path, (10, 20))
+    if name != "manifest.json":
+        (tmp_path / "20" / "manifest.json").unlink()
+    kept = (tmp_path / "20" / name).rename(tmp_path / "kept")
+    (tmp_path / "20" / name).symlink_to("/proc/self/mem")  # a regular file; reading it is an input/output error
+    with pytest.raises(StorageError, match="a checkpoint cannot be read: Input/output error") as caught:
+        latest(tmp_path)
+    assert caught.value.where.endswith(f"20/{name}")
+    assert not list(tmp_path.glob("*.corrupt-*"))
+    kept.rename(tmp_path / "20" / name)
+    assert latest(tmp_path)[0] == 20
+
+
 def test_without_manifest_the_step_is_verified_by_reading_it(tmp_path):
     with Checkpoints(tmp_path, best_metric="top1", identity={"dataset": "d"}, report=lambda line: None) as checkpoints:
         checkpoints.save(10, state_at(10), {"top1": 0.5})

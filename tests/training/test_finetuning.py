@@ -300,7 +300,7 @@ def start(shared_environment):
     return start
 
 
-def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environment):
+def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environment, monkeypatch):
     from configs.finetune import get_config
 
     data = {"data.data_dir": shared_environment["TFDS_DATA_DIR"], "init.weights": str(weights)}
@@ -312,6 +312,11 @@ def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environme
     assert network.sha256 == file.sha256
     again, _ = complete_config(whole, tmp_path / "none")
     assert again == whole
+    monkeypatch.setenv("HOME", str(weights.parent))
+    assert (
+        complete_config(override(config, {"init.weights": f"~/{weights.name}"}), tmp_path / "none")[0].model
+        == whole.model
+    )
     given = override(config, {"model.num_classes": 3, "model.fc_layers": 1, "model.fc_width": 8})
     assert complete_config(given, tmp_path)[0].model.replace(num_classes=10, fc_layers=0, fc_width=4096) == whole.model
     for fields in (

@@ -65,6 +65,16 @@ def test_only_a_step_that_does_not_end_ends_the_process(start, tmp_path):
         assert what in text
 
 
+@pytest.mark.slow
+def test_the_first_step_may_take_longer(start):
+    process = start("first")
+    assert process.stdout.readline() == "stuck\n"
+    stuck = time.monotonic()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 75, errors
+    assert time.monotonic() - stuck > 5 * LIMIT
+
+
 def test_a_file_in_the_place_of_the_stacks_is_not_followed(tmp_path):
     (tmp_path / "precious").touch()
     (tmp_path / "stacks_0.txt").symlink_to("precious")

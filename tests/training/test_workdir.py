@@ -1,18 +1,22 @@
 """The lock, the config and the directory itself, against real second processes and a file system that refuses."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 from xception_jax.config import default_config, from_json, override, resolve
 from xception_jax.errors import ConfigError, WorkdirError
-from xception_jax.training.workdir import open_workdir
+from xception_jax.training import workdir as workdir_module
+from xception_jax.training.workdir import check_workdir, open_workdir
 
 HOLDER = """
     import sys, time
@@ -64,6 +68,35 @@ def test_lock_of_a_killed_run_is_stale(tmp_path, holder):
     assert json.loads((tmp_path / "lock").read_text())["pid"] == holder.pid
     with open_workdir(tmp_path, config_with()):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_a_lock_of_another_host_is_waited_for(tmp_path, holder, monkeypatch, capsys, is_released):
+    """A file server may keep the lock of a host that was lost, and the run is started again at once."""
+    data = json.loads((tmp_path / "lock").read_text())
+    (tmp_path / "lock").write_text(json.dumps(data | {"host": "lost"}))
+    check_workdir(tmp_path, alone=True)  # does not wait, and leaves it to `open_workdir`
+    monkeypatch.setattr(workdir_module, "LOCK_OF_LOST_HOST", 1.0 if not is_released else 100.0)
+    if is_released:
+        threading.Timer(1.0, holder.kill).start()
+        with open_workdir(tmp_path, config_with()):
+            assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    else:
+        with pytest.raises(WorkdirError, match="another run holds"), open_workdir(tmp_path, config_with()):
+            pass
+    assert "s for the lock of process" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(WorkdirError, match="the file system has no locks"), open_workdir(tmp_path, config_with()):
+        pass
+    with pytest.raises(WorkdirError, match="the file system has no locks"):
+        check_workdir(tmp_path, alone=True)
 
 
 def test_lock_is_released_when_the_context_ends(tmp_path):
@@ -145,6 +178,7 @@ def test_another_experiment_is_refused(tmp_path, checkpoint):
         ({}, {"optimizer__clip_norm": 1.0}, "optimizer.clip_norm: 0.0 -> 1.0"),
         ({}, {"ema__decay": 0.0}, "ema.decay: 0.9999 -> 0.0"),
         ({}, {"ema__decay": 0.99}, ""),
+        ({}, {"optimizer__multipliers": (("^head/", 10.0),)}, "optimizer.multipliers: [] -> [['^head/', 10.0]]"),
         ({}, {"optimizer__name": "adamw"}, "optimizer.name: 'sgd' -> 'adamw'"),
         ({"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}, {"optimizer__weight_decay": 0.0}, ""),
         ({"data__test_split": "a"}, {"data__test_split": "b"}, "data.test_split: 'a' -> 'b'"),

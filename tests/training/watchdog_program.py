@@ -20,7 +20,7 @@ stopwatch, throughput = Stopwatch(time.monotonic()), Throughput(1)
 with Watchdog(WatchdogConfig(factor=20, min_seconds=LIMIT), stopwatch, throughput, RunDirectory(str(workdir), workdir)):
     time.sleep(1.5 * LIMIT)  # compiling
     with stopwatch.during(STEPS):
-        for step in range(3):
+        for step in range(0 if moment == "first" else 3):
             time.sleep(0.05)
             throughput.mark(step)
             stopwatch.step_ended(step)

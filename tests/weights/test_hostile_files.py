@@ -265,3 +265,15 @@ def test_what_is_often_downloaded_instead_is_named(tmp_path, start, words):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(start)
     assert words in refusal(path)
+
+
+def test_sharded_weights_are_named_and_joined(tmp_path):
+    """The line that the message gives joins them, in an environment with PyTorch; here only what it says is tested."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert "the list of the parts" in refusal(index)
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    part.write_bytes(safetensors.numpy.save({"a": np.ones(3, np.float32)}))
+    assert "one of 2 parts" in refusal(part)
+    only = part.rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert "names of the tensors" in refusal(only)

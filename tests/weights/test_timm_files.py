@@ -300,3 +300,9 @@ def test_the_state_of_training_beside_a_network_is_ignored(small, capsys):
     network = load_network(small, SMALL, head=True)
     assert "head" in network.variables["params"]
     assert "left out" not in capsys.readouterr().err
+
+
+def test_a_classifier_without_classes_is_the_fault_of_the_file(small):
+    write_tensors(small, {name: tensor[:0] if name.startswith("fc.") else tensor for name, tensor in TENSORS.items()})
+    with pytest.raises(BadDataError, match="has no classes"):
+        load_network(small)

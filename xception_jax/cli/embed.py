@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xception_jax.cli.image_files import add_limits, limits, unreadable
 from xception_jax.command_line import at_least
-from xception_jax.errors import BadDataError, UsageError
+from xception_jax.errors import UsageError
 from xception_jax.names import printable, printable_path
 from xception_jax.user_files import require_outputs
 from xception_jax.weights.sources import require_known
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size", type=at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
     )
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,11 +86,7 @@ def run(args: argparse.Namespace) -> int:
         count, channels = features.features.shape
         print(f"{printable_path(args.out)}: {channels:,} features of {count:,} images", file=sys.stderr)
     if damaged:
-        raise BadDataError(
-            f"{len(damaged):,} images cannot be read and were left out",
-            ", ".join(map(printable_path, damaged[:10])),
-            "replace them by intact JPEG, PNG or WebP images",
-        )
+        raise unreadable(damaged, len(damaged) + len(features.features), "embedded")
     return 0
 
 
@@ -119,7 +117,7 @@ def _embed_files(
 
     rows, kept, damaged = [], [], []
     with tqdm(total=len(paths), desc="embedding", unit="img", disable=None) as progress:
-        for batch in load_batches(paths, network.preprocessing, args.batch_size):
+        for batch in load_batches(paths, network.preprocessing, args.batch_size, limits=limits(args)):
             features = embedder(batch.pixels)
             for path, error, row in zip(batch.paths, batch.errors, features, strict=False):  # the rest is padding
                 if error:

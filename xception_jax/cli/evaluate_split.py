@@ -18,7 +18,7 @@ from xception_jax.config import DataConfig, ExperimentConfig, MeshConfig, overri
 from xception_jax.data.datasets import open_dataset, overlap
 from xception_jax.data.pipeline import Batch, DamagedImages, EvaluationBatches
 from xception_jax.data.sources import Source, SourceInfo, check_labels
-from xception_jax.errors import ConfigError, UsageError
+from xception_jax.errors import ConfigError, InputMissingError, UsageError
 from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step, name_examples
 from xception_jax.evaluation.real import image_numbers, load_real_labels, real_accuracy
 from xception_jax.evaluation.temperature import calibrate
@@ -176,7 +176,13 @@ def _open_development(
         raise UsageError(what, "--thresholds", "remove --thresholds")
     if not split or info.num_classes > MAX_CLASSES:
         return None
-    development = open_dataset(data, split)
+    try:
+        development = open_dataset(data, split)
+    except InputMissingError as error:
+        if args.thresholds:
+            raise
+        print(f"note: no thresholds are chosen: {error.what}", file=sys.stderr)
+        return None
     if overlap(source, split):
         if args.thresholds:
             fix = "choose thresholds on images that are not evaluated: they fit their own images too well"
@@ -225,5 +231,5 @@ class _Pass:
 
 
 def _note_damaged(damaged: DamagedImages, batch: Batch) -> None:
-    for index in damaged.add(batch)[: DamagedImages.NAMED]:
-        print(f"image {index} is damaged; the next image replaces it", file=sys.stderr)
+    for line in damaged.add(batch):
+        print(line, file=sys.stderr)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xception_jax.cli.image_files import add_limits, limits, unreadable
 from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=OUT, metavar="FILE.png|FOLDER", help=f"where to draw (default: {OUT})")
     parser.add_argument("--npz", metavar="FILE.npz", help="also save the maps as arrays")
     parser.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="images per batch (default: 8)")
+    add_limits(parser)
     parser.add_argument(
         "--sanity",
         action="store_true",
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     describer = files.Describer(network, names, args.method, block)
     output = files.make_output(args.out, describer, len(paths))
     options = {"thumbnails": output.thumbnails, "longest": output.longest, "batch_size": args.batch_size}
-    explained = explain_files(network, explainer, paths, **options)
+    explained = explain_files(network, explainer, paths, **options, limits=limits(args))
     damaged, kept, residuals = [], [], []
     for each in tqdm(explained, "explaining", len(paths), unit="img", disable=None):
         entry: dict[str, Any] = {"file": str(each.path)}
@@ -209,7 +211,7 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
     from xception_jax.evaluation.loading import load_batches
     from xception_jax.explain import sanity
 
-    batch = next(load_batches(paths, network.preprocessing, args.batch_size))
+    batch = next(load_batches(paths, network.preprocessing, args.batch_size, limits=limits(args)))
     readable = [not error for error in batch.errors]
     if not any(readable):
         raise BadDataError(batch.errors[0], str(batch.paths[0]), "use intact JPEG, PNG or WebP images")
@@ -231,9 +233,4 @@ def _report_problems(residuals: Sequence[float], damaged: Sequence[Path], total:
         what = f"{len(missed):,} maps miss more than {MAX_RESIDUAL:.0%} of the change of the logit"
         print(f"note: {what}, up to {max(missed):.0%}; increase --steps", file=sys.stderr)
     if damaged:
-        others = ", all others were explained" if len(damaged) < total else ""
-        raise BadDataError(
-            f"{len(damaged):,} of {total:,} images cannot be read{others}",
-            ", ".join(map(printable_path, damaged[:10])),
-            "replace them by intact JPEG, PNG or WebP images",
-        )
+        raise unreadable(damaged, total, "explained")

@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xception_jax.cli.image_files import add_limits, limits, unreadable
 from xception_jax.command_line import at_least
-from xception_jax.errors import BadDataError, UsageError
+from xception_jax.errors import UsageError
 from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigmoid", action="store_true", help="apply a sigmoid, for weight files that do not record multi-label models"
     )
+    add_limits(parser)
     parser.add_argument("--contact_sheet", metavar="FILE.png", help="draw a PNG of the images with their best class")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
@@ -74,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         network = dataclasses.replace(network, multi_label=True)
     names = class_names(network)
     shown = min(len(paths), MAX_ON_SHEET) if args.contact_sheet else 0
-    predictions = predict(network, paths, top=args.top, batch_size=args.batch_size, thumbnails=shown)
+    options = {"batch_size": args.batch_size, "thumbnails": shown, "limits": limits(args)}
+    predictions = predict(network, paths, top=args.top, **options)
     damaged, tiles = [], []
     for prediction in tqdm(predictions, "predicting", len(paths), unit="img", disable=None):
         if prediction.error:
@@ -89,12 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.contact_sheet and tiles:
         _write_sheet(args.contact_sheet, tiles, names, len(paths))
     if damaged:
-        others = ", all others were predicted" if len(damaged) < len(paths) else ""
-        raise BadDataError(
-            f"{len(damaged):,} of {len(paths):,} images cannot be read{others}",
-            ", ".join(map(printable_path, damaged[:10])),
-            "replace them by intact JPEG, PNG or WebP images",
-        )
+        raise unreadable(damaged, len(paths), "predicted")
     return 0
 
 

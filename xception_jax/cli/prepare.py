@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xception_jax.command_line import at_least
+from xception_jax.cli.image_files import add_limits, limits
 from xception_jax.config import DataConfig
 from xception_jax.data.prepare.names import DATASET_NAMES, SHIPPED_NAMES
 from xception_jax.data.prepare.splits import DEFAULT_SHARES
@@ -79,10 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", help="image_folder: name of the dataset, for config.data.name")
     parser.add_argument("--skip-damaged", action="store_true", help="image_folder: skip damaged images")
-    for option, default in (("--max-pixels", DataConfig.max_pixels), ("--max-scans", DataConfig.max_scans)):
-        field = f"config.data.{option[2:].replace('-', '_')}"
-        text = f"image_folder: limit above which an image counts as damaged (default: {default:,}); set {field} as well"
-        parser.add_argument(option, type=at_least(1), default=default, metavar="N", help=text)
+    add_limits(parser, "image_folder: {default}; set {field} as well")
     parser.add_argument(
         "--splits",
         metavar="NAME=SHARE,...",
@@ -110,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
     """
     # These import tensorflow_datasets, which takes half a second that --help does not need.
     from xception_jax.data.datasets import DATASETS, SHIPPED
-    from xception_jax.data.images import Limits
     from xception_jax.data.prepare.image_folder import Contents, Skipped, image_folder
     from xception_jax.data.prepare.tfrecord import copy_tfrecord
     from xception_jax.data.prepare.writer import write_dataset
@@ -131,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             skip_damaged=args.skip_damaged,
             shares=_shares(args),
             groups=args.groups,
-            limits=Limits(args.max_pixels, args.max_scans),
+            limits=limits(args),
         )
         summary = write_dataset(dataset, data_dir, **options)
         # A dataset that existed before may be that of another folder.

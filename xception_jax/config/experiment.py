@@ -172,7 +172,9 @@ class WatchdogConfig(Section):
     factor: int = integer(
         20, 0, "local: end the run if no step finishes within this multiple of the median step; 0 is off"
     )
-    min_seconds: int = integer(600, 1, "local: in training steps and waiting for input", unless={"factor": (0,)})
+    min_seconds: int = integer(
+        600, 1, "local: at least; ten times as long before the first step has ended", unless={"factor": (0,)}
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,9 +86,9 @@ def _open_dataset(data: DataConfig, split: str) -> Source:
         print(f"writing {data.name} to {printable_path(data_dir)} (first use only)", file=sys.stderr)
         directory = write_dataset(SHIPPED[data.name](), data_dir, progress=False).path
     if directory is None:
-        fix = f"run {_prepare_command(data.name, data_dir)}"
-        if data.name.partition(":")[0] not in (*SHIPPED, *DATASETS):
-            fix += "; for a dataset of TFDS, prepare tfrecord --source VERSION_DIR"
+        of_tfds = data.name.partition(":")[0] not in (*SHIPPED, *DATASETS)
+        other = "convert a dataset of TFDS by prepare tfrecord, or " if of_tfds else ""
+        fix = f"{other}run {_prepare_command(data.name, data_dir)}"
         raise InputMissingError(f"the dataset {data.name} is not in {data_dir}", str(data_dir), fix)
     return TfdsSource(directory, split)
 

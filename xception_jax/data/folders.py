@@ -35,15 +35,19 @@ def text(path: Path) -> str:
         return path.as_posix().encode(errors="backslashreplace").decode()
 
 
-def files(folder: Path) -> Iterator[Path]:
+def files(folder: Path, *, but: Path | None = None) -> Iterator[Path]:
     """Yields all files below a folder in alphabetical order of their paths.
 
     Links are followed, but no folder is entered twice: links can lead back to a folder above them, or fan out.
 
+    Args:
+      folder: the folder.
+      but: a folder that is not entered.
+
     Raises:
       StorageError: a folder cannot be read.
     """
-    entered = {folder.resolve()}
+    entered = {path.resolve() for path in (folder, but) if path is not None}
     left = [iter(entries(folder))]  # of the folder and of those above it: recursion would end after a thousand
     while left:
         for path, is_folder in left[-1]:

@@ -46,7 +46,7 @@ class Header(NamedTuple):
       height: height in pixels.
       content: the file, without metadata if a decoder would read it.
       scans: number of passes over the pixels; 1 if there is nothing to count.
-      by_pillow: whether a JPEG has Exif data, or a chroma sampling that simplejpeg does not know.
+      by_pillow: whether a JPEG has a chroma sampling that simplejpeg does not know.
       orientation: 1 to 8, as in Exif.
     """
 
@@ -103,7 +103,7 @@ def _jpeg(data: bytes) -> Header:
             if not height or not width:
                 raise HeaderError("its size is not stated before its pixels")
             turn = 1 if exif is None else orientation(exif)
-            return Header("JPEG", width, height, _without(data, metadata), scans, True, turn)
+            return Header("JPEG", width, height, _without(data, metadata), scans, not known, turn)
         if marker in _FRAMES:
             if not known:
                 height, width = struct.unpack_from(">HH", data, offset + 5)

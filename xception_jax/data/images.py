@@ -27,6 +27,7 @@ from xception_jax.data.decoding_memory import DECODING
 from xception_jax.data.image_headers import Header, HeaderError, read_header
 from xception_jax.data.turn import BLOCK, Turn
 from xception_jax.files import open_regular
+from xception_jax.names import one_line
 
 MAX_FILE_BYTES = 1 << 30
 """Limit for the size of an image file; more than any image within the default limits needs."""
@@ -128,9 +129,11 @@ def decoded(data: bytes, limits: Limits | None = None) -> Iterator[UInt8[np.ndar
     with DECODING.reserve(header.width * header.height * _bytes_per_pixel(header), limits.memory):
         try:
             if header.format == "JPEG" and not header.by_pillow:
-                image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+                image = simplejpeg.decode_jpeg(header.content, colorspace="RGB")  # strict: no warning is ignored
             else:
                 image = _decode_with_pillow(header)
+            if turn := _TURNED.get(header.orientation):
+                image = turn(image)
         except Exception as error:
             raise _damage(error) from error
         yield image
@@ -142,7 +145,7 @@ def _damage(error: Exception) -> Exception:
         return error  # the image may be intact
     # Pillow's plugins raise a dozen types for damaged bytes: OSError, SyntaxError, struct.error, ValueError, ...
     message = str(error) if isinstance(error, HeaderError) else f"{type(error).__name__}: {error}"
-    return DamagedImageError(" ".join(message.split()))
+    return DamagedImageError(one_line(message))
 
 
 def _check(header: Header, limits: Limits) -> None:
@@ -161,9 +164,8 @@ def _check(header: Header, limits: Limits) -> None:
 def _bytes_per_pixel(header: Header) -> int:
     if header.format == "WEBP":
         return _WEBP_BYTES
-    return (_PILLOW_BYTES if header.format == "PNG" or header.by_pillow else _JPEG_BYTES) + (
-        _SCANS_BYTES if header.scans > 1 else 0
-    )
+    copies = header.format == "PNG" or header.by_pillow or header.orientation > 1
+    return (_PILLOW_BYTES if copies else _JPEG_BYTES) + (_SCANS_BYTES if header.scans > 1 else 0)
 
 
 def _decode_with_pillow(header: Header) -> np.ndarray:
@@ -175,8 +177,7 @@ def _decode_with_pillow(header: Header) -> np.ndarray:
             image = np.repeat((np.asarray(file) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         else:
             image = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
-    turn = _TURNED.get(header.orientation)
-    return image if turn is None else turn(image)
+    return image
 
 
 _DEFAULT_LIMITS = Limits()

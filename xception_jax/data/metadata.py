@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from xception_jax.errors import BadDataError
+from xception_jax.names import one_line
 from xception_jax.user_files import parse_json
 
 INFO, FEATURES = "dataset_info.json", "features.json"
@@ -174,4 +175,4 @@ def _short(name: Any) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return ascii(" ".join(str(error).split()))[1:-1][:300]
+    return ascii(one_line(error))[1:-1][:300]

@@ -46,6 +46,7 @@ from xception_jax.data.features import FeatureLoader, FeatureSource
 from xception_jax.data.loading import PADDING, Batch, BatchLoader
 from xception_jax.data.sources import Source, SourceInfo
 from xception_jax.errors import BadDataError, StorageError, UserError
+from xception_jax.names import one_line, printable
 
 _CLOSING_SECONDS = 3.0  # Grain would wait for a worker that is stuck, such as on a dead network disk
 _PREFETCHED_BATCHES = 2
@@ -220,7 +221,7 @@ class BatchIterator:
             fix = "check the disk that holds the dataset"
             if self._workers:
                 fix = "see the message of the worker above; if memory ran out, set a smaller data.workers"
-            what = f"loading data failed: {' '.join(str(error).split())}"
+            what = f"loading data failed: {one_line(error)}"
             raise StorageError(what, "the data pipeline", fix) from error
 
     def close(self) -> None:
@@ -260,16 +261,21 @@ class DamagedImages:
         self._info, self._max_fraction = info, max_fraction
         self.indices: dict[int, None] = {}  # in the order of their first appearance
 
-    def add(self, batch: Batch) -> list[int]:
-        """Adds the damaged images of a batch and returns the indices that are new.
+    def add(self, batch: Batch) -> list[str]:
+        """Adds the damaged images of a batch and returns lines about those that are new, of which `NAMED` are named.
 
         Raises:
           BadDataError: more than `max_fraction` of the source is damaged.
         """
-        new = [int(i) for i in batch["index"][batch["damaged"]] if int(i) not in self.indices]
-        self.indices.update(dict.fromkeys(new))
+        before = len(self.indices)
+        self.indices.update(dict.fromkeys(map(int, batch["index"][batch["damaged"]])))
         self.check(len(self.indices))
-        return new
+        of = f"of {printable(self._info.split)}"
+        named = list(self.indices)[before : self.NAMED]
+        lines = [f"image {index} {of} is damaged; the next image replaces it" for index in named]
+        if before <= self.NAMED < len(self.indices):
+            lines.append(f"further damaged images {of} are replaced and counted, and not named")
+        return lines
 
     def check(self, count: int) -> None:
         """Raises BadDataError if `count` damaged images, here and on other hosts, are more than `max_fraction`."""

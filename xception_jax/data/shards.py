@@ -16,6 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from tensorflow_datasets.core.utils import shard_utils
 
 from xception_jax.errors import BadDataError, DeviceMemoryError, StorageError
+from xception_jax.names import one_line
 
 TIMEOUT = 60.0
 """Seconds after which a shard counts as unreadable, for example on a server that does not answer."""
@@ -73,7 +74,7 @@ def _count_records(path: str) -> int:
         worker.join(_POLL)
     _POOL_STARTED.set()
     if isinstance(result := results[-1], Exception):  # closing may find the damage
-        message = " ".join(str(result).split())
+        message = one_line(result)
         raise BadDataError(f"the file is damaged: {message}", path, "copy or prepare the dataset again") from result
     return result
 

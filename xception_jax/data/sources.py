@@ -21,7 +21,7 @@ from xception_jax.data.metadata import FEATURES, INFO, open_builder
 from xception_jax.data.shards import check_shards
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.files import local_directory
-from xception_jax.names import in_shell
+from xception_jax.names import in_shell, one_line
 
 LABELS_CHECKED_BEFORE_TRAINING = 4096
 OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
@@ -203,7 +203,7 @@ class TfdsSource:
 
     def _damaged(self, index: int, error: Exception) -> BadDataError:
         return BadDataError(
-            f"record {index} of {self.info.name} cannot be read: {' '.join(str(error).split())}",
+            f"record {index} of {self.info.name} cannot be read: {one_line(error)}",
             f"{self.directory}, split {self.split}",
             "copy or prepare the dataset again",
         )

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from xception_jax.data import images
+from xception_jax.names import one_line
 
 THREADS = 8
 THUMBNAIL = 320  # longer side of a thumbnail, in pixels
@@ -40,6 +41,7 @@ def load_batches(
     *,
     thumbnails: int = 0,
     longest: int = THUMBNAIL,
+    limits: images.Limits | None = None,
 ) -> Iterator[LoadedBatch]:
     """Loads images in batches of the same size, so that only one program is compiled.
 
@@ -49,9 +51,10 @@ def load_batches(
       batch_size: images per batch; the batch is smaller if there are fewer images in all.
       thumbnails: number of images, from the first, that come with a thumbnail.
       longest: longer side of a thumbnail, in pixels.
+      limits: for decoding; by default, those of `config.data`.
     """
     size = min(batch_size, len(paths))
-    load = functools.partial(_load, view=view, longest=longest)
+    load = functools.partial(_load, view=view, longest=longest, limits=limits)
     with ThreadPoolExecutor(THREADS, thread_name_prefix="decode") as pool:
 
         def start_loading(start: int) -> Iterator[tuple[np.ndarray, str, np.ndarray | None]]:
@@ -70,14 +73,14 @@ def load_batches(
 
 
 def _load(
-    path: Path, thumbnail: bool, *, view: images.Preprocessing, longest: int
+    path: Path, thumbnail: bool, *, view: images.Preprocessing, longest: int, limits: images.Limits | None
 ) -> tuple[np.ndarray, str, np.ndarray | None]:
     """Returns the preprocessed image, an error and an optional thumbnail. An unreadable image is all zeros."""
     pixels = np.zeros((view.size, view.size, 3), np.float32)
     try:
-        image = images.decode(images.read(path))
+        image = images.decode(images.read(path), limits)
     except images.DamagedImageError as error:
-        return pixels, f"it cannot be decoded: {' '.join(str(error).split())}", None
+        return pixels, f"it cannot be decoded: {one_line(error)}", None
     except OSError as error:
         return pixels, f"it cannot be read: {error.strerror}", None
     view(image, pixels)

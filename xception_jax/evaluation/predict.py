@@ -120,6 +120,7 @@ def predict(
     top: int = 5,
     batch_size: int = 32,
     thumbnails: int = 0,
+    limits: images.Limits | None = None,
 ) -> Iterator[Prediction]:
     """Predicts the classes of images in batches. The next batch is loaded while the devices compute.
 
@@ -131,6 +132,7 @@ def predict(
       top: number of classes per image.
       batch_size: images per batch.
       thumbnails: number of images, from the first, whose predictions include a thumbnail.
+      limits: see `load_batches`.
 
     Yields:
       A prediction for each path, in the same order.
@@ -148,7 +150,7 @@ def predict(
         return most_probable(network, logits, top)
 
     variables = jax.device_put(network.variables)
-    for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails):
+    for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails, limits=limits):
         classes, shares = jax.device_get(forward(variables, batch.pixels))
         for row, path in enumerate(batch.paths):
             if batch.errors[row]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
-from xception_jax.data.images import Preprocessing
+from xception_jax.data.images import Limits, Preprocessing
 from xception_jax.evaluation.loading import THUMBNAIL, load_batches
 from xception_jax.explain.methods import FUNCTIONS, Explanation
 from xception_jax.explain.options import BASELINES
@@ -95,6 +95,7 @@ def explain_files(
     batch_size: int,
     thumbnails: int = 0,
     longest: int = THUMBNAIL,
+    limits: Limits | None = None,
 ) -> Iterator[Explained]:
     """Explains image files. The next batch is decoded while the devices compute.
 
@@ -105,12 +106,14 @@ def explain_files(
       batch_size: images per batch.
       thumbnails: number of images, from the first, whose explanation includes a thumbnail.
       longest: longer side of a thumbnail, in pixels.
+      limits: see `load_batches`.
 
     Yields:
       An explanation for each path, in the same order.
     """
     variables = jax.device_put(network.variables)
-    for batch in load_batches(paths, network.preprocessing, batch_size, thumbnails=thumbnails, longest=longest):
+    options = {"thumbnails": thumbnails, "longest": longest, "limits": limits}
+    for batch in load_batches(paths, network.preprocessing, batch_size, **options):
         explanation = jax.device_get(explainer(variables, batch.pixels))
         chances = explained_probabilities(network, explanation)
         # The sign of a single logit decides between two classes, of which it is the second.

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from xception_jax.names import one_line
+
 STEPS_BEFORE = 2  # steps before the trace; the first steps are slower, because they fill buffers and caches
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', re.MULTILINE)
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
@@ -167,7 +169,7 @@ class StepTrace:
             action(*arguments)
         except Exception as error:
             self._steps = 0
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             self._report(f"no profile, training continues: {type(error).__name__}: {reason}")
 
     def _start(self) -> None:

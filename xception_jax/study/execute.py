@@ -12,7 +12,7 @@ from xception_jax.data.datasets import open_dataset
 from xception_jax.environment import with_allocator
 from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
 from xception_jax.logs.console import format_count, say
-from xception_jax.names import LINE_LENGTH, file_stem, in_shell, printable, printable_path
+from xception_jax.names import LINE_LENGTH, file_stem, in_shell, one_line, printable, printable_path
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import cost_headline, solve_costs
 from xception_jax.study.design import COSTS, Study
@@ -223,7 +223,7 @@ def list_cells(study: Study) -> str:
     cells = len(study.arms) * len(study.seeds)
     name_width = max(len(arm.name) for arm in study.arms)
     lines = [
-        f"{study.name}: {' '.join(study.question.split())}",
+        f"{study.name}: {one_line(study.question)}",
         f"  {len(study.arms)} arms x {len(study.seeds)} seeds {list(study.seeds)} = {cells} cells"
         + f", after {trials} trials of {tuned} arms = {trials * tuned}" * bool(trials),
         f"  {cost_headline(study, costs)}",
@@ -241,8 +241,8 @@ def list_cells(study: Study) -> str:
             + "".join(f"{format_count(value):>10} {value / base - 1:+6.1%} " for value, base in values)
             + f"{cost.channels_per_segment:7.1f}"
         )
-    lines += [f"hypothesis: {' '.join(study.hypothesis.split())}"]
-    lines += [f"  {claim.code}: {' '.join(claim.text.split())}" for claim in study.claims]
+    lines += [f"hypothesis: {one_line(study.hypothesis)}"]
+    lines += [f"  {claim.code}: {one_line(claim.text)}" for claim in study.claims]
     lines += [f"  {c.name}: {c.expected}" for c in study.comparisons]
     lines += [f"  {entry.name} along {study.axis}: {entry.expected}" for entry in study.interactions]
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)

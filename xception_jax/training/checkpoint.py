@@ -39,7 +39,7 @@ from xception_jax.training.preservation import LatestOrBest
 from xception_jax.training.save_errors import all_damaged, cannot_open, save_failed, seconds_to_save, store_errors
 from xception_jax.training.step_files import COMMITTED, delete, delete_step, prepare_bucket, step_path
 from xception_jax.training.verification import (
-    damage_on_all_processes,
+    failures_on_all_processes,
     identify_run,
     read_reason,
     refuse_other_dataset,
@@ -310,9 +310,9 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         """Verifies a step, compares it with the expected model and dataset, and reads it."""
-        with damage_on_all_processes():
+        with failures_on_all_processes():
             verified = verify_step(self._path(step), step, self._run, read_files=self._primary)
-        with damage_on_all_processes():
+        with failures_on_all_processes():
             stored = tree_signature(self._manager.item_metadata(step)[digest.STATE])
             if not stored:  # Orbax does not raise when it cannot read this
                 raise DamagedError("the names of its arrays cannot be read")
@@ -324,7 +324,7 @@ class Checkpoints:
         # The files are intact, so an error is a bug and keeps its traceback.
         state = self._manager.restore(step, args=ocp.args.Composite(**{digest.STATE: restore}))[digest.STATE]
         if verified.digest is not None:
-            with damage_on_all_processes():
+            with failures_on_all_processes():
                 verified.digest.verify_arrays(state)
         if not verified.has_manifest and not self._read_only:
             self._report(f"checkpoint {step} had no manifest; its content matches its digest, so a manifest is added")

@@ -166,11 +166,11 @@ def _slices(index: str) -> tuple[slice, ...]:
 def _metadata(directory: Path) -> str:
     """Returns the SHA-256 of the metadata of a step, without the time of its commit."""
     try:
-        content = json.loads(manifest.read_bytes(directory / _STEP_METADATA))
+        with manifest.reading(directory / _STEP_METADATA, _STEP_METADATA):
+            data = manifest.read_bytes(directory / _STEP_METADATA)
+        content = json.loads(data)
         content.pop(_COMMIT_TIME, None)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    except OSError as error:
-        raise DamagedError(f"{_STEP_METADATA} cannot be read: {error.strerror}") from None
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise DamagedError(f"{_STEP_METADATA} is not readable as JSON") from None
 

@@ -49,17 +49,19 @@ class Feed:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def polled(batches: Iterator[Batch], poll: Callable[[], None]) -> Iterator[Batch]:
+def polled(batches: Iterator[Batch], count: int, poll: Callable[[], None]) -> Iterator[Batch]:
     """Yields the batches of an evaluation.
 
     Args:
       batches: batches of this process.
+      count: how many there are. After the last one it does not poll: one process would stop at this point while others
+        have left it.
       poll: see `Feed.next`.
     """
     thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="fetch")
     try:
-        while (batch := _result(thread.submit(next, batches, None), poll)) is not None:
-            yield batch
+        for _ in range(count):
+            yield _result(thread.submit(next, batches), poll)
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def starts_from_run(config: ExperimentConfig, workdir: str) -> bool:
       InputMissingError: there is no such run.
       ConfigError: its config is damaged.
     """
-    source = config.init.weights
+    source = _source(config)
     if not source or not is_run(source) or saved_config(workdir) is not None:
         return False
     run_config(source)
@@ -99,8 +100,12 @@ def _with_model(config: ExperimentConfig, model: ModelConfig, num_classes: int) 
     return override(config, fields)
 
 
+def _source(config: ExperimentConfig) -> str:
+    return os.path.expanduser(config.init.weights)  # a shell expands no ~ behind an =
+
+
 def _read(config: ExperimentConfig) -> Network:
-    source = config.init.weights
+    source = _source(config)
     if is_run(source):
         return run_network(source, open_run(source))
     return load_network(source, size=config.data.image_size)

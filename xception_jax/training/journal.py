@@ -148,7 +148,6 @@ class Journal:
         sizes = ", ".join(f"{source.info.split} {len(source):,}" for source in experiment.sources.values())
         start = f", resumed at {step:,}" if step else ""
         n = config.accumulation_steps
-        flops = 6.0 * cost.multiply_adds * config.batch_size * experiment.total_steps
         rows = [
             ("devices", f"{experiment.mesh.size} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)"),
             ("mesh", "  ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())),
@@ -162,12 +161,23 @@ class Journal:
             ("batch", f"{config.batch_size:,} images" + (f" in {n} microbatches" if n > 1 else "")),
             ("steps", f"{experiment.total_steps:,} ({config.duration}){start}"),
             ("rate", self._rate()),
-            ("cost", f"{format_count(flops)}FLOP (3 forward passes per image, 2 FLOP per multiply-add)"),
+            ("cost", self._cost()),
             ("workdir", workdir),
         ]
         shown = [(name, printable(value, LINE_LENGTH)) for name, value in rows]
         for line in format_header(printable(config.name or "xception_jax"), shown).split("\n"):
             self.message(line)
+
+    def _cost(self) -> str:
+        """Describes the arithmetic of the run."""
+        experiment = self._experiment
+        config, per_image = experiment.config, 2.0 * experiment.cost.multiply_adds
+        if config.data.cache_features:
+            images = sum(len(source) for source in experiment.sources.values())
+            return f"{format_count(per_image * images)}FLOP (1 forward pass per image, 2 FLOP per multiply-add)"
+        flops = 3 * per_image * config.batch_size * experiment.total_steps
+        most = "at most " if config.optimizer.frozen else ""
+        return f"{most}{format_count(flops)}FLOP (3 forward passes per image and epoch, 2 FLOP per multiply-add)"
 
     def _rate(self) -> str:
         """Describes the learning rate, and says if it never reaches its peak."""

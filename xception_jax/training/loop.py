@@ -184,10 +184,8 @@ class Loop:
         return on_devices
 
     def _note_damaged(self, split: str, batch: Batch) -> None:
-        damaged = self.damaged[split]
-        for index in damaged.add(batch):
-            if len(damaged.indices) <= damaged.NAMED:
-                self.journal.message(f"image {index} of {split} is damaged; the next image replaces it")
+        for line in self.damaged[split].add(batch):
+            self.journal.message(line)
 
     def _read(self, dispatched: _Dispatched | None) -> None:
         """Records the metrics of a step. Goes back to a checkpoint after too many consecutive bad steps."""
@@ -219,10 +217,12 @@ class Loop:
                 None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
             )
         if restored is None:
+            what, kept = "and there is no checkpoint to restore", ""
+            if has_recovered:
+                what, kept = "also after a recovery", f"; the last checkpoint is kept in {self.directory.checkpoints}"
             raise DivergedError(
-                f"the loss was not finite for {self.config.max_bad_steps} steps in a row, "
-                + ("also after a recovery" if has_recovered else "and there is no checkpoint to restore"),
-                f"step {bad_step}; the last checkpoint is kept in {self.directory.checkpoints}",
+                f"the loss was not finite for {self.config.max_bad_steps} steps in a row, {what}",
+                f"step {bad_step}{kept}",
                 "lower config.schedule.learning_rate, or add a config.schedule.warmup",
             )
         restored_step, state = restored
@@ -268,20 +268,20 @@ class Loop:
         variables = self.state.all_variables()
         start = time.monotonic()
         announced = announce(f"evaluating on {split}: {len(source):,} images", print_once)
-        batches = contextlib.closing(iter(self.evaluation_batches[split]))
+        batches = self.evaluation_batches[split]
         size = self.config.evaluation.batch_size
         fits = fits_device("an evaluation batch", f"config.evaluation.batch_size={size}", "lower it")
-        with announced, self.journal.pause(goodput.EVALUATION), batches as iterator, fits:
+        with announced, self.journal.pause(goodput.EVALUATION), contextlib.closing(iter(batches)) as iterator, fits:
             metrics, predictions = evaluate(
                 self.evaluation_step,
                 self.metrics,
                 variables,
-                polled(iterator, self._stop_if_requested),
+                polled(iterator, len(batches), self._stop_if_requested),
                 len(source),
                 to_devices=self._to_devices,
                 poll=poll,
             )
-        metrics["images_per_second"] = len(source) * len(variables) / (time.monotonic() - start)
+        metrics["images_per_second"] = len(source) / (time.monotonic() - start)
         self.damaged[split].check(int(metrics["damaged"]))  # those of all hosts
         if not metrics["damaged"]:
             del metrics["damaged"]

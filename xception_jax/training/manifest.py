@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xception_jax.files import sync_directory
 from xception_jax.names import printable
 from xception_jax.storage import is_url
-from xception_jax.training.step_files import files_below, open_file, replace
+from xception_jax.training.step_files import files_below, open_file, replace, unreadable
 
 NAME = "manifest.json"
+
+# Errors which say that there is no regular file of this name: a directory, a pipe, a loop of links, an impossible name.
+_NOT_A_FILE = (errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
 
 # A full Xception has a digest of 0.2 MB. Larger files are not parsed.
 _MAX_BYTES = 64 << 20
@@ -73,23 +78,41 @@ def compare_files(directory: Path, files: Mapping[str, Any]) -> None:
 
     Raises:
       DamagedError: a file is missing or differs.
+      StorageError: a file cannot be read now.
     """
     for name, entry in files.items():
-        shown = printable(name)
-        try:
-            path = directory / name
+        shown, path = printable(name), directory / name
+        with reading(path, shown):
             found = measure(path) if is_url(directory) else {"size": path.stat().st_size}
             if found["size"] != entry["size"]:
                 raise DamagedError(f"{shown} has {found['size']} bytes instead of {entry['size']}")
             # A file on a disk is only read if it has the right size.
             if (found.get("sha256") or measure(path)["sha256"]) != entry["sha256"]:
                 raise DamagedError(f"the SHA-256 of {shown} differs")
-        except FileNotFoundError:
-            raise DamagedError(f"{shown} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"{shown} cannot be read: {error.strerror or error}") from None
-        except ValueError:  # a NUL or a lone surrogate
-            raise DamagedError(f"{shown} is not the name of a file") from None
+
+
+@contextlib.contextmanager
+def reading(path: Path, shown: str) -> Iterator[None]:
+    """Translates the errors of reading a file. One that cannot be read now is not damaged.
+
+    Args:
+      path: the file.
+      shown: its name in messages.
+
+    Raises:
+      DamagedError: it is missing, is not a regular file, or cannot have this name.
+      StorageError: it cannot be read now.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedError(f"{shown} is missing") from None
+    except OSError as error:
+        if error.errno not in _NOT_A_FILE:
+            raise unreadable(path, error) from None
+        raise DamagedError(f"{shown} cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL or a lone surrogate
+        raise DamagedError(f"{shown} is not the name of a file") from None
 
 
 def sealed(content: Mapping[str, Any]) -> str:
@@ -116,15 +139,14 @@ def read_content(path: Path) -> dict[str, Any]:
 
     Raises:
       DamagedError: the file is missing, is not what was written, or does not describe a directory.
+      StorageError: it cannot be read now.
     """
     try:
-        content = json.loads(read_bytes(path))
+        with reading(path, path.name):
+            data = read_bytes(path)
+        content = json.loads(data)
         seal = content.pop("sha256")
         expected = _seal(content)
-    except FileNotFoundError:
-        raise DamagedError(f"{path.name} is missing") from None
-    except OSError as error:
-        raise DamagedError(f"{path.name} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):  # not text, JSON or a sealed object
         raise DamagedError(f"{path.name} is not readable as JSON") from None
     if seal != expected:

@@ -1,6 +1,7 @@
 """Reads and writes the files of checkpoints, on a disk or in a bucket.
 
-In a bucket, a store that cannot be reached raises a `UserError`, which is never taken for a damaged file.
+A store that cannot be reached, or a disk that fails to read, raises a `UserError`, which is never taken for a damaged
+file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from xception_jax.errors import StorageError
 from xception_jax.files import open_regular, write_atomically
 from xception_jax.storage import Store, is_url, open_store
 from xception_jax.storage.paths import parse
@@ -71,11 +73,30 @@ def replace(path: Path, content: str) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Returns whether there is a file, or a link to one."""
-    if not is_url(path):
-        return os.path.lexists(path)
-    store, name = _find(path)
-    return store.exists(name)
+    """Returns whether there is a file, or a link to one.
+
+    Raises:
+      StorageError: the file system does not say.
+    """
+    if is_url(path):
+        store, name = _find(path)
+        return store.exists(name)
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return True
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """Returns what to raise for a file that cannot be read now, which does not mean that it is damaged."""
+    return StorageError(
+        f"a checkpoint cannot be read: {error.strerror or error}",
+        os.fspath(path),
+        "check disk, network and permissions, then run the same command again; no checkpoint was changed",
+    )
 
 
 def delete(path: Path) -> None:

@@ -145,18 +145,25 @@ def keep_run_id(directory: Path, run: str) -> str:
 
 
 @contextlib.contextmanager
-def damage_on_all_processes() -> Iterator[None]:
-    """Raises a DamagedError of any process on every process. A collective that all of them must enter."""
-    reason = ""
+def failures_on_all_processes() -> Iterator[None]:
+    """Raises a DamagedError or StorageError of any process on every process.
+
+    A collective that all of them must enter. If there are both, a StorageError wins: what cannot be read now may be
+    intact.
+    """
+    own: DamagedError | StorageError | None = None
     try:
         yield
-    except DamagedError as error:
-        reason = str(error)
-    found = bool(reason)
+    except (DamagedError, StorageError) as error:
+        own = error
+    worst = 0 if own is None else 1 if isinstance(own, DamagedError) else 2
     if jax.process_count() > 1:
-        found = bool(np.any(multihost_utils.process_allgather(np.asarray(found))))
-    if found:
-        raise DamagedError(reason or "found by another process")
+        worst = int(np.max(multihost_utils.process_allgather(np.asarray(worst))))
+    if worst == 2 and not isinstance(own, StorageError):
+        what, fix = "another process cannot read a checkpoint", "see its message"
+        raise StorageError(what, "the checkpoints", fix).printed_by(False)
+    if worst:
+        raise own or DamagedError("found by another process")
 
 
 def set_aside(directory: Path, target: Path, reason: str) -> None:

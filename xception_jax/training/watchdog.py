@@ -31,12 +31,14 @@ _ANSWER_SECONDS = 5.0  # of the coordinator, which may be frozen
 _CLOSING_SECONDS = 5.0
 _AFTER_SECONDS = 3600.0  # what follows takes time of its own
 _BUSY = "busy"
+_FIRST_STEP = 10  # times as long as later ones: a step of a large batch on a CPU takes half an hour
 
 
 class Watchdog:
     """Context manager that ends the process with code 75 if no step ends for too long.
 
-    Too long is `config.factor` times the median step, and at least `config.min_seconds`. Only time in training steps
+    Too long is `config.factor` times the median step, and at least `config.min_seconds`; ten times `config.min_seconds`
+    before the first step has ended. Only time in training steps
     and in waiting for input counts, and with several processes only while none of them does anything else. The time is
     a number of wake-ups of a thread, so a process that was stopped or suspended does not count it. The main thread may
     be anywhere, also in C. If it holds Python's global lock there, a timer of the kernel ends the process instead.
@@ -85,7 +87,10 @@ class Watchdog:
                     ticks = 0
 
     def _limit(self) -> float:
-        return max(self._config.min_seconds, self._config.factor * (self._throughput.seconds_per_step or 0.0))
+        per_step = self._throughput.seconds_per_step
+        if per_step is None:  # nobody knows how long a step takes before one has ended
+            return _FIRST_STEP * self._config.min_seconds
+        return max(self._config.min_seconds, self._config.factor * per_step)
 
     def _publish(self) -> None:
         """Tells the other processes when this one does something that they have to wait for."""

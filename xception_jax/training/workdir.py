@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import remove_leftovers, write_atomically
-from xception_jax.names import command_line
+from xception_jax.names import command_line, printable
 from xception_jax.storage import join
 from xception_jax.user_files import parse_json, read_text, reading
 
@@ -37,7 +38,7 @@ _WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
 # or to lower the learning rate.
 _IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.(frozen|name)|batch_size|seed")
 # These add arrays to the state, or a step to the optimizer, unless they are zero.
-_ADDS_STATE = ("optimizer.clip_norm", "ema.decay")
+_ADDS_STATE = ("optimizer.clip_norm", "optimizer.multipliers", "ema.decay")
 _COUPLED = ("sgd", "rmsprop", "adam")  # where weight decay is a step before the optimizer
 # Where the images are and how they are read. Raising a limit allows a run to resume after exit code 65.
 _NOT_IDENTITY = (
@@ -50,6 +51,10 @@ _NOT_IDENTITY = (
     "data.max_pixels",
     "data.max_scans",
 )
+
+
+LOCK_OF_LOST_HOST = 100
+"""Seconds for which a run waits for a lock of another host: NFS 4 keeps the locks of a lost host for 90 by default."""
 
 
 @contextlib.contextmanager
@@ -119,18 +124,33 @@ def check_workdir(path: Path, *, alone: bool) -> None:
     except OSError as error:
         raise _unusable(path, error) from None
     try:
-        if alone:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _held(path, lock) from None
+        if alone and not _try_lock(lock, path) and not _of_another_host(lock):
+            raise _held(path, lock)
     finally:
         os.close(lock)
+
+
+def _try_lock(lock: int, path: Path) -> bool:
+    """Returns whether this process now holds the lock; False if another one does."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise _unusable(path, error) from None
+        raise WorkdirError(
+            "the file system has no locks, so two runs could write into this work directory",
+            f"{path}: flock: {error.strerror}",
+            "mount it with locks (Lustre: -o flock), or choose a directory on another file system or in gs://",
+        ) from None
+    return True
 
 
 def _held(path: Path, lock: int) -> WorkdirError:
     return WorkdirError(
         "another run holds the work directory",
-        f"{path}: {_describe(os.pread(lock, 1 << 16, 0))}",
+        f"{path}: {_describe(_holder(lock))}",
         "wait for that run, stop it, or choose another work directory",
     )
 
@@ -194,21 +214,50 @@ def _hold(lock: int, path: Path) -> None:
         "command": command_line(sys.orig_argv),
         "since": datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
     }
+    _lock(lock, path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock).st_nlink == 1:  # otherwise the file has another name, and may be somebody's data
             os.ftruncate(lock, 0)
             os.write(lock, json.dumps(holder).encode() + b"\n")
-    except BlockingIOError:
-        raise _held(path, lock) from None
     except OSError as error:
         raise _unusable(path, error) from None
 
 
-def _describe(holder: bytes) -> str:
+def _lock(lock: int, path: Path) -> None:
+    """Takes the lock. Waits for one of another host, which its file server may keep for a while after the host is lost.
+
+    Raises:
+      WorkdirError: another run holds the lock, or the file system has none.
+    """
+    deadline = 0.0
+    while not _try_lock(lock, path):
+        now = time.monotonic()
+        if deadline == 0 and _of_another_host(lock):
+            deadline = now + LOCK_OF_LOST_HOST
+            where = _describe(_holder(lock))
+            print(f"waiting {LOCK_OF_LOST_HOST} s for the lock of {printable(where)} ...", file=sys.stderr)
+        if now >= deadline:
+            raise _held(path, lock)
+        time.sleep(min(2.0, LOCK_OF_LOST_HOST / 10))
+
+
+def _holder(lock: int) -> dict[str, Any]:
+    """Returns what the process that holds the lock wrote into it; {} if it has not yet described itself."""
     try:
-        return "process {pid} on {host} since {since}: {command}".format(**json.loads(holder))
-    except (ValueError, KeyError, TypeError):  # the process has the lock but has not yet described itself
+        found = json.loads(os.pread(lock, 1 << 16, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _of_another_host(lock: int) -> bool:
+    return _holder(lock).get("host", socket.gethostname()) != socket.gethostname()
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    try:
+        return "process {pid} on {host} since {since}: {command}".format(**holder)
+    except (KeyError, IndexError):
         return "it has just started"
 
 

@@ -23,7 +23,7 @@ from urllib3.util import Retry
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
 from xception_jax.files import free_space, sync_directory
-from xception_jax.names import printable
+from xception_jax.names import one_line, printable
 
 ATTEMPTS = 4  # for one file, if the server is busy or the connection is cut
 MAX_WAIT = 60.0  # seconds that a busy server may make us wait at once
@@ -328,7 +328,7 @@ def _innermost(error: BaseException) -> str:
     while True:
         inner = getattr(error, "reason", None) or next((a for a in error.args if isinstance(a, BaseException)), None)
         if not isinstance(inner, BaseException):
-            return " ".join(str(error).split())[:200] or type(error).__name__
+            return one_line(error)[:200] or type(error).__name__
         error = inner
 
 

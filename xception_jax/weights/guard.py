@@ -31,7 +31,7 @@ import numpy as np
 
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.files import compression_of
-from xception_jax.names import in_shell
+from xception_jax.names import in_shell, one_line
 from xception_jax.weights.limits import COPY_AGAIN, RAISE, Limits, elements, memory_limit
 
 MAX_DEPTH = 32
@@ -51,6 +51,18 @@ _CONVERT = (
     "s.save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, 'weights.safetensors')"
 )
 
+_SAVE_IN_KERAS = "if you trust the file: load it in Keras and save it again with model.save_weights('x.weights.h5')"
+_PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
+_MERGE = (
+    "import glob, sys, safetensors.torch as s; "
+    "parts = map(s.load_file, glob.glob(sys.argv[1] + '/*-of-*.safetensors')); "
+    "s.save_file({k: v for part in parts for k, v in part.items()}, 'weights.safetensors')"
+)
+
+
+def _merge(where: str) -> str:
+    return f"join them: python -c {in_shell(_MERGE)} {in_shell(os.path.dirname(where) or '.')}"
+
 
 def container_format(file: BinaryIO, where: str) -> str:
     """Returns 'hdf5', 'zip' or 'safetensors', from the first bytes of the file. Pickles are refused by name."""
@@ -60,7 +72,11 @@ def container_format(file: BinaryIO, where: str) -> str:
         return "hdf5"
     # Tested before pickle: the length of a safetensors header can begin with the first byte of a pickle.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size:
+        if (part := _PART.search(where)) and int(part[1]) > 1:
+            raise BadDataError(f"the file is one of {int(part[1])} parts of the weights", where, _merge(where))
         return "safetensors"
+    if where.endswith(".safetensors.index.json"):
+        raise BadDataError("the file is the list of the parts of the weights", where, _merge(where))
     is_zip = start[:4] == b"PK\x03\x04"
     if start[:1] == b"\x80" or (is_zip and _holds_pickle(file)):
         fix = f"if you trust it: python -c {in_shell(_CONVERT)} {in_shell(where)}"
@@ -104,7 +120,7 @@ def _holds_pickle(file: BinaryIO) -> bool:
 
 def damaged(where: str, error: BaseException) -> BadDataError:
     """Returns the error for a file of the right format that cannot be read."""
-    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    reason = one_line(error)[:500] or type(error).__name__
     return BadDataError(f"the weight file is damaged: {reason}", where, COPY_AGAIN)
 
 
@@ -113,9 +129,8 @@ def is_memory_error(message: str) -> bool:
     return re.search("memory allocation|allocate memory", message) is not None
 
 
-def refused(where: str, what: str) -> BadDataError:
+def refused(where: str, what: str, fix: str = _SAVE_IN_KERAS) -> BadDataError:
     """Returns the error for a file that holds what a weight file has no need for."""
-    fix = "if you trust the file: load it in Keras and save it again with model.save_weights('x.weights.h5')"
     return BadDataError(f"the weight file is refused: {what}", where, fix)
 
 

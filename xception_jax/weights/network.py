@@ -12,6 +12,9 @@ from xception_jax.data.images import Preprocessing
 MAX_SIDE = 4096
 """Largest side of a network's input, in pixels, that a file may ask for: images are allocated before they are read."""
 
+MIN_CROP = 0.1
+"""Smallest visible share of an image's side that a file may ask for."""
+
 
 def described_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
     """Builds the preprocessing that a file describes.
@@ -22,6 +25,8 @@ def described_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
     preprocessing = Preprocessing.from_fields(fields)
     if preprocessing.size > MAX_SIDE:
         raise ValueError(f"images of {preprocessing.size} pixels are larger than {MAX_SIDE}")
+    if preprocessing.crop < MIN_CROP:  # images are resized to size / crop
+        raise ValueError(f"the crop {preprocessing.crop:g} is below {MIN_CROP:g}")
     return preprocessing
 
 

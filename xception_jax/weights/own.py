@@ -20,6 +20,7 @@ import safetensors.numpy
 from xception_jax.config import ModelConfig, resolve_model, to_dict
 from xception_jax.errors import BadDataError, StorageError, UserError
 from xception_jax.files import free_space, write_atomically
+from xception_jax.names import one_line
 from xception_jax.weights import tree
 from xception_jax.weights.limits import COPY_AGAIN
 from xception_jax.weights.network import Network, both_names, described_preprocessing
@@ -85,7 +86,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
         multi_label = bool(description.get("multi_label", False))  # older files lack this key
         digest = description["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
-        reason = " ".join((error.what if isinstance(error, UserError) else str(error)).split())[:_MAX_REASON]
+        reason = one_line(error.what if isinstance(error, UserError) else error)[:_MAX_REASON]
         raise BadDataError(f"the description of the weights cannot be read: {reason}", path, COPY_AGAIN) from None
     _require_shown(model, tensors, path)
     tree.check(tensors, model, path)

@@ -117,9 +117,9 @@ def _safetensor(opened: safetensors.safe_open, name: str, where: str) -> _Unread
     stored = opened.get_slice(name)
     dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
     if dtype not in _SAFETENSORS_DTYPES:
-        raise guard.refused(where, f"{name} has the type {dtype}")
+        raise guard.refused(where, f"{name} has the type {dtype}", "save its tensors as float32 or bfloat16")
     if 0 in shape and elements(shape) > guard.SMALL:
-        raise guard.refused(where, f"{name} is empty, and its shape is {shape}")
+        raise guard.refused(where, f"{name} is empty, and its shape is {shape}", "save it without this tensor")
 
     def read(array: np.ndarray) -> None:
         array[...] = opened.get_tensor(name)

@@ -17,6 +17,7 @@ import safetensors.numpy
 from xception_jax.config import ModelConfig, XceptionConfig, resolve_model
 from xception_jax.errors import BadDataError
 from xception_jax.weights import hub, tree
+from xception_jax.weights.limits import COPY_AGAIN
 from xception_jax.weights.network import Imported, Network, Preprocessing
 from xception_jax.weights.own import write
 
@@ -69,7 +70,7 @@ def import_timm(
         elif not name.endswith(".num_batches_tracked"):
             own[inner] = tensor
     head = next((layer for layer in _HEADS if f"{prefix}{layer}.weight" in above), "fc")
-    model = _infer(own, above.get(f"{prefix}{head}.weight")) if model is None else model
+    model = _infer(own, above.get(f"{prefix}{head}.weight"), where) if model is None else model
     names, shapes, notes = timm_names(model, head), tree.shapes(model), []
     theirs = _NETWORKS.get(model.name, model)
     for field, value, other in (
@@ -149,7 +150,7 @@ def _prefix(tensors: Mapping[str, np.ndarray], where: str) -> str:
     return prefixes.pop()
 
 
-def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> ModelConfig:
+def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None, where: str) -> ModelConfig:
     model = _NETWORKS["xception" if _LANDMARKS["xception"] in tensors else "inception_v3"]
     if isinstance(model, XceptionConfig):
         blocks = {name.split(".")[0] for name in tensors if re.match(r"block\d+\.", name)}
@@ -157,6 +158,8 @@ def _infer(tensors: Mapping[str, np.ndarray], classifier: np.ndarray | None) -> 
         model = model.replace(middle_blocks=tree.middle_blocks(len(blocks) - 4, elements))
     if classifier is None or classifier.ndim != 2:
         return model
+    if classifier.shape[0] == 0:
+        raise BadDataError("the classifier in the file has no classes", where, COPY_AGAIN)
     return model.replace(num_classes=classifier.shape[0])
 
 

@@ -257,37 +257,40 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
 
 
 def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
-    """Returns the class of each image CLASS/.../file of a folder, in alphabetical order; all else in it is skipped."""
+    """Returns the class of each image CLASS/.../file of a folder, in alphabetical order; all else in it is skipped.
+
+    Raises:
+      BadDataError: two classes share a folder, by a link.
+    """
     found = {}
-    checked = set[Path]()
-    for path in folders.files(folder):
-        label, *below = path.relative_to(folder).parts
-        if path.parent not in checked:
-            checked.add(path.parent)
-            _refuse_other_class(path.parent, label, folder)
-        if not path.is_file():
-            skipped.add("a broken link or not a regular file", path)
-        elif path.suffix.lower() not in images.SUFFIXES:
-            skipped.add("not the name of an image", path)
-        elif not below:
-            skipped.add("not in the folder of a class", path)
-        else:
-            found[path] = label
-    classes = set(found.values())
-    for path, is_folder in folders.entries(folder):
-        if is_folder and path.name not in classes:
-            _refuse_other_class(path, path.name, folder)
-            skipped.add("a class without images", path)
+    classes: dict[Path, str] = {}  # of each folder, by its real path
+    for top, is_folder in folders.entries(folder):
+        before, checked = len(found), set[Path]()
+        for path in folders.files(top, but=folder) if is_folder else (top,):
+            if is_folder and path.parent not in checked:
+                checked.add(path.parent)
+                real = path.parent.resolve()
+                other = _class_of(real, folder.resolve()) or classes.setdefault(real, top.name)
+                if other != top.name:
+                    what = f"a folder of the class {top.name!r} is a link to one of the class {other!r}"
+                    fix = "remove the link: its images would have another label"
+                    raise BadDataError(what, str(path.parent), fix)
+            if not path.is_file():
+                skipped.add("a broken link or not a regular file", path)
+            elif path.suffix.lower() not in images.SUFFIXES:
+                skipped.add("not the name of an image", path)
+            elif not is_folder:
+                skipped.add("not in the folder of a class", path)
+            else:
+                found[path] = top.name
+        if is_folder and len(found) == before:
+            skipped.add("a class without images", top)
     return found
 
 
-def _refuse_other_class(folder: Path, label: str, top: Path) -> None:
-    """Raises BadDataError if a folder of a class is a link into that of another class, directly below `top`."""
-    real, top = folder.resolve(), top.resolve()
-    if real == top or not real.is_relative_to(top) or (other := real.relative_to(top).parts[0]) == label:
-        return
-    what = f"a folder of the class {label!r} is a link to one of the class {other!r}"
-    raise BadDataError(what, str(folder), "remove the link: its images would have another label")
+def _class_of(real: Path, top: Path) -> str:
+    """Returns the class of a folder below `top`; '' elsewhere."""
+    return real.relative_to(top).parts[0] if real != top and real.is_relative_to(top) else ""
 
 
 def _examples(
