@@ -112,7 +112,7 @@ def explain_files(
       An explanation for each path, in the same order.
     """
     variables = jax.device_put(network.variables)
-    options = {"thumbnails": thumbnails, "longest": longest, "limits": limits}
+    options: dict[str, Any] = {"thumbnails": thumbnails, "longest": longest, "limits": limits}
     for batch in load_batches(paths, network.preprocessing, batch_size, **options):
         explanation = jax.device_get(explainer(variables, batch.pixels))
         chances = explained_probabilities(network, explanation)

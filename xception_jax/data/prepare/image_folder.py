@@ -262,7 +262,7 @@ def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
     Raises:
       BadDataError: two classes share a folder, by a link.
     """
-    found = {}
+    found: dict[Path, str] = {}
     classes: dict[Path, str] = {}  # of each folder, by its real path
     for top, is_folder in folders.entries(folder):
         before, checked = len(found), set[Path]()
