@@ -17,7 +17,7 @@ SAMPLES = {
     name: Sample((right := RNG.random((6, 300)) < share).mean(1), right)
     for name, share in {"a": 0.9, "b": 0.7, "c": 0.5, "d": 0.3, "zero": 0.9}.items()
 }
-MEASURED = Measured(SAMPLES, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "zero": 0.0})
+MEASURED = Measured(SAMPLES, {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "zero": 0.0}, "points per doubling")
 LINE = tuple((name, "", 1.0) for name in "abcd")
 
 

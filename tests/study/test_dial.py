@@ -52,7 +52,7 @@ from xception_jax.study.dial.report import write_dial_report
 from xception_jax.study.dial.results import collect_dial
 from xception_jax.study.dial.training import Recipe
 from xception_jax.study.gates import CheckedGate
-from xception_jax.study.seed_claims import Part
+from xception_jax.study.seed_claims import part_of
 from xception_jax.study.store import read_study
 from xception_jax.study.study_file import load_study, run_study_file
 
@@ -252,8 +252,8 @@ def test_numbers_beside_the_claims_tell_ties_from_benefits(tmp_path, price, slop
         return 0.95 - (0 if arm == "segments_1" else price * dial)
 
     found = beside_claims(collect_dial(simulate(tmp_path, effect)))
-    (benefit, in_points), (slopes, slopes_in_points) = list(found.values())[-2:]
-    assert (in_points, slopes_in_points) == (True, False)
+    (benefit, unit), (slopes, unit_of_slopes) = list(found.values())[-2:]
+    assert (unit, unit_of_slopes) == ("points", "")
     assert benefit.mean() == pytest.approx(0, abs=0.003)
     assert slopes.mean() == pytest.approx(slope, abs=0.01 if not price else 0.5)
 
@@ -267,7 +267,7 @@ def test_numbers_beside_the_claims_show_filters_and_steps(tmp_path):
         )
 
     found = beside_claims(collect_dial(simulate(tmp_path, effect)))
-    means = [values.mean() for values, in_points in found.values() if in_points]
+    means = [values.mean() for values, unit in found.values() if unit]
     assert means == pytest.approx([0.02, 0.02, -0.1, 0.2, means[4]], abs=0.005)
 
 
@@ -328,12 +328,12 @@ def test_the_accuracy_from_the_channel_means_is_that_of_drawn_images():
 
 
 def test_a_part_without_enough_seeds_is_open():
-    part = Part("x", np.array([0.02, np.nan]), "above", 0.01)
+    part = part_of("x", np.array([0.02, np.nan]), "above", 0.01)
     assert part.state == "open"
     assert np.isnan(part.p)
-    assert Part("x", np.array([0.02, 0.021, 0.019]), "above", 0.01).state == "holds"
-    assert Part("x", np.array([0.02, 0.021, 0.019]), "within", 0.01).state == "fails"
-    assert Part("x", np.array([0.02, 0.021, 0.0]), "below", 0.01).state == "open"
+    assert part_of("x", np.array([0.02, 0.021, 0.019]), "above", 0.01).state == "holds"
+    assert part_of("x", np.array([0.02, 0.021, 0.019]), "within", 0.01).state == "fails"
+    assert part_of("x", np.array([0.02, 0.021, 0.0]), "below", 0.01).state == "open"
 
 
 def _swap_free_within(row):
@@ -431,7 +431,7 @@ def test_numbers_that_are_equal_on_all_banks_have_no_slope(tmp_path):
         collect_dial(simulate(tmp_path, lambda arm, bank, dial: 0.9 + 0.02 * (arm == "segments_2")))
     )
     (part,) = next(tested.parts for tested in found if tested.code == "H3")
-    assert part.values.tolist() == [0.0] * 4
+    assert (part.estimate.mean, part.estimate.low, part.estimate.high) == (0, 0, 0)
 
 
 def test_the_report_says_what_is_equal_and_what_came_out(tmp_path, monkeypatch, capsys):

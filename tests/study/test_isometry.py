@@ -129,7 +129,7 @@ def test_the_report_shows_gates_and_supported_claims(written):
     results = write_study_report(written.root)
     assert [tested.verdict for tested in results.claims] == ["supported"] * 5
     effect = results.claims[0].parts[0]
-    assert effect.value == pytest.approx(EFFECTS["free"] - EFFECTS["kronecker"], abs=0.004)
+    assert effect.estimate.mean == pytest.approx(EFFECTS["free"] - EFFECTS["kronecker"], abs=0.004)
     assert "nothing is interpreted" not in format_results(results)
     for name in ("report.md", "report.html"):
         text = (written.root / name).read_text()

@@ -24,8 +24,8 @@ from xception_jax.study.results import Results, collect
 from xception_jax.study.rows import COLUMNS
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study, write_report_files
-from xception_jax.study.tested_claims import NOT_INTERPRETED, TestedPart
 from xception_jax.study.turns import mean_shares, read_turns
+from xception_jax.study.verdicts import NOT_INTERPRETED
 
 # What an interval of each analysis is.
 INTERVALS = {
@@ -91,14 +91,14 @@ def format_results(results: Results) -> str:
             f"{entry.verdict}{outcome}"
         )
     for tested in results.claims:
-        lines.append(f"  {tested.claim.code}: {tested.verdict}, Holm p {format_p(tested.p_holm)}: {tested.claim.text}")
-        lines += [f"    {part.part.name}: {format_part(part, results)}: {part.state}" for part in tested.parts]
+        lines.append(f"  {tested.code}: {tested.verdict}, Holm p {format_p(tested.p_holm)}: {tested.text}")
+        lines += [f"    {part.name}: {part.interval}, claimed: {part.claimed}: {part.state}" for part in tested.parts]
     for interaction in results.interactions:
         if interaction.trend is not None:
             found = NOT_INTERPRETED if interaction.outcome == NOT_INTERPRETED else interaction.trend.flips
             lines.append(
                 f"  {interaction.interaction.name}: slope {_difference(interaction.trend.slope)} points "
-                f"{_unit(results)}, change of sign: {found} ({interaction.outcome})"
+                f"{results.per_unit}, change of sign: {found} ({interaction.outcome})"
             )
     lines.append(f"report: {results.stored.root / 'report.html'}")
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
@@ -117,21 +117,8 @@ def gate_notice(results: Results) -> str:
     )
 
 
-def format_part(tested: TestedPart, results: Results) -> str:
-    """Returns the estimate of a part of a claim, its interval, and where the claim says that it lies."""
-    part, bound = tested.part, f"{100 * tested.part.bound:g}"
-    found = f"{format_points(tested.value)} {format_interval((tested.low, tested.high))}"
-    unit = " points" + f" {_unit(results)}" * (part.measure == "slope")
-    place = f"within \N{PLUS-MINUS SIGN}{bound}" if part.side == "within" else f"{part.side} {bound}"
-    return f"{found}{unit}, claimed: {place}"
-
-
 def _difference(estimate: Estimate) -> str:
     return f"{format_points(estimate.mean)} {format_interval((estimate.low, estimate.high))}"
-
-
-def _unit(results: Results) -> str:
-    return "per doubling" if results.logarithmic else f"per unit of {results.stored.study.axis}"
 
 
 def _cells_in(results: Results, state: State) -> list[dict[str, Any]]:
@@ -154,7 +141,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "headline": cost_headline(study, results.stored.costs),
         "not_equal": set(deviations(study, results.stored.costs)) - set(study.unequal),
         "reference": results.stored.costs[study.reference],
-        "unit": _unit(results),
+        "unit": results.per_unit,
         "seconds": sum(row["seconds"] for row in results.rows if not row["reused_from"]),
         "cpu_seconds": sum(row["cpu_seconds"] or 0 for row in results.rows if not row["reused_from"]),
         "reused": sum(bool(row["reused_from"]) for row in results.rows),
@@ -163,9 +150,6 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "gate": gate_notice(results),
         "interval": INTERVALS[study.analysis],
         "claims": list(dict.fromkeys(entry.claim for entry in study.comparisons)),
-        "tested": [
-            (tested, [(part, format_part(part, results)) for part in tested.parts]) for tested in results.claims
-        ],
         "activations": _activations(results),
         "turns": mean_shares(read_turns(results.stored.root)),
         "main_figures": [drawn[name] for name in ("axis", "effects") if name in drawn],

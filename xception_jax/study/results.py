@@ -16,14 +16,15 @@ from xception_jax.study.analysis import ANALYSES, Sample, crossed, of_difference
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.checks import field_value
 from xception_jax.study.controls import ArmCost
-from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison
+from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison, Study
 from xception_jax.study.gates import CheckedGate, check_gates
 from xception_jax.study.predictions import Answers, read_answers
 from xception_jax.study.rows import row_of
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
-from xception_jax.study.tested_claims import NOT_INTERPRETED, Measured, TestedClaim, evaluate_claims
+from xception_jax.study.tested_claims import Measured, evaluate_claims
 from xception_jax.study.turns import lacks_turns, read_turns
+from xception_jax.study.verdicts import NOT_INTERPRETED, TestedClaim
 
 Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -129,6 +130,11 @@ class Results:
         return self.stored.study.axis in CHANNEL_AXES
 
     @property
+    def per_unit(self) -> str:
+        """Returns the unit of slopes along the axis."""
+        return per_unit(self.stored.study)
+
+    @property
     def below_gate(self) -> list[str]:
         """Returns the arms whose training accuracy is below the gate."""
         return [arm.name for arm in self.arms if arm.passes is False]
@@ -154,7 +160,7 @@ class Results:
                 ],
                 "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
                 "interactions": [dataclasses.asdict(interaction) for interaction in self.interactions],
-                "claims": [dataclasses.asdict(claim) for claim in self.claims],
+                "claims": [claim.to_json() for claim in self.claims],
                 "gates": [gate.to_json() for gate in self.gates],
                 "cells": list(self.rows),
             }
@@ -213,9 +219,13 @@ def collect(stored: StoredStudy) -> Results:
 def _measured(stored: StoredStudy, samples: Mapping[str, Sample]) -> Measured:
     """Returns what claims are tested on."""
     x = {arm: _axis_value(stored, arm) for arm in samples}
-    return Measured(
-        samples, {arm: math.log2(value) for arm, value in x.items()} if stored.study.axis in CHANNEL_AXES else x
-    )
+    positions = {arm: math.log2(value) for arm, value in x.items()} if stored.study.axis in CHANNEL_AXES else x
+    return Measured(samples, positions, f"points {per_unit(stored.study)}")
+
+
+def per_unit(study: Study) -> str:
+    """Returns the unit of slopes along the axis of a study, such as 'per doubling'."""
+    return "per doubling" if study.axis in CHANNEL_AXES else f"per unit of {study.axis}"
 
 
 def read_samples(stored: StoredStudy) -> dict[str, Sample]:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.seed_claims import Claim, Part, Seeds, Tested, evaluate
+from xception_jax.study.seed_claims import Claim, Seeds, evaluate, part_of
+from xception_jax.study.verdicts import TestedClaim, TestedPart
 
 DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
 REGULAR_8, DEPTHWISE_8 = "regular_8", "depthwise_first_8"
@@ -25,28 +26,30 @@ DEPTHWISE_ENDS, POINTWISE_ENDS = "depthwise_first_ends", "pointwise_first_ends"
 SEGMENTS = {"segments_1": 1, "segments_2": 2, "segments_4": 4, DEPTHWISE: 12}
 """Arms with the spatial convolution first, by the segments of the image's 12 channels."""
 
+SLOPE = "points per unit of the dial"
 
-def _order(results: DialResults) -> Iterator[Part]:
+
+def _order(results: DialResults) -> Iterator[TestedPart]:
     for bank, side, bound in (
         ("across_0", "above", results.study.margin),
         ("within_0", "below", -results.study.margin),
     ):
         values = results.accuracy(DEPTHWISE, bank) - results.accuracy(POINTWISE, bank)
-        yield Part(f"depthwise first - pointwise first, {bank}", values, side, bound)
+        yield part_of(f"depthwise first - pointwise first, {bank}", values, side, bound)
 
 
-def _price(results: DialResults) -> Iterator[Part]:
+def _price(results: DialResults) -> Iterator[TestedPart]:
     slopes = _slopes(results, DEPTHWISE, REGULAR)
-    yield Part("slope of depthwise first - regular over the dial across", slopes, "below", 0.0)
+    yield part_of("slope of depthwise first - regular over the dial across", slopes, "below", 0.0, SLOPE)
     values = results.accuracy(DEPTHWISE, "across_0") - results.accuracy(REGULAR, "across_0")
-    yield Part("depthwise first - regular, across_0", values, "within", results.study.margin)
+    yield part_of("depthwise first - regular, across_0", values, "within", results.study.margin)
 
 
-def _segments(results: DialResults) -> Iterator[Part]:
+def _segments(results: DialResults) -> Iterator[TestedPart]:
     slopes = _slope_of_segments(results, lambda accuracy: np.log2(list(SEGMENTS.values()))[accuracy.argmax(1)])
     if slopes is not None:
         name = "slope of log2 of the best number of segments over the dial across"
-        yield Part(name, slopes, "below", 0.0, points=False)
+        yield part_of(name, slopes, "below", 0.0, unit="")
 
 
 def _slope_of_segments(results: DialResults, choose: Callable[[np.ndarray], np.ndarray]) -> Seeds | None:
@@ -67,31 +70,31 @@ def _slope_of_segments(results: DialResults, choose: Callable[[np.ndarray], np.n
     return _slope(_positions(results, banks), chosen)
 
 
-def beside_claims(results: DialResults) -> dict[str, tuple[Seeds, bool]]:
+def beside_claims(results: DialResults) -> dict[str, tuple[Seeds, str]]:
     """Returns numbers that help to read the claims. They were chosen before any counted accuracy was known.
 
     For H1, depthwise first with as many spatial filters as pointwise first; for H2, what is left of its slope with
     twice the steps; for H3, numbers that tell more where chance chooses among equally good numbers of segments.
 
     Returns:
-      (the value of each seed, whether it is a difference in accuracy) by name.
+      (the value of each seed, its unit as in `TestedPart`) by name.
     """
-    found: dict[str, tuple[Seeds, bool]] = {}
+    found: dict[str, tuple[Seeds, str]] = {}
     arms = {row.arm.name for row in results.study.rows}
     if {DEPTHWISE_6, POINTWISE} <= arms:
         for bank in ("across_0", "within_0"):
             values = results.accuracy(DEPTHWISE_6, bank) - results.accuracy(POINTWISE, bank)
-            found[f"depthwise first with six filters for each channel - pointwise first, {bank}"] = values, True
+            found[f"depthwise first with six filters for each channel - pointwise first, {bank}"] = values, "points"
     if {REGULAR_LONG, DEPTHWISE_LONG} <= arms:
         common = [bank.name for bank in results.dial_of("across", DEPTHWISE_LONG, REGULAR_LONG, DEPTHWISE, REGULAR)]
         long, usual = (
             _slopes(results, *pair, common) for pair in ((DEPTHWISE_LONG, REGULAR_LONG), (DEPTHWISE, REGULAR))
         )
-        found["slope of depthwise first - regular with twice the steps"] = long, True
-        found["the same, minus the slope with the usual steps"] = long - usual, True
+        found["slope of depthwise first - regular with twice the steps"] = long, SLOPE
+        found["the same, minus the slope with the usual steps"] = long - usual, SLOPE
     if set(SEGMENTS) <= arms:
         values = results.accuracy(DEPTHWISE, "across_0") - results.accuracy("segments_1", "across_0")
-        found["depthwise first - segments_1, across_0"] = values, True
+        found["depthwise first - segments_1, across_0"] = values, "points"
 
     def largest(accuracy: np.ndarray) -> np.ndarray:
         good = accuracy >= accuracy.max(1, keepdims=True) - results.study.margin
@@ -100,23 +103,23 @@ def beside_claims(results: DialResults) -> dict[str, tuple[Seeds, bool]]:
     slopes = _slope_of_segments(results, largest)
     if slopes is not None:
         name = "slope of log2 of the largest number of segments within the margin of the best, over the dial across"
-        found[name] = slopes, False
+        found[name] = slopes, ""
     return found
 
 
-def _depth(results: DialResults) -> Iterator[Part]:
+def _depth(results: DialResults) -> Iterator[TestedPart]:
     pairs = ((DEPTHWISE, REGULAR), (DEPTHWISE_8, REGULAR_8), (DEPTHWISE_WIDE, REGULAR_WIDE))
     common = tuple(bank.name for bank in results.dial_of("across", *itertools.chain(*pairs)))
     two, eight, wide = (_slopes(results, *pair, common) for pair in pairs)
-    yield Part("slope of depthwise first - regular at two blocks", two, "below", 0.0)
-    yield Part("slope at eight blocks - half of the slope at two", eight - two / 2, "above", 0.0)
-    yield Part("slope at eight blocks - slope at two blocks that cost as much", eight - wide, "above", 0.0)
+    yield part_of("slope of depthwise first - regular at two blocks", two, "below", 0.0, SLOPE)
+    yield part_of("slope at eight blocks - half of the slope at two", eight - two / 2, "above", 0.0, SLOPE)
+    yield part_of("slope at eight blocks - slope at two blocks that cost as much", eight - wide, "above", 0.0, SLOPE)
 
 
-def _ends(results: DialResults) -> Iterator[Part]:
+def _ends(results: DialResults) -> Iterator[TestedPart]:
     for bank in ("across_0", "within_0"):
         values = results.accuracy(DEPTHWISE_ENDS, bank) - results.accuracy(POINTWISE_ENDS, bank)
-        yield Part(f"order with a pointwise layer at both ends, {bank}", values, "within", results.study.margin)
+        yield part_of(f"order with a pointwise layer at both ends, {bank}", values, "within", results.study.margin)
 
 
 def _slopes(results: DialResults, arm: str, baseline: str, banks: Sequence[str] | None = None) -> Seeds:
@@ -175,6 +178,6 @@ CLAIMS: dict[str, Claim[DialResults]] = {
 }
 
 
-def evaluate_claims(results: DialResults) -> tuple[Tested, ...]:
+def evaluate_claims(results: DialResults) -> tuple[TestedClaim, ...]:
     """Tests all claims. A claim that lacks a cell, or an arm, is not tested."""
     return evaluate(CLAIMS, results, [row.arm.name for row in results.study.rows])

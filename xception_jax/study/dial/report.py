@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from xception_jax.names import LINE_LENGTH, printable
-from xception_jax.reports.environment import format_percent, format_points, make_environment
+from xception_jax.reports.environment import format_percent, make_environment
 from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label, on_white
 from xception_jax.study.controls import EQUAL_WITHIN
 from xception_jax.study.dial.banks import BankSpec
@@ -24,9 +24,10 @@ from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
-from xception_jax.study.seed_claims import Part, Seeds, Tested
+from xception_jax.study.seed_claims import Seeds
 from xception_jax.study.statistics import Estimate, estimate
 from xception_jax.study.store import write_report_files
+from xception_jax.study.verdicts import TestedClaim, show_interval
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
 _PAIRS = {
@@ -44,14 +45,13 @@ class DialReport:
       results: all records.
       gates: gates of the study.
       claims: tested, or () if a gate is not passed.
-      beside: numbers that help to read the claims, by name, and whether each is a difference in accuracy; none if a
-        gate is not passed.
+      beside: numbers that help to read the claims, and their units, by name; none if a gate is not passed.
     """
 
     results: DialResults
     gates: Sequence[CheckedGate]
-    claims: Sequence[Tested]
-    beside: Mapping[str, tuple[Estimate, bool]]
+    claims: Sequence[TestedClaim]
+    beside: Mapping[str, tuple[Estimate, str]]
 
     @property
     def passed(self) -> bool:
@@ -77,7 +77,7 @@ def write_dial_report(root: Path) -> DialReport:
     results = collect_dial(root)
     gates = check_gates(results)
     passed = all(gate.passed for gate in gates)
-    beside = {name: (estimate(values), points) for name, (values, points) in beside_claims(results).items()}
+    beside = {name: (estimate(values), unit) for name, (values, unit) in beside_claims(results).items()}
     report = DialReport(results, gates, evaluate_claims(results) if passed else (), beside if passed else {})
     study = results.study
     drawn = _figures(results) if passed else {}
@@ -96,8 +96,7 @@ def write_dial_report(root: Path) -> DialReport:
         "costs": costs,
         "beside": report.beside,
         "mean": _mean,
-        "shown": _shown,
-        "bound": _bound,
+        "show_interval": show_interval,
         "figures": {name: title for name, (title, _) in drawn.items()},
     }
     files = {"report.md": make_environment(Path(__file__).parent).get_template("report.md").render(context)}
@@ -148,16 +147,6 @@ def _mean(values: np.ndarray) -> str:
         return "-"
     spread = f" ({100 * known.std(ddof=1):.2f}; {100 * np.median(known):.2f})" if len(known) > 1 else ""
     return f"{format_percent(float(known.mean()))}{spread}"
-
-
-def _shown(points: bool, value: float) -> str:
-    return format_points(value) if points else f"{value:+.2f}"
-
-
-def _bound(part: Part) -> str:
-    """Returns what is claimed of a part, such as 'above +1.00' or 'within ±1.00'."""
-    shown = _shown(part.points, part.bound)
-    return f"within ±{shown.removeprefix('+')}" if part.side == "within" else f"{part.side} {shown}"
 
 
 def _figures(results: DialResults) -> dict[str, tuple[str, str]]:

@@ -21,9 +21,9 @@ from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
-from xception_jax.study.seed_claims import Claim, Part, Seeds, Tested, evaluate
+from xception_jax.study.seed_claims import Claim, Seeds, evaluate, part_of
 from xception_jax.study.store import StoredStudy
-from xception_jax.study.tested_claims import NOT_TESTED
+from xception_jax.study.verdicts import TestedClaim, TestedPart
 
 RECOVERED = 0.5
 """The slope of the position over the true dial above which a layer tells it: 1 recovers the dial, 0 is blind to it."""
@@ -66,7 +66,7 @@ class Verdicts:
     """
 
     gates: Sequence[CheckedGate]
-    claims: Sequence[Tested]
+    claims: Sequence[TestedClaim]
 
     def to_json(self) -> dict[str, Any]:
         """Returns gates and claims as plain data; NaN is None."""
@@ -76,11 +76,11 @@ class Verdicts:
         }
 
 
-def _recovers(family: str) -> Callable[[Calibration], Iterator[Part]]:
-    def parts(found: Calibration) -> Iterator[Part]:
+def _recovers(family: str) -> Callable[[Calibration], Iterator[TestedPart]]:
+    def parts(found: Calibration) -> Iterator[TestedPart]:
         values = found.recoveries(REGULAR, FIRST_LAYER, family)
         name = f"slope of the position {family} filters over the relative true dial, {FIRST_LAYER}"
-        yield Part(name, values, "above", RECOVERED, points=False)
+        yield part_of(name, values, "above", RECOVERED, unit="")
 
     return parts
 
@@ -89,37 +89,37 @@ def _position_at(found: Calibration, bank: str, family: str) -> Seeds:
     return found.values(REGULAR, FIRST_LAYER, bank, "position", family)
 
 
-def _free(found: Calibration) -> Iterator[Part]:
+def _free(found: Calibration) -> Iterator[TestedPart]:
     values = _position_at(found, "free", "within") - 1
-    yield Part("position within filters - 1, free bank", values, "within", POSITION_MARGIN, points=False)
+    yield part_of("position within filters - 1, free bank", values, "within", POSITION_MARGIN, unit="")
 
 
-def _separable(found: Calibration) -> Iterator[Part]:
+def _separable(found: Calibration) -> Iterator[TestedPart]:
     for family, other in (("within", "across"), ("across", "within")):
         bank = f"{family}_0"
         separable = _position_at(found, bank, family)
         name = f"position {family} filters, bank {bank}"
-        yield Part(name, separable, "below", 1 - POSITION_MARGIN, points=False)
+        yield part_of(name, separable, "below", 1 - POSITION_MARGIN, unit="")
         less = separable - _position_at(found, "free", family)
-        yield Part(f"{name} - bank free", less, "below", -POSITION_MARGIN, points=False)
+        yield part_of(f"{name} - bank free", less, "below", -POSITION_MARGIN, unit="")
         more = _position_at(found, bank, other) - separable
-        yield Part(f"position {other} - {family} filters, bank {bank}", more, "above", POSITION_MARGIN, points=False)
+        yield part_of(f"position {other} - {family} filters, bank {bank}", more, "above", POSITION_MARGIN, unit="")
 
 
-def _first_layer(found: Labels) -> Iterator[Part]:
+def _first_layer(found: Labels) -> Iterator[TestedPart]:
     true, random = (found.positions[arm, FIRST_CONVOLUTION] for arm in (TRUE_LABELS, RANDOM_LABELS))
     name = f"position within filters, {FIRST_CONVOLUTION}"
-    yield Part(f"{name}, true - random labels", true - random, "within", POSITION_MARGIN, points=False)
+    yield part_of(f"{name}, true - random labels", true - random, "within", POSITION_MARGIN, unit="")
     for labels, values in (("true", true), ("random", random)):  # or both are as they started
-        yield Part(f"{name}, {labels} labels", values, "below", 1 - POSITION_MARGIN, points=False)
+        yield part_of(f"{name}, {labels} labels", values, "below", 1 - POSITION_MARGIN, unit="")
 
 
-def _later_layers(found: Labels) -> Iterator[Part]:
+def _later_layers(found: Labels) -> Iterator[TestedPart]:
     later = [layer for arm, layer in found.positions if arm == TRUE_LABELS and layer not in _STEM]
     differences = [found.positions[TRUE_LABELS, layer] - found.positions[RANDOM_LABELS, layer] for layer in later]
     values = np.mean(differences, axis=0)
     name = "position within filters, true - random labels, mean over the layers behind the stem"
-    yield Part(name, values, "below", -LATER_MARGIN, points=False)
+    yield part_of(name, values, "below", -LATER_MARGIN, unit="")
 
 
 CALIBRATION: dict[str, Claim[Calibration]] = {
@@ -161,7 +161,7 @@ LABELS: dict[str, Claim[Labels]] = {
 def _test(claims: Mapping[str, Claim[_Results]], found: _Results, gates: Sequence[CheckedGate]) -> Verdicts:
     if all(gate.passed for gate in gates):
         return Verdicts(gates, evaluate(claims, found))
-    return Verdicts(gates, [Tested(code, claim.text, (), math.nan, NOT_TESTED) for code, claim in claims.items()])
+    return Verdicts(gates, [TestedClaim(code, claim.text) for code, claim in claims.items()])
 
 
 def judge_calibration(found: Calibration) -> Verdicts:
@@ -217,6 +217,5 @@ def format_verdicts(verdicts: Verdicts) -> str:
         p = f" (p {tested.p_holm:.3g})" if math.isfinite(tested.p_holm) else ""
         lines.append(f"{tested.code} {tested.verdict}{p}: {tested.text}")
         for part in tested.parts:
-            e = part.estimate
-            lines.append(f"  {part.name}: {e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}], n {e.n}: {part.state}")
+            lines.append(f"  {part.name}: {part.interval}, n {part.estimate.n}: {part.state}")
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
