@@ -19,9 +19,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.study.simulated import POINTS, small_study, write_simulated
 from xception_jax.cli import study as study_command
-from xception_jax.errors import ConfigError, UsageError, WorkdirError
+from xception_jax.config import override, to_json
+from xception_jax.errors import BadDataError, ConfigError, UsageError, WorkdirError
 from xception_jax.logs.metrics_log import read_metrics
-from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_outcome
+from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_outcome, started_trials
 from xception_jax.study.design import Search
 from xception_jax.study.execute import run_study, slurm_script
 from xception_jax.study.kernels.networks import analyse
@@ -305,6 +306,41 @@ def test_an_arm_keeps_the_trial_with_which_its_first_cell_was_started(searched):
     next(cell for cell in stored.cells() if cell.arm == "1_none" and cell.seed == 2).prepare()
     finish(of_arm[rate[0.1]], 0.9)
     assert rates() == {0.05}
+
+
+def test_arms_that_choose_together_keep_their_trial_together(searched):
+    stored, _ = searched
+    together = ("1_none", "1_relu")
+    arms = tuple(dataclasses.replace(arm, tuned_as=together) for arm in stored.study.arms if arm.name in together)
+    study = dataclasses.replace(stored.study, arms=arms)
+    rate = study.trials[0]["schedule.learning_rate"]
+    config = override(dataclasses.replace(stored, study=study).cells()[0].config, {"schedule.learning_rate": rate})
+    first = stored.root / "cells/1_none/seed0"
+    first.mkdir(parents=True)
+    (first / "config.json").write_text(to_json(config))
+    started = started_trials(study, stored.costs, stored.root)
+    assert started == {name: dict(study.trials[0]) for name in together}
+
+
+def test_a_finished_trial_whose_metrics_are_lost_is_named(searched):
+    stored, cells = searched
+    for cell in cells[:2]:
+        finish(cell, 0.9)
+    (cells[1].directory / "metrics.jsonl").unlink()
+    with pytest.raises(BadDataError, match="is done, but its accuracy is not known"):
+        choose_trials(stored.study, cells)
+
+
+def test_the_training_accuracy_is_that_of_fifty_steps_or_more(searched):
+    """The last log interval of a cell may have two steps, and its accuracy decides a gate."""
+    cell = searched[1][0]
+    cell.prepare()
+    entries = [(50, 0.5), (100, 0.8), (102, 0.2)]
+    lines = [json.dumps({"step": step, "split": "train", "top1": top1}) + "\n" for step, top1 in entries]
+    (cell.directory / "metrics.jsonl").write_text("".join(lines))
+    assert read_outcome(cell, "top1")["train_accuracy"] == pytest.approx((2 * 0.2 + 50 * 0.8) / 52)
+    (cell.directory / "metrics.jsonl").write_text(lines[0])
+    assert read_outcome(cell, "top1")["train_accuracy"] == 0.5
 
 
 def test_several_arms_choose_a_trial_together(searched):

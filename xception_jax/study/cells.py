@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from xception_jax.config import ExperimentConfig, load_config, to_json
-from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, ConfigError, UserError
+from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, BadDataError, ConfigError, UserError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
@@ -208,13 +208,20 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
 
     Several arms may decide together, by their mean accuracy (`Arm.tuned_as`). Trials that are not done are ignored. Of
     equal trials the first one is chosen. Arms for which no trial is done are left out.
+
+    Raises:
+      BadDataError: a finished trial has lost its accuracy.
     """
     known: dict[tuple[str, int], float] = {}
     for cell in cells:
         assert cell.trial is not None
-        accuracy = read_outcome(cell, study.metric)["dev_accuracy"] if cell.state() == "done" else None
-        if accuracy is not None:
-            known[cell.arm, cell.trial] = accuracy
+        if cell.state() != "done":
+            continue
+        accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
+        if accuracy is None:
+            fix = "restore its metrics.jsonl, or delete the directory to run it again"
+            raise BadDataError(f"{cell.name} is done, but its accuracy is not known", str(cell.directory), fix)
+        known[cell.arm, cell.trial] = accuracy
     chosen = {}
     for arm in study.arms:
         deciding = arm.tuned_as or (arm.name,)
@@ -232,6 +239,7 @@ def started_trials(study: Study, costs: Mapping[str, ArmCost], root: Path) -> di
     """Returns the overrides of the trial with which the first cell of each arm was started; all cells of it keep them.
 
     Otherwise a trial that ends later, such as by --retry, would change what arms are said to have been trained with.
+    Arms that decide together (`Arm.tuned_as`) keep them together.
     """
     started = {}
     for arm in study.arms:
@@ -245,7 +253,26 @@ def started_trials(study: Study, costs: Mapping[str, ArmCost], root: Path) -> di
             if (trial := next(same, None)) is not None:
                 started[arm.name] = trial
                 break
+    for arm in study.arms:
+        together = [started[name] for name in arm.tuned_as if name in started]
+        if together:
+            started.setdefault(arm.name, together[0])
     return started
+
+
+TRAIN_STEPS = 50
+"""Steps over which the training accuracy is averaged, or a few more; the last log interval may have a single one."""
+
+
+def _train_accuracy(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    train = [(entry["step"], entry.get("top1")) for entry in entries if entry["split"] == "train"]
+    right = steps = 0.0
+    for (step, top1), (before, _) in zip(reversed(train), reversed([(0, None), *train][:-1]), strict=True):
+        if top1 is not None and step > before:
+            right, steps = right + (step - before) * top1, steps + step - before
+        if steps >= TRAIN_STEPS:
+            break
+    return right / steps if steps else None
 
 
 def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
@@ -253,8 +280,8 @@ def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
 
     Returns:
       steps; test_accuracy and dev_accuracy (the metric in the last entry of each split); train_accuracy (top-1 on the
-      augmented images of the last log interval); images_per_second (median over training); seconds of wall time. Values
-      that are not known yet are None.
+      augmented images of the last log intervals, of `TRAIN_STEPS` steps or more); images_per_second (median over
+      training); seconds of wall time. Values that are not known yet are None.
     """
     entries = read_metrics(cell.directory / "metrics.jsonl")
     last: dict[str, dict[str, Any]] = {entry["split"]: entry for entry in entries}
@@ -262,7 +289,7 @@ def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
     return {
         "steps": max((entry["step"] for entry in entries), default=0),
         "test_accuracy": last.get("test", {}).get(metric),
-        "train_accuracy": last.get("train", {}).get("top1"),
+        "train_accuracy": _train_accuracy(entries),
         "dev_accuracy": last.get("dev", {}).get(metric),
         "images_per_second": statistics.median(train) if train else None,
         "seconds": max((entry.get("seconds", 0.0) for entry in entries), default=0.0),

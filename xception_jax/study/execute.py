@@ -10,14 +10,21 @@ from pathlib import Path
 from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.datasets import open_dataset
 from xception_jax.environment import with_allocator
-from xception_jax.errors import RESUMABLE_EXIT_CODES, SUCCESS_EXIT_CODE, InputMissingError, StorageError, UsageError
+from xception_jax.errors import (
+    RESUMABLE_EXIT_CODES,
+    SUCCESS_EXIT_CODE,
+    DivergedError,
+    InputMissingError,
+    StorageError,
+    UsageError,
+)
 from xception_jax.logs.console import format_count, say
 from xception_jax.names import LINE_LENGTH, file_stem, in_shell, one_line, printable, printable_path
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import cost_headline, solve_costs
 from xception_jax.study.design import COSTS, Study
 from xception_jax.study.progress_table import ProgressTable
-from xception_jax.study.runner import Runner, make_slots, visible_gpus
+from xception_jax.study.runner import LOG, Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
 from xception_jax.study.turns import lacks_turns, measure_turns, read_turns, write_turns
 
@@ -56,6 +63,10 @@ def run_study(
     search, trained = stored.search(), stored.cells()
     _reuse(search, reuse)
     codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
+    if missing := [cell for cell in search if cell.record().get("exit_code") not in _CHOOSES]:
+        say(f"no rates are chosen, because {len(missing)} trials have not finished, such as {missing[0].name}")
+        say(f"see {printable_path(missing[0].directory / LOG)}, then run the same command with --retry")
+        return next(filter(None, codes))
     if search:
         tuned = stored.tuned()
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
@@ -103,6 +114,10 @@ def _run_phase(
         table = ProgressTable(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr, before)
         Runner(left, slots, _cell_environment(stored.root, environment), table.show).run()
     return [_own_exit_code(cell.record().get("exit_code", SUCCESS_EXIT_CODE)) for cell in cells]
+
+
+# A trial that diverged has finished, too: its rate is not chosen.
+_CHOOSES = (SUCCESS_EXIT_CODE, DivergedError.exit_code)
 
 
 def _own_exit_code(code: int) -> int:

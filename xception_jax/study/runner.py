@@ -167,14 +167,19 @@ class Runner:
 
     def _collect(self) -> None:
         for running in list(self.running):
-            pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
-            if not pid:
-                continue
-            code = running.process.returncode = os.waitstatus_to_exitcode(status)
+            try:
+                pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
+            except ChildProcessError:  # `terminate` has waited for it
+                code, cpu_seconds = running.process.wait(), 0.0
+            else:
+                if not pid:
+                    continue
+                code = running.process.returncode = os.waitstatus_to_exitcode(status)
+                cpu_seconds = usage.ru_utime + usage.ru_stime
             self.running.remove(running)
             running.process.communicate()  # closes the pipe
             self._free.append(running.slot)
-            self._note(running, code, usage.ru_utime + usage.ru_stime)
+            self._note(running, code, cpu_seconds)
 
     def _note(self, running: Running, code: int, cpu_seconds: float) -> None:
         cell = running.cell
