@@ -82,6 +82,9 @@ GNU_SPARSE_1_0 = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n30 GNU.sparse.r
         (b"\x1f\x8b" + bytes(100), "damaged"),
         (b"", "damaged at its beginning"),
         (gzip.compress(b"", mtime=0), "damaged at its beginning"),
+        (gzip.compress(member("a.JPEG") + END, mtime=0) + b"garbage", "Not a gzipped file"),
+        (gzip.compress(member("a.JPEG") + END, mtime=0)[:-8] + bytes(8), "CRC check failed"),
+        (gzip.compress(member("a.JPEG") + END, mtime=0) * 2, "data follow its end"),
         (gzip.compress(member("a.JPEG") + END, mtime=0)[:-20], "damaged"),
     ],
     ids=lambda value: "archive" if isinstance(value, bytes) else None,
@@ -95,6 +98,15 @@ def test_a_hostile_archive_is_refused_at_once(tmp_path, content, what):
     lines = str(raised.value).split("\n")
     assert len(lines) == 3
     assert all(line.isprintable() and len(line) < 600 for line in lines)
+
+
+def test_an_archive_in_several_gzip_members_with_a_volume_label_is_read(tmp_path):
+    """As bgzip and GNU tar --label write them."""
+    whole = header("label", 0, b"V") + member("a.JPEG") + member("b.JPEG") + END
+    cut = len(whole) // 2
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole[:cut]) + gzip.compress(whole[cut:]))
+    found = archives.members("a.tar.gz", path=tmp_path / "a.tar.gz")
+    assert [(each.name, each.read()) for each in found] == [("a.JPEG", JPEG), ("b.JPEG", JPEG)]
 
 
 def test_an_archive_that_expands_too_far_is_refused(tmp_path):

@@ -72,6 +72,7 @@ LABEL = ("featuresDict", "features", "label")
         (INFO, ("name",), ".."),
         (INFO, ("configName",), ".."),
         (INFO, ("configName",), "a/../../../b"),
+        (INFO, ("config_name",), "a/../../../b"),  # the names of the protocol buffer are read as well
         (INFO, ("name",), None),
         (INFO, ("version",), "none"),
         (INFO, ("version",), [1]),
@@ -94,6 +95,25 @@ def test_a_hostile_description_is_three_lines(dataset, file, keys, value):
         TfdsSource(dataset, "train")
     assert raised.value.exit_code == 65
     assert len(str(raised.value).split("\n")) == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("filepath_template", "../{DATASET}"),
+        ("filepath_template", "{DATASET:>1000000000}"),
+        ("shard_lengths", ["-1"]),
+        ("shard_lengths", [str(2**63 - 1), "1"]),
+    ],
+)
+def test_the_other_spelling_of_a_field_is_checked_too(dataset, field, value):
+    ours = {"filepath_template": "filepathTemplate", "shard_lengths": "shardLengths"}[field]
+    info = json.loads((dataset / INFO).read_text())
+    del info["splits"][0][ours]
+    info["splits"][0][field] = value
+    (dataset / INFO).write_text(json.dumps(info))
+    with pytest.raises(BadDataError, match="the description of the dataset is damaged"):
+        TfdsSource(dataset, "train")
 
 
 @pytest.mark.parametrize("file", [INFO, FEATURES])

@@ -438,6 +438,20 @@ def test_two_classes_do_not_share_a_folder_elsewhere(tmp_path, first, second):
     assert error.value.where.endswith(second)
 
 
+def test_two_splits_do_not_share_images_by_a_link(tmp_path):
+    folder = write_folder(tmp_path / "f", {f"train/{label}/1.jpg": jpeg(photograph(0)) for label in ("cat", "dog")})
+    (folder / "validation").symlink_to(folder / "train")
+    with pytest.raises(BadDataError, match="the splits train and validation share a folder"):
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+
+
+def test_common_names_of_split_folders(tmp_path, capsys):
+    names = [f"{split}/{label}/{split}.jpg" for split in ("Training", "Testing", "val_set") for label in "ab"]
+    folder = write_folder(tmp_path / "f", {name: jpeg(photograph(n)) for n, name in enumerate(names)})
+    assert prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == {"train": 2, "validation": 2, "test": 2}
+
+
 def test_an_image_that_cannot_be_read_is_named(tmp_path, capsys):
     folder = write_folder(tmp_path / "f", {f"train/{label}/1.jpg": jpeg(photograph(0)) for label in "ab"})
     (folder / "train" / "a" / "z.png").symlink_to("/proc/self/mem")  # reading it is an input/output error

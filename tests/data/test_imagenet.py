@@ -211,8 +211,9 @@ def test_a_missing_archive_names_both(source, tmp_path, missing):
         [("n99999999.tar", class_archive("n99999999", [b""]))],
         [(f"{WNIDS[0]}_1.JPEG", b"an image in place of an archive")],
         [(f"{WNIDS[0]}.tar", class_archive(WNIDS[0], [b"1"])), (f"a/{WNIDS[0]}.tar", class_archive(WNIDS[0], [b"1"]))],
+        [(f"{WNIDS[0]}.tar", class_archive(WNIDS[1], [b"1"]))],
     ],
-    ids=["unknown class", "not an archive", "a class twice"],
+    ids=["unknown class", "not an archive", "a class twice", "images of another class"],
 )
 def test_unexpected_members_are_refused(source, tmp_path, members):
     write_train(source, lambda archive: [add(archive, *member) for member in members])
@@ -230,7 +231,15 @@ def test_an_image_that_comes_twice_is_refused(source, tmp_path):
         run(source, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["ILSVRC2012_val_00050001.JPEG", "n01440764_1.JPEG", "ILSVRC2012_val_00000001.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ILSVRC2012_val_00050001.JPEG",
+        "n01440764_1.JPEG",
+        "ILSVRC2012_val_00000001.txt",
+        "ILSVRC2012_val_00000001_n01440764.JPEG",
+    ],
+)
 def test_unexpected_validation_images_are_refused(source, tmp_path, name):
     path = source / imagenet.VALIDATION_ARCHIVE
     path.unlink()

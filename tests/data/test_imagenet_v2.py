@@ -74,6 +74,13 @@ def test_what_is_not_there_is_named_with_its_command(tmp_path):
     assert "prepare imagenet_v2/topimages --source DIR" in raised.value.fix
 
 
+def test_the_folder_of_another_variant_is_refused(tmp_path):
+    folder = (write_folder(tmp_path) / FOLDER).rename(tmp_path / "imagenetv2-top-images-format-val")
+    with pytest.raises(BadDataError, match="another variant than matched-frequency"):
+        prepare("imagenet_v2/matched-frequency", "--source", folder, "--data_dir", tmp_path)
+    assert prepare("imagenet_v2/topimages", "--source", folder, "--data_dir", tmp_path) == 0
+
+
 def test_a_folder_that_is_no_label_is_refused(tmp_path):
     folder = write_folder(tmp_path)
     (folder / FOLDER / "cats").mkdir()

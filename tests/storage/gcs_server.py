@@ -75,7 +75,6 @@ class GcsServer:
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-            "GOOGLE_CLOUD_PROJECT": "test",
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
             # Otherwise gcsfs asks for the type of the bucket over gRPC, which this server does not have.

@@ -196,6 +196,15 @@ def test_a_second_run_is_refused_and_names_the_holder(gcs, config, capsys):
     assert names_in(gcs) == {LEASE}
 
 
+def test_checkpoints_of_another_program_are_not_deleted(gcs, config):
+    store = open_store(RUN, "--workdir")
+    store.put("checkpoints/1000/model.pt", "precious")
+    store.put("checkpoints/1000/_CHECKPOINT_METADATA", "{}")
+    with pytest.raises(WorkdirError, match=r"they include 1000/model\.pt"):
+        train(config, RUN)
+    assert store.read("checkpoints/1000/model.pt") == b"precious"
+
+
 def taken_over(gcs, config, name: str) -> WorkdirError:
     """Lets another run take over when an object is about to be written, and returns the error of the first run."""
     other = json.dumps({"nonce": "other", "pid": 7, "host": "elsewhere", "since": "now", "command": "train"}).encode()

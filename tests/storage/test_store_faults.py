@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 
 import pytest
@@ -228,6 +229,20 @@ def test_every_prefix_of_the_writes_can_be_served_again(gcs, gs_store):
         gcs.objects = Objects([BUCKET], recorded[:count])
         assert [(name, gs_store.read(name)) for name in gs_store.list()] == content
     assert gs_store.put("c", "") > gs_store.entry("a").generation
+
+
+def test_the_variable_of_other_clients_sends_tensorstore_to_an_emulator_too(gcs, run_python):
+    code = """
+        from xception_jax.storage import open_store
+        store = open_store("gs://bucket/x", "")
+        store.put("a", "b")
+        print(store.list())
+    """
+    needed = ("STORAGE_EMULATOR_HOST", "GOOGLE_AUTH_TOKEN_FOR_TESTING", "NO_PROXY")
+    process = run_python("-c", textwrap.dedent(code), environment={name: gcs.environment()[name] for name in needed})
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "['a']\n"
+    assert gcs.objects.get(BUCKET, "x/a", {}).content == b"b"
 
 
 def test_a_server_can_be_used_as_a_context():

@@ -89,22 +89,29 @@ def _check_info(info: dict[str, Any], path: Path) -> None:
     """Raises BadDataError for numbers of examples and names of files that cannot be."""
     splits = info.get("splits", [])
     try:
-        for name in (info.get("name", ""), info.get("configName", ""), *(split.get("name", "") for split in splits)):
+        names = [*_spellings(info, "configName"), *(split.get("name", "") for split in splits)]
+        for name in (info.get("name", ""), *names):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"a name is {_short(name)}")
         if any(split.get("name") == "all" for split in splits):
             raise ValueError("a split is called 'all', which stands for all splits")
         for split in splits:
-            template = split.get("filepathTemplate", "")
-            if not _TEMPLATE.fullmatch(template):
-                raise ValueError(f"filepathTemplate is {_short(template)}")
-            lengths = [int(length) for length in split.get("shardLengths", [])]
+            for template in _spellings(split, "filepathTemplate"):
+                if not _TEMPLATE.fullmatch(template):
+                    raise ValueError(f"filepathTemplate is {_short(template)}")
+            lengths = [int(length) for found in _spellings(split, "shardLengths") for length in found]
             if min(lengths, default=0) < 0 or sum(lengths) > _MAX_EXAMPLES:
                 raise ValueError(
                     f"the split {split.get('name')} has shards of {min(lengths)} to {max(lengths)} examples"
                 )
     except (ValueError, TypeError, AttributeError) as error:
         raise BadDataError(f"the description of the dataset is damaged: {_one_line(error)}", str(path), _FIX) from None
+
+
+def _spellings(fields: dict[str, Any], name: str) -> list[Any]:
+    """Returns the values of a field. TFDS also reads it under the name that it has in the protocol buffer."""
+    other = re.sub(r"[A-Z]", lambda capital: f"_{capital[0].lower()}", name)
+    return [fields[key] for key in (name, other) if key in fields]
 
 
 def _check_classes(value: dict[str, Any], directory: Path) -> None:

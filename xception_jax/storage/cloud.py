@@ -28,7 +28,7 @@ def gs_lister(bucket: str, patience: Patience) -> Callable[[str], list[str]]:
     def client() -> Any:
         from google.cloud import storage
 
-        return storage.Client()
+        return storage.Client(project=None)  # of a bucket; without a default project, it would raise an error
 
     def names(prefix: str) -> list[str]:
         cloud = client()

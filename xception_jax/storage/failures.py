@@ -73,7 +73,7 @@ def translate(
         return error
     if isinstance(error, ImportError):
         return unusable(f"{_scheme(url)}:// needs packages that are not installed ({error.name})", url, INSTALL)
-    if type(error).__module__.startswith("google.auth.") and type(error).__name__ != "TransportError":
+    if type(error).__module__.startswith("google.auth.") and not _of_the_network(error):
         return _unauthenticated(url, _summary(error), unauthenticated or unusable)
     if isinstance(error, TimeoutError):
         return StorageError(f"{action} took too long: {_summary(error)}", url, _RESUME)
@@ -85,6 +85,12 @@ def translate(
     if status in _BY_STATUS:
         return _BY_STATUS[status](url, _summary(error), unusable)
     return StorageError(f"{action} failed: {_summary(error)}", url, _RESUME)
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Returns whether google-auth could not ask for credentials, such as before the metadata server is up."""
+    is_transport = "TransportError" in (type(error).__name__, type(error.__cause__).__name__)
+    return is_transport or bool(getattr(error, "retryable", False))
 
 
 def _local(error: Exception, path: str, action: str, unusable: type[UserError]) -> UserError:
@@ -101,8 +107,10 @@ def _local(error: Exception, path: str, action: str, unusable: type[UserError]) 
 def _status(error: Exception) -> int:
     """Returns the status of HTTP that an error reports, or 0."""
     match = re.search(r"(?:http_response_code='|HTTP code )(\d+)", str(error))
-    code = match[1] if match else getattr(error, "code", 0)
-    return int(code) if isinstance(code, int | str) else 0
+    if not match and str(error).startswith("Forbidden"):  # of gcsfs
+        return 403
+    code = match[1] if match else str(getattr(error, "code", 0))
+    return int(code) if code.isdecimal() else 0
 
 
 def _summary(error: Exception) -> str:

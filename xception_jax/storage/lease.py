@@ -198,9 +198,11 @@ def _acquire(
 ) -> bytes:
     """Returns the generation of the lease after this process has written it."""
     entry = store.entry(name)
-    if _has_ended(entry):
+    if _is_free(entry):
+        pass
+    elif _has_ended(entry):
         report(f"taking over from {_describe(entry)}, which has ended")
-    elif not _is_free(entry):
+    else:
         report(
             f"the work directory is held by {_describe(entry)}; "
             f"this run takes over unless there is a sign of life within {take_over_after:g} seconds"

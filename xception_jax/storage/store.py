@@ -212,6 +212,9 @@ def _bucket_spec(place: Place) -> dict[str, Any]:
 
 
 def _gs_spec(place: Place) -> dict[str, Any]:
+    # TensorStore does not read the variable with which all other clients are sent to an emulator.
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
     return {"driver": "gcs", **_bucket_spec(place)}
 
 

@@ -143,7 +143,7 @@ class Checkpoints:
         """Deletes what killed saves left, before any process lists it. Orbax would do so while it lists, and fail."""
         if self._primary and not self._read_only:
             self._prove()
-            prepare_bucket(self._directory)
+            prepare_bucket(self._directory, self._prove)
         from_primary(0)  # the other processes wait
 
     def __enter__(self) -> Checkpoints:
@@ -282,10 +282,12 @@ class Checkpoints:
                 with store_errors(self._directory, "restoring"):
                     return step, self._restore(step, abstract_state)
             except DamagedError as error:
-                damaged[self._set_aside(step, str(error), older)] = str(error)
+                with store_errors(self._directory, "restoring"):
+                    damaged[self._set_aside(step, str(error), older)] = str(error)
             step = older
         # Include what an earlier run has set aside. Otherwise a second attempt would silently start from step 0.
-        damaged |= {path.name: read_reason(path) for path in sorted(self._directory.glob("*.corrupt-*"))}
+        with store_errors(self._directory, "restoring"):
+            damaged |= {path.name: read_reason(path) for path in sorted(self._directory.glob("*.corrupt-*"))}
         if damaged:
             raise all_damaged(self._directory, damaged)
         return None

@@ -10,18 +10,21 @@ import functools
 import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from xception_jax.errors import StorageError
+from xception_jax.errors import StorageError, WorkdirError
 from xception_jax.files import open_regular, write_atomically
+from xception_jax.names import printable
 from xception_jax.storage import Store, is_url, open_store
 from xception_jax.storage.paths import parse
 
 COMMITTED = "commit_success.txt"
 """In a bucket, the object that Orbax writes last into a step."""
+_OF_A_STEP = ("default/", "digest/", "_CHECKPOINT_METADATA", "manifest.json", "damage.txt", COMMITTED)
 RUN_ID = "run_id"
 """The file beside the steps that identifies the run."""
 
@@ -131,15 +134,29 @@ def delete_step(directory: Path) -> None:
     store.delete_prefix(f"{name}/", first=COMMITTED)
 
 
-def prepare_bucket(directory: Path) -> None:
+def prepare_bucket(directory: Path, prove: Callable[[], None]) -> None:
     """Deletes the steps of a bucket that were not committed, and makes sure that there is at least one object.
 
     A directory in a bucket exists only as long as an object in it does.
+
+    Args:
+      directory: the directory of the checkpoints.
+      prove: called before each step is deleted; raises an error if another run owns the directory by now.
+
+    Raises:
+      WorkdirError: a directory whose name is a number holds an object that no run of this package writes.
     """
     store, name = _find(directory)
     names = [found.removeprefix(f"{name}/") for found in store.list(f"{name}/")]
     steps = {found.partition("/")[0] for found in names if re.match(r"\d+/", found)}
-    for step in sorted(step for step in steps if f"{step}/{COMMITTED}" not in names):
+    uncommitted = sorted(step for step in steps if f"{step}/{COMMITTED}" not in names)
+    for found in names:
+        step, _, rest = found.partition("/")
+        if step in uncommitted and not rest.startswith(_OF_A_STEP):
+            what = f"the checkpoints are not those of this package: they include {printable(found)}"
+            raise WorkdirError(what, os.fspath(directory), "choose another work directory, or move this one away")
+    for step in uncommitted:
+        prove()
         store.delete_prefix(f"{name}/{step}/")
     if RUN_ID not in names:
         store.put(f"{name}/{RUN_ID}", "")  # not yet known; `find_run_id` ignores this

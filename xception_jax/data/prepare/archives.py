@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import tarfile
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+_VOLUME_LABEL = b"V"  # of GNU tar
 _IGNORED = (".DS_Store", "Thumbs.db")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg")
 
@@ -124,8 +126,10 @@ def members(
                 fix = "unpack it, and put the .tar in its place"
                 raise BadDataError(f"the archive is compressed by {compression}", archive, fix)
             packed = compression == "gzip"
-            mode: Any = "r|gz" if packed else "r|"  # typeshed lacks the second
-            tar = stack.enter_context(tarfile.open(mode=mode, fileobj=stream, tarinfo=_StrictTarInfo))
+            # Not the mode "r|gz", which ends after the first member of the gzip file and ignores its checksum.
+            content: Any = stack.enter_context(gzip.GzipFile(fileobj=stream)) if packed else stream
+            mode: Any = "r|"  # unknown to typeshed
+            tar = stack.enter_context(tarfile.open(mode=mode, fileobj=content, tarinfo=_StrictTarInfo))
         last, most = "its beginning", size * MAX_RATIO if packed else size
         for _ in range(MAX_MEMBERS):
             with _damage_named(archive, f"the member after {last}"):
@@ -139,7 +143,7 @@ def members(
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             last = ascii(member.name[:_MAX_NAME])[1:-1]
             name = PurePosixPath(member.name).name
-            if member.isdir() or name.startswith("._") or name in _IGNORED:
+            if member.isdir() or name.startswith("._") or name in _IGNORED or member.type == _VOLUME_LABEL:
                 continue
             if not member.isreg() or member.issparse():
                 raise unexpected(archive, member.name, "whole files, neither links nor devices")

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.files import open_regular
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -166,8 +167,8 @@ def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     compressed = path.with_name(path.name + ".gz")
     try:
-        with open(path, "rb") if path.exists() else gzip.open(compressed) as file:
-            data = file.read(_MAX_BYTES + 1)
+        with open_regular(path if path.exists() else compressed) as file:
+            data = (file if path.exists() else gzip.GzipFile(fileobj=file)).read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputMissingError(
             f"{compressed.name} is missing",

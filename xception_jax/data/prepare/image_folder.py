@@ -24,12 +24,16 @@ from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.names import printable
 
+_OF_SETS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "test": "test"}
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
     "val": "validation",
     "valid": "validation",
     "test": "test",
+    "training": "train",
+    "testing": "test",
+    **{f"{name}_set": split for name, split in _OF_SETS.items()},
 }
 
 
@@ -183,7 +187,8 @@ def _divided_files(
             "--splits or --folds",
             "remove the option, or point --source at a folder with one folder for each class",
         )
-    found = {split: _files(folder, skipped) for split, folder in split_folders.items()} or {"": _files(source, skipped)}
+    seen: dict[Path, tuple[Path, str]] = {}
+    found = {split: _files(folder, skipped, seen) for split, folder in (split_folders or {"": source}).items()}
     paths = [path for files in found.values() for path in files]
     if not paths:
         raise InputMissingError(
@@ -256,21 +261,29 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
     return found
 
 
-def _files(folder: Path, skipped: Skipped) -> dict[Path, str]:
+def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -> dict[Path, str]:
     """Returns the class of each image CLASS/.../file of a folder, in alphabetical order; all else in it is skipped.
 
+    Args:
+      folder: the folder.
+      skipped: takes what is skipped.
+      seen: the folders that were read for all splits: split folder and class of each, by its real path.
+
     Raises:
-      BadDataError: two classes share a folder, by a link.
+      BadDataError: two classes or two splits share a folder, by a link.
     """
     found: dict[Path, str] = {}
-    classes: dict[Path, str] = {}  # of each folder, by its real path
     for top, is_folder in folders.entries(folder):
         before, checked = len(found), set[Path]()
         for path in folders.files(top, but=folder) if is_folder else (top,):
             if is_folder and path.parent not in checked:
                 checked.add(path.parent)
                 real = path.parent.resolve()
-                other = _class_of(real, folder.resolve()) or classes.setdefault(real, top.name)
+                of_split, label = seen.setdefault(real, (folder, top.name))
+                if of_split != folder:
+                    what = f"the splits {of_split.name} and {folder.name} share a folder, by a link"
+                    raise BadDataError(what, str(path.parent), "remove the link: each image belongs to one split")
+                other = _class_of(real, folder.resolve()) or label
                 if other != top.name:
                     what = f"a folder of the class {top.name!r} is a link to one of the class {other!r}"
                     fix = "remove the link: its images would have another label"

@@ -25,6 +25,7 @@ TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VALIDATION_ARCHIVE = "ILSVRC2012_img_val.tar"
 EXPECTED = {"train": 1_281_167, "validation": 50_000}
 
+_NAMED_CLASS = re.compile(r"(n\d{8})_", re.IGNORECASE)
 _VALIDATION_LABELS_FILE = "datasets/imagenet2012/validation_labels.txt"
 
 
@@ -82,6 +83,8 @@ def _train_examples(archive: Path, names: list[str]) -> Iterator[tuple[str, dict
             raise unexpected(archive.name, name, "one archive for each class, not two of this one")
         seen.add(wnid)
         for inner in members(f"{archive.name}: {name}", stream=outer.file, size=outer.size):
+            if (named := _NAMED_CLASS.match(inner.name)) and named[1].lower() != wnid:
+                raise unexpected(f"{archive.name}: {name}", inner.name, f"images of the class {wnid}")
             yield f"{wnid}/{inner.name}", {"image": inner.read(), "label": labels[wnid], "file_name": inner.name}
 
 
@@ -96,5 +99,8 @@ def _validation_examples(archive: Path, names: list[str]) -> Iterator[tuple[str,
             raise unexpected(
                 archive.name, member.name, "images named ILSVRC2012_val_00000001.JPEG to ..._00050000.JPEG, each once"
             )
-        label = labels[wnids[number - 1]]
+        wnid = wnids[number - 1]
+        if match and (match[2] or f"_{wnid}").lower() != f"_{wnid}":
+            raise unexpected(archive.name, member.name, f"an image of the class {wnid} with this number")
+        label = labels[wnid]
         yield member.name, {"image": member.read(), "label": label, "file_name": member.name}

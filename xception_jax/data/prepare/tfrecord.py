@@ -28,6 +28,7 @@ from xception_jax.data.prepare.writer import (
 )
 from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
+from xception_jax.files import open_regular
 from xception_jax.names import printable
 
 _LENGTH = struct.Struct("<Q")
@@ -119,7 +120,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
       BadDataError: the file is damaged or truncated.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open_regular(path)
     except FileNotFoundError:
         raise InputMissingError("a file of the dataset is missing", str(path), "copy the dataset again") from None
     with file:
