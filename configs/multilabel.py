@@ -2,8 +2,8 @@
 
     xception-jax train --config=multilabel --workdir=runs/multilabel
 
-Images of 64 x 64 pixels show one to four garments of Fashion-MNIST, and are labeled with the set of their classes. Uses
-RMSprop, a sigmoid loss and MAP. Expected: MAP 0.9. Cost: a few minutes on two cores.
+Images of 64 x 64 pixels show one to four garments of Fashion-MNIST, and are labelled with the set of their classes.
+Uses RMSprop, a sigmoid loss and MAP. Expected: MAP 0.9. Cost: a few minutes on two cores.
 """
 
 from xception_jax.config import default_config

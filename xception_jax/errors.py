@@ -38,7 +38,7 @@ class UserError(Exception):
         self.is_printed_here = True
 
     def printed_by(self, this_process: bool) -> Self:
-        """Leaves the message to another process unless it is `this_process` that prints it, and returns itself."""
+        """Sets whether this process prints the message, and returns itself."""
         self.is_printed_here = this_process
         return self
 

@@ -1,7 +1,7 @@
 """Shows names from files (classes, layers, images, paths) in terminals, tables, Markdown and shell commands.
 
-A name is data of whoever wrote the file. Here it loses the power to move a cursor, to start a line, a formula, a link
-or a command; `docs/reference/security.md` says which output uses which function.
+Names come from untrusted files. These functions escape control characters, formulas of spreadsheets, Markdown and shell
+syntax; `docs/reference/security.md` says which output uses which function.
 """
 
 from __future__ import annotations

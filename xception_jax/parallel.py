@@ -121,7 +121,7 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
 def gathered(tree: T) -> T:
     """Gathers sharded parameters on every device of the ambient mesh before they are used.
 
-    Otherwise XLA's partitioner would communicate activations instead, which are larger.
+    Without this constraint, XLA may move activations between devices, which are larger than the parameters.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return tree
@@ -170,8 +170,5 @@ def bytes_from_primary(content: bytes) -> bytes:
 
 
 def from_primary(value: int) -> int:
-    """Returns the value of process 0 on every process. It may be larger than any dtype. A collective."""
-    if jax.process_count() == 1:
-        return value
-    content = np.frombuffer(value.to_bytes(128, "big", signed=True), np.uint8)
-    return int.from_bytes(bytes(multihost_utils.broadcast_one_to_all(content)), "big", signed=True)
+    """Returns the value of process 0, such as a step or a length, on every process. A collective."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -71,10 +72,13 @@ def run_program(main: Callable[[], int | None], *, resumable: bool) -> NoReturn:
     """Runs a program and ends its process with the exit code.
 
     Args:
-      main: the program. It makes its slow imports itself, when streams and signals are taken care of.
-      resumable: SIGTERM and SIGINT end the program with code 75, SIGTERM not by the signal itself.
+      main: the program. It must import slow modules lazily, after streams and signal handlers are set up.
+      resumable: whether SIGTERM and SIGINT end the program with code 75 instead of killing the process.
     """
     _open_streams()
+    # Orbax logs each error with its traceback before raising it, and warns about files that it did not write.
+    # `Checkpoints` raises everything that concerns the user, as a UserError.
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     if resumable:
         handle_signals()
     _leave(exit_code(main, unblock=SIGNALS))

@@ -289,7 +289,7 @@ def test_file_names_that_are_no_utf8_work(tmp_path, data, capsys):
     with pytest.raises(BadDataError) as raised:
         prepare(*arguments)
     assert raised.value.where.endswith(r"b/\xfe.jpg")
-    prepare(*arguments, "--skip-damaged", "--splits", "train=1")
+    prepare(*arguments, "--skip_damaged", "--splits", "train=1")
     out = capsys.readouterr().out
     assert r"b/\xfe.jpg" in out
     out.encode()
@@ -299,5 +299,5 @@ def test_limits_of_images_are_options(tmp_path):
     folder = write_folder(tmp_path / "pictures", {"a/1.jpg": IMAGE})
     arguments = ["image_folder", "--source", folder, "--name", "pictures", "--data_dir", tmp_path]
     with pytest.raises(BadDataError, match="above max_pixels=50"):
-        prepare(*arguments, "--max-pixels", 50)
+        prepare(*arguments, "--max_pixels", 50)
     prepare(*arguments)

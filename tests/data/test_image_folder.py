@@ -300,7 +300,7 @@ def test_a_damaged_image_is_refused_or_skipped_by_name(tmp_path, data, capsys):
     with pytest.raises(BadDataError) as error:
         prepare(*arguments)
     assert error.value.where.endswith("train/a/bad.jpg")
-    prepare(*arguments, "--skip-damaged", "--json")
+    prepare(*arguments, "--skip_damaged", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["num_examples"] == {"train": 1}
     assert report["skipped"] == {"damaged": [str(folder / "train/a/bad.jpg")]}
@@ -382,7 +382,7 @@ def test_a_file_in_two_groups_is_refused(tmp_path):
 def test_a_class_whose_images_are_all_damaged_is_refused(tmp_path):
     files = {"train/a/1.jpg": jpeg(photograph(0)), "train/b/1.jpg": b"damaged", "val/a/1.jpg": b"damaged"}
     folder = write_folder(tmp_path / "f", files)
-    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--skip-damaged"]
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--skip_damaged"]
     with pytest.raises(BadDataError, match="1 of 2 classes") as error:
         prepare(*arguments)
     assert error.value.where == "b"
@@ -412,7 +412,7 @@ def test_splits_that_would_be_empty_are_refused_or_named(tmp_path, capsys):
 
 def test_nothing_left_of_a_folder_is_an_error(tmp_path):
     folder = write_folder(tmp_path / "f", {f"{label}/{n}.jpg": b"damaged" for label in "ab" for n in range(9)})
-    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--skip-damaged"]
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--skip_damaged"]
     with pytest.raises(BadDataError, match="there is no example"):
         prepare(*arguments, "--folds", 2)
     assert not (tmp_path / "f" / "1.0.0").exists()
@@ -459,7 +459,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, capsys):
     with pytest.raises(StorageError, match="an image cannot be read") as error:
         prepare(*arguments)
     assert error.value.where.endswith("train/a/z.png")
-    prepare(*arguments, "--skip-damaged", "--json")
+    prepare(*arguments, "--skip_damaged", "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["num_examples"] == {"train": 2}
     assert report["skipped"] == {"unreadable": [f"{folder}/train/a/z.png"]}

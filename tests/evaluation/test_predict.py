@@ -250,10 +250,10 @@ def test_limits_can_be_raised(weights, tmp_path, capsys):
     Image.fromarray(photographs()[0]).save(tmp_path / "a.png")
     pixels = photographs()[0].shape[0] * photographs()[0].shape[1]
     with pytest.raises(BadDataError, match="1 of 1 images cannot be read") as error:
-        run("--weights", weights, tmp_path / "a.png", "--max-pixels", pixels - 1)
-    assert "--max-pixels" in error.value.fix
+        run("--weights", weights, tmp_path / "a.png", "--max_pixels", pixels - 1)
+    assert "--max_pixels" in error.value.fix
     assert f"above max_pixels={pixels - 1:,}" in capsys.readouterr().err
-    assert run("--weights", weights, tmp_path / "a.png", "--max-pixels", pixels) == 0
+    assert run("--weights", weights, tmp_path / "a.png", "--max_pixels", pixels) == 0
 
 
 def test_a_contact_sheet_does_not_replace_an_image(weights, tmp_path):

@@ -17,16 +17,15 @@ if TYPE_CHECKING:
 
 
 def add_limits(parser: argparse.ArgumentParser, help_of: str = "{default}") -> None:
-    """Adds --max-pixels and --max-scans.
+    """Adds --max_pixels and --max_scans.
 
     Args:
       parser: the parser.
       help_of: the help, in which {default} stands for what the limit means, and {field} for the field of a config.
     """
-    for option, default in (("--max-pixels", DataConfig.max_pixels), ("--max-scans", DataConfig.max_scans)):
+    for option, default in (("--max_pixels", DataConfig.max_pixels), ("--max_scans", DataConfig.max_scans)):
         text = f"limit above which an image counts as damaged (default: {default:,})"
-        field = f"config.data.{option[2:].replace('-', '_')}"
-        help_text = help_of.format(default=text, field=field)
+        help_text = help_of.format(default=text, field=f"config.data.{option[2:]}")
         parser.add_argument(option, type=at_least(1), default=default, metavar="N", help=help_text)
 
 
@@ -49,5 +48,5 @@ def unreadable(damaged: Sequence[str | os.PathLike[str]], total: int, done: str)
     return BadDataError(
         f"{len(damaged):,} of {total:,} images cannot be read{others}",
         ", ".join(map(printable_path, damaged[:10])),
-        "replace them by intact JPEG, PNG or WebP images; large ones need --max-pixels",
+        "replace them by intact JPEG, PNG or WebP images; large ones need --max_pixels",
     )

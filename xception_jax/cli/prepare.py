@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directory of all datasets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)",
     )
     parser.add_argument("--name", help="image_folder: name of the dataset, for config.data.name")
-    parser.add_argument("--skip-damaged", action="store_true", help="image_folder: skip damaged images")
+    parser.add_argument("--skip_damaged", action="store_true", help="image_folder: skip damaged images")
     add_limits(parser, "image_folder: {default}; set {field} as well")
     parser.add_argument(
         "--splits",
@@ -143,9 +143,9 @@ def run(args: argparse.Namespace) -> int:
 # The options that only image_folder reads, and their defaults.
 _OF_IMAGE_FOLDER: dict[str, Any] = {
     "--name": None,
-    "--skip-damaged": False,
-    "--max-pixels": DataConfig.max_pixels,
-    "--max-scans": DataConfig.max_scans,
+    "--skip_damaged": False,
+    "--max_pixels": DataConfig.max_pixels,
+    "--max_scans": DataConfig.max_scans,
     "--splits": None,
     "--folds": None,
     "--groups": "",
@@ -158,7 +158,7 @@ def _refuse_unread(args: argparse.Namespace) -> None:
     if args.dataset in SHIPPED_NAMES:
         unread = unread | {"--source": None}
     for option, default in unread.items():
-        if getattr(args, option[2:].replace("-", "_")) != default:
+        if getattr(args, option[2:]) != default:
             raise UsageError(f"prepare {args.dataset} does not read {option}", option, f"remove {option}")
 
 

@@ -39,7 +39,9 @@ class OptimizerConfig(Section):
     path: ClassVar[str] = "optimizer."
 
     name: str = ""
-    weight_decay: float = number(1e-5, 0.0, 1.0, "paper: section 4.3; what it multiplies depends on the optimizer")
+    weight_decay: float = number(
+        1e-5, 0.0, 1.0, "paper: section 4.3; coupled (L2) in sgd, rmsprop, adam, otherwise decoupled"
+    )
     decayed: str = pattern("kernel$", "inferred: every kernel, neither BatchNorm nor biases")
     frozen: str = pattern("", "modern: parameters that stay as they start, with their BN statistics; '' is none")
     multipliers: tuple[tuple[str, float], ...] = factors(

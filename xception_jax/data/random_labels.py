@@ -1,4 +1,7 @@
-"""Replaces the labels of a source by random ones: a control for what networks learn whatever the labels are."""
+"""Replaces the labels of a source by random ones, a control for label-independent learning.
+
+Zhang et al. 2017, 1611.03530.
+"""
 
 from __future__ import annotations
 

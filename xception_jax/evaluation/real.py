@@ -1,6 +1,6 @@
 """Scores predictions by the ReaL labels of ImageNet's validation set (Beyer et al. 2020, arXiv 2006.07159).
 
-Several annotators labeled each image again with every class that it shows; a prediction is correct if it is one of
+Several annotators labelled each image again with every class that it shows; a prediction is correct if it is one of
 them. real.json is a list of 50,000 lists of labels, in the order of the file names, from ILSVRC2012_val_00000001.JPEG.
 The 3,163 images without a label are excluded.
 """

@@ -85,7 +85,7 @@ def write_network(network: Network, path: Path, format: str, *, uint8: bool = Fa
 
 
 def to_stablehlo(network: Network, *, uint8: bool = False) -> bytes:
-    """Returns a serialised `jax.export.Exported` for any batch size and for the platforms in `PLATFORMS`.
+    """Returns a serialized `jax.export.Exported` for any batch size and for the platforms in `PLATFORMS`.
 
     It contains plain StableHLO only, with the fastest lowering of convolutions for each platform (ops/conv.py).
     """

@@ -1,7 +1,7 @@
 """Counts the errors of one class at every threshold: curves, areas, and thresholds for a wanted error.
 
 An example is taken for a positive if its score is at least the threshold. Examples with equal scores are on the same
-side of every threshold. The functions are vectorised over columns of weights, so that an estimate (one column of ones)
+side of every threshold. The functions are vectorized over columns of weights, so that an estimate (one column of ones)
 and its bootstrap (a column for each draw) come from the same code.
 """
 

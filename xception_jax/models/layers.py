@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
         channels, dtype = x.shape[-1:], param_dtype(self.dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
-        # The arrays of a file may have half of the precision.
+        # Loaded weights may be float16 or bfloat16.
         beta = self.param("bias", nn.initializers.zeros, channels, dtype).astype(dtype)
         gamma = self.param("scale", self.scale_init, channels, dtype).astype(dtype) if self.use_scale else 1.0
         if not train:

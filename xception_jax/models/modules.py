@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from xception_jax import ops
 from xception_jax.models.layers import BatchNorm, Conv, Dtype
 
-# A constructor of BatchNorm with everything but its name filled in.
+# A partial of `BatchNorm` that lacks only `name`.
 Norm = Callable[..., nn.Module]
 
 
@@ -101,9 +101,7 @@ class SeparableConv(nn.Module):
 
 
 class RegularConv(nn.Module):
-    """One regular convolution in place of a separable one, without a pointwise partner.
-
-    A separable convolution with one segment is not this: it has a linear map across channels beside the spatial one.
+    """A single dense convolution. Unlike in `SeparableConv(segments=1)`, no pointwise convolution follows.
 
     Attributes:
       features: output channels.

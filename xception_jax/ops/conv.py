@@ -51,6 +51,8 @@ def conv(
 ) -> Float[Array, "b oh ow f"]:
     """Convolves each of `segments` equal channel segments of x with its own share of the filters.
 
+    Differentiable in reverse mode only: `jax.jvp` and `jax.hessian` raise a TypeError.
+
     Args:
       x: images or activations, NHWC.
       kernel: HWIO, where I counts the channels of one segment. Output channel j belongs to segment

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +11,6 @@ from xception_jax.storage import is_url
 from xception_jax.training import digest
 from xception_jax.training.digest import DigestHandler
 from xception_jax.training.preservation import LatestOrBest
-
-# Orbax logs each error with its traceback before raising it, and warns about files that it did not write. `Checkpoints`
-# raises everything that concerns the user, as a UserError.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 def open_manager(

@@ -11,12 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xception_jax.config import ExperimentConfig
 from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.parallel import gathered
-from xception_jax.training.finetuning import frozen_names, norms_at_rest, stop_frozen
+from xception_jax.training.finetuning import norms_at_rest, stop_frozen
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.state import TrainState
 
@@ -41,7 +40,7 @@ def make_train_step(
     With `class_weights`, from `losses.class_weights`, the step minimizes the weighted loss, the mean of the losses of
     all images times the weights of their classes. `loss` is always the unweighted mean, without the auxiliary head.
     """
-    loss, frozen = _make_loss(model, config, class_weights), config.optimizer.frozen
+    loss = _make_loss(model, config, class_weights)
 
     def train_step(state: TrainState, batch: dict, key_bits: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_bits), state.step)
@@ -49,7 +48,7 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = _polyak_average(state, params, batch_stats, config.ema.decay, frozen)
+        ema = _polyak_average(state, params, batch_stats, config.ema.decay)
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
@@ -127,24 +126,14 @@ def _accumulate(
     return grads, batch_stats, jax.tree.map(lambda values: values.mean(0), metrics)
 
 
-def _polyak_average(state: TrainState, params: dict, batch_stats: dict, decay: float, frozen: str) -> dict | None:
-    """Averages weights and BN statistics. The decay starts low, so that the initial weights are soon forgotten.
+def _polyak_average(state: TrainState, params: dict, batch_stats: dict, decay: float) -> dict | None:
+    """Averages weights and BN statistics.
 
-    Frozen parameters are their own average, which is not computed.
+    The decay starts low, so that the initial weights are soon forgotten: min(decay, (1 + n) / (10 + n)) after n
+    updates, as in `tf.train.ExponentialMovingAverage(decay, num_updates)`.
     """
     if state.ema is None:
         return None
-    kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
-
-    def averaged(averages: dict, latest: dict) -> dict:
-        return jax.tree.map(
-            lambda average, new: average + (1 - kept).astype(new.dtype) * (new - average), averages, latest
-        )
-
-    still = frozen_names(params, frozen)
-    old, new = flatten_dict(state.ema["params"], sep="/"), flatten_dict(params, sep="/")
-    moved = averaged(*({name: leaf for name, leaf in tree.items() if name not in still} for tree in (old, new)))
-    return {
-        "params": unflatten_dict(old | moved, sep="/"),
-        "batch_stats": averaged(state.ema["batch_stats"], batch_stats),
-    }
+    change = 1 - jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
+    latest = {"params": params, "batch_stats": batch_stats}
+    return jax.tree.map(lambda average, new: average + change.astype(new.dtype) * (new - average), state.ema, latest)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.names import printable
-from xception_jax.parallel import from_primary
+from xception_jax.parallel import bytes_from_primary
 from xception_jax.storage import is_url
 from xception_jax.training import digest, manifest
 from xception_jax.training.digest import Digest
@@ -110,7 +110,7 @@ def identify_run(directory: Path, steps: Iterable[int], *, write: bool) -> str:
         run = find_run_id(directory, steps)
     if primary and write:
         run = keep_run_id(directory, run)
-    return f"{number:032x}" if (number := from_primary(int(run or "0", 16))) else ""
+    return bytes_from_primary(run.encode()).decode()
 
 
 def find_run_id(directory: Path, steps: Iterable[int]) -> str:

@@ -40,8 +40,8 @@ class Watchdog:
     Too long is `config.factor` times the median step, and at least `config.min_seconds`; ten times `config.min_seconds`
     before the first step has ended. Only time in training steps
     and in waiting for input counts, and with several processes only while none of them does anything else. The time is
-    a number of wake-ups of a thread, so a process that was stopped or suspended does not count it. The main thread may
-    be anywhere, also in C. If it holds Python's global lock there, a timer of the kernel ends the process instead.
+    a number of wake-ups of a thread, so a process that was stopped or suspended does not count it. It also catches a
+    main thread that is blocked in a C extension. If that thread holds the GIL, a kernel timer ends the process.
 
     Args:
       config: `config.watchdog`.

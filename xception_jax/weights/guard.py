@@ -130,7 +130,7 @@ def is_memory_error(message: str) -> bool:
 
 
 def refused(where: str, what: str, fix: str = _SAVE_IN_KERAS) -> BadDataError:
-    """Returns the error for a file that holds what a weight file has no need for."""
+    """Returns the error for content that weight files never need, such as links or pickles."""
     return BadDataError(f"the weight file is refused: {what}", where, fix)
 
 

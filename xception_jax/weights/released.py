@@ -100,7 +100,7 @@ RELEASES = {
     ),
 }
 
-# File names of Keras' releases by their MD5, to recognise files that were downloaded in another way.
+# File names of Keras' releases by their MD5, to recognize files that were downloaded in another way.
 KERAS_FILES = {
     release.md5: release.file.rpartition("/")[2] for release in RELEASES.values() if release.repository is None
 }

@@ -322,14 +322,14 @@ def _examples(
         except OSError as error:
             if skipped is None:
                 what = f"an image cannot be read: {error.strerror or error}"
-                fix = "grant read permission, remove it or pass --skip-damaged"
+                fix = "grant read permission, remove it or pass --skip_damaged"
                 raise StorageError(what, folders.text(file.path), fix) from error
             skipped.add("unreadable", file.path)
             continue
         except images.DamagedImageError as error:
             if skipped is None:
                 raise BadDataError(
-                    f"an image cannot be decoded: {error}", folders.text(file.path), "remove it or pass --skip-damaged"
+                    f"an image cannot be decoded: {error}", folders.text(file.path), "remove it or pass --skip_damaged"
                 ) from error
             skipped.add("damaged", file.path)
             continue

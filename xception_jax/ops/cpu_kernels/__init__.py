@@ -267,7 +267,7 @@ def _mention_allocator() -> None:
 
 
 def _use_amx() -> bool:
-    """Returns whether matrix products may use AMX. It is decided for each call when that is traced."""
+    """Returns whether matrix products may use AMX. It is evaluated at trace time."""
     return os.environ.get("XCEPTION_JAX_CPU_KERNELS") != "fma" and _amx_permitted()
 
 
