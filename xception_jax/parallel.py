@@ -142,7 +142,7 @@ def whole(leaf: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def fits_device(what: str, where: str, fix: str) -> Iterator[None]:
+def device_memory_errors(what: str, where: str, fix: str) -> Iterator[None]:
     """Raises a DeviceMemoryError if something does not fit into the memory of a device.
 
     Args:

@@ -135,7 +135,7 @@ def evaluate_split(args: argparse.Namespace, subject: Subject) -> Result:
     metrics = metrics_of(config)
     pass_over = _Pass(args, network, config, data, metrics)
     thresholds: list[Threshold] = []
-    last = list(subject.variables)[-1]
+    last = "ema_" if "ema_" in subject.variables else ""
     if development is not None:
         _, predictions, _ = pass_over(development, {last: subject.variables[last]})
         thresholds = choose_thresholds(predictions, args.at)

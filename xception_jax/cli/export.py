@@ -128,7 +128,7 @@ def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
     if is_run(args.source):
         run = open_run(args.source, args.step)
         network = run_network(args.source, run)
-        evaluation = run_evaluation(args.source, run.step, list(run.variables)[-1])
+        evaluation = run_evaluation(args.source, run.step, run.eval_prefix)
     else:
         network = open_network(args.source, args.step)
     if args.evaluation:

@@ -60,12 +60,12 @@ class _Layers:
 
     Attributes:
       endpoints: the output of each module so far.
-      old: whether it is the 2016 graph.
+      is_2016_graph: whether it is the 2016 graph.
     """
 
     def __init__(self, config: InceptionV3Config, train: bool):
         self.config, self.endpoints = config, dict[str, Array]()
-        self.old = config.name == "inception_v3_2016"
+        self.is_2016_graph = config.name == "inception_v3_2016"
         self._train = train
 
     def conv(
@@ -74,9 +74,9 @@ class _Layers:
         """Applies a convolution with BN and ReLU."""
         dtype = jnp.dtype(self.config.dtype)
         features = max(1, round(features * self.config.width_multiplier))
-        x = Conv(features, kernel_size, stride, padding, use_bias=self.old, dtype=dtype, name=name)(x)
+        x = Conv(features, kernel_size, stride, padding, use_bias=self.is_2016_graph, dtype=dtype, name=name)(x)
         norm = norm_of(self.config)(name=f"{name}_bn")
-        return norm(nn.relu(x), self._train) if self.old else nn.relu(norm(x, self._train))
+        return norm(nn.relu(x), self._train) if self.is_2016_graph else nn.relu(norm(x, self._train))
 
     def tower(self, x: Array, name: str, *layers: tuple[int, KernelSize], last_stride: int = 1) -> Array:
         """Applies one convolution per (features, kernel_size). The last one is not padded if it is strided."""
@@ -109,8 +109,8 @@ def _stem(layers: _Layers, images: Array) -> Array:
 
 
 def _mixed_0_to_2(layers: _Layers, x: Array) -> Array:
-    old = layers.old
-    for module, projection in ((0, 32), (1, 32 if old else 64), (2, 32 if old else 64)):
+    is_2016_graph = layers.is_2016_graph
+    for module, projection in ((0, 32), (1, 32 if is_2016_graph else 64), (2, 32 if is_2016_graph else 64)):
         name = f"mixed{module}"
         x = layers.concatenate(
             name,
@@ -135,7 +135,7 @@ def _mixed_4_to_7(layers: _Layers, x: Array) -> Array:
     """Applies modules whose 7 x 7 convolutions are factorized into 1 x 7 and 7 x 1."""
     for module, features in ((4, 128), (5, 160), (6, 160), (7, 192)):
         name, f = f"mixed{module}", features
-        first = 160 if layers.old and module == 7 else f
+        first = 160 if layers.is_2016_graph and module == 7 else f
         double = ((first, (1, 1)), (f, (7, 1)), (f, (1, 7)), (f, (7, 1)), (192, (1, 7)))
         x = layers.concatenate(
             name,
@@ -169,7 +169,7 @@ def _mixed_8(layers: _Layers, x: Array) -> Array:
         "mixed8",
         layers.tower(x, "mixed8_3x3", (192, (1, 1)), (320, (3, 3)), last_stride=2),
         layers.tower(x, "mixed8_7x7x3", *seven, last_stride=2),
-        ops.avg_pool(x, 3, 2, "VALID") if layers.old else ops.max_pool(x, padding="VALID"),
+        ops.avg_pool(x, 3, 2, "VALID") if layers.is_2016_graph else ops.max_pool(x, padding="VALID"),
     )
 
 

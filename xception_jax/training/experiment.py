@@ -23,7 +23,7 @@ from xception_jax.data.sources import Source, SourceInfo, check_labels
 from xception_jax.errors import ConfigError
 from xception_jax.models import create_model
 from xception_jax.models.cost import Cost, count_cost
-from xception_jax.parallel import batch_sharding, check_batch, fits_device, make_mesh
+from xception_jax.parallel import batch_sharding, check_batch, device_memory_errors, make_mesh
 from xception_jax.training.finetuning import check_patterns
 from xception_jax.training.losses import class_weights
 from xception_jax.training.optimizers import make_optimizer, make_schedule
@@ -104,7 +104,7 @@ class Experiment:
         options: dict[str, str | bool] = {}
         if self.config.profile and self.mesh.devices.flat[0].platform == "gpu":
             options = {"xla_gpu_enable_command_buffer": ""}  # traces of CUDA graphs do not name the operation
-        with fits_step(self.config):
+        with step_memory_errors(self.config):
             return jitted.lower(self.abstract, self.abstract_batch(), key_bits).compile(compiler_options=options)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,9 +118,9 @@ class Experiment:
         }
 
 
-def fits_step(config: ExperimentConfig) -> contextlib.AbstractContextManager[None]:
+def step_memory_errors(config: ExperimentConfig) -> contextlib.AbstractContextManager[None]:
     """Raises a DeviceMemoryError if the training step does not fit into the memory of a device."""
-    return fits_device(
+    return device_memory_errors(
         "the training step",
         f"batch_size={config.batch_size}, image_size={config.data.image_size}, dtype={config.model.dtype}",
         "lower config.batch_size, raise config.accumulation_steps, or set config.model.dtype='bfloat16'",

@@ -34,7 +34,7 @@ def stop_frozen(params: dict, pattern: str) -> dict:
     return unflatten_dict({k: jax.lax.stop_gradient(v) if k in frozen else v for k, v in flat.items()}, sep="/")
 
 
-def norms_at_rest(params: dict, pattern: str) -> AbstractContextManager:
+def frozen_batch_norms(params: dict, pattern: str) -> AbstractContextManager:
     """Returns a context in which a BatchNorm layer runs in inference mode if all of its parameters are frozen.
 
     Such a layer normalizes by its running averages and does not update them.

@@ -18,7 +18,7 @@ from xception_jax.logs.console import announce
 from xception_jax.logs.profile import StepTrace
 from xception_jax.metrics import metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
-from xception_jax.parallel import DeviceBatch, batch_sharding, fits_device, to_devices
+from xception_jax.parallel import DeviceBatch, batch_sharding, device_memory_errors, to_devices
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import Experiment
 from xception_jax.training.feed import Feed, polled
@@ -142,7 +142,7 @@ class Loop:
                 self.journal,
                 self.dev_predictions,
                 predictions,
-                list(self.state.all_variables().values())[-1],
+                self.state.eval_variables,
                 fingerprint=fingerprint,
                 seconds_to_first_step=self.seconds_to_first_step,
             )
@@ -270,7 +270,7 @@ class Loop:
         announced = announce(f"evaluating on {split}: {len(source):,} images", print_once)
         batches = self.evaluation_batches[split]
         size = self.config.evaluation.batch_size
-        fits = fits_device("an evaluation batch", f"config.evaluation.batch_size={size}", "lower it")
+        fits = device_memory_errors("an evaluation batch", f"config.evaluation.batch_size={size}", "lower it")
         with announced, self.journal.pause(goodput.EVALUATION), contextlib.closing(iter(batches)) as iterator, fits:
             metrics, predictions = evaluate(
                 self.evaluation_step,

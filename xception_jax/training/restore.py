@@ -47,6 +47,11 @@ class Run:
     sha256: str
     classes: tuple[str, ...] | None
 
+    @property
+    def eval_prefix(self) -> str:
+        """The metric prefix of the variables that are evaluated and exported: of the Polyak average if there is one."""
+        return "ema_" if "ema_" in self.variables else ""
+
 
 def is_run(source: str) -> bool:
     """Returns whether a source is the work directory of a run: a directory, or an address in an object store.
@@ -61,7 +66,7 @@ def run_network(source: str, run: Run) -> Network:
     data = run.config.data
     return Network(
         model=run.config.model,
-        variables=list(run.variables.values())[-1],
+        variables=run.variables[run.eval_prefix],
         preprocessing=Preprocessing.of(data),
         classes=run.classes,
         source=source,

@@ -46,6 +46,11 @@ class TrainState(struct.PyTreeNode):
         averaged = {} if self.ema is None else {"ema_": self.ema}
         return {"": {"params": self.params, "batch_stats": self.batch_stats}} | averaged
 
+    @property
+    def eval_variables(self) -> dict:
+        """The variables that are evaluated and exported: the Polyak average if there is one, else the latest ones."""
+        return {"params": self.params, "batch_stats": self.batch_stats} if self.ema is None else self.ema
+
 
 # Folded into the key of the seed. Initialization uses the key of the seed itself.
 DROPOUT = 1

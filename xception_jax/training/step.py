@@ -15,7 +15,7 @@ import optax
 from xception_jax.config import ExperimentConfig
 from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.parallel import gathered
-from xception_jax.training.finetuning import norms_at_rest, stop_frozen
+from xception_jax.training.finetuning import frozen_batch_norms, stop_frozen
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.state import TrainState
 
@@ -74,7 +74,7 @@ def _make_loss(model: nn.Module, config: ExperimentConfig, class_weights: Sequen
         params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
     ) -> tuple[jax.Array, tuple[dict, dict]]:
         params, batch_stats = gathered((params, batch_stats))
-        with norms_at_rest(params, frozen):
+        with frozen_batch_norms(params, frozen):
             (logits, endpoints), updates = model.apply(
                 {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},
                 images,

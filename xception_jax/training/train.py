@@ -19,7 +19,7 @@ from xception_jax.signals import StopRequested
 from xception_jax.storage import checkpoint_directory
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, agree_on_weights, check_shared
 from xception_jax.training.compilation import use_compilation_cache
-from xception_jax.training.experiment import fits_step, make_experiment
+from xception_jax.training.experiment import make_experiment, step_memory_errors
 from xception_jax.training.features import with_features
 from xception_jax.training.initial_weights import complete_config, first_state, starts_from_run
 from xception_jax.training.journal import Journal, print_once
@@ -112,5 +112,5 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
 
             experiment = with_features(experiment, state, journal.message, stop_if_requested)
         loop = stack.enter_context(contextlib.closing(Loop(experiment, directory, checkpoints, journal, preemption)))
-        with fits_step(config):
+        with step_memory_errors(config):
             return loop.run(step, state)
