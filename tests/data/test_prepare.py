@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -445,3 +446,15 @@ def test_an_old_dataset_is_there_until_the_new_one_is(tmp_path, monkeypatch):
     assert records(path) == old
     assert len(records(writer.write_dataset(numbered(20), tmp_path, overwrite=True).path)) == 20
     assert [entry.name for entry in path.parent.iterdir() if entry.name != ".lock"] == ["1.0.0"]
+
+
+def test_what_a_killed_replacement_left_is_deleted_or_named(tmp_path, capsys):
+    path = writer.write_dataset(numbered(30), tmp_path).path
+    shutil.copytree(path, path.with_name("1.0.0.replaced"))  # killed after the new dataset had its name
+    assert writer.write_dataset(numbered(30), tmp_path).already_there
+    assert [entry.name for entry in path.parent.iterdir() if entry.name != ".lock"] == ["1.0.0"]
+    shutil.copytree(path, path.with_name("1.0.0.incomplete"))  # killed between two names, and the old one was restored
+    capsys.readouterr()
+    assert writer.write_dataset(numbered(30), tmp_path).already_there
+    assert "an unfinished replacement of numbered is kept in" in capsys.readouterr().err
+    assert path.with_name("1.0.0.incomplete").exists()

@@ -36,7 +36,7 @@ from xception_jax.data.prepare.sorting import SortedRecords
 from xception_jax.data.sources import is_complete
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.files import write_atomically
-from xception_jax.names import printable
+from xception_jax.names import printable, printable_path
 
 VERSION = "1.0.0"
 
@@ -121,7 +121,11 @@ def incomplete_directory(
             if os.path.lexists(replaced) and not os.path.lexists(target):
                 replaced.rename(target)  # of a process that was killed between two names
             if is_complete(target) and not overwrite:
-                shutil.rmtree(target / WORK, ignore_errors=True)  # of a process that was killed at its very end
+                for path in (target / WORK, replaced):  # of a process that was killed at its very end
+                    shutil.rmtree(path, ignore_errors=True)
+                if partial.is_dir():
+                    what = f"an unfinished replacement of {printable(name)} is kept in {printable_path(partial)}"
+                    print(f"note: {what}: finish it with --overwrite, or delete it", file=sys.stderr)
                 yield None
                 return
             _refuse_others(target, overwrite=overwrite)
@@ -205,7 +209,8 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
     """
     name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
     target = data_dir / name / dataset.version
-    if is_complete(target) and not overwrite:
+    leftovers = [target.with_name(f"{target.name}.{kind}") for kind in ("replaced", "incomplete")]
+    if is_complete(target) and not overwrite and not any(map(os.path.lexists, (*leftovers, target / WORK))):
         return existing(target)
     check_features(dataset.features, f"dataset {dataset.name}")
     with incomplete_directory(data_dir, name, dataset.version, overwrite=overwrite, source=dataset.source) as partial:
