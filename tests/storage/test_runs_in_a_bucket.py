@@ -205,6 +205,13 @@ def test_checkpoints_of_another_program_are_not_deleted(gcs, config):
     assert store.read("checkpoints/1000/model.pt") == b"precious"
 
 
+def test_another_process_that_hangs_leaves_its_stacks_in_the_bucket(gcs, tmp_path):
+    (tmp_path / "stacks_1.txt").write_text("the stacks")
+    store = open_store(RUN, "--workdir")
+    RunDirectory(RUN, tmp_path, store).push("stacks_1.txt")
+    assert store.read("stacks_1.txt") == b"the stacks"
+
+
 def taken_over(gcs, config, name: str) -> WorkdirError:
     """Lets another run take over when an object is about to be written, and returns the error of the first run."""
     other = json.dumps({"nonce": "other", "pid": 7, "host": "elsewhere", "since": "now", "command": "train"}).encode()

@@ -111,14 +111,19 @@ class RunDirectory:
         """The directory of the checkpoints, for `Checkpoints`."""
         return join(self.shown, CHECKPOINTS)
 
-    def push(self) -> None:
+    def push(self, own: str) -> None:
         """Pushes the files of a run in a bucket, for a run that is about to end abruptly.
+
+        Args:
+          own: the file that processes other than process 0 push, which push nothing else.
 
         Raises:
           UserError: another run has taken over, or the files cannot be written.
         """
         if self.bucket is not None:
             self.bucket.push()
+        elif self.store is not None:
+            self.store.put(own, (self.files / own).read_bytes())
 
     def path(self, *names: str) -> Path:
         """Returns the path or address of a file, for messages."""

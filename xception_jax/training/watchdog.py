@@ -139,7 +139,7 @@ class Watchdog:
         for worker in multiprocessing.active_children():  # one that is frozen would stay
             worker.kill()
         with contextlib.suppress(Exception):  # the store is away, or another run has taken over
-            self._directory.push()
+            self._directory.push(name)
         if self._count > 1:
             time.sleep(max(0.0, began + _OTHERS_SECONDS - time.monotonic()))
         os._exit(PreemptedError.exit_code)
