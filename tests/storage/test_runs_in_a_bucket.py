@@ -23,7 +23,7 @@ from xception_jax.config import ExperimentConfig, override, resolve
 from xception_jax.errors import InputMissingError, UserError, WorkdirError
 from xception_jax.storage import hold, open_store
 from xception_jax.training import restore
-from xception_jax.training.run_directory import LEASE, metrics_of_run
+from xception_jax.training.run_directory import LEASE, RunDirectory, metrics_of_run
 from xception_jax.training.summary import Summary
 
 RUN = f"gs://{BUCKET}/runs/first"
