@@ -177,7 +177,7 @@ def test_segments_in_bfloat16_are_summed_over_taps_in_float32(segments):
 
     pads = ((1, 1), (1, 1))
     ours = errors(lambda x, kernel: lowerings.on_tpu(x, kernel, segments, 1, pads))
-    native = errors(lambda x, kernel: lowerings._native(x, kernel, segments, 1, pads))
+    native = errors(lambda x, kernel: lowerings.native(x, kernel, segments, 1, pads))
     assert ours[0] <= 1.05 * native[0]
     assert ours[1] <= 2.5 * native[1]  # the products of the taps are rounded
 

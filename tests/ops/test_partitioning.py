@@ -49,5 +49,5 @@ def test_only_the_filter_gradient_is_communicated(collectives, segments):
 
 
 def test_xla_still_gathers_the_batch(collectives):
-    """Fails once the workaround is no longer needed: `lowerings._per_tap` may then become `_native` on TPU and GPU."""
+    """Fails once the workaround is no longer needed: `lowerings._per_tap` may then become `native` on TPU and GPU."""
     assert "all-gather" in collectives["native"]

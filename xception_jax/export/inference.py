@@ -11,14 +11,13 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from xception_jax.config import InceptionV3Config
 from xception_jax.export.fusion import Affine, fuse
 from xception_jax.models import create_model
 from xception_jax.models.layers import BatchNorm, Conv
-from xception_jax.ops import cpu_kernels
+from xception_jax.ops import cpu_kernels, lowerings
 from xception_jax.ops.padding import explicit_padding
 from xception_jax.weights.network import Network, Preprocessing
 
@@ -144,14 +143,7 @@ def _batch_norms(model: nn.Module, variables: dict[str, Any], image_size: int) -
 def _native_conv(layer: Conv, x: Array) -> Array:
     kernel: Array = layer.get_variable("params", "kernel")
     pads = explicit_padding(layer.padding, x.shape[1:3], layer.kernel_size, layer.stride)
-    y = lax.conv_general_dilated(
-        x,
-        kernel,
-        (layer.stride, layer.stride),
-        pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=layer.segments,
-    )
+    y = lowerings.native(x, kernel, layer.segments, layer.stride, pads)
     return y + layer.get_variable("params", "bias") if layer.use_bias else y
 
 

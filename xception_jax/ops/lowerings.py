@@ -45,7 +45,7 @@ def on_cpu(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) -> A
         return _pointwise(x, kernel[0, 0])
     if kernel.size // kernel.shape[-1] <= _MAX_PATCH:
         return _patches_product(x, kernel, stride, pads)
-    return _native(x, kernel, segments, stride, pads)
+    return native(x, kernel, segments, stride, pads)
 
 
 # --- Shared ----------------------------------------------------------------------------------------------------------
@@ -103,14 +103,15 @@ def input_gradient(
 def _product_or_native(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) -> Array:
     if _is_product(kernel, segments, stride, pads):
         return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-    return _native(x, kernel, segments, stride, pads)
+    return native(x, kernel, segments, stride, pads)
 
 
 def _is_product(kernel: Array, segments: int, stride: int, pads: Pads) -> bool:
     return kernel.shape[:2] == (1, 1) and segments == stride == 1 and pads == ((0, 0), (0, 0))
 
 
-def _native(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) -> Array:
+def native(x: Array, kernel: Array, segments: int, stride: int, pads: Pads) -> Array:
+    """Computes one `conv_general_dilated`."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=segments
     )
