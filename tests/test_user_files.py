@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -232,3 +233,16 @@ def test_whatever_a_library_raises_is_blamed_on_the_file():
             raise error
     with pytest.raises(StorageError), user_files.reading("table", "here", "fix"):
         raise OSError(5, "Input/output error")
+
+
+def test_reading_reserves_no_more_than_the_file_needs(tmp_path):
+    path = tmp_path / "small"
+    path.write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    try:
+        assert len(user_files.read_bytes(path, 1 << 31)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ValueError, match="more than 999 bytes"):
+        user_files.read_bytes(path, 999)

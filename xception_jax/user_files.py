@@ -126,7 +126,8 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
       ValueError: it is larger than `limit`.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
+        # Reading up to the limit would reserve as much memory. A file that grows meanwhile ends where it did.
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(content) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
     return content

@@ -102,6 +102,12 @@ def test_groups_of_different_sizes_against_scipys_bootstrap():
     assert found.difference == pytest.approx(b.mean() - a.mean())
 
 
+def test_one_group_that_differs_shows_nothing():
+    group = np.repeat(["a", "b"], 5)
+    a, b = (dataclasses.replace(predictions([1] * 9 + [last]), group=group) for last in (0, 1))
+    assert compare(a, b).p_value == 1.0
+
+
 def test_other_groups_are_refused():
     a, b = in_groups(*pair(n=4), size=2)
     with pytest.raises(BadDataError, match="groups"):

@@ -212,7 +212,7 @@ def test_new_images_without_a_development_split(evaluated, finished, config, tmp
     found = json.loads(run(finished[0], "--json", "--data_dir", tmp_path, "--split", "test"))
     assert found["top1"] == evaluated[0]["top1"]
     assert found["judgement"]["thresholds"] == []
-    assert "note: no thresholds are chosen" in capsys.readouterr().err
+    assert "note: no thresholds were chosen" in capsys.readouterr().err
     with pytest.raises(InputMissingError):
         run(finished[0], "--data_dir", tmp_path, "--split", "test", "--thresholds", "validation")
     with pytest.raises(UsageError, match=r"--at is 1\.5"):

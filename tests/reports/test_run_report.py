@@ -279,7 +279,7 @@ def test_the_judgement_has_the_numbers_of_evaluate(full):
 def test_groups_replace_the_interval_of_independent_images(tmp_path):
     predictions = dataclasses.replace(make_predictions(), group=np.arange(60).astype(str))
     words = Page(render(tmp_path, judged=judged(predictions))).words
-    assert "60 images of 60 groups; intervals of 95 %: bootstrap over 60 groups, 50 draws." in words
+    assert "60 images of 60 groups; 95 % intervals: bootstrap over 60 groups, 50 draws." in words
     assert "Accuracy of 60 groups" in words
     assert "Wilson" not in words
 
@@ -356,7 +356,7 @@ def test_several_labels(tmp_path):
     assert "Wilson" not in words
     right = int(predictions.right.sum())
     assert f"one of the labels for {right} of 55 images with labels" in words
-    assert "Average precision of each class over the images." in words
+    assert "Average precision of each class over the images that have labels." in words
     assert "labels: no label" not in words.partition("Most confident mistakes")[2].partition("Even sample")[0]
     assert words.count("labels: class") == len(make_images(predictions)) + sum(
         index in choose_examples(predictions)[0] for index in choose_examples(predictions)[1]

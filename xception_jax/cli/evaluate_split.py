@@ -181,7 +181,7 @@ def _open_development(
     except InputMissingError as error:
         if args.thresholds:
             raise
-        print(f"note: no thresholds are chosen: {error.what}", file=sys.stderr)
+        print(f"note: no thresholds were chosen: {error.what}", file=sys.stderr)
         return None
     if overlap(source, split):
         if args.thresholds:
@@ -215,7 +215,8 @@ class _Pass:
 
     def __call__(self, source: Source, variables: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Predictions, int]:
         """Returns the metrics, the predictions of the last set of variables, and the number of damaged images."""
-        batches = EvaluationBatches(self.data, source, batch_size=self.batch_size, view=self.network.preprocessing)
+        size = min(self.batch_size, math.ceil(len(source) / self.mesh.size) * self.mesh.size)
+        batches = EvaluationBatches(self.data, source, batch_size=size, view=self.network.preprocessing)
         damaged = DamagedImages(source.info, self.data.max_bad_fraction)
         with jax.set_mesh(self.mesh), contextlib.closing(iter(batches)) as iterator:
             values, predictions = evaluate(

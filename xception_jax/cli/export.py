@@ -128,7 +128,8 @@ def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
     if is_run(args.source):
         run = open_run(args.source, args.step)
         network = run_network(args.source, run)
-        evaluation = run_evaluation(args.source, run.step, run.eval_prefix)
+        if not args.evaluation:
+            evaluation = run_evaluation(args.source, run.step, run.eval_prefix)
     else:
         network = open_network(args.source, args.step)
     if args.evaluation:

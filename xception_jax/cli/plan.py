@@ -138,7 +138,7 @@ def _input(data: dict[str, Any]) -> list[str]:
     hosts = data["hosts"]
     a_host = f"{hosts['count']} hosts with {hosts['chips']} chips" if hosts["count"] > 1 else "one host"
     return [
-        f"{_range(data['cores_for_input'])} CPU cores on all hosts together, at {data['images_per_core']}/s a core",
+        f"{_range(data['cores_for_input'])} CPU cores across all hosts, at {data['images_per_core']} images/s per core",
         f"{a_host}, such as {hosts['machine']} with {hosts['vcpus'] // 2} cores: {hosts['cores']:,} in total",
     ]
 
@@ -146,7 +146,7 @@ def _input(data: dict[str, Any]) -> list[str]:
 def _first_step(data: dict[str, Any]) -> list[str]:
     seconds = data["first_step"]
     how = "compiling takes as long as here" if "compiled" in data else "as measured on one H200"
-    return [f"after about {seconds['seconds']:.0f} s ({how}); {seconds['cached']:.0f} s from the compilation cache"]
+    return [f"after about {seconds['seconds']:.0f} s ({how}); {seconds['cached']:.0f} s with a warm compilation cache"]
 
 
 def _checkpoint(data: dict[str, Any]) -> list[str]:
@@ -180,7 +180,8 @@ def _parts(memory: Memory) -> str:
 
 def _range(pair: Sequence[float], factor: float = 1.0) -> str:
     low, high = (float(f"{value * factor:.3g}") for value in pair)
-    return f"{low:,g} to {high:,g}" if low != high else f"{low:,g}"
+    texts = [f"{value:,.0f}" if value >= 1000 else f"{value:g}" for value in (low, high)]
+    return " to ".join(dict.fromkeys(texts))
 
 
 def _and_others(arrays: int) -> str:

@@ -106,7 +106,7 @@ def _resampled_shares(sums: Float[np.ndarray, "g 3"]) -> tuple[Float[np.ndarray,
 def _exchange_test(differences: Float[np.ndarray, " g"]) -> float:
     """Returns the p-value of the sum of differences, if the sign of each of them were random."""
     uneven = differences[differences != 0]
-    if not len(uneven):
+    if len(uneven) < 2:  # both signs of a single one are equally extreme
         return 1.0
     pairs = (uneven, np.zeros_like(uneven))
     options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "batch": max(1, _BATCH // len(uneven))}

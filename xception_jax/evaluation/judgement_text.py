@@ -53,9 +53,9 @@ def as_text(
 
 
 def interval_note(judgement: Judgement) -> str:
-    """Says what the intervals are: 'intervals of 95 %: bootstrap over 40 groups, 2,000 draws'."""
+    """Says what the intervals are: '95 % intervals: bootstrap over 40 groups, 2,000 draws'."""
     units = f"{judgement.count:,} images" if judgement.groups is None else f"{judgement.groups:,} groups"
-    return f"intervals of 95 %: bootstrap over {units}, {judgement.draws:,} draws" if judgement.draws else ""
+    return f"95 % intervals: bootstrap over {units}, {judgement.draws:,} draws" if judgement.draws else ""
 
 
 def shown_classes(judgement: Judgement, most: int) -> list[ClassScores]:
@@ -104,7 +104,7 @@ def _classes(judgement: Judgement, names: Sequence[str]) -> str:
     fields = shown_fields(shown)
     lines = []
     if len(shown) < len(judgement.classes):
-        lines.append(f"the {len(shown)} classes with the lowest F1 of {len(judgement.classes):,}")
+        lines.append(f"the {len(shown)} of {len(judgement.classes):,} classes with the lowest F1")
     lines.append(f"{'class':<{_NAME}}  {'images':>7}" + "".join(f"  {title:>9}" for title in fields.values()))
     for scores in shown:
         cells = "".join(f"  {_number(getattr(scores, field).value):>9}" for field in fields)

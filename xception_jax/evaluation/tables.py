@@ -57,7 +57,7 @@ def as_text(metrics: dict[str, Any], prefixes: Sequence[str], measured: Sequence
 def _cell(metrics: dict[str, Any], key: str) -> str:
     if key not in metrics:
         return ""
-    text = f"{metrics[key]:.4f}"
+    text = f"{metrics[key]:.4f}" if math.isfinite(metrics[key]) else "-"
     if f"{key}_interval" in metrics:
         low, high = metrics[f"{key}_interval"]
         text += f"  [{low:.4f}, {high:.4f}]"

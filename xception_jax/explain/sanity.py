@@ -24,7 +24,7 @@ from xception_jax.weights import Network
 
 VERDICTS = (
     (0.7, "The maps hardly depend on what the network has learned. Do not use them to explain it."),
-    (0.3, "The maps depend on the weights only in part. Part of them shows structure of the images."),
+    (0.3, "The maps depend only partly on the weights; the rest reflects the structure of the images."),
     (-math.inf, "The maps depend on what the network has learned, as they should."),
 )
 """Lower bounds of the absolute rank correlation under a network that is random throughout, with their meaning."""

@@ -102,10 +102,14 @@ def run_evaluation(workdir: str, step: int, prefix: str) -> dict[str, Any] | Non
     """
     entries = {entry["split"]: entry for entry in metrics_of_run(workdir) if entry["step"] == step}
     entry = entries.get("test") or entries.get("dev")
-    if not entry:
-        return None
+    if not entry or not any(_is_known(entry.get(prefix + name)) for name in _SHARES):
+        return None  # such as MAP of a split in which no image has a label
     with reading("metrics", f"{workdir}/metrics.jsonl", "pass --evaluation, or restore the file"):
         return _accuracy(entry, prefix, independent=not entry.get("groups"))
+
+
+def _is_known(share: Any) -> bool:
+    return share is not None and not (isinstance(share, float) and math.isnan(share))
 
 
 def read_evaluation(path: Path, network: Network) -> dict[str, Any]:
@@ -239,11 +243,7 @@ def _preprocessing_text(preprocessing: Mapping[str, Any], dtype: str) -> str:
 def _classes_text(card: Mapping[str, Any]) -> str:
     names, number = card["classes"], card["network"]["num_classes"]
     if names is None:
-        return (
-            f"{number:,} classes without names."
-            if number > 1
-            else "Two classes without names; the logit is the second's."
-        )
+        return f"{number:,} classes without names." if number > 1 else "One logit; the file does not name its classes."
     number = len(names)
     shown = ", ".join(f"{index} {in_markdown(name, NAME_LENGTH)}" for index, name in enumerate(names[:20]))
     return f"{number:,}: {shown}" + (f", and {number - 20:,} more in the JSON file." if number > 20 else ".")

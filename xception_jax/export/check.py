@@ -14,7 +14,7 @@ import matplotlib.cbook
 import numpy as np
 
 from xception_jax.data import images
-from xception_jax.errors import BadDataError
+from xception_jax.errors import BadDataError, UsageError
 from xception_jax.export.formats import loading_code
 from xception_jax.export.inference import Infer, scaling
 from xception_jax.files import sha256
@@ -59,6 +59,15 @@ class Difference:
         return self.largest <= TOLERANCE * max(1.0, self.logits)
 
 
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        name = os.environ.get("JAX_PLATFORMS", "")
+        what = "the export is compared on the CPU, which JAX_PLATFORMS excludes"
+        raise UsageError(what, f"JAX_PLATFORMS={name}", f"set JAX_PLATFORMS={name},cpu, or pass --no_check") from None
+
+
 def check_export(
     path: Path, format: str, network: Network, reference: Infer, *, uint8: bool = False, name: str = ""
 ) -> Difference:
@@ -78,7 +87,7 @@ def check_export(
     pixels = photographs(network.preprocessing)
     scale, shift = scaling(network.preprocessing)
     scaled = pixels.astype(np.float32) * scale + shift
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # as the separate process does
+    with jax.default_device(_cpu()):  # as the separate process does
         expected = np.asarray(reference(scaled), np.float64)
     if not np.isfinite(expected).all():
         raise BadDataError("the network gives logits that are not finite", network.source, "use another checkpoint")

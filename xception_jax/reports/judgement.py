@@ -39,10 +39,13 @@ def judgement_context(judgement: Judgement, predictions: Predictions, names: Seq
 
 
 def _figures(judgement: Judgement, predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
-    chosen = _curves_of(judgement)
-    left_out = len(judgement.rankings) > max(2, len(chosen))
-    note = f"The {len(chosen)} classes with the smallest area." if left_out else ""
-    if len(judgement.classes) == 2 and chosen:
+    alone = (
+        len(judgement.classes) == 2 and not predictions.multi_label
+    )  # the curve of one class tells that of the other
+    found = [scores for scores in judgement.classes if judgement.rankings and not math.isnan(scores.roc_auc.value)]
+    chosen = found[-1:] if alone else sorted(found, key=lambda scores: scores.roc_auc.value)[:_MOST_CURVES]
+    note = f"The {len(chosen)} classes with the smallest area." if len(found) > len(chosen) else ""
+    if alone and chosen:
         note = f"{names[1]} is the positive class."
     figures: list[tuple[str, str, str]] = []
     if chosen:
@@ -71,16 +74,6 @@ def _figures(judgement: Judgement, predictions: Predictions, names: Sequence[str
         figures.append(("Calibration", note, share_figure([curve], "probability", "correct", diagonal=True)))
     # Not escaped: matplotlib escapes the names of classes in the text of an SVG.
     return [{"title": title, "note": note, "svg": Markup(themed(svg))} for title, note, svg in figures]
-
-
-def _curves_of(judgement: Judgement) -> list[ClassScores]:
-    """Returns the classes whose curves are drawn: of two, the second; of many, those with the smallest area."""
-    found = (
-        [scores for scores in judgement.classes if not math.isnan(scores.roc_auc.value)] if judgement.rankings else []
-    )
-    if len(judgement.classes) == 2:
-        return found[-1:]
-    return sorted(found, key=lambda scores: scores.roc_auc.value)[:_MOST_CURVES]
 
 
 def _rates(judgement: Judgement, scores: ClassScores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

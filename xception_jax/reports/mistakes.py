@@ -64,12 +64,21 @@ def choose_cells(predictions: Predictions, num_classes: int) -> dict[Cell, list[
     return cells
 
 
+def _with_labels(predictions: Predictions) -> Predictions:
+    """Returns the predictions for the images that have labels."""
+    kept = {
+        name: getattr(predictions, name)[predictions.labelled]
+        for name in ("index", "label", "classes", "probabilities")
+    }
+    return Predictions(**kept)
+
+
 def errors_context(predictions: Predictions, names: list[str]) -> dict[str, Any]:
     """Returns the errors by class: a confusion matrix, the most confused pairs, or average precisions."""
     n, right = int(predictions.labelled.sum()), int(predictions.right.sum())
     errors: dict[str, Any] = {"n": n, "right": right, "share": right / n if n else math.nan, "depth": 0}
     if predictions.multi_label:
-        precisions, counts = class_average_precision(predictions), predictions.label.sum(axis=0)
+        precisions, counts = class_average_precision(_with_labels(predictions)), predictions.label.sum(axis=0)
         order = [int(c) for c in np.argsort(-np.nan_to_num(precisions, nan=-1), kind="stable") if counts[c]]
         shown = order if len(order) <= _MAX_CLASSES else order[: _MAX_ROWS // 2] + order[-_MAX_ROWS // 2 :]
         rows = [(names[c], int(counts[c]), float(precisions[c])) for c in shown]
@@ -78,6 +87,7 @@ def errors_context(predictions: Predictions, names: list[str]) -> dict[str, Any]
             "rows": rows,
             "classes": len(order),
             "depth": predictions.classes.shape[1],
+            "all_classes": len(names),
         }
     errors["calibration"] = expected_calibration_error(predictions)
     if len(names) > _MAX_CLASSES:

@@ -4,6 +4,7 @@
 // --- figures: a line and a box with the values at the pointer -------------------------------------------------------
 
 function format(value, percent) {
+  if (!percent && Number.isInteger(value)) return value.toLocaleString("en");
   return percent ? (100 * value).toFixed(2).replace(/\.?0+$/, "") + "\u00a0%" : String(Number(value.toPrecision(4)));
 }
 
@@ -121,7 +122,7 @@ if (live) {
     const minutes = Math.max(0, Math.floor((Date.now() / 1000 - written) / 60));
     const ago = minutes < 1 ? "just now" : minutes < 120 ? `${minutes} min ago` : `${Math.floor(minutes / 60)} h ago`;
     const late = seconds && Date.now() / 1000 > written + 3 * seconds + 60;
-    age.textContent = `${live.dataset.resumed ? "Resumed" : "Written"} ${ago}.` + (late ? " The next report is overdue: the process no longer writes." : "");
+    age.textContent = `${live.dataset.resumed ? "Resumed" : "Written"} ${ago}.` + (late ? " The next report is overdue; the process may have stopped." : "");
   };
   tell();
   setInterval(tell, 5000);

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -122,7 +123,9 @@ def draw_svg(
         axes = figure.add_axes(box)
         readout = draw(axes)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)  # browsers have other fonts than this machine
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     # Matplotlib numbers the groups of every figure from 1. Nothing refers to them, and ids must be unique in a page.
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])

@@ -179,7 +179,7 @@ def _run_info(experiment: Experiment, journal: Journal, seconds_to_first_step: f
         "time_spent": journal.stopwatch.seconds(),
         "peak_memory_bytes": peak_memory_bytes(),
         "command": command(),
-        "commit": _commit(),
+        **({"commit": commit} if (commit := _commit()) else {}),
         "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
     }
     if seconds_to_first_step is not None:
@@ -272,8 +272,15 @@ def _device_name() -> str:
 
 @functools.cache
 def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return ""  # of another repository, in which the package is installed
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -156,7 +156,8 @@ def _receive(remote: Remote, partial: Path) -> None:
     headers = {"Accept-Encoding": "identity"}
     if tag.exists() and partial.exists():
         start = partial.stat().st_size
-        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
+        known = tag.read_bytes().decode("ascii", "replace").replace("\ufffd", "?")  # a damaged one fits no version
+        headers |= {"Range": f"bytes={start}-", "If-Range": known}
     with _ask("GET", remote, headers) as response:
         if response.status_code == 416:  # the partial file is complete, or wrong: its sum decides
             return
@@ -167,7 +168,8 @@ def _receive(remote: Remote, partial: Path) -> None:
             tag.unlink()
             raise _CutError("the server answers with another part of the file")
         start = start if is_rest else 0
-        length = int(response.headers.get("Content-Length", 0))
+        stated = response.headers.get("Content-Length", "")
+        length = int(stated) if stated.isdecimal() else 0
         _require_room(partial, length)
         if not is_rest:
             partial.write_bytes(b"")  # first, so that the tag never belongs to the bytes of another version
@@ -260,7 +262,12 @@ def _hops(method: str, remote: Remote, headers: dict[str, str]) -> Iterator[requ
         except requests.RequestException as error:
             raise _unreachable(remote, error) from None
         if response.is_redirect:
-            url = urljoin(url, response.headers["Location"])
+            try:
+                url = urljoin(url, response.headers["Location"])
+            except ValueError:
+                response.close()
+                what = "the server redirects to an address that is not valid"
+                raise BadDataError(what, remote.url, "try again later") from None
             if not remote.may_lead_to(url):
                 response.close()
                 fix = "if you trust that host, download the file there and use its path"

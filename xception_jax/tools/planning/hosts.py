@@ -67,6 +67,7 @@ _KINDS = {
     "a100": _Kind({NODE: 96}, "a2-ultragpu-{chips}g"),
     "h100": _Kind({NODE: 208}, "a3-highgpu-{chips}g"),
 }
+_SKYPILOT = {"a100": "A100-80GB", "h100": "H100"}
 _CHIPS_OF_A_HOST = 4  # in a TPU slice with several hosts
 
 
@@ -105,7 +106,8 @@ def launch_commands(topology: Topology, config: str, overrides: Sequence[str]) -
         commands = [f"CONFIG={config} WORKDIR=DIRECTORY bash launch/one_node.sh {fields}"]
     else:
         slurm = f"--nodes={hosts.count} --gpus-per-node={hosts.chips}"
-        sky = f"--num-nodes={hosts.count} --gpus={_chip(topology).upper()}:{hosts.chips} --env=CONFIG={config}"
+        gpus = f"{_SKYPILOT[_chip(topology)]}:{hosts.chips}"
+        sky = f"--num-nodes={hosts.count} --gpus={gpus} --env=CONFIG={config}"
         sky_fields = f"--env={shlex.quote(f'ARGS={fields}')}" if fields else ""
         commands = [
             f"CONFIG={config} WORKDIR=SHARED_DIRECTORY sbatch {slurm} launch/slurm.sh {fields}",

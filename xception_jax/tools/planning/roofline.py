@@ -78,7 +78,8 @@ def communication_seconds(topology: Topology, collectives: dict[Collective, int]
         latency = _HOP_SECONDS * sum(side for side in topology.shape if side > 1)
     else:
         latency = _SWITCH_SECONDS * math.ceil(math.log(max(topology.size, 2), 8))
-    return sum(count * (latency + one.bytes_sent / topology.bandwidth) for one, count in collectives.items())
+    several = {one: count for one, count in collectives.items() if one.devices > 1}
+    return sum(count * (latency + one.bytes_sent / topology.bandwidth) for one, count in several.items())
 
 
 @dataclasses.dataclass(frozen=True)
