@@ -147,16 +147,19 @@ def class_average_precision(predictions: Predictions) -> np.ndarray:
     This is a lower bound unless k is the number of classes: a label that is not among the k saved classes of an image
     counts as not found.
     """
-    n, num_classes = predictions.label.shape
-    scores = np.full((n, num_classes), -np.inf)
-    np.put_along_axis(scores, predictions.classes.astype(np.int64), predictions.probabilities, axis=1)
-    precision_sums = np.zeros(num_classes)
-    for c in range(num_classes):
-        found = np.isfinite(scores[:, c])
-        relevant = predictions.label[found, c]
-        order = np.lexsort((relevant, -scores[found, c]))  # irrelevant first among equal scores
-        relevant = relevant[order]
-        precision_sums[c] = np.sum(relevant * np.cumsum(relevant) / np.arange(1, len(relevant) + 1))
+    # One sort of the saved pairs: a table [n, c] of scores would take 7 GB for Open Images.
+    num_classes, k = predictions.label.shape[1], predictions.classes.shape[1]
+    saved = np.isfinite(predictions.probabilities).ravel()
+    image = np.repeat(np.arange(len(predictions.label)), k)[saved]
+    of_class, probability = predictions.classes.ravel()[saved], predictions.probabilities.ravel()[saved]
+    relevant = predictions.label[image, of_class]
+    order = np.lexsort((relevant, -probability, of_class))  # irrelevant first among equal scores
+    of_class, relevant = of_class[order], relevant[order]
+    counts = np.bincount(of_class, minlength=num_classes)
+    start = (np.cumsum(counts) - counts)[of_class]
+    found = np.append(0, np.cumsum(relevant))
+    precision = (found[1:] - found[start]) / (np.arange(len(of_class)) - start + 1)
+    precision_sums = np.bincount(of_class, weights=relevant * precision, minlength=num_classes)
     num_images = predictions.label.sum(axis=0)
     return np.where(num_images > 0, precision_sums / np.maximum(num_images, 1), np.nan)
 
