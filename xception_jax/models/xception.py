@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,21 +112,29 @@ class Xception(nn.Module):
     def _module(self, features: int, name: str) -> nn.Module:
         """Returns the module in place of a separable convolution of figure 5, to be called with (x, train)."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        common: dict[str, Any] = {
+        common = {
             "kernel_size": config.kernel_size, "initialization": config.initialization, "dtype": dtype, "name": name
         }  # fmt: skip
-        if config.module == "inception":
-            return InceptionModule(features, norm_of(config), **common)
-        if config.module == "regular":
-            return RegularConv(features, **common)
-        return SeparableConv(
-            features,
-            segments=config.segments,
-            group_width=config.group_width,
-            order=config.order,
-            intermediate_activation=config.intermediate_activation,
-            intermediate_slope=config.intermediate_slope,
-            intermediate_norm=norm_of(config) if config.intermediate_batch_norm else None,
-            depth_multiplier=config.depth_multiplier,
-            **common,
-        )
+        return MODULES[config.module](config, features, common)
+
+
+def _separable(config: XceptionConfig, features: int, common: dict[str, Any]) -> nn.Module:
+    return SeparableConv(
+        features,
+        segments=config.segments,
+        group_width=config.group_width,
+        order=config.order,
+        intermediate_activation=config.intermediate_activation,
+        intermediate_slope=config.intermediate_slope,
+        intermediate_norm=norm_of(config) if config.intermediate_batch_norm else None,
+        depth_multiplier=config.depth_multiplier,
+        **common,
+    )
+
+
+# What stands in place of a separable convolution of figure 5.
+MODULES: dict[str, Callable[[XceptionConfig, int, dict[str, Any]], nn.Module]] = {
+    "separable": _separable,
+    "inception": lambda config, features, common: InceptionModule(features, norm_of(config), **common),
+    "regular": lambda config, features, common: RegularConv(features, **common),
+}
