@@ -61,7 +61,7 @@ class LoadedNetwork:
         """Describes the network in three lines."""
         model, view = self.network.model, self.preprocessing
         count = sum(leaf.size for leaf in jax.tree.leaves(self.network.variables["params"]))
-        outputs = f"{model.num_classes:,} classes" if self.has_classifier else "no classifier"
+        outputs = f"{self.network.num_classes:,} classes" if self.has_classifier else "no classifier"
         lines = [
             f"{model.name}, {count:,} parameters, {outputs}",
             f"images: {view.size} x {view.size} pixels, central {view.crop:.1%} of each side, {view.interpolation}",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -84,6 +85,15 @@ def test_confusion_matrix_and_most_confused():
     assert most_confused(predictions, 1) == [(2, 0, 3)]
     perfect = Predictions(np.arange(7), label, label[:, None], np.ones((7, 1)))
     assert most_confused(perfect, 5) == []
+
+
+def test_an_image_without_a_finite_probability_has_no_predicted_class():
+    found, _ = make_predictions()
+    broken = np.where(np.arange(50)[:, None] < 20, np.nan, found.probabilities).astype(np.float32)
+    found = dataclasses.replace(found, probabilities=broken)
+    assert confusion_matrix(found, 7).sum() == 30
+    assert all(label != wrong for label, wrong, _ in most_confused(found, 100))
+    assert found.right.sum() == np.trace(confusion_matrix(found, 7))
 
 
 def test_class_average_precision_is_exact_with_all_classes_and_a_lower_bound_with_fewer():

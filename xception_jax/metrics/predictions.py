@@ -124,8 +124,12 @@ def _check(predictions: Predictions) -> None:
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """Returns [c, c] int64 counts: rows are labels, columns are predicted classes."""
-    cell = predictions.label * num_classes + predictions.classes[:, 0]
+    """Returns [c, c] int64 counts: rows are labels, columns are predicted classes.
+
+    Images whose probabilities are not finite have no predicted class.
+    """
+    known = np.isfinite(predictions.probabilities[:, 0])
+    cell = predictions.label[known] * num_classes + predictions.classes[known, 0]
     return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -134,7 +138,7 @@ def most_confused(predictions: Predictions, limit: int) -> list[tuple[int, int, 
 
     Does not build the confusion matrix, which would take 3 GB for 20,000 classes.
     """
-    wrong = ~predictions.right
+    wrong = ~predictions.right & np.isfinite(predictions.probabilities[:, 0])
     pairs = np.stack([predictions.label[wrong], predictions.classes[wrong, 0]], axis=1)
     pairs, counts = np.unique(pairs, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:limit]
