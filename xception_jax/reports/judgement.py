@@ -39,9 +39,8 @@ def judgement_context(judgement: Judgement, predictions: Predictions, names: Seq
 
 
 def _figures(judgement: Judgement, predictions: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:
-    alone = (
-        len(judgement.classes) == 2 and not predictions.multi_label
-    )  # the curve of one class tells that of the other
+    # The curve of one of two classes tells that of the other, unless an image can belong to both.
+    alone = len(judgement.classes) == 2 and not predictions.multi_label
     found = [scores for scores in judgement.classes if judgement.rankings and not math.isnan(scores.roc_auc.value)]
     chosen = found[-1:] if alone else sorted(found, key=lambda scores: scores.roc_auc.value)[:_MOST_CURVES]
     note = f"The {len(chosen)} classes with the smallest area." if len(found) > len(chosen) else ""

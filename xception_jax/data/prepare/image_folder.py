@@ -24,7 +24,6 @@ from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.names import printable
 
-_OF_SETS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "test": "test"}
 _SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -33,7 +32,11 @@ _SPLIT_NAMES = {
     "test": "test",
     "training": "train",
     "testing": "test",
-    **{f"{name}_set": split for name, split in _OF_SETS.items()},
+    "train_set": "train",
+    "training_set": "train",
+    "validation_set": "validation",
+    "val_set": "validation",
+    "test_set": "test",
 }
 
 

@@ -239,9 +239,9 @@ def _figure(found: Calibration, family: str) -> str:
         if len(found.banks(arm, family)) > 1:
             layers.setdefault(arm, []).append(layer)
     ends = [
-        (number, arm, layer, number_of_end)
+        (number, arm, layer, is_last)
         for number, (arm, own) in enumerate(layers.items())
-        for number_of_end, layer in enumerate(dict.fromkeys((own[0], own[-1])))
+        for is_last, layer in enumerate(dict.fromkeys((own[0], own[-1])))
     ]
 
     def draw(axes: Axes) -> None:
