@@ -118,23 +118,20 @@ def test_without_a_terminal_only_log_points_make_plain_lines(capsys):
     assert capsys.readouterr().err == f"step 1,250/46,900  {LINE}\nevaluating\n"
 
 
-def test_messages_and_records_stand_on_lines_of_their_own_above_the_bar(terminal):
+def test_messages_and_records_stand_on_lines_of_their_own_above_the_bar(terminal, monkeypatch):
     begin, read = terminal
     begin()
     handler = logging.StreamHandler(sys.stderr)
-    logging.root.addHandler(handler)
-    try:
-        with ProgressLine(46_900, 0) as line:
-            line.show(PROGRESS, log_point=True)
-            say("saved checkpoint 1250")
-            line.show(PROGRESS, log_point=True)
-            logging.getLogger("somewhere").warning("disk full")
-            line.show(dataclasses.replace(PROGRESS, step=1300), log_point=True)
-            say("SIGINT: stopping")
-        assert handler.filters == []
-        assert absl_logging.get_absl_handler().python_handler.filters == []
-    finally:
-        logging.root.removeHandler(handler)
+    monkeypatch.setattr(logging.root, "handlers", [handler])  # absl adds its own in a process that has run a program
+    with ProgressLine(46_900, 0) as line:
+        line.show(PROGRESS, log_point=True)
+        say("saved checkpoint 1250")
+        line.show(PROGRESS, log_point=True)
+        logging.getLogger("somewhere").warning("disk full")
+        line.show(dataclasses.replace(PROGRESS, step=1300), log_point=True)
+        say("SIGINT: stopping")
+    assert handler.filters == []
+    assert absl_logging.get_absl_handler().python_handler.filters == []
     text = read()
     lines = screen(text)
     assert lines[:3] == ["saved checkpoint 1250", "disk full", "SIGINT: stopping"], repr(text)
