@@ -43,6 +43,13 @@ def small_study(**changes) -> Study:
     return dataclasses.replace(study, **changes)
 
 
+def write_stored(stored):
+    """Writes study.json."""
+    costs = {name: dataclasses.asdict(cost) for name, cost in stored.costs.items()}
+    data = {"study": study_to_json(stored.study), "costs": costs, "history": list(stored.history)}
+    (stored.root / STUDY).write_text(json.dumps(data))
+
+
 def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
     """Writes a finished study in which the effect of ReLU is zero at 8 channels and rises by `slope` a doubling.
 
@@ -62,8 +69,7 @@ def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
         )
     root.mkdir(parents=True, exist_ok=True)
     stored = StoredStudy(root, study, costs, ({"time": "2026-01-01 00:00:00", "change": "stated", "cells_done": 0},))
-    data = {"study": study_to_json(study), "costs": {k: dataclasses.asdict(v) for k, v in costs.items()}}
-    (root / STUDY).write_text(json.dumps(data | {"history": list(stored.history)}))
+    write_stored(stored)
     of_seed = {seed: rng.normal(0, 0.004) for seed in study.seeds}
     for cell in stored.cells():
         cell.prepare()

@@ -10,10 +10,10 @@ import pytest
 
 from configs.studies.kernels import get_study
 from tests.study.kernel_files import across, within
-from tests.study.simulated import small_study
+from tests.study.simulated import small_study, write_stored
 from tests.study.test_kernel_files import run
 from xception_jax.config import override
-from xception_jax.errors import ConfigError, UsageError
+from xception_jax.errors import BadDataError, ConfigError, UsageError
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.study.cells import choose_trials, search_cells
 from xception_jax.study.checks import check_study
@@ -22,7 +22,7 @@ from xception_jax.study.design import Arm, Search
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.claims import judge_labels
 from xception_jax.study.kernels.measure import Spread, dial
-from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
+from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, analyse
 from xception_jax.study.kernels.replacement import Replacement, Replacements, format_replacements, low_rank
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.study_file import as_study, study_from_json, study_to_json
@@ -110,6 +110,25 @@ def test_a_cell_without_a_network_is_missing(tmp_path):
     left = tuple(layer for layer in report.layers if not layer.network.startswith(TRUE_LABELS))
     verdicts = judge_labels(stored, dataclasses.replace(report, layers=left))
     assert {tested.verdict for tested in verdicts.claims} == {"not tested"}
+
+
+def test_what_was_measured_needs_no_checkpoint(tmp_path):
+    """As in the published studies, and on another machine than the one that trained some of the cells."""
+    stored = labels_study(tmp_path)
+    write_stored(stored)
+    report = kernels_of(stored, as_images)
+    for cell in stored.cells():
+        own = tuple(layer for layer in report.layers if layer.network == cell.name)
+        kept = KernelReport(own, {cell.name: {"1 x 1": ("block2_sepconv1/pointwise",)}}, {})
+        (cell.directory / "kernels.json").write_text(json.dumps(kept.to_json()))
+    found = analyse(tmp_path)
+    assert found.layers == report.layers
+    assert set(found.left_out) == {cell.name for cell in stored.cells()}
+    (stored.cells()[0].directory / "kernels.json").write_text(
+        '{"layers": [{"network": 1}], "left_out": {}, "axes": {}}'
+    )
+    with pytest.raises(BadDataError, match="record of kernels cannot be read: there is no 'layer'"):
+        analyse(tmp_path)
 
 
 @pytest.mark.parametrize("broken", ["not learned", "not done"])

@@ -157,6 +157,8 @@ def test_a_study_survives_kills_of_cell_and_runner(start):
     layers = analyse(root).layers
     assert [(layer.network, layer.layer) for layer in layers] == [("good seed 0", f"block1_conv{n}") for n in (1, 2)]
     assert all(0.1 < layer.first_component < 1 for layer in layers)
+    (good / "checkpoints").rename(root / "elsewhere")  # what was measured stays with the cell
+    assert analyse(root).layers == layers
 
     stored = read_study(root)
     assert [entry["change"] for entry in stored.history] == ["stated"]

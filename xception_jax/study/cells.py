@@ -26,6 +26,7 @@ RECORD = "cell.json"
 LOG = "log.txt"
 PREDICTIONS = "predictions_test.npz"
 ACTIVATIONS = "activations.json"
+KERNELS = "kernels.json"
 
 State = Literal["waiting", "done", "stopped", "failed"]
 

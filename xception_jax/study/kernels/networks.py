@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.files import write_atomically
 from xception_jax.models import create_model
 from xception_jax.models.layers import Conv
 from xception_jax.models.trace import trace_layers
 from xception_jax.runs import is_run, open_network
+from xception_jax.study.cells import KERNELS, Cell
 from xception_jax.study.kernels import weight_file
 from xception_jax.study.kernels.measure import (
     FAMILIES,
@@ -31,6 +34,7 @@ from xception_jax.study.kernels.measure import (
 from xception_jax.study.kernels.weight_file import KernelSet, find_kernels
 from xception_jax.study.store import STUDY, read_study
 from xception_jax.training.workdir import CONFIG
+from xception_jax.user_files import read_json, reading, writing
 from xception_jax.weights.limits import COPY_AGAIN
 from xception_jax.weights.load import read_content
 from xception_jax.weights.own import METADATA
@@ -87,6 +91,27 @@ class LayerSeparability:
             name: value if math.isfinite(value) else None for name, value in positions.items()
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerSeparability:
+        """Returns the layer whose `to_json` is `data`.
+
+        Raises:
+          Exception: of many kinds: it is something else. Call this inside `user_files.reading`.
+        """
+        return cls(
+            network=str(data["network"]),
+            layer=str(data["layer"]),
+            shape=tuple(int(side) for side in data["shape"]),
+            first_component=float(data["first_component"]),
+            null=Spread(**data["null"]),
+            rank_errors=tuple(float(error) for error in data["rank_errors"]),
+            null_rank_errors=tuple(float(error) for error in data["null_rank_errors"]),
+            within=float(data["within"]),
+            across=float(data["across"]),
+            null_within=Spread(**data["null_within"]),
+            null_across=Spread(**data["null_across"]),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
@@ -109,6 +134,28 @@ class KernelReport:
             "left_out": {network: dict(reasons) for network, reasons in self.left_out.items()},
             "axes": dict(self.axes),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelReport:
+        """Returns the report whose `to_json` is `data`, as `LayerSeparability.from_json` does."""
+        layers = tuple(LayerSeparability.from_json(layer) for layer in data["layers"])
+        left_out = {
+            str(network): {str(reason): tuple(map(str, names)) for reason, names in reasons.items()}
+            for network, reasons in data["left_out"].items()
+        }
+        return cls(layers, left_out, dict(data["axes"]))
+
+    @classmethod
+    def of(cls, reports: Iterable[KernelReport]) -> KernelReport:
+        """Returns the report on the networks of several reports."""
+        layers: list[LayerSeparability] = []
+        left_out: dict[str, Mapping[str, tuple[str, ...]]] = {}
+        axes: dict[str, str] = {}
+        for report in reports:
+            layers += report.layers
+            left_out |= report.left_out
+            axes |= report.axes
+        return cls(tuple(layers), left_out, axes)
 
 
 def regular_kernels(model: nn.Module, params: Mapping[str, Any], image_size: int) -> KernelSet:
@@ -146,47 +193,60 @@ def _reason(layer: Any, channels: int) -> str:
 def analyse(source: str | Path, axes: str | None = None) -> KernelReport:
     """Analyses a trained network, or each finished network of a study.
 
+    A cell of a study keeps what was measured in kernels.json, and is then not measured again.
+
     Args:
       source: a weight file, the work directory of a run or a study directory.
       axes: order of the axes in a weight file, one of `weight_file.AXES`; by default it is found out.
 
     Raises:
       InputMissingError: the source has no network, or the network has no checkpoint or no regular convolution.
-      BadDataError: a checkpoint or the weight file is damaged.
+      BadDataError: a checkpoint, the weight file or a kernels.json is damaged.
+      StorageError: a kernels.json cannot be written.
       UsageError: the order of the axes of a weight file is not clear.
     """
-    layers: list[LayerSeparability] = []
-    left_out: dict[str, Mapping[str, tuple[str, ...]]] = {}
-    stated: dict[str, str] = {}
-    for name, network in _networks(source).items():
-        found = _kernels_of(network, axes)
-        left_out[name] = {reason: tuple(names) for reason, names in found.left_out.items()}
-        if found.axes:
-            stated[name] = found.axes
-        progress = tqdm(found.kernels.items(), "measuring kernels", disable=None, leave=False)
-        layers += [measure_layer(name, layer, kernel) for layer, kernel in progress]
-    if not layers:
+    path = Path(source)
+    if (path / STUDY).exists():
+        report = KernelReport.of(_measure_cell(cell) for cell in read_study(path).cells() if cell.state() == "done")
+    elif path.is_dir() and not (path / CONFIG).exists():
+        raise InputMissingError(
+            "there is no run and no study", str(source), "name a directory with config.json or study.json"
+        )
+    else:
+        report = _measure(path.name or str(source), os.fspath(source), axes)
+    if not report.layers:
         what = "there is no trained network with regular convolutions of several channels"
-        if counts := format_left_out(left_out):
+        if counts := format_left_out(report.left_out):
             what += f" ({counts} are left out)"
         raise InputMissingError(
             what, str(source), "train one with --config.model.module=regular, as studies/kernels does, or name another"
         )
-    return KernelReport(tuple(layers), left_out, stated)
+    return report
 
 
-def _networks(source: str | Path) -> dict[str, str]:
-    """Returns the work directory or file of each network, by name."""
-    path = Path(source)
-    if (path / STUDY).exists():
-        done = (cell for cell in read_study(path).cells() if cell.state() == "done")
-        # Cells of another study that --reuse took over have no checkpoints here.
-        return {cell.name: str(cell.directory) for cell in done if not cell.record().get("reused_from")}
-    if path.is_dir() and not (path / CONFIG).exists():
-        raise InputMissingError(
-            "there is no run and no study", str(source), "name a directory with config.json or study.json"
-        )
-    return {path.name or str(source): os.fspath(source)}
+def _measure_cell(cell: Cell) -> KernelReport:
+    """Returns what was measured of a finished cell, or measures it and keeps the result beside its metrics."""
+    path = cell.directory / KERNELS
+    if path.exists():
+        with reading("record of kernels", path, "delete it to measure the kernels again, which needs the checkpoint"):
+            return KernelReport.from_json(read_json(path, dict))
+    if cell.record().get("reused_from"):  # its checkpoints are elsewhere
+        return KernelReport.of(())
+    report = _measure(cell.name, str(cell.directory), None)
+    with writing("record of kernels", path, "free some space, or measure a copy of the study that you may write to"):
+        write_atomically(path, json.dumps(report.to_json(), indent=1) + "\n")
+    return report
+
+
+def _measure(name: str, source: str, axes: str | None) -> KernelReport:
+    """Measures the kernels of one network, a weight file or a work directory."""
+    found = _kernels_of(source, axes)
+    progress = tqdm(found.kernels.items(), "measuring kernels", disable=None, leave=False)
+    return KernelReport(
+        tuple(measure_layer(name, layer, kernel) for layer, kernel in progress),
+        {name: {reason: tuple(names) for reason, names in found.left_out.items()}},
+        {name: found.axes} if found.axes else {},
+    )
 
 
 def _kernels_of(source: str, axes: str | None) -> KernelSet:
