@@ -21,9 +21,10 @@ from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Arm, Search
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.claims import judge_labels
-from xception_jax.study.kernels.measure import Spread, dial
+from xception_jax.study.kernels.measure import Spread
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, analyse
 from xception_jax.study.kernels.replacement import Replacement, Replacements, format_replacements, low_rank
+from xception_jax.study.separability import dial
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.study_file import as_study, study_from_json, study_to_json
 

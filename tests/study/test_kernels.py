@@ -5,10 +5,8 @@ from ml_collections import ConfigDict
 from xception_jax.config import resolve_model
 from xception_jax.errors import InputMissingError
 from xception_jax.models import create_model
-from xception_jax.study.dial.banks import BankSpec, make_bank, measure
 from xception_jax.study.kernels.measure import (
     Spread,
-    dial,
     draw_alike,
     energies,
     first_component,
@@ -18,6 +16,7 @@ from xception_jax.study.kernels.measure import (
 )
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, analyse, regular_kernels
 from xception_jax.study.kernels.table import format_kernels
+from xception_jax.study.separability import dial
 from xception_jax.weights import Network, Preprocessing, save_network, tree
 
 RNG = np.random.default_rng(0)
@@ -64,14 +63,6 @@ def test_random_kernels_have_a_first_component_too():
     assert 0.18 < firsts.mean < 0.26  # nine equal components would hold a ninth each
     assert firsts.high - firsts.low < 0.02
     assert 0.85 < errors[0] < 0.92
-
-
-@pytest.mark.parametrize("family", ["within", "across"])
-def test_the_dial_is_that_of_the_banks(family):
-    bank = make_bank(BankSpec(family, 45), seed=1)  # [filters, 3, 3, channels]
-    measured = measure(bank)
-    for each in ("within", "across"):
-        assert dial(bank.transpose(1, 2, 3, 0), each) == pytest.approx(getattr(measured, each))
 
 
 def uneven_kernel(shape=(3, 3, 6, 10)):

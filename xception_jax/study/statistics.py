@@ -231,6 +231,12 @@ class Trend:
         return "no"
 
 
+def slope_weights(x: Float[Array, points * n]) -> Float[Array, points * n]:
+    """Returns the weights with which values at these positions add up to their least-squares slope."""
+    centred = x - x.mean(0)
+    return centred / np.square(centred).sum(0)
+
+
 def trend(x: Sequence[float] | Float[Array, " points"], estimator: Callable[[Array], Estimate]) -> Trend:
     """Tests the interaction of an effect with an axis.
 
@@ -242,12 +248,10 @@ def trend(x: Sequence[float] | Float[Array, " points"], estimator: Callable[[Arr
       ValueError: all points have the same position.
     """
     positions = np.asarray(x, float)
-    centred = positions - positions.mean()
-    if not centred.any():
+    if not np.ptp(positions):
         raise ValueError("a trend needs points at different positions of its axis")
     first, last = (np.eye(len(positions))[point] for point in (positions.argmin(), positions.argmax()))
-    slope = centred / (centred @ centred)
-    return Trend(*map(estimator, (slope, last - first, first, last)))
+    return Trend(*map(estimator, (slope_weights(positions), last - first, first, last)))
 
 
 def smallest_effect(error: float, df: float, power: float = 0.8) -> float:

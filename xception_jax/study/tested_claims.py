@@ -12,6 +12,7 @@ import numpy as np
 
 from xception_jax.study.analysis import ANALYSES, Sample, of_differences
 from xception_jax.study.claims import Claim, Part
+from xception_jax.study.statistics import slope_weights
 from xception_jax.study.verdicts import NOT_INTERPRETED, TestedClaim, TestedPart, decide
 
 
@@ -69,6 +70,4 @@ def _factors(part: Part, measured: Measured) -> Sequence[float]:
     """Returns the factors of the terms: 1 for a sum; for a slope, those of the least-squares fit over the axis."""
     if part.measure == "sum":
         return [1.0] * len(part.terms)
-    x = np.array([measured.positions[arm] for arm, *_ in part.terms])
-    centred = x - x.mean()
-    return (centred / (centred @ centred)).tolist()
+    return slope_weights(np.array([measured.positions[arm] for arm, *_ in part.terms])).tolist()

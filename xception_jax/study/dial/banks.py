@@ -15,6 +15,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from xception_jax.study.separability import dial, rank
+
 CLASSES = CHANNELS = 12
 SIDE = 3
 _TAPS = SIDE * SIDE
@@ -116,17 +118,7 @@ class Dial:
     rank_across: int
 
 
-def measure(bank: Float[np.ndarray, "k 3 3 c"]) -> Dial:
+def measure(bank: Bank) -> Dial:
     """Measures the separability of a bank within and across its filters."""
-    matrices = np.asarray(bank, np.float64).reshape(len(bank), -1, bank.shape[-1])
-    within, rank_within = _rest(matrices)  # [k, taps, c]
-    across, rank_across = _rest(matrices.transpose(2, 1, 0))  # [c, taps, k]
-    return Dial(within, across, rank_within, rank_across)
-
-
-def _rest(matrices: Float[np.ndarray, "n taps m"]) -> tuple[float, int]:
-    """Returns (1 - share of the squared norm of all matrices in their best rank-one parts, largest rank)."""
-    energy = np.square(np.linalg.svd(matrices, compute_uv=False))
-    left = 1 - energy.cumsum(1) / energy.sum(1, keepdims=True)
-    rank = 1 + (left > 1e-6).sum(1).max()
-    return max(0.0, float(1 - energy[:, 0].sum() / energy.sum())), int(rank)
+    kernel = np.asarray(bank, np.float64).transpose(1, 2, 3, 0)
+    return Dial(dial(kernel, "within"), dial(kernel, "across"), rank(kernel, "within"), rank(kernel, "across"))

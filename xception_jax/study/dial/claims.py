@@ -15,6 +15,7 @@ from jaxtyping import Float
 from xception_jax.study.dial.design import REGULAR
 from xception_jax.study.dial.results import DialResults
 from xception_jax.study.seed_claims import Claim, Seeds, evaluate, part_of
+from xception_jax.study.statistics import slope_weights
 from xception_jax.study.verdicts import TestedClaim, TestedPart
 
 DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
@@ -140,8 +141,7 @@ def _positions(results: DialResults, banks: Sequence[str]) -> Float[np.ndarray, 
 
 
 def _slope(x: Float[np.ndarray, "banks seeds"], y: Float[np.ndarray, "banks seeds"]) -> Seeds:
-    centred = x - x.mean(0)
-    slope = (centred * y).sum(0) / np.square(centred).sum(0)
+    slope = (slope_weights(x) * y).sum(0)
     return np.where(np.ptp(y, axis=0) == 0, 0.0, slope)  # exactly: rounding must not decide a claim with a bound of 0
 
 

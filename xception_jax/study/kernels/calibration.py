@@ -25,9 +25,9 @@ from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.records import network_path
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
-from xception_jax.study.kernels.measure import FAMILIES
 from xception_jax.study.kernels.networks import LayerSeparability, measure_layer
-from xception_jax.study.statistics import estimate
+from xception_jax.study.separability import FAMILIES
+from xception_jax.study.statistics import estimate, slope_weights
 from xception_jax.study.store import write_report_files
 from xception_jax.user_files import read_arrays, reading
 
@@ -111,8 +111,7 @@ class Calibration:
             np.stack([self.values(arm, layer, bank, kind, family) for bank in banks]) for kind in ("true", "position")
         )
         x = truth / truth[banks.index("free")]
-        centred = x - x.mean(0)
-        return (centred * position).sum(0) / np.square(centred).sum(0)
+        return (slope_weights(x) * position).sum(0)
 
     def rank_correlations(self, arm: str, layer: str, family: str) -> Float[np.ndarray, " seeds"]:
         """Returns, for each seed, Spearman's correlation over the banks of a family: measured with true dial.

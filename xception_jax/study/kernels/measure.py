@@ -1,16 +1,14 @@
 """Measures the separability of one regular kernel [kh, kw, c, f], and of random kernels as the null hypothesis.
 
-A regular kernel equals a depthwise separable convolution if it has rank one in one of two ways:
+The two ways of being separable and the dial are those of `study.separability`. Two more measures are of the literature:
 
-- Within filters, pointwise first (figure 4): each filter is one spatial pattern (a blueprint) times a weight for each
-  input channel. BSConv (Haase and Amthor 2020, arXiv 2003.13549) measures the share of a filter's squared norm in its
-  best blueprint. Here no mean is subtracted, so that one minus this share is the squared relative error of the
+- BSConv (Haase and Amthor 2020, arXiv 2003.13549) measures the share of a filter's squared norm in its best spatial
+  pattern (blueprint). Here no mean is subtracted, so that one minus this share is the squared relative error of the
   replacement.
-- Across filters, depthwise first: for each input channel, all filters share one spatial kernel. With r kernels per
-  channel this is a sum of r depthwise separable convolutions, which is exact if r is the number of taps: one of the
-  two decompositions of Network Decoupling (Guo et al. 2018, arXiv 1808.05517).
+- With r spatial kernels per channel, a kernel is a sum of r depthwise separable convolutions, which is exact if r is
+  the number of taps: one of the two decompositions of Network Decoupling (Guo et al. 2018, arXiv 1808.05517).
 
-Both are singular value decompositions. Random kernels also have a first component, so they are the null hypothesis.
+Random kernels also have a first component, so they are the null hypothesis.
 One null has the shape of the kernel only. The other one also has its energies (squared norms) for each tap, each
 channel and each filter: a kernel whose centre is strong, or whose filters are mostly dead, is nearer to rank one
 without being separable.
@@ -20,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +25,18 @@ import numpy as np
 from jaxtyping import Float
 
 from xception_jax.models.layers import glorot_uniform
+from xception_jax.study.separability import (
+    FAMILIES,
+    Kernel,
+    Matrices,
+    across_filters,
+    blocks,
+    component_energies,
+    within_filters,
+)
 
 _DRAWS = 20  # random kernels of each null
-_BLOCK = 1 << 22  # elements that are decomposed in one call, which Ctrl-C cannot interrupt
 _EXACT, _MOST_ROUNDS = 1e-10, 500  # of fitting the energies
-
-Kernel = Float[np.ndarray, "kh kw c f"]
-Matrices = Float[np.ndarray, "n taps m"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +54,6 @@ class Spread:
         return cls(float(values.mean()), float(low), float(high))
 
 
-def within_filters(kernel: Kernel) -> Matrices:
-    """Returns a matrix [taps, c] for each filter."""
-    kh, kw, c, f = kernel.shape
-    return kernel.reshape(kh * kw, c, f).transpose(2, 0, 1)
-
-
-def across_filters(kernel: Kernel) -> Matrices:
-    """Returns a matrix [taps, f] for each channel."""
-    kh, kw, c, f = kernel.shape
-    return kernel.reshape(kh * kw, c, f).transpose(1, 0, 2)
-
-
-FAMILIES: dict[str, Callable[[Kernel], Matrices]] = {"within": within_filters, "across": across_filters}
-"""The two ways of being separable: what is of rank one."""
-
-
-def component_energies(matrices: Matrices) -> Float[np.ndarray, "n rank"]:
-    """Returns the squared singular values of each matrix, the largest one first."""
-    rows = max(1, _BLOCK // matrices[0].size)
-    parts = (matrices[start : start + rows] for start in range(0, len(matrices), rows))
-    return np.concatenate([np.square(np.linalg.svd(part, compute_uv=False)) for part in parts])
-
-
 def first_component(kernel: Kernel) -> Float[np.ndarray, " f"]:
     """Returns the share of each filter's squared norm in its best blueprint, in [1/taps, 1]; NaN for a zero filter."""
     energy = component_energies(within_filters(kernel))
@@ -90,19 +69,6 @@ def rank_errors(kernel: Kernel) -> Float[np.ndarray, " taps"]:
     energy[: len(values)] = values
     left = np.append(energy[::-1].cumsum()[::-1][1:], 0.0)
     return np.sqrt(left / energy.sum()) if energy.sum() > 0 else np.full(taps, np.nan)
-
-
-def dial(kernel: Kernel, family: str) -> float:
-    """Returns the place of a kernel on the dial: 1 - share of its squared norm in the best rank-one parts.
-
-    It is 0 if the kernel is separable, and the same as that of a bank in `study.dial.banks`.
-
-    Args:
-      kernel: not zero.
-      family: 'within' or 'across' filters.
-    """
-    energy = component_energies(FAMILIES[family](kernel))
-    return float(energy[:, 1:].sum() / energy.sum())
 
 
 @functools.cache
@@ -133,9 +99,7 @@ def _first_share(matrices: Matrices) -> float:
     """
     if matrices.shape[1] > matrices.shape[2]:
         matrices = matrices.transpose(0, 2, 1)
-    rows = max(1, _BLOCK // matrices[0].size)
-    parts = (matrices[start : start + rows] for start in range(0, len(matrices), rows))
-    first = sum(float(np.linalg.eigvalsh(part @ part.transpose(0, 2, 1))[:, -1].sum()) for part in parts)
+    first = sum(float(np.linalg.eigvalsh(part @ part.transpose(0, 2, 1))[:, -1].sum()) for part in blocks(matrices))
     return first / float(np.square(matrices).sum())
 
 

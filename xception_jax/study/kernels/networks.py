@@ -23,15 +23,14 @@ from xception_jax.runs import is_run, open_network
 from xception_jax.study.cells import KERNELS, Cell
 from xception_jax.study.kernels import weight_file
 from xception_jax.study.kernels.measure import (
-    FAMILIES,
     Spread,
-    dial,
     first_component,
     random_dials,
     random_kernels,
     rank_errors,
 )
 from xception_jax.study.kernels.weight_file import KernelSet, find_kernels
+from xception_jax.study.separability import FAMILIES, dial
 from xception_jax.study.store import STUDY, read_study
 from xception_jax.training.workdir import CONFIG
 from xception_jax.user_files import read_json, reading, writing

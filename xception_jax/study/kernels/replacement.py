@@ -27,8 +27,8 @@ from xception_jax.models import create_model
 from xception_jax.names import printable
 from xception_jax.parallel import batch_sharding, make_mesh, to_devices
 from xception_jax.runs import open_run, run_network
-from xception_jax.study.kernels.measure import FAMILIES, Kernel
 from xception_jax.study.kernels.networks import regular_kernels
+from xception_jax.study.separability import FAMILIES, Kernel
 from xception_jax.weights import tree
 
 RANKS = (1, 2, 4)
