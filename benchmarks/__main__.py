@@ -23,6 +23,10 @@ from benchmarks.rounds import ROOT, measure
 from xception_jax.command_line import Parser, run_main
 from xception_jax.errors import InputMissingError, UsageError
 
+DATA, REPORT, PLOT, GROWTH_PLOT = "data/benchmarks.json", "benchmarks.md", "images/benchmarks.png", "images/growth.png"
+OUTPUTS = tuple(f"docs/{name}" for name in (DATA, REPORT, PLOT, GROWTH_PLOT))
+"""What a measurement of the published report itself changes in the checkout."""
+
 
 def _parse() -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
@@ -48,13 +52,19 @@ def _say(line: str) -> None:
 
 
 def _about() -> dict[str, Any]:
-    """Returns the date, commit and command of a measurement."""
-    describe = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    """Returns the date, commit, hardware and command of a measurement."""
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in OUTPUTS))
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": describe.stdout.strip() or "unknown",
+        "commit": f"{commit}-dirty" if changed else commit,
+        "hardware": _hardware(),
         "command": shlex.join(["python", "-m", "benchmarks", *(a for a in sys.argv[1:] if not _is_private(a))]),
     }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def _is_private(argument: str) -> bool:
@@ -97,15 +107,15 @@ def main() -> int:
     if args.repeats < 1:
         raise UsageError(f"--repeats is {args.repeats}", "--repeats", "set it to a whole number, at least 1")
 
-    data = args.output / "data" / "benchmarks.json"
+    data = args.output / DATA
     results: dict[str, Any] = json.loads(data.read_text()) if data.exists() else {"cases": {}}
 
     def save() -> None:
         data.parent.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(results, indent=1) + "\n")
-        (args.output / "benchmarks.md").write_text(report.markdown(results))
+        (args.output / REPORT).write_text(report.markdown(results))
 
-    about = _about()  # must come before the results are written, which makes the checkout dirty
+    about = _about()
     if args.growth:
         results["growth"] = about | {"points": measure_growth(args.seconds, _say)}
     elif not args.report:
@@ -114,7 +124,6 @@ def main() -> int:
             raise InputMissingError(
                 "the environment of the peers is missing", args.peers, "run make bench, or set --peers"
             )
-        results["hardware"] = _hardware()
         with tempfile.TemporaryDirectory() as directory:
             write_photographs(directory)
             for name in names:
@@ -133,9 +142,9 @@ def main() -> int:
     results["cases"] = {name: results["cases"][name] for name in CASES if name in results["cases"]}
     save()
     if results["cases"]:
-        report.plot(results, args.output / "images" / "benchmarks.png")
+        report.plot(results, args.output / PLOT)
     if results.get("growth"):
-        report.plot_growth(results["growth"]["points"], args.output / "images" / "growth.png")
+        report.plot_growth(results["growth"]["points"], args.output / GROWTH_PLOT)
     print(json.dumps(results) if args.json else report.goals_table(results))
     failed = [c for case in results["cases"].values() for c in case["contestants"].values() if "error" in c]
     return 1 if failed else 0

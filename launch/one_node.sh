@@ -8,7 +8,7 @@ set -euo pipefail
 
 CONFIG="${CONFIG:-imagenet}"
 WORKDIR="${WORKDIR:-runs/$CONFIG}"
-DATA_DIR="${DATA_DIR:-}" # where `xception-jax prepare` put the dataset; empty for its default
+DATA_DIR="${DATA_DIR:-}" # where `xception-jax prepare` put the dataset; empty for that of the config
 MAX_RESTARTS="${MAX_RESTARTS:-20}"
 
 child="" stopped="" interrupted=""
@@ -19,7 +19,7 @@ stop() { # a signal to this script ends `wait`, not the run
 trap stop TERM INT
 
 for ((restart = 0; ; restart++)); do
-  xception-jax train --config="$CONFIG" --workdir="$WORKDIR" --config.data.data_dir="$DATA_DIR" "$@" &
+  xception-jax train --config="$CONFIG" --workdir="$WORKDIR" ${DATA_DIR:+--config.data.data_dir="$DATA_DIR"} "$@" &
   child=$!
   [[ -z "$stopped" ]] || stop # it came before there was a child
   interrupted=1

@@ -11,6 +11,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@180
 #SBATCH --requeue
@@ -20,7 +21,7 @@ set -euo pipefail
 
 CONFIG="${CONFIG:-imagenet}"
 WORKDIR="${WORKDIR:-runs/$CONFIG}"
-DATA_DIR="${DATA_DIR:-}" # where `xception-jax prepare` put the dataset; empty for its default
+DATA_DIR="${DATA_DIR:-}" # where `xception-jax prepare` put the dataset; empty for that of the config
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
 
 # Three minutes before the time is over, Slurm sends SIGTERM to the tasks (--signal), and they save and end with 75.
@@ -30,7 +31,7 @@ trap : TERM
 # The tasks end together by themselves: srun must not kill those that still save when the first one has ended.
 code=0
 srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none \
-  xception-jax train --config="$CONFIG" --workdir="$WORKDIR" --config.data.data_dir="$DATA_DIR" "$@" || code=$?
+  xception-jax train --config="$CONFIG" --workdir="$WORKDIR" ${DATA_DIR:+--config.data.data_dir="$DATA_DIR"} "$@" || code=$?
 
 # 74: a disk or network failed, 75: stopped and saved, above 128: killed. All others would fail again.
 # Slurm itself requeues the job after a failure of a node and after a preemption.

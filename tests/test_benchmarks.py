@@ -48,7 +48,8 @@ def _measure(case):
 
 def _results(contestants):
     about = {"command": "python -m benchmarks --cases=fake", "repeats": 3, "date": "2026-01-01", "commit": "abc"}
-    return {"hardware": "y", "cases": {"fake": about | {"contestants": contestants}}}
+    about["hardware"] = "y"
+    return {"cases": {"fake": about | {"contestants": contestants}}}
 
 
 def test_workers_take_turns_and_one_that_fails_is_named(fake):

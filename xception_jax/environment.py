@@ -37,6 +37,19 @@ def command() -> str:
     return command_line([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
+def usable_cores() -> list[int]:
+    """Returns the numbers of the CPU cores that this process may use; macOS does not restrict processes."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def use_cores(cores: Iterable[int]) -> None:
+    """Restricts this process to some CPU cores, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
 def restart_with_allocator() -> None:
     """Replaces this program by itself with the settings of `ALLOCATOR`, at most once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Mapping
 
 from xception_jax.config import DistributedConfig
@@ -58,8 +59,8 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
             "process_id": int(environment["SKYPILOT_NODE_RANK"]),
         }
     names = {
-        "num_processes": ("JAX_NUM_PROCESSES",),
-        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX"),
+        "num_processes": ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE"),  # JAX does not detect Open MPI 5
+        "process_id": ("JAX_PROCESS_ID", "JOB_COMPLETION_INDEX", "OMPI_COMM_WORLD_RANK"),
     }
     if "JAX_COORDINATOR_ADDRESS" not in environment:
         return {}
@@ -67,15 +68,20 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, str | int]:
     return {key: int(value) for key, value in found.items() if value}
 
 
-def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
-    """Returns the GPUs of a Slurm task that is the only one on its node: all of them.
+def gpus_of_task(environment: Mapping[str, str], devices: str = "/dev/nvidia[0-9]*") -> list[int] | None:
+    """Returns the GPUs of a task of Slurm or Open MPI that is the only one on its node: all of them.
 
     JAX would take one GPU for each task. Returns None where JAX's own choice is right, or the user has made one.
+
+    Args:
+      environment: the environment variables.
+      devices: pattern of the devices of this node, which count where no variable does.
     """
     nodes = environment.get("SLURM_STEP_NUM_NODES", "")
-    if environment.get("JAX_LOCAL_DEVICE_IDS") or not nodes or environment.get("SLURM_STEP_NUM_TASKS") != nodes:
+    alone = bool(nodes) and environment.get("SLURM_STEP_NUM_TASKS") == nodes
+    if environment.get("JAX_LOCAL_DEVICE_IDS") or not (alone or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"):
         return None
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    on_node = environment.get("SLURM_GPUS_ON_NODE", "")
+    on_node = environment.get("SLURM_GPUS_ON_NODE", "") if alone else str(len(glob.glob(devices)))
     count = len(visible.split(",")) if visible else int(on_node) if on_node.isdigit() else 0
     return list(range(count)) if count > 1 else None

@@ -48,7 +48,7 @@ _set_handler.argtypes, _set_handler.restype = (ctypes.c_int, ctypes.c_void_p), c
 def start_distributed(distributed: DistributedConfig) -> None:
     """Connects to the other processes of this run, if there are any.
 
-    `distributed` takes precedence over the environment. JAX itself detects TPU pods, GKE, Slurm (with srun), Open MPI
+    `distributed` takes precedence over the environment. JAX itself detects TPU pods, GKE, Slurm (with srun), Open MPI 4
     and Kubernetes jobs. This function adds `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, SkyPilot, and all GPUs of a node
     for a Slurm task that has the node to itself.
 

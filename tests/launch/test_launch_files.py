@@ -13,7 +13,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from string import Template
 
 import pytest
 import yaml
@@ -44,10 +43,13 @@ exit 99
     # Options start with --, so the command begins with the first word that does not.
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'echo "$@" >> "$NOTES/scontrol"',
-    # A slice with two workers, whose homes are folders. Code 200 of the program stands for a slice that is taken away.
+    # A slice with two workers, whose homes are folders and whose commands run for real. Code 200 of the program stands
+    # for a slice that is taken away. The file `api` has the codes of the next calls of gcloud itself.
     "gcloud": """
 verb="$4" command="${@: -1}"
 echo "$verb" >> "$NOTES/gcloud"
+failure="$(sed -n "s/^$verb //p" "$NOTES/api" 2>/dev/null | head -n 1)"
+if [[ -n "$failure" ]]; then sed -i "0,/^$verb /{/^$verb /d}" "$NOTES/api"; exit "$failure"; fi
 case "$verb" in
   create) printf '%s\\n' "$@" > "$NOTES/created"; printf 'WAITING_FOR_RESOURCES\\nACTIVE\\n' > "$NOTES/states" ;;
   delete) rm -rf "$NOTES/states" "$NOTES/worker"* ;;
@@ -55,19 +57,23 @@ case "$verb" in
     [[ -s "$NOTES/states" ]] || { echo "ERROR: NOT_FOUND: there is no such resource" >&2; exit 1; }
     head -n 1 "$NOTES/states"
     (($(wc -l < "$NOTES/states") == 1)) || sed -i 1d "$NOTES/states" ;;
+  scp) for worker in worker0 worker1; do mkdir -p "$NOTES/$worker"; cp "$5" "$NOTES/$worker"; done ;;
   ssh)
     result=0
     for worker in worker0 worker1; do
-      export HOME="$NOTES/$worker"
-      mkdir -p ~/venv/bin
-      case "$command" in
-        *"uv venv"*) ln -sf "$(command -v xception-jax)" ~/venv/bin/ && touch ~/installed ;;
-        *) bash -c "${command#--command=}" || { code=$?; ((result != 0)) || result=$code; } ;;
-      esac
+      HOME="$NOTES/$worker"
+      mkdir -p "$HOME"
+      HOME="$HOME" bash -c "${command#--command=}" || { code=$?; ((result != 0)) || result=$code; }
     done
     ((result != 200)) || echo SUSPENDED > "$NOTES/states"
     exit "$result" ;;
 esac
+""",
+    "pip": 'mkdir -p ~/.local/bin; ln -sf "$(command -v uv)" ~/.local/bin/uv',
+    "uv": """
+echo "$@" >> "$NOTES/uv"
+[[ "$*" == *--constraint* ]] || { mkdir -p ~/venv/bin; ln -sf "$(command -v xception-jax)" ~/venv/bin/; exit; }
+grep -q '^jax==' "${@: -2:1}" && [[ ! -e "$NOTES/broken" ]]
 """,
 }
 FAST = {"POLL_SECONDS": "0", "RESTART_SECONDS": "0"}
@@ -91,7 +97,7 @@ class Launch:
             (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
             (programs / name).chmod(0o755)
         path = f"{programs}:{os.environ['PATH']}"
-        self._environment = {"PATH": path, "HOME": str(folder), "NOTES": str(folder), "DATA_DIR": DATA} | FAST
+        self.environment = {"PATH": path, "HOME": str(folder), "NOTES": str(folder), "DATA_DIR": DATA} | FAST
 
     def start(self, name: str, codes: list[int], *arguments: str, **variables: str) -> subprocess.Popen:
         """Starts a script. The program ends with `codes`, and then runs until it gets SIGTERM."""
@@ -99,7 +105,7 @@ class Launch:
         process = subprocess.Popen(
             ["bash", LAUNCH / name, *arguments],
             cwd=ROOT,
-            env=self._environment | VARIABLES[name] | variables,
+            env=self.environment | VARIABLES[name] | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -212,8 +218,67 @@ def test_a_slice_that_is_taken_away_is_requested_again(launch):
     code, output = launch("tpu_vm.sh", [200, 200, 0, 0])
     assert code == 0, output
     verbs = [verb for verb in launch.calls("gcloud") if verb != "describe"]
-    once = ["create", "ssh", "scp", "ssh", "ssh"]  # asks whether the program is there, copies, installs, trains
+    once = ["create", "ssh", "scp", "ssh", "ssh"]  # asks which commit is there, copies, installs, trains
     assert verbs == [*once, "delete", *once, "delete"]
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_workers_get_the_commit_and_their_setup_once(launch):
+    setup = {"KEEP": "1", "SETUP": 'echo "$HOME" >> "$NOTES/setup"; false; true'}
+    assert launch("tpu_vm.sh", [0, 0], **setup)[0] == 0
+    assert (launch.folder / "worker1" / "installed").read_text() == commit()
+    assert "--python=3.12" in launch.calls("uv")[0]
+    installed = len(launch.calls("uv"))
+    assert launch("tpu_vm.sh", [0, 0], **setup)[0] == 0
+    assert len(launch.calls("uv")) == installed  # the same commit
+    (launch.folder / "worker1" / "installed").write_text("another\n")
+    assert launch("tpu_vm.sh", [0, 0], **setup)[0] == 0
+    assert len(launch.calls("uv")) == 2 * installed
+    assert launch.calls("setup") == [str(launch.folder / f"worker{number}") for number in (0, 1)]
+
+
+@pytest.mark.parametrize("broken", ["the installation", "the setup"])
+def test_a_slice_on_which_nothing_could_be_installed_is_kept(launch, broken):
+    if broken == "the installation":
+        (launch.folder / "broken").touch()
+    code, output = launch("tpu_vm.sh", [], SETUP="true; exit 32" if broken == "the setup" else "true")
+    assert code == 1
+    assert "The slice is kept" in output
+    assert "delete" not in launch.calls("gcloud")
+    assert launch.starts() == []
+
+
+def test_failures_of_gcloud_itself_end_nothing(launch):
+    (launch.folder / "api").write_text("ssh 1\nscp 1\ndelete 1\n")
+    code, output = launch("tpu_vm.sh", [200, 200, 0, 0])
+    assert code == 0, output
+    assert len(launch.starts()) == 4
+
+
+def test_a_request_that_is_refused_ends_the_script(launch):
+    (launch.folder / "api").write_text("create 1\n")
+    assert launch("tpu_vm.sh", [])[0] == 1
+    assert launch.calls("gcloud") == ["describe", "create"]
+
+
+def test_a_bug_ends_a_run_on_a_slice(launch):
+    assert launch("tpu_vm.sh", [1, 1])[0] == 1
+    assert len(launch.starts()) == 2
+
+
+def test_the_options_of_the_user_reach_gcloud(launch):
+    given = {"CREATE_FLAGS": "--network=n --internal-ips", "SSH_FLAGS": "--internal-ip"}
+    assert launch("tpu_vm.sh", [0, 0], **given)[0] == 0
+    assert launch.calls("created")[-2:] == ["--network=n", "--internal-ips"]
+
+
+@pytest.mark.parametrize("name", ["one_node.sh", "slurm.sh", "tpu_vm.sh"])
+def test_without_a_directory_the_dataset_is_where_the_config_says(launch, name):
+    assert launch(name, [0, 0], DATA_DIR="")[0] == 0
+    assert not any(argument.startswith("--config.data.data_dir") for argument in launch.starts()[-1])
 
 
 def test_a_disk_with_the_dataset_is_attached_to_the_slice(launch):
@@ -283,10 +348,18 @@ def test_nodes_start_again_after_the_right_codes():
     recovery = task["resources"]["job_recovery"]
     assert set(recovery["recover_on_exit_codes"]) == {PreemptedError.exit_code, INTERRUPTED_EXIT_CODE}
     assert recovery["max_restarts_on_errors"] == 0
-    words = shlex.split(Template(task["run"]).substitute(task["envs"] | {"ARGS": "--config.seed=5"}))
-    assert words[:2] == ["exec", "xception-jax"]
-    assert words[-1] == "--config.seed=5"
-    check_arguments(words[2:])
+
+
+def test_a_node_starts_the_program_with_all_arguments(launch):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    fields = ["--config.seed=5", "--config.name=two words; $(touch x)", "--config.data.train_split=train[:90%]"]
+    (launch.folder / "codes").write_text("0\n")
+    for part in ("setup", "run"):
+        environment = launch.environment | task["envs"] | {"ARGS": shlex.join(fields)}
+        subprocess.run(["bash", "-e", "-c", task[part]], cwd=ROOT, env=environment, check=True)
+    (arguments,) = launch.starts()
+    assert arguments[-3:] == fields
+    check_arguments(arguments)
 
 
 def test_no_code_is_left_out():

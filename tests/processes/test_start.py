@@ -72,6 +72,8 @@ def test_what_jax_does_not_read():
     assert from_environment(jax_own) == {"num_processes": 3, "process_id": 0}  # JAX reads the address
     job = {"JAX_COORDINATOR_ADDRESS": "a:1", "JOB_COMPLETION_INDEX": "2"}
     assert from_environment(job) == {"process_id": 2}
+    mpi = {"JAX_COORDINATOR_ADDRESS": "a:1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    assert from_environment(mpi) == {"num_processes": 4, "process_id": 3}
     sky = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2"}
     expected = {"coordinator_address": f"10.0.0.1:{SKYPILOT_PORT}", "num_processes": 2, "process_id": 1}
     assert from_environment(sky) == expected
@@ -92,6 +94,15 @@ def test_what_jax_does_not_read():
 def test_a_task_with_a_node_to_itself_has_all_gpus(tasks, others, expected):
     assert gpus_of_task({"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": str(tasks), **others}) == expected
     assert gpus_of_task(others) is None  # not started by srun
+
+
+def test_a_process_of_mpi_with_a_node_to_itself_has_all_gpus(tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    devices = f"{tmp_path}/nvidia[0-9]*"
+    assert gpus_of_task({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, devices) == [0, 1]
+    assert gpus_of_task({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "1,2,3"}, devices) == [0, 1, 2]
+    assert gpus_of_task({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, devices) is None
 
 
 def start(shared_environment, *environments, arguments=()):

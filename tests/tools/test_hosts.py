@@ -48,7 +48,7 @@ def test_a_command_names_a_file_and_variables_that_it_reads(name):
     for command in commands:
         (file,) = re.findall(r"launch/[\w.]+", command)
         text = (ROOT / file).read_text()
-        given = re.findall(r"(?:^| |--env=|'| )([A-Z]+)=", command)
+        given = re.findall(r"(?:^| |--env=|'| )([A-Z_]+)=", command)
         assert all(f"${{{variable}:" in text or re.search(rf"^  {variable}:", text, re.M) for variable in given)
         assert "two words" in command
         assert "'my config'" in command
@@ -89,6 +89,7 @@ def warn(name, *, memory=0.0, compiled=True, speed=0.0, stop=1.0, **fields):
         (warn("h100:8", memory=0.96, compiled=False), []),
         (warn("h100:8", memory=1.5, compiled=False), ["A step may not fit"]),
         (warn("h100:8", speed=104 * 510 + 1), ["Input needs at least 104 cores"]),
+        (warn("h100:8", speed=17 * 510, data__threads=16), ["Input needs at least 17 decoding threads"]),
         (warn("h100:8", stop=16), ["A step and a checkpoint take up to 16 s"]),
     ],
 )

@@ -146,7 +146,7 @@ def test_extending_a_run_is_noted_and_stored(tmp_path):
     with open_workdir(tmp_path, config, report=lines.append):
         pass
     assert lines == [
-        "changed since the last run in this directory: config.data.threads: 16 -> 4",
+        "changed since the last run in this directory: config.data.threads: 0 -> 4",
         "changed since the last run in this directory: config.duration: '169 epochs' -> '200 epochs'",
     ]
     assert from_json((tmp_path / "config.json").read_text()) == config

@@ -127,6 +127,8 @@ def assumptions(plan: Plan) -> list[str]:
         "all units run at the speed of the data sheet; input keeps up; evaluation and checkpoints take no time",
         f"data sheet: {plan.topology.chip.source}",
     ]
+    if plan.config.optimizer.frozen:
+        lines.insert(2, "frozen layers count as trained ones: arithmetic, memory and communication are less")
     if not plan.compiled:
         lines.insert(
             2, "not compiled: collectives and bytes are those that data parallelism requires; memory may be more"

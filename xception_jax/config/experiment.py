@@ -40,7 +40,7 @@ class DataConfig(Section):
     turn_angle: float = number(1.0, 0.0, 1.0, "local: 0 leaves images as they are", unless={"turn": ("none",)})
     turn_seed: int = integer(0, 0, "local: draws the direction of the turn", unless={"turn": ("none",)})
     eval_crop: float = number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True)
-    threads: int = integer(16, 1, "local: decoding threads in each process")
+    threads: int = integer(0, 0, "local: decoding threads in each process; 0 is as many as cores, but at least 16")
     workers: int = integer(0, 0, "local: decoding processes beside the trainer; 0 decodes in threads")
     cache: bool = flag(False, "local: keep decoded images in memory, which a small dataset fits into")
     cache_features: bool = flag(

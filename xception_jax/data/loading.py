@@ -16,6 +16,7 @@ from xception_jax.data.augmentation import AUGMENTATIONS
 from xception_jax.data.buffers import Buffers
 from xception_jax.data.sources import Source, check_label
 from xception_jax.data.turn import Turn
+from xception_jax.environment import usable_cores
 from xception_jax.errors import BadDataError
 
 Batch = dict[str, np.ndarray]
@@ -42,7 +43,9 @@ class BatchLoader:
         self._limits = images.Limits.of(data)
         self._view = view or images.Preprocessing.of(data)
         self._augment, self._turn = AUGMENTATIONS[data.augmentation], Turn.of(data)
-        self._decoders = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")  # starts them on first use
+        # At least 16, because some wait for a disk.
+        self._threads = data.threads or max(16, len(usable_cores()) // max(1, data.workers))
+        self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")  # starts them on first use
         self._cache: dict[int, tuple[UInt8[np.ndarray, "h w 3"], Any]] = {}  # (image, label) by index
 
     def __reduce__(self) -> tuple:
@@ -85,7 +88,7 @@ class BatchLoader:
                 else:
                     batch["label"][row] = label_or_labels
 
-        step = -(-count // (_PARTS_PER_THREAD * self._data.threads))
+        step = -(-count // (_PARTS_PER_THREAD * self._threads))
         parts = (range(start, min(start + step, count)) for start in range(0, count, step))
         list(self._decoders.map(load, parts))  # waits, and raises what a thread raised
         return batch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xception_jax.config import DataConfig, duration_in_steps
 from xception_jax.data.datasets import open_dataset
-from xception_jax.environment import with_allocator
+from xception_jax.environment import usable_cores, with_allocator
 from xception_jax.errors import (
     RESUMABLE_EXIT_CODES,
     SUCCESS_EXIT_CODE,
@@ -110,7 +110,7 @@ def _run_phase(
     left = [cell for cell in cells if _is_left(cell, retry)]
     if left:
         steps = _total_steps(cells)
-        slots = make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
+        slots = make_slots(jobs, usable_cores(), visible_gpus(environment))
         table = ProgressTable(stored.study, stored.costs, cells, steps, jobs, later, sys.stderr, before)
         Runner(left, slots, _cell_environment(stored.root, environment), table.show).run()
     return [_own_exit_code(cell.record().get("exit_code", SUCCESS_EXIT_CODE)) for cell in cells]
@@ -184,7 +184,7 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
     if not _is_left(cell, retry=False):
         return cell.record()["exit_code"]
     _keep_turns(stored)
-    slots = make_slots(1, sorted(os.sched_getaffinity(0)), visible_gpus(environment))
+    slots = make_slots(1, usable_cores(), visible_gpus(environment))
     runner = Runner([cell], slots, _cell_environment(stored.root, environment), lambda runner: None)
     runner.run()
     return _own_exit_code(cell.record()["exit_code"])

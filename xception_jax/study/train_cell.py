@@ -14,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+from xception_jax.environment import use_cores
 from xception_jax.process import run_program
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     if args.end_with_stdin:
         threading.Thread(target=_stop_at_end_of_input, name="runner", daemon=True).start()
     if args.cores is not None:  # before JAX is imported: it starts as many threads as there are cores
-        os.sched_setaffinity(0, {int(core) for core in args.cores.split(",")})
+        use_cores({int(core) for core in args.cores.split(",")})
     path = args.workdir / "config.json"
     if not path.exists():
         fix = "name the work directory of a cell, such as cells/ARM/seed0"

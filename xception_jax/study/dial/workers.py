@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
+from xception_jax.environment import usable_cores, use_cores
 from xception_jax.errors import PreemptedError
 from xception_jax.study.runner import Slot, make_slots, visible_gpus
 
@@ -36,7 +37,7 @@ def open_workers(jobs: int) -> Iterator[Run]:
         return
     context = multiprocessing.get_context("spawn")
     shares = context.SimpleQueue()
-    for slot in make_slots(jobs, sorted(os.sched_getaffinity(0)), visible_gpus(os.environ)):
+    for slot in make_slots(jobs, usable_cores(), visible_gpus(os.environ)):
         shares.put(slot)
     with ProcessPoolExecutor(jobs, context, _start, (shares,)) as executor:
         try:
@@ -70,7 +71,7 @@ def _start(shares: SimpleQueue[Slot]) -> None:
     """Prepares a worker, before JAX looks for devices."""
     slot = shares.get()
     os.environ.update(slot.environment)
-    os.sched_setaffinity(0, slot.cores)
+    use_cores(slot.cores)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

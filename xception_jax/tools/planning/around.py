@@ -100,6 +100,11 @@ def warnings(
             f"{topology.chip.hbm_bytes / 2**30:.0f} GiB. Lower the batch, or raise config.accumulation_steps."
         )
     needed = images_per_second / IMAGES_PER_CORE
+    if config.data.threads and images_per_second > IMAGES_PER_CORE * config.data.threads * hosts.count:
+        found.append(
+            f"Input needs at least {needed / hosts.count:,.0f} decoding threads on each host: leave "
+            f"config.data.threads ({config.data.threads}) at 0."
+        )
     if needed > hosts.cores:
         found.append(
             f"Input needs at least {needed:,.0f} cores, and the hosts have {hosts.cores:,}: the chips will wait. "

@@ -22,7 +22,8 @@ class Chip:
       link_bandwidth: bytes per second that one link sends in one direction.
       axes: number of axes of the torus (TPU); 0 if the chips of a node are connected by a switch (GPU).
       links: number of links of one chip.
-      wrap: the ends of an axis are linked if its number of chips is a multiple of this (TPU).
+      wrap: the ends of an axis are linked if its number of chips is a multiple of this, in three dimensions if that of
+        every axis is (TPU).
       network_bandwidth: bytes per second that a chip sends to other nodes (GPU).
       source: where these figures come from.
     """

@@ -111,7 +111,8 @@ def launch_commands(topology: Topology, config: str, overrides: Sequence[str]) -
         sky_fields = f"--env={shlex.quote(f'ARGS={fields}')}" if fields else ""
         commands = [
             f"CONFIG={config} WORKDIR=SHARED_DIRECTORY sbatch {slurm} launch/slurm.sh {fields}",
-            f"sky jobs launch launch/skypilot.yaml {sky} --env=WORKDIR=gs://BUCKET/RUN {sky_fields}",
+            f"sky jobs launch launch/skypilot.yaml {sky} --env=WORKDIR=gs://BUCKET/RUN "
+            f"--env=DATA_SOURCE=gs://BUCKET/DATA {sky_fields}",
         ]
     return [command.strip() for command in commands]
 

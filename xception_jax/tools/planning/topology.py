@@ -43,11 +43,15 @@ class Topology:
         """Returns the bytes per second that one chip sends to the others, over all links that the slice can use.
 
         An axis with linked ends has two usable links. A shorter axis has one, because the chips at its ends have no
-        other. GPUs on several nodes are limited by the network.
+        other. In three dimensions, the ends are linked if all sides are long enough. GPUs on several nodes are limited
+        by the network.
         """
         if not self.is_tpu:
             return self.chip.network_bandwidth if self.size > NODE else self.chip.links * self.chip.link_bandwidth
-        links = sum(2 if side % self.chip.wrap == 0 else 1 for side in self.shape if side > 1)
+        wraps = [side % self.chip.wrap == 0 for side in self.shape]
+        if len(wraps) > 2:
+            wraps = [all(wraps)] * len(wraps)
+        links = sum(1 + wrap for side, wrap in zip(self.shape, wraps, strict=True) if side > 1)
         return links * self.chip.link_bandwidth
 
     def devices(self) -> list[Any]:
