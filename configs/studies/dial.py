@@ -7,9 +7,9 @@ convolution in front represents exactly) or across them (one spatial filter a ch
 The paper calls the order unimportant (section 2). Here the templates that have to be found are separable in one way,
 in the other, or in neither, by a dial, and the best possible accuracy is the same on all of them.
 
-Sizes: smoke (under two minutes, interprets nothing), cpu (default: a night of two cores), full (one GPU); controls:
-multiply_adds (default), live_parameters: studies/dial:cpu,live_parameters. Design, gates and claims:
-docs/studies/dial.md.
+Sizes: smoke (under two minutes, interprets nothing), cpu (default: a night of two cores), second (after cpu: what was
+left open, with claims of its own), full (one GPU); controls: multiply_adds (default), live_parameters:
+studies/dial:cpu,live_parameters. Design, gates and claims: docs/studies/dial.md.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 from xception_jax.errors import ConfigError
 from xception_jax.study.dial.banks import FREE, BankSpec
-from xception_jax.study.dial.claims import CLAIMS
+from xception_jax.study.dial.claims import FIRST, SECOND
 from xception_jax.study.dial.design import DialStudy, Row, Tuning
 from xception_jax.study.dial.network import DEPTHWISE, DialArm
 from xception_jax.study.dial.training import Recipe
@@ -25,6 +25,7 @@ from xception_jax.study.dial.training import Recipe
 ANGLES = (0, 22, 45, 67)
 FREE_BANK = BankSpec("across", FREE)
 ENDS = (BankSpec("within", 0), BankSpec("across", 0), FREE_BANK)
+SEPARABLE = ENDS[:2]
 ACROSS = (*(BankSpec("across", angle) for angle in ANGLES), FREE_BANK)
 ALL = (*(BankSpec("within", angle) for angle in ANGLES), *ACROSS)
 THREE = (BankSpec("across", 0), BankSpec("across", 45), FREE_BANK)
@@ -75,6 +76,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "tuning": Tuning((0.02, 0.04, 0.08, 0.16, 0.32), TUNING_BANKS),
         "budget": "a night of two cores",
     },
+    # After the first: new seeds, lower rates, fewer arms, and claims of its own.
+    "second": {
+        "rows": rows(
+            (BASE[:1], ENDS), (BASE[1:], SEPARABLE), (MULTIPLIER, SEPARABLE), (BOTH_ENDS, SEPARABLE),
+            (deep(8)[:2], ENDS[2:]), (WIDE, ENDS[2:]),
+        ),
+        "seeds": (5, 6, 7, 8, 9, 10),
+        "recipe": Recipe(steps=3000),
+        "tuning": Tuning((0.04, 0.08), TUNING_BANKS),
+        "hypotheses": SECOND,
+        "budget": "two hours of two cores, besides the cells that choose the rates",
+    },
     "full": {
         "rows": rows(
             (BASE, ALL + RANKS), (SEGMENTS, ALL), (POINTWISE_SEGMENTS, ALL), (BOTH_ENDS, ALL),
@@ -91,11 +104,12 @@ SIZES: dict[str, dict[str, Any]] = {
 def get_study(size: str = "cpu", control: str = "multiply_adds") -> DialStudy:
     if size not in SIZES:
         raise ConfigError(f"there is no size {size!r}", "the study, after its colon", f"choose {', '.join(SIZES)}")
+    sized = {"hypotheses": FIRST, **SIZES[size]}
+    sized["hypotheses"] = {code: claim.text for code, claim in sized["hypotheses"].items()}
     return DialStudy(
         name=f"dial-{size}-{control}",
         question="Which order and how many segments of a separable convolution fit kernels that are separable within "
         "filters, across filters, or not at all?",
-        hypotheses={code: claim.text for code, claim in CLAIMS.items()},
         control=control,
-        **SIZES[size],
+        **sized,
     )

@@ -18,17 +18,18 @@ BEST_RATE = 0.04
 MEASURED = ("accuracy", "train_accuracy", "loss", "seconds", "cpu_seconds", "pulled_within", "pulled_across")
 
 
-def simulate(root, effect, *, seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None):
-    """Writes a directory of the cpu size.
+def simulate(root, effect, *, size="cpu", seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None):
+    """Writes the directory of a study.
 
     Args:
       root: the directory.
       effect: returns the accuracy of (arm, bank name, measured dial across).
+      size: size of the study.
       seeds: of the study.
       arms: names of the arms that the study has; by default all.
       bank_change, cell_change: change a row of a cell that counts, given as a dict, before it is written.
     """
-    study = dataclasses.replace(get_study("cpu"), seeds=seeds)
+    study = dataclasses.replace(get_study(size), seeds=seeds)
     if arms is not None:
         study = dataclasses.replace(study, rows=tuple(row for row in study.rows if row.arm.name in arms))
     root.mkdir(parents=True, exist_ok=True)

@@ -196,6 +196,6 @@ def list_dial(study: DialStudy) -> str:
             f"{cost.multiply_adds / reference.multiply_adds - 1:+6.1%}  {' '.join(b.name for b in row.banks)}"
         )
     lines += [f"{code}: {text}" for code, text in study.hypotheses.items()]
-    untested = [code for code, claim in CLAIMS.items() if not set(claim.arms) <= set(costs)]
+    untested = [code for code in study.hypotheses if code in CLAIMS and not set(CLAIMS[code].arms) <= set(costs)]
     lines += [f"not tested, because arms are missing: {', '.join(untested)}"] * bool(untested)
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)

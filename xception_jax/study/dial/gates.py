@@ -48,7 +48,7 @@ def _complete(results: DialResults) -> Iterator[CheckedGate]:
     ]
     name = "cells with another rate, number of steps or design than stated"
     yield CheckedGate(name, len(unfit), 0, " ".join(unfit[0]) if unfit else "")
-    other = [code for code, claim in CLAIMS.items() if study.hypotheses.get(code) != claim.text]
+    other = [code for code, text in study.hypotheses.items() if code not in CLAIMS or CLAIMS[code].text != text]
     yield CheckedGate("claims that this version states differently", len(other), 0, ", ".join(other))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from xception_jax.reports.environment import format_percent, make_environment
 from xception_jax.reports.style import COLORS, MARGIN, QUIET, ZERO, draw_svg, legend_label, on_white
 from xception_jax.study.controls import EQUAL_WITHIN
 from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.claims import DEPTHWISE, POINTWISE, SEGMENTS, beside_claims, evaluate_claims
+from xception_jax.study.dial.claims import DEPTHWISE, DEPTHWISE_6, POINTWISE, SEGMENTS, beside_claims, evaluate_claims
 from xception_jax.study.dial.design import REGULAR, DialStudy
 from xception_jax.study.dial.execute import chosen_rates, tried_rates
 from xception_jax.study.dial.gates import check_gates
@@ -30,6 +29,12 @@ from xception_jax.study.store import write_report_files
 from xception_jax.study.verdicts import TestedClaim, show_interval
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
+_CROSSING = {
+    REGULAR: "regular",
+    DEPTHWISE: "depthwise first",
+    POINTWISE: "pointwise first",
+    DEPTHWISE_6: "depthwise first, six filters a channel",
+}
 _PAIRS = {
     "": "two blocks", "_4": "four blocks", "_8": "eight blocks", "_wide": "two, as costly as eight",
     "_long": "two, twice the steps",
@@ -174,11 +179,11 @@ def _points(results: DialResults, family: str, banks: Sequence[BankSpec]) -> lis
 
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[Seeds], label: str, number: int) -> None:
-    """Draws means over seeds with their intervals."""
-    estimates = [estimate(values) for values in y]
-    half = [e.mean - e.low if math.isfinite(e.low) else 0.0 for e in estimates]
-    style: dict[str, Any] = {"color": COLORS[number], "marker": "os^Dv"[number % 5], "markersize": 4.5, "capsize": 2.5}
-    axes.errorbar(x, [e.mean for e in estimates], half, label=legend_label(label), **style)
+    """Draws a line through the medians over seeds, and a dot for each seed: a network that collapsed is one dot."""
+    style: dict[str, Any] = {"color": COLORS[number], "marker": "os^Dv"[number % 5]}
+    axes.plot(x, [np.median(values) for values in y], label=legend_label(label), markersize=4.5, **style)
+    for place, values in zip(x, y, strict=True):
+        axes.scatter([place] * len(values), values, 9, alpha=0.45, linewidth=0, zorder=2, **style)
 
 
 def _crossing(results: DialResults) -> str:
@@ -193,8 +198,12 @@ def _crossing(results: DialResults) -> str:
         axes.axvline(0, color=ZERO, linewidth=1)
         bayes = [results.of_banks("bayes_accuracy", bank).mean() for bank in banks]
         axes.plot(x, bayes, color=QUIET, linewidth=1, linestyle=(0, (4, 2)), label="best possible")
-        for number, arm in enumerate(BASE):
-            _line(axes, x, [results.accuracy(arm, bank) for bank in banks], arm.replace("_", " "), number)
+        for number, (arm, label) in enumerate(_CROSSING.items()):
+            trained = {bank.name for bank in results.banks_of(arm)}
+            own = [(place, bank) for place, bank in zip(x, banks, strict=True) if bank in trained]
+            if own:
+                accuracies = [results.accuracy(arm, bank) for _, bank in own]
+                _line(axes, [place for place, _ in own], accuracies, label, number)
         dials = np.arange(0, min(free) - 0.02, 0.2)
         axes.set_xticks([*(dials - free[0]), *(free[1] - dials)], [f"{dial:.1f}" for dial in (*dials, *dials)])
         places = (("separable within filters", "left", -free[0]), ("free", "center", 0))
