@@ -52,10 +52,10 @@ def require_classifier(network: Network) -> None:
 
 
 def without_classifier(network: Network) -> Network:
-    """Returns a network without a classifier as one that computes its features, and logits of zero."""
-    model = network.model.replace(fc_layers=0, fc_width=type(network.model)().fc_width)
+    """Returns a network without a classifier as one that computes its features, and a logit of zero."""
+    model = network.model.replace(num_classes=1, fc_layers=0, fc_width=type(network.model)().fc_width)
     zeros = {
         name: np.zeros(shape, np.float32) for name, shape in tree.shapes(model).items() if name.startswith(tree.HEAD)
     }
     variables = tree.unflatten(tree.flatten(network.variables) | zeros)
-    return dataclasses.replace(network, model=model, variables=variables)
+    return dataclasses.replace(network, model=model, variables=variables, classes=None)

@@ -15,6 +15,7 @@ from tests.data.small_imagenet import photograph, photographs
 from tests.models.random_weights import random_variables
 from xception_jax.cli import explain as command
 from xception_jax.config import resolve_model
+from xception_jax.data.images import thumbnail
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.explain import pictures, sanity
 from xception_jax.explain.endpoints import list_endpoints
@@ -185,6 +186,21 @@ def test_tiles_for_a_report(network):
         assert np.abs(a - b).max() <= 1
         assert np.abs(a - c).max() > 10
     assert heat_maps(network, []) == []
+    with pytest.raises(ValueError, match="1 classes for 2 images"):
+        heat_maps(network, images, [1])
+
+
+def test_both_classes_of_a_single_logit_have_tiles(network):
+    model = network.model.replace(num_classes=1)
+    params = network.variables["params"]
+    head = {"predictions": {name: leaf[..., :1] for name, leaf in params["head"]["predictions"].items()}}
+    variables = network.variables | {"params": params | {"head": head}}
+    single = dataclasses.replace(network, model=model, variables=variables, classes=None)
+    image = photograph(0)
+    (absent,), (present,) = (heat_maps(single, [image], [label], method="hires_cam", side=64) for label in (0, 1))
+    plain = thumbnail(image, 64)
+    assert np.abs(absent.astype(int) - present).max() > 10
+    assert min(np.abs(tile.astype(int) - plain).max() for tile in (absent, present)) > 10
 
 
 def test_maps_of_a_report_come_from_a_block_with_positions(network):

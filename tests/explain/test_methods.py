@@ -139,6 +139,12 @@ def test_a_single_logit_is_explained_by_its_sign(method):
     assert presence.signs.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("wrong", [5, ~5, [0, 7]])
+def test_a_class_that_the_network_does_not_have_is_refused(xception, wrong):
+    with pytest.raises(ValueError, match="there is no class"):
+        methods.grad_cam(xception.model, xception.variables, xception.images, wrong)
+
+
 def test_integrated_gradients_sum_to_the_difference_of_the_logits(xception):
     baseline = np.full((1, 1, 1, 3), -1.0, np.float32)
     start = np.broadcast_to(baseline, xception.images.shape)
@@ -179,7 +185,9 @@ def test_an_endpoint_that_is_no_operation_is_refused():
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, images, train=False):
-            return images.mean((1, 2)), {"images": images}
+            return images.mean((1, 2)), {"images": images, "pooled": 2 * images.mean((1, 2))}
 
     with pytest.raises(ValueError, match="is not an operation"):
         cut(Plain(), {}, np.zeros((1, 4, 4, 3), np.float32), "images")
+    with pytest.raises(ValueError, match="has no positions"):
+        cut(Plain(), {}, np.zeros((1, 4, 4, 3), np.float32), "pooled")

@@ -48,6 +48,14 @@ def assert_close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
+def test_channels_that_cannot_be_divided_are_not_left_out():
+    x = jnp.zeros((1, 4, 4, 8))
+    with pytest.raises(ValueError, match="64 features are not a multiple of towers=3"):
+        SimplifiedInceptionModule(64).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="depth_multiplier=4"):
+        SeparableConv(10, order="pointwise_first", depth_multiplier=4).init(jax.random.key(0), x)
+
+
 @pytest.mark.parametrize("towers", [1, 3, 4])
 def test_figure_2_equals_figure_3(towers):
     """The paper's "strictly equivalent reformulation", in values and in gradients of weights and input."""

@@ -78,6 +78,10 @@ def test_the_released_layout_with_names_of_keras_1(released: Released, include_t
     keras_1_names(released.keras_model if include_top else released.backbone(), path)
     network = load_network(path)
     assert_same(network.variables, released.leaves if include_top else released.backbone_leaves)
+    with h5py.File(path, "a") as file:
+        file.attrs["backend"] = "theano"
+    with pytest.raises(BadDataError, match="written with Theano"):
+        load_network(path)
     assert network.classes is None  # the file has the name of a public one, and other content
     assert "is the name of a public file, but this is another one" in capsys.readouterr().err
 

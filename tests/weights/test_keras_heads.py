@@ -264,7 +264,9 @@ def test_bfloat16(tmp_path):
     [
         ([], (71, 90), 90, "bilinear", "71 x 90 pixels; ours are square, using 90"),
         ([], (None, None), 299, "bilinear", "does not specify an image size; assuming 299"),
-        ([layers.Resizing(71, 71)], (90, 120), 71, "bilinear", ""),
+        ([layers.Resizing(71, 71)], (90, 120), 71, "bilinear", "no layer scales the pixels; assuming -1 to 1"),
+        ([layers.Rescaling(1 / 255), layers.Resizing(71, 71)], (90, 120), 71, "bilinear", ""),
+        ([layers.Rescaling(-1 / 127.5, 1)], (71, 71), 71, "bilinear", "a scaling to a range that is reversed"),
         ([layers.Resizing(71, 71, "bicubic")], (None, None), 71, "bicubic", "bicubic with the coefficient -0.5"),
         (
             [layers.Resizing(71, 71, "nearest", crop_to_aspect_ratio=True)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,7 +15,8 @@ from xception_jax.cli import convert as command
 from xception_jax.command_line import Parser
 from xception_jax.config import to_dict
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError, UserError
-from xception_jax.runs import open_network
+from xception_jax.models import create_model
+from xception_jax.runs import open_network, without_classifier
 from xception_jax.weights import Network, Preprocessing, load_network, save_network, tree
 
 # A tenth of the width, two middle blocks: 300,000 parameters.
@@ -195,6 +197,45 @@ def test_our_own_head_is_left_out_or_required(path, tmp_path):
         convert(bare, tmp_path / "y.safetensors", "--head")
 
 
+def test_the_scaling_of_pixels_can_be_given(path, tmp_path):
+    assert convert(path, tmp_path / "y.safetensors", "--mean", 0, "--std", 1, 2, 4) == 0
+    view = load_network(tmp_path / "y.safetensors").preprocessing
+    assert (view.mean, view.std) == ((0.0, 0.0, 0.0), (1.0, 2.0, 4.0))
+
+
+@pytest.mark.parametrize("field", [{"preprocessing": Preprocessing(5000)}, {"preprocessing": Preprocessing(71, 0.05)}])
+def test_nothing_is_written_that_could_not_be_read(tmp_path, field):
+    with pytest.raises(BadDataError, match="preprocessing that no weight file may have"):
+        save_network(tmp_path / "x.safetensors", network(**field))
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_an_auxiliary_head_has_the_size_of_its_images(tmp_path):
+    """It is as large as a map, so it fits images of one size. Without it, the network takes any."""
+    model = config("inception_v3", width_multiplier=0.05, aux_head=True, num_classes=3)
+    leaves = {name: np.ones(shape, np.float32) for name, shape in tree.shapes(model).items()}
+    kernel = leaves["params/aux_1/kernel"]
+    leaves["params/aux_1/kernel"] = np.ones((1, 1, *kernel.shape[2:]), np.float32)  # of a run with smaller images
+    smaller = network(model=model, variables=tree.unflatten(leaves), preprocessing=Preprocessing(107))
+    save_network(tmp_path / "x.safetensors", smaller)
+    loaded = load_network(tmp_path / "x.safetensors")
+    for side in (75, 107, 139):
+        shape = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+        logits, _ = jax.eval_shape(create_model(loaded.model).apply, loaded.variables, shape)
+        assert logits.shape == (1, 3)
+    leaves["params/aux_1/kernel"] = np.ones((1, 1, 2, 2), np.float32)
+    wrong = network(model=model, variables=tree.unflatten(leaves))
+    with pytest.raises(BadDataError, match="aux_1/kernel"):
+        save_network(tmp_path / "y.safetensors", wrong)
+
+
+def test_a_network_without_a_classifier_is_built_without_its_classes(path, tmp_path):
+    """A file can claim any number of them where no tensor shows how many there are."""
+    assert convert(path, tmp_path / "bare.safetensors", "--no-head") == 0
+    whole = without_classifier(load_network(tmp_path / "bare.safetensors"))
+    assert whole.variables["params"]["head"]["predictions"]["kernel"].shape[1] == 1
+
+
 def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
     path.write_bytes(path.read_bytes()[:100_000])
     ended = run_python("-m", "xception_jax", "convert", path, tmp_path / "y.safetensors")
@@ -216,6 +257,9 @@ def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
         (["x.safetensors", "y.safetensors", "--classes", "imagenet"], 65),
         (["x.safetensors", "y.safetensors", "--classes", "x.safetensors"], 65),
         (["x.safetensors", "y.safetensors", "--size", "0"], 64),
+        (["x.safetensors", "y.safetensors", "--mean", "0", "1"], 64),
+        (["x.safetensors", "y.safetensors", "--mean", "nan"], 64),
+        (["x.safetensors", "y.safetensors", "--std", "0"], 64),
         (["x.safetensors", "none/y.safetensors"], 66),
     ],
 )

@@ -160,7 +160,7 @@ def test_related_projects_call_the_classifier_something_else(small, capsys, pref
     network = load_network(small, SMALL)
     assert_same(network.variables, LEAVES)
     if head.startswith("last_linear") or head == "fc.1":
-        assert network.preprocessing == Preprocessing(299, 1.0, "antialiased_bilinear")
+        assert network.preprocessing == Preprocessing(299, 1.0, "bicubic")
         assert "does not specify an image size; assuming 299" in capsys.readouterr().err
         assert load_network(small, SMALL, size=256).preprocessing.size == 256
 
@@ -183,7 +183,7 @@ def test_a_file_of_deepfakebench_needs_no_model(file, tmp_path, capsys):
     assert network.model == config("xception", padding="symmetric", batch_norm={"epsilon": 1e-5}, num_classes=2)
     kernel = network.variables["params"]["head"]["predictions"]["kernel"]
     np.testing.assert_array_equal(kernel, tensors["backbone.last_linear.weight"].T)
-    assert network.preprocessing == Preprocessing(256, 1.0, "antialiased_bilinear")
+    assert network.preprocessing == Preprocessing(256, 1.0, "bicubic")
     told = capsys.readouterr().err
     assert told.startswith("note: left out: backbone.adjust_channel.*, a layer of DeepfakeBench")
     assert len(told.splitlines()) == 1

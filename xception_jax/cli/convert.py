@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ examples:
     xception-jax convert flowers.keras flowers.safetensors --classes flowers.txt
   timm's legacy_xception or inception_v3
     xception-jax convert model.safetensors xception.safetensors --classes imagenet
+  a Keras model whose pixels were scaled to 0 to 1 before they reached it
+    xception-jax convert flowers.h5 flowers.safetensors --mean 0 --std 1
   PyTorch weights of Cadene's pretrained-models, FaceForensics++ or DeepfakeBench, saved as safetensors
     xception-jax convert xception_best.safetensors deepfakes.safetensors --size 256
   a run: the Polyak average of its newest checkpoint
@@ -72,6 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=at_least(1), help="side of the images in pixels, if the file does not specify it"
     )
+    for name, meaning in (("mean", "subtracted from pixels between 0 and 1"), ("std", "what they are then divided by")):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            metavar="X",
+            help=f"{meaning}, one number or three; by default what the file tells, or 0.5: pixels from -1 to 1",
+        )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -87,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     layout = _layout(args)
     require_known(args.source)
     require_outputs([args.out], [args.source])
+    scaling = _scaling(args)
     network = _read(args)
+    network = dataclasses.replace(network, preprocessing=dataclasses.replace(network.preprocessing, **scaling))
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
     _writer(layout)(args.out, network)
@@ -104,6 +117,20 @@ def _layout(args: argparse.Namespace) -> str:
     if not args.out.endswith(ending):
         raise UsageError(f"{args.out} does not end in {ending}", "out", "write to OUT.safetensors or OUT.weights.h5")
     return layout
+
+
+def _scaling(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    """Returns the fields of the preprocessing that are given, as three numbers each."""
+    found = {}
+    for name in ("mean", "std"):
+        if (values := getattr(args, name)) is None:
+            continue
+        if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
+            raise UsageError(f"--{name} has {len(values)} numbers", f"--{name}", "give one finite number, or three")
+        found[name] = tuple(values) if len(values) == 3 else tuple(values * 3)
+    if min(found.get("std", (1.0,))) <= 0:
+        raise UsageError("pixels cannot be divided by 0 or less", "--std", "give numbers above 0")
+    return found
 
 
 def _writer(layout: str) -> Callable[[str, Network], None]:

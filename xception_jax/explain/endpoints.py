@@ -47,7 +47,7 @@ def cut(
 
     Raises:
       KeyError: there is no such endpoint.
-      ValueError: the endpoint is computed inside another transformation, such as `jax.checkpoint`.
+      ValueError: the endpoint has no positions, or is computed inside another transformation, such as `jax.checkpoint`.
     """
 
     def forward(variables: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
@@ -58,6 +58,8 @@ def cut(
     program = jax.make_jaxpr(forward)(variables, images)
     jaxpr, arguments = program.jaxpr, jax.tree.leaves((variables, images))
     logits, activation = jaxpr.outvars
+    if activation.aval.ndim != 4:
+        raise ValueError(f"the endpoint {endpoint!r} has no positions: its shape is {activation.aval.shape}")
     if not any(activation in equation.outvars for equation in jaxpr.eqns):
         raise ValueError(f"the endpoint {endpoint!r} is not an operation of the traced network")
     # The activation becomes a constant of the program.

@@ -110,7 +110,7 @@ def integrated_gradients(
     def logits_of(images: Array) -> Array:
         return model.apply(variables, images, train=False)[0]
 
-    count, together = len(images), max(1, batch_size // len(images))
+    count, together = len(images), max(1, batch_size // max(1, len(images)))
     start = jnp.broadcast_to(baseline, images.shape).astype(images.dtype)
     logits, difference = logits_of(images), images - start
     target = _target(logits, classes)
@@ -158,6 +158,10 @@ def _target(logits: Float[Array, "b n"], classes: Classes) -> Explanation:
         if logits.shape[-1] == 1:
             classes = jnp.where(logits[:, 0] < 0, ~classes, classes)
     classes = jnp.broadcast_to(jnp.asarray(classes), len(logits))
+    if not isinstance(classes, jax.core.Tracer):
+        highest = logits.shape[-1]
+        if (outside := classes[(classes >= highest) | (~classes >= highest)]).size:
+            raise ValueError(f"there is no class {int(outside[0])}: the network has {highest} logits")
     signs = jnp.where(classes < 0, -1, 1)
     return Explanation(jnp.zeros(()), jnp.where(classes < 0, ~classes, classes), signs, logits)
 

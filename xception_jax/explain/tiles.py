@@ -39,7 +39,12 @@ def heat_maps(
       block: name of an endpoint; None is the last one with at least `MIN_SIDE` positions a side.
       side: longer side of a result, in pixels. Smaller images are enlarged by a whole factor at least to that.
       batch_size: images per batch.
+
+    Raises:
+      ValueError: there is not one class for each image.
     """
+    if classes is not None and len(classes) != len(images):
+        raise ValueError(f"there are {len(classes)} classes for {len(images)} images")
     view = network.preprocessing
     if block is None:
         blocks = list_endpoints(create_model(network.model), network.variables, view.size, MIN_SIDE)
@@ -55,7 +60,10 @@ def heat_maps(
             view(image, pixels[row])
         labels = None
         if classes is not None:
-            labels = np.resize(np.asarray(classes[start : start + size]), size)  # the padding explains any class
+            labels = np.zeros(size, np.int32)  # the padding explains any class
+            labels[: len(chosen)] = classes[start : start + size]
+            if network.has_single_logit:  # the logit of the second class, or its absence
+                labels = np.where(labels == 0, ~labels, 0)
         maps = np.asarray(explainer(variables, pixels, classes=labels).maps)
         for image, heat in zip(chosen, maps, strict=False):  # the rest is padding
             shown = thumbnail(enlarged(image, side), side)

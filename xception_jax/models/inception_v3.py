@@ -45,7 +45,8 @@ class InceptionV3(nn.Module):
         x = _mixed_0_to_2(layers, x)  # [b, 35, 35, 288]
         x = _mixed_3(layers, x)  # [b, 17, 17, 768]
         x = _mixed_4_to_7(layers, x)
-        if self.config.aux_head:
+        # Its kernel has the size of the map, so that it fits images of one size only.
+        if self.config.aux_head and (train or self.is_initializing()):
             aux_logits = _aux_head(layers, x)
             if train:
                 layers.endpoints["aux_logits"] = aux_logits

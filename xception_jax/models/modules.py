@@ -78,6 +78,7 @@ class SeparableConv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], train: bool = False) -> Float[Array, "b h w f"]:
         conv = partial(Conv, initialization=self.initialization, dtype=self.dtype)
         if self.order == "pointwise_first":
+            _require_multiple(self.features, self.depth_multiplier, "depth_multiplier")
             x = conv(self.features // self.depth_multiplier, name="pointwise")(x)
             return self._spatial(conv, self._between(x, train))
         x = self._between(self._spatial(conv, x), train)
@@ -159,6 +160,12 @@ class InceptionModule(nn.Module):
         return jnp.concatenate([tower_1x1, tower_3x3, tower_double, tower_pool], axis=-1)
 
 
+def _require_multiple(features: int, divisor: int, name: str) -> None:
+    """Raises ValueError instead of leaving channels out."""
+    if features % divisor:
+        raise ValueError(f"{features} features are not a multiple of {name}={divisor}")
+
+
 class SimplifiedInceptionModule(nn.Module):
     """Figure 2: concatenated towers of a 1 x 1 and a 3 x 3 convolution, without activations.
 
@@ -177,6 +184,7 @@ class SimplifiedInceptionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
+        _require_multiple(self.features, self.towers, "towers")
         width = self.features // self.towers
         outputs = []
         for tower in range(self.towers):

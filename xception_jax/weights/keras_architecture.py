@@ -65,6 +65,18 @@ class LayerConfig(NamedTuple):
             yield from layer.flat()
 
 
+def has_more_layers(architecture: dict[str, Any], limit: int) -> bool:
+    """Returns whether a model in JSON has more layers than a limit, nested ones included, before they are converted."""
+    count, nodes = 0, [architecture]
+    while nodes and count <= limit:
+        config = nodes.pop().get("config")
+        layers = config.get("layers") if isinstance(config, dict) else config
+        if isinstance(layers, list):
+            count += len(layers)
+            nodes += [layer for layer in layers[: limit + 1] if isinstance(layer, dict)]
+    return count > limit
+
+
 def epsilon(architecture: LayerConfig, count: int) -> float | None:
     """Returns the epsilon of the network's BatchNorms. A head or a second network may have another one.
 
@@ -116,7 +128,11 @@ def read_preprocessing(
     if pixels is not black_and_white and (np.abs(pixels) < _LARGEST).all() and (white - black > 1 / _LARGEST).all():
         std = 1 / (white - black)  # the network receives (pixels / 255 - mean) / std
         changes["mean"], changes["std"] = (tuple(np.round(each, 9).tolist()) for each in (-black * std, std))
+    elif pixels is not black_and_white:
+        unknown.append("a scaling to a range that is reversed or not finite")
     notes = [f"the effect of {tree.listed(unknown)} on images is unknown; it is left out"] if unknown else []
+    if architecture.layers and "mean" not in changes:
+        notes.append("no layer scales the pixels; assuming -1 to 1 as in keras.applications (convert --mean, --std)")
     if resizing:
         notes.append(f"the Resizing layer is only partly reproduced: {', '.join(resizing)}; images are resized whole")
     return dataclasses.replace(default, **changes), image_shape, notes

@@ -16,7 +16,7 @@ import numpy as np
 
 from xception_jax.errors import BadDataError
 from xception_jax.weights.content import ARCHITECTURE, LEGACY, Content, Group
-from xception_jax.weights.keras_architecture import LayerConfig
+from xception_jax.weights.keras_architecture import LayerConfig, has_more_layers
 from xception_jax.weights.keras_layers import BACKBONE, KerasLayer, natural, of_kind
 from xception_jax.weights.limits import COPY_AGAIN
 from xception_jax.weights.untrusted_json import parse_object
@@ -49,11 +49,10 @@ def layers_of(content: Content[np.ndarray], where: str) -> KerasFile:
     """Returns the layers in a Keras file of any format; `BadDataError` if its architecture is malformed."""
     architecture = parse_object(content.texts.get(ARCHITECTURE, "{}"), where)
     submodels = (_legacy if content.format == LEGACY else _tree)(content.groups)
-    outermost = LayerConfig.from_json(architecture)
-    if sum(1 for _ in outermost.flat()) > _MAX_LAYERS:
+    if has_more_layers(architecture, _MAX_LAYERS):
         what = f"the weight file is refused: its architecture has more than {_MAX_LAYERS:,} layers"
         raise BadDataError(what, where, COPY_AGAIN)
-    return KerasFile(submodels, outermost)
+    return KerasFile(submodels, LayerConfig.from_json(architecture))
 
 
 def _layer(path: str, tensors: Sequence[np.ndarray], keras_name: str) -> FileLayer | None:

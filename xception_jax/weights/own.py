@@ -43,6 +43,7 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
     """
     leaves = {name: np.ascontiguousarray(leaf) for name, leaf in sorted(tree.flatten(network.variables).items())}
     tree.check(leaves, network.model, os.fspath(path))
+    _require_readable(network, leaves, os.fspath(path))
     description = {
         "version": _VERSION,
         "model": to_dict(network.model),
@@ -54,6 +55,16 @@ def save_network(path: str | os.PathLike, network: Network) -> None:
         "tensors_sha256": _digest(leaves),
     }
     write(path, safetensors.numpy.save(leaves, {METADATA: json.dumps(description, sort_keys=True)}))
+
+
+def _require_readable(network: Network, leaves: Mapping[str, np.ndarray], path: str) -> None:
+    """Raises BadDataError before a file is written that `from_tensors` would refuse."""
+    _require_shown(network.model, leaves, path)
+    try:
+        described_preprocessing(network.preprocessing.to_fields())
+    except ValueError as error:
+        what = f"the network has a preprocessing that no weight file may have: {error}"
+        raise BadDataError(what, path, "save it with another size or crop") from None
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:

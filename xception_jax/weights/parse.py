@@ -146,6 +146,9 @@ def _open_hdf5(file: BinaryIO, where: str, limits: Limits) -> Iterator[Content[_
         if names is None:
             yield Content(TREE, _tree(hdf5), {})
             return
+        if hdf5.label(root, "backend") == "theano":
+            fix = "load it in Keras 2 with TensorFlow, which turns the kernels, and save it again"
+            raise guard.refused(where, "it was written with Theano, whose convolutions flip their kernels", fix)
         architecture = hdf5.texts(hdf5.file, "model_config")
         texts = {ARCHITECTURE: architecture[0]} if architecture else {}
         yield Content(LEGACY, [_legacy_layer(hdf5, hdf5.child(root, name), name) for name in names], texts)

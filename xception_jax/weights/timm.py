@@ -31,8 +31,8 @@ _PREPROCESSING = {
     "xception": Preprocessing(crop=0.8975, interpolation="antialiased_bicubic"),
     "inception_v3": Preprocessing(crop=0.875, interpolation="antialiased_bicubic"),
 }
-# FaceForensics++ and DeepfakeBench resize the whole image.
-_WHOLE_IMAGE = Preprocessing(crop=1.0, interpolation="antialiased_bilinear")
+# FaceForensics++ and DeepfakeBench resize the whole image to a square.
+_WHOLE_IMAGE = Preprocessing(crop=1.0, interpolation="bicubic")
 _IMAGENET_CLASSES = 1000
 _LANDMARKS = {"xception": "conv3.conv1.weight", "inception_v3": "Mixed_5b.branch1x1.conv.weight"}  # one tensor of each
 # The linear layer on top: timm and torchvision; Cadene, FaceForensics++ and DeepfakeBench; both behind a dropout.
@@ -98,7 +98,7 @@ def import_timm(
     num_classes = model.num_classes if is_read else 0
     preprocessing, classes, hub_notes = hub.describe(path.with_name("config.json"), default, num_classes)
     network = Network(model, tree.unflatten(leaves), preprocessing, classes, where, "")
-    image_shape = None if preprocessing is _WHOLE_IMAGE else (preprocessing.size, preprocessing.size)
+    image_shape = None if preprocessing is default else (preprocessing.size, preprocessing.size)
     return Imported(network, image_shape, notes + head_notes + hub_notes)
 
 

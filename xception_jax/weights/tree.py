@@ -19,6 +19,7 @@ from xception_jax.models import create_model
 from xception_jax.weights.limits import COPY_AGAIN
 
 HEAD = "params/head/"
+_AUX_KERNEL = "params/aux_1/kernel"
 HIDDEN = ("fc_layers", "fc_width")  # fields of the hidden layers of a head
 # Fields that change neither shapes below the classifier nor what a network computes in evaluation.
 _FREE = (
@@ -76,6 +77,8 @@ def check(
     """
     has_head = any(name.startswith(HEAD) for name in leaves)
     expected = {name: shape for name, shape in shapes(model).items() if has_head or not name.startswith(HEAD)}
+    if (aux := leaves.get(_AUX_KERNEL)) is not None and _AUX_KERNEL in expected:  # as large as the map
+        expected[_AUX_KERNEL] = (*aux.shape[:2], *expected[_AUX_KERNEL][2:])
     misshapen = [name for name, leaf in leaves.items() if name in expected and leaf.shape != expected[name]]
     problems = {
         "missing": [(names or {}).get(name, name) for name in expected if name not in leaves],
