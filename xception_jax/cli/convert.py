@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xception_jax.command_line import at_least
 from xception_jax.config import ModelConfig, from_json, resolve_model
@@ -119,9 +119,9 @@ def _layout(args: argparse.Namespace) -> str:
     return layout
 
 
-def _scaling(args: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+def _scaling(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of the preprocessing that are given, as three numbers each."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("mean", "std"):
         if (values := getattr(args, name)) is None:
             continue
