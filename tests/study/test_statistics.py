@@ -140,3 +140,20 @@ def test_the_p_of_a_one_sided_claim_is_that_of_scipy(side, alternative):
     assert statistics.region_p(found, "within", 0.05) == statistics.tost_p(found, 0.05)
     equal = statistics.estimate(np.full(3, 0.5))
     assert statistics.region_p(equal, side, 0.25) == (0 if side == "above" else 1)
+
+
+@pytest.mark.parametrize(("n", "kth"), [(6, 1), (10, 2), (20, 6)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(n, kth):
+    x = np.arange(float(n))
+    found = statistics.estimate_median(x[::-1])
+    assert (found.mean, found.low, found.high) == (np.median(x), x[kth - 1], x[-kth])
+    assert math.isnan(statistics.estimate_median(x[:5]).low)  # five values cannot tell
+    assert scipy.stats.binomtest(kth - 1, n).pvalue <= 0.05 < scipy.stats.binomtest(kth, n).pvalue
+
+
+@pytest.mark.parametrize(("side", "bound", "hits"), [("above", 1, 9), ("below", 7, 7), ("within", 8.5, 9)])
+def test_p_values_of_medians_are_those_of_scipy(side, bound, hits):
+    x = np.array([1.5, 2.0, 3.0, 4.0, 5.0, 6.5, 7.5, 8.0, 9.0, 0.5])
+    assert statistics.sign_p(x, side, bound) == pytest.approx(
+        scipy.stats.binomtest(hits, 10, alternative="greater").pvalue
+    )

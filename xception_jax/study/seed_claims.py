@@ -1,7 +1,7 @@
 """Claims about numbers that each seed of a study yields. The studies `dial` and `kernels` state and test such claims.
 
-The unit is the seed. A claim consists of parts, each a mean over seeds that is said to lie above or below a bound, or
-within a margin; `verdicts` has the rules.
+The unit is the seed. A claim consists of parts, each a mean or median over seeds that is said to lie above or below a
+bound, or within a margin; `verdicts` has the rules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from xception_jax.study.statistics import estimate
+from xception_jax.study.statistics import estimate, estimate_median, sign_p
 from xception_jax.study.verdicts import TestedClaim, TestedPart, decide
 
 Seeds = Float[np.ndarray, " seeds"]
@@ -39,6 +39,13 @@ class Claim(Generic[_Results]):
 def part_of(name: str, values: Seeds, side: str, bound: float, unit: str = "points") -> TestedPart:
     """Returns a part about the mean of a value of each seed, NaN where it is not known."""
     return TestedPart(name, estimate(values), side, bound, unit, is_complete=bool(np.isfinite(values).all()))
+
+
+def median_part_of(name: str, values: Seeds, side: str, bound: float, unit: str = "points") -> TestedPart:
+    """Returns a part about the median of a value of each seed, which single outliers do not decide."""
+    is_complete = bool(np.isfinite(values).all())
+    p = sign_p(values, side, bound)
+    return TestedPart(f"median of {name}", estimate_median(values), side, bound, unit, is_complete, p)
 
 
 def evaluate(

@@ -38,13 +38,14 @@ class TestedPart:
 
     Attributes:
       name: what is estimated.
-      estimate: the mean and its interval.
+      estimate: the mean or median and its interval.
       side: 'above', 'below' or 'within'.
       bound: bound of the claim; within means from -bound to bound.
       unit: 'points', also 'points per doubling' and the like, for differences in accuracy: shares that are shown in
         percentage points; '' for other numbers.
       is_complete: whether all seeds are known. Otherwise it is not tested: those that are left may differ from those
         that are missing.
+      sign_p: p-value of a sign test, for a median; NaN for a mean, which has a t test.
     """
 
     __test__ = False  # not a test of pytest's
@@ -55,6 +56,7 @@ class TestedPart:
     bound: float
     unit: str = "points"
     is_complete: bool = True
+    sign_p: float = math.nan
 
     @property
     def state(self) -> Literal["holds", "fails", "open"]:
@@ -64,7 +66,9 @@ class TestedPart:
     @property
     def p(self) -> float:
         """Returns the one-sided p-value; that of two one-sided tests for 'within'; NaN if it is not complete."""
-        return region_p(self.estimate, self.side, self.bound) if self.is_complete else math.nan
+        if not self.is_complete:
+            return math.nan
+        return region_p(self.estimate, self.side, self.bound) if math.isnan(self.sign_p) else self.sign_p
 
     @property
     def claimed(self) -> str:
