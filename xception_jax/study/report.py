@@ -129,6 +129,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
     study = results.stored.study
     return {
         "study": study,
+        "durations": " or ".join(dict.fromkeys(study.arm_config(arm).duration for arm in study.arms)),
         "stored": results.stored,
         "results": results,
         "config_json": to_json(study.config),
