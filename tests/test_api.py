@@ -99,7 +99,7 @@ def test_logits_and_features_are_those_of_the_module(network, files):
 def test_without_a_classifier_there_are_features(network, files):
     headless = xception_jax.load(files / "features.safetensors")
     images = network.preprocess(files / "2.png")
-    np.testing.assert_array_equal(headless.features(images), network.features(images))
+    np.testing.assert_allclose(headless.features(images), network.features(images), rtol=1e-5, atol=1e-6)
     for call in (headless, lambda images: headless.predict(files / "2.png")):
         with pytest.raises(BadDataError, match="no classifier"):
             call(images)

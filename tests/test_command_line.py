@@ -234,7 +234,8 @@ def flags_of(command):
         places = ["nothing.png" for a in each._actions if not a.option_strings and a.nargs in (None, "+", "*")]
         for action in each._actions:
             if action.option_strings and action.nargs != 0:
-                yield action.option_strings[-1], action.nargs or 1, [*words, *places], needed
+                count = action.nargs if isinstance(action.nargs, int) else 1
+                yield action.option_strings[-1], count, [*words, *places], needed
 
 
 # A file that is missing ends every command early, so that nothing is computed for a value that is accepted.
