@@ -82,6 +82,10 @@ def test_shellcheck_finds_nothing():
 def test_gcloud_has_the_options(tmp_path):
     script = (LAUNCH / "tpu_vm.sh").read_text().replace("\\\n", " ").replace("'value(state.state)'", "x")
     script = script.replace('"$CAPACITY"', "--spot").replace('"$NAME:"', "x:").replace('"$1"', "x").replace(" 2>&1", "")
+    script = script.replace('"${create_flags[@]}"', "--network=x --internal-ips").replace(
+        '"${ssh_flags[@]}"', "--internal-ip"
+    )
+    script = "\n".join(line for line in script.splitlines() if not line.lstrip().startswith("echo"))
     disk = "--data-disk=source=$DATA_DISK,mode=read-only"
     script = script.replace(f'${{DATA_DISK:+"{disk}"}}', disk.replace("$DATA_DISK", "x"))
     commands = [
