@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
@@ -29,14 +30,15 @@ SEGMENTS = {"segments_1": 1, "segments_2": 2, "segments_4": 4, DEPTHWISE: 12}
 
 SLOPE = "points per unit of the dial"
 
+MakePart = Callable[[str, Seeds, str, float], TestedPart]
 
-def _order(results: DialResults) -> Iterator[TestedPart]:
-    for bank, side, bound in (
-        ("across_0", "above", results.study.margin),
-        ("within_0", "below", -results.study.margin),
-    ):
+
+def _order(results: DialResults, part: MakePart = part_of, across: str = "above") -> Iterator[TestedPart]:
+    """Yields the parts about the two orders; `across` is the side of the margin on which across_0 is claimed to be."""
+    margin = results.study.margin
+    for bank, side, bound in (("across_0", across, margin), ("within_0", "below", -margin)):
         values = results.accuracy(DEPTHWISE, bank) - results.accuracy(POINTWISE, bank)
-        yield part_of(f"depthwise first - pointwise first, {bank}", values, side, bound)
+        yield part(f"depthwise first - pointwise first, {bank}", values, side, bound)
 
 
 def _price(results: DialResults) -> Iterator[TestedPart]:
@@ -117,32 +119,16 @@ def _depth(results: DialResults) -> Iterator[TestedPart]:
     yield part_of("slope at eight blocks - slope at two blocks that cost as much", eight - wide, "above", 0.0, SLOPE)
 
 
-def _ends(results: DialResults) -> Iterator[TestedPart]:
+def _ends(results: DialResults, part: MakePart = part_of) -> Iterator[TestedPart]:
     for bank in ("across_0", "within_0"):
         values = results.accuracy(DEPTHWISE_ENDS, bank) - results.accuracy(POINTWISE_ENDS, bank)
-        yield part_of(f"order with a pointwise layer at both ends, {bank}", values, "within", results.study.margin)
-
-
-def _order_again(results: DialResults) -> Iterator[TestedPart]:
-    for bank, side, bound in (
-        ("across_0", "within", results.study.margin),
-        ("within_0", "below", -results.study.margin),
-    ):
-        values = results.accuracy(DEPTHWISE, bank) - results.accuracy(POINTWISE, bank)
-        yield median_part_of(f"depthwise first - pointwise first, {bank}", values, side, bound)
+        yield part(f"order with a pointwise layer at both ends, {bank}", values, "within", results.study.margin)
 
 
 def _six_filters(results: DialResults) -> Iterator[TestedPart]:
     for bank in ("across_0", "within_0"):
         values = results.accuracy(DEPTHWISE_6, bank) - results.accuracy(POINTWISE, bank)
         name = f"depthwise first with six filters for each channel - pointwise first, {bank}"
-        yield median_part_of(name, values, "within", results.study.margin)
-
-
-def _ends_again(results: DialResults) -> Iterator[TestedPart]:
-    for bank in ("across_0", "within_0"):
-        values = results.accuracy(DEPTHWISE_ENDS, bank) - results.accuracy(POINTWISE_ENDS, bank)
-        name = f"order with a pointwise layer at both ends, {bank}"
         yield median_part_of(name, values, "within", results.study.margin)
 
 
@@ -212,7 +198,7 @@ SECOND: dict[str, Claim[DialResults]] = {
         "In the median over seeds, the two orders are equivalent within one percentage point on banks that are "
         "separable across filters, and depthwise first is worse by more than one point on banks that are separable "
         "within filters.",
-        _order_again,
+        partial(_order, part=median_part_of, across="within"),
         (DEPTHWISE, POINTWISE),
     ),
     "D2": Claim(
@@ -224,7 +210,7 @@ SECOND: dict[str, Claim[DialResults]] = {
     "D3": Claim(
         "In the median, with a pointwise layer at both ends of the network, the two orders are equivalent within one "
         "point on across_0 and on within_0.",
-        _ends_again,
+        partial(_ends, part=median_part_of),
         (DEPTHWISE_ENDS, POINTWISE_ENDS),
     ),
     "D4": Claim(
