@@ -25,7 +25,7 @@ from xception_jax.errors import InputMissingError, UsageError
 
 DATA, REPORT, PLOT, GROWTH_PLOT = "data/benchmarks.json", "benchmarks.md", "images/benchmarks.png", "images/growth.png"
 OUTPUTS = tuple(f"docs/{name}" for name in (DATA, REPORT, PLOT, GROWTH_PLOT))
-"""What a measurement of the published report itself changes in the checkout."""
+"""The published report. Writing it does not make a checkout dirty."""
 
 
 def _parse() -> argparse.Namespace:

@@ -85,7 +85,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "seeds": tuple(range(100, 110)),
         "recipe": Recipe(steps=3000),
         "tuning": Tuning((0.04, 0.08), TUNING_BANKS),
-        "hypotheses": SECOND,
+        "claims": SECOND,
         "budget": "two hours of two cores, besides the cells that choose the rates",
     },
     "full": {
@@ -104,12 +104,13 @@ SIZES: dict[str, dict[str, Any]] = {
 def get_study(size: str = "cpu", control: str = "multiply_adds") -> DialStudy:
     if size not in SIZES:
         raise ConfigError(f"there is no size {size!r}", "the study, after its colon", f"choose {', '.join(SIZES)}")
-    sized = {"hypotheses": FIRST, **SIZES[size]}
-    sized["hypotheses"] = {code: claim.text for code, claim in sized["hypotheses"].items()}
+    sized = dict(SIZES[size])
+    claims = sized.pop("claims", FIRST)
     return DialStudy(
         name=f"dial-{size}-{control}",
         question="Which order and how many segments of a separable convolution fit kernels that are separable within "
         "filters, across filters, or not at all?",
+        hypotheses={code: claim.text for code, claim in claims.items()},
         control=control,
         **sized,
     )

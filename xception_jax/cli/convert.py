@@ -126,7 +126,8 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
         if (values := getattr(args, name)) is None:
             continue
         if len(values) not in (1, 3) or not all(math.isfinite(value) for value in values):
-            raise UsageError(f"--{name} has {len(values)} numbers", f"--{name}", "give one finite number, or three")
+            what = f"--{name} is {' '.join(map(str, values))}"
+            raise UsageError(what, f"--{name}", "give one finite number, or three")
         found[name] = tuple(values) if len(values) == 3 else tuple(values * 3)
     if min(found.get("std", (1.0,))) <= 0:
         raise UsageError("pixels cannot be divided by 0 or less", "--std", "give numbers above 0")

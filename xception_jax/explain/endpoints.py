@@ -47,7 +47,7 @@ def cut(
 
     Raises:
       KeyError: there is no such endpoint.
-      ValueError: the endpoint has no positions, or is computed inside another transformation, such as `jax.checkpoint`.
+      ValueError: the endpoint has no positions, or it is computed inside a transformation such as `jax.checkpoint`.
     """
 
     def forward(variables: Mapping[str, Any], images: Array) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 _BLOCK = 1 << 22  # elements that are decomposed in one call, which Ctrl-C cannot interrupt
+_NOTHING = 1e-6  # share of a squared norm
 
 Kernel = Float[np.ndarray, "kh kw c f"]
 Matrices = Float[np.ndarray, "n taps m"]
@@ -59,14 +60,13 @@ def dial(kernel: Kernel, family: str) -> float:
     return float(energy[:, 1:].sum() / energy.sum())
 
 
-def rank(kernel: Kernel, family: str, tolerance: float = 1e-6) -> int:
-    """Returns the largest number of patterns that a filter (a channel) needs for all but a share of its squared norm.
+def rank(kernel: Kernel, family: str) -> int:
+    """Returns the most patterns that a filter (a channel) needs for all but a millionth of its squared norm.
 
     Args:
       kernel: no filter (channel) is zero.
       family: 'within' or 'across' filters.
-      tolerance: the share.
     """
     energy = component_energies(FAMILIES[family](kernel))
     left = 1 - energy.cumsum(1) / energy.sum(1, keepdims=True)
-    return 1 + int((left > tolerance).sum(1).max())
+    return 1 + int((left > _NOTHING).sum(1).max())

@@ -96,9 +96,10 @@ def estimate_median(values: Sequence[float] | Float[Array, " n"]) -> Estimate:
     """
     x = np.sort(np.asarray(values, float)[np.isfinite(values)])
     outside = int((2 * stats.binom.cdf(np.arange(len(x)), len(x), 0.5) <= 1 - CONFIDENCE).sum())
-    low, high = (x[outside - 1], x[-outside]) if outside else (math.nan, math.nan)
     nan = math.nan
-    return Estimate(float(np.median(x)) if len(x) else nan, nan, len(x), float(low), float(high), nan, nan, nan)
+    low, high = (float(x[outside - 1]), float(x[-outside])) if outside else (nan, nan)
+    median = float(np.median(x)) if len(x) else nan
+    return Estimate(median, sd=nan, n=len(x), low=low, high=high, bootstrap_low=nan, bootstrap_high=nan, p=nan)
 
 
 def sign_p(values: Float[Array, " n"], side: str, bound: float) -> float:
@@ -257,7 +258,7 @@ class Trend:
         return "no"
 
 
-def slope_weights(x: Float[Array, points * n]) -> Float[Array, points * n]:
+def slope_weights(x: Float[Array, "points ..."]) -> Float[Array, "points ..."]:
     """Returns the weights with which values at these positions add up to their least-squares slope."""
     centred = x - x.mean(0)
     return centred / np.square(centred).sum(0)

@@ -140,7 +140,7 @@ def _try_lock(lock: int, path: Path) -> bool:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise _unusable(path, error) from None
         raise WorkdirError(
-            "the file system has no locks, which keep two runs out of one work directory",
+            "the file system has no locks; without them, two runs could write to this work directory",
             f"{path}: flock: {error.strerror}",
             "mount it with locks (Lustre: -o flock), or choose a directory on another file system or in gs://",
         ) from None

@@ -85,9 +85,7 @@ def beside_claims(results: DialResults) -> dict[str, tuple[Seeds, str]]:
     found: dict[str, tuple[Seeds, str]] = {}
     arms = {row.arm.name for row in results.study.rows}
     if {DEPTHWISE_6, POINTWISE} <= arms:
-        for bank in ("across_0", "within_0"):
-            values = results.accuracy(DEPTHWISE_6, bank) - results.accuracy(POINTWISE, bank)
-            found[f"depthwise first with six filters for each channel - pointwise first, {bank}"] = values, "points"
+        found |= {name: (values, "points") for name, values in _six_filters_minus_pointwise(results)}
     if {REGULAR_LONG, DEPTHWISE_LONG} <= arms:
         common = [bank.name for bank in results.dial_of("across", DEPTHWISE_LONG, REGULAR_LONG, DEPTHWISE, REGULAR)]
         long, usual = (
@@ -125,10 +123,14 @@ def _ends(results: DialResults, part: MakePart = part_of) -> Iterator[TestedPart
         yield part(f"order with a pointwise layer at both ends, {bank}", values, "within", results.study.margin)
 
 
-def _six_filters(results: DialResults) -> Iterator[TestedPart]:
+def _six_filters_minus_pointwise(results: DialResults) -> Iterator[tuple[str, Seeds]]:
     for bank in ("across_0", "within_0"):
         values = results.accuracy(DEPTHWISE_6, bank) - results.accuracy(POINTWISE, bank)
-        name = f"depthwise first with six filters for each channel - pointwise first, {bank}"
+        yield f"depthwise first with six filters for each channel - pointwise first, {bank}", values
+
+
+def _six_filters(results: DialResults) -> Iterator[TestedPart]:
+    for name, values in _six_filters_minus_pointwise(results):
         yield median_part_of(name, values, "within", results.study.margin)
 
 
