@@ -57,6 +57,7 @@ def test_a_claim_waits_for_all_seeds_of_its_arms(analysis):
         ({"measure": "slope"}, "has 1 terms"),
         ({"measure": "guess"}, "measure is 'guess'"),
         ({"bound": float("nan")}, "bound is nan"),
+        ({"terms": (("1_relu", "1_relu", 1.0),)}, "its terms cancel"),
     ],
 )
 def test_a_claim_that_makes_no_sense_is_refused(fields, words):

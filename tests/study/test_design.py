@@ -97,7 +97,11 @@ import dataclasses
 from tests.study.simulated import small_study
 from xception_jax.config import override
 from xception_jax.study.design import Arm, Interaction, PlannedComparison, Search
+from xception_jax.study.claims import Claim, Part
 from xception_jax.study.gates import Gate
+SEVERAL_LABELS = {"loss.name": "sigmoid", "loss.label_smoothing": 0.0}
+TERMS = tuple((f"{point}_relu", f"{point}_none", 1.0) for point in (1, 2))
+SLOPE = Claim("X", "It rises.", (Part("slope", TERMS, "above", 0.0, "slope"),))
 def get_study(size="cpu"):
     study = small_study()
     return CHANGED
@@ -117,6 +121,16 @@ def get_study(size="cpu"):
         ),
         ("dataclasses.replace(study, interactions=(Interaction('x', ()),))", "has 0 pairs"),
         ("dataclasses.replace(study, seeds=(1, 1))", "seeds repeat"),
+        ("dataclasses.replace(study, seeds=())", "the seeds are missing"),
+        ("dataclasses.replace(study, seeds=('1', '2'))", "the seeds are '1', '2'"),
+        ("dataclasses.replace(study, comparisons=(PlannedComparison('1_relu', '1_relu'),))", "with itself"),
+        ("dataclasses.replace(study, metric='ema_loss')", "do not measure 'ema_loss' as a share"),
+        ("dataclasses.replace(study, metric='ema_top5', analysis='crossed')", "not of ema_top5"),
+        (
+            "dataclasses.replace(study, gate=1, metric='ema_map_at_k', config=override(study.config, SEVERAL_LABELS))",
+            "of which no training accuracy is known",
+        ),
+        ("dataclasses.replace(study, axis='model.middle_blocks', claims=(SLOPE,))", "one place on the axis"),
         ("dataclasses.replace(study, metric='accuracy')", "do not measure 'accuracy'"),
         ("dataclasses.replace(study, config=override(study.config, {'ema.decay': 0.0}))", "do not measure 'ema_top1'"),
         ("dataclasses.replace(study, config=override(study.config, {'data.test_split': ''}))", "lacks a test split"),

@@ -626,9 +626,21 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     for bank in (BankSpec("both", 0), BankSpec("within", 91), BankSpec("within", 0, "rank")):
         with pytest.raises(ConfigError, match="bank"):
             check_dial(dataclasses.replace(TINY, rows=(Row(REGULAR, (bank,)),)), "here")
+    tuning = dataclasses.replace(TINY.tuning, rates=(0.01 * 2**0.5,))
+    with pytest.raises(ConfigError, match=r"0\.0141421356"):  # cells.csv would have another rate
+        check_dial(dataclasses.replace(TINY, tuning=tuning), "here")
     deep = Row(ARMS[-1], (BankSpec("across", 0),))
     with pytest.raises(ConfigError, match="no regular arm of depth 8"):
         check_dial(dataclasses.replace(TINY, rows=(*TINY.rows, deep)), "here")
     monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "run", "studies/dial", "--workdir=x", "--retry"])
     with pytest.raises(UsageError, match="--retry does not work"):
+        main()
+
+
+def test_a_claim_without_a_test_is_refused_before_anything_is_trained(monkeypatch, tmp_path):
+    """Its gate could never be passed."""
+    text = FILE.read_text().replace("hypotheses={", "hypotheses={'Q1': 'It is mine.'} or {")
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "run", str(tmp_path / "mine.py"), "--print"])
+    with pytest.raises(ConfigError, match="belongs to the claims Q1"):
         main()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from xception_jax.config import override
 from xception_jax.data.turn import Turn
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.logs.metrics_log import MetricsLog
+from xception_jax.study.cells import RECORD
 from xception_jax.study.checks import check_study
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Arm
@@ -152,6 +154,30 @@ def test_the_report_shows_gates_and_supported_claims(written):
 def test_claims_follow_the_difference_of_differences(study, tmp_path, shrinks, effects, verdicts):
     results = collect(write_cells(tmp_path / "study", untuned(study), shrinks=shrinks, effects=effects))
     assert [tested.verdict for tested in results.claims] == verdicts
+
+
+def test_no_accuracy_is_shown_before_all_cells_have_ended(study, tmp_path):
+    """Whoever adds seeds, or runs a failed cell again, must not know how the claims stand."""
+    study = dataclasses.replace(study, search=None, seeds=study.seeds[:2])
+    written = write_cells(tmp_path / "study", study)
+    last = written.cells()[-1]
+    shown = write_study_report(written.root)
+    record = (last.directory / RECORD).read_text()
+    (last.directory / RECORD).unlink()
+    hidden = write_study_report(written.root)
+    assert (shown.hidden, hidden.hidden) == (False, True)
+    assert {tested.verdict for tested in hidden.claims} == {"not tested"}
+    assert all(row[name] is None for row in hidden.rows for name in ("test_accuracy", "dev_accuracy", "train_accuracy"))
+    assert all(np.isnan(arm.accuracy.mean) and not len(arm.curve[0]) for arm in hidden.arms)
+    assert "ended, because" in format_results(hidden)
+    for name in ("report.md", "report.html", "cells.csv"):
+        text = (written.root / name).read_text()
+        assert ("once all cells have ended" in text) == (name != "cells.csv")
+        assert not re.search(r"[789]\d\.\d\d? ?%", text.partition("The base config")[0])
+    (last.directory / RECORD).write_text(record.replace('"exit_code": 0', '"exit_code": 1'))
+    failed = write_study_report(written.root)
+    assert not failed.hidden
+    assert sum(row["test_accuracy"] is not None for row in failed.rows) == len(failed.rows)
 
 
 @pytest.mark.parametrize("wrong", ["kronecker", "free", "missing"])

@@ -67,6 +67,8 @@ OPEN = statistics.estimate(np.array([-0.03, 0.0, 0.035, 0.01]))
         (FALLS, about(-0.01), OPEN, OPEN, "undecided"),
         (RISES, about(-0.01), OPEN, OPEN, "against it"),
         (RISES, about(0.01), OPEN, OPEN, "undecided"),
+        (RISES, OPEN, about(-0.01), about(0.01), "undecided"),
+        (RISES, OPEN, about(0.01), about(-0.01), "against it"),
     ],
 )
 def test_the_outcome_of_an_interaction(expected, slope, first, last, outcome):

@@ -20,11 +20,11 @@ from tests.conftest import ROOT
 from tests.study.simulated import POINTS, small_study, write_simulated
 from xception_jax.cli import study as study_command
 from xception_jax.config import override, to_json
-from xception_jax.errors import BadDataError, ConfigError, UsageError, WorkdirError
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError, WorkdirError
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_outcome, started_trials
 from xception_jax.study.design import Search
-from xception_jax.study.execute import run_study, slurm_script
+from xception_jax.study.execute import run_cell, run_study, slurm_script
 from xception_jax.study.kernels.networks import analyse
 from xception_jax.study.report import write_study_report
 from xception_jax.study.runner import make_slots, visible_gpus
@@ -322,6 +322,42 @@ def test_arms_that_choose_together_keep_their_trial_together(searched):
     (first / "config.json").write_text(to_json(config))
     started = started_trials(study, stored.costs, stored.root)
     assert started == {name: dict(study.trials[0]) for name in together}
+
+
+def test_an_arm_takes_no_trial_from_one_that_was_tuned_alone(searched):
+    """Otherwise a study that resumes trains it with another rate than one that was not interrupted."""
+    stored, _ = searched
+    both = ("1_none", "1_relu")
+    arms = [dataclasses.replace(arm, tuned_as=both if arm.name == "2_none" else ()) for arm in stored.study.arms]
+    study = dataclasses.replace(stored.study, arms=tuple(arms))
+    alone = dataclasses.replace(stored, study=study)
+    rates = {0.05: (0.9, 0.5), 0.1: (0.8, 0.8), 0.2: (0.5, 0.9)}
+    for cell in alone.search():
+        if cell.arm in both:
+            finish(cell, rates[cell.config.schedule.learning_rate][cell.arm == "1_relu"])
+    expected = {"1_none": 0.05, "1_relu": 0.2, "2_none": 0.1}
+    assert {name: trial["schedule.learning_rate"] for name, trial in alone.tuned().items()} == expected
+    next(cell for cell in alone.cells() if cell.arm == "1_none").prepare()
+    assert {name: trial["schedule.learning_rate"] for name, trial in alone.tuned().items()} == expected
+
+
+@pytest.mark.parametrize("exit_code", [74, 75, -9])
+def test_a_job_chooses_no_rate_before_all_trials_have_finished(searched, exit_code):
+    stored, cells = searched
+    for cell in cells:
+        finish(cell, 0.9, exit_code if cell.trial == 1 and cell.arm == "1_none" else 0)
+    number = len(cells) + [cell.arm for cell in stored.cells()].index("1_none")
+    with pytest.raises(InputMissingError, match="1_none trial 1 is left"):
+        run_cell(stored.root, number, {})
+
+
+@pytest.mark.parametrize("record", ['{"exit_code": "0"}', '{"exit_code": 0, "seconds": "x"}', "[]", "{"])
+def test_a_record_that_is_no_record_is_a_cell_that_has_not_ended(searched, record):
+    cell = searched[1][0]
+    finish(cell, 0.9)
+    assert cell.state() == "done"
+    (cell.directory / "cell.json").write_text(record)
+    assert (cell.record(), cell.state()) == ({}, "waiting")
 
 
 def test_a_finished_trial_whose_metrics_are_lost_is_named(searched):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
-from xception_jax.errors import InputMissingError, UsageError
+from xception_jax.errors import ConfigError, InputMissingError, UsageError
 from xception_jax.files import expanded, local_directory, write_atomically
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
@@ -311,10 +311,14 @@ def _run_dial(args: argparse.Namespace, study: DialStudy, path: str, environment
         if getattr(args, option.removeprefix("--")) != default:
             what = f"{option} does not work with this study, whose cells are trained by one command"
             raise UsageError(what, option, f"remove {option}")
+    from xception_jax.study.dial.claims import unknown_claims
     from xception_jax.study.dial.design import check_dial
     from xception_jax.study.dial.execute import list_dial, run_dial
 
     study = check_dial(study, path)
+    if unknown := unknown_claims(study):
+        what = f"no test of this version belongs to the claims {', '.join(unknown)} as they are worded"
+        raise ConfigError(what, path, "state claims of xception_jax/study/dial/claims.py, or none")
     if args.print:
         print(list_dial(study))
         return 0

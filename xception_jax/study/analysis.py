@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from xception_jax.study.claims import Weights
 from xception_jax.study.statistics import CONFIDENCE, Estimate, bootstrap_means, estimate, from_error
 
 Array = np.ndarray
@@ -47,8 +48,6 @@ class Sample:
         return self.accuracy[np.isfinite(self.accuracy)]
 
 
-Weights = Mapping[str, float]
-"""Weight of each arm."""
 Samples = Mapping[str, Sample]
 """The finished cells of all arms of a study."""
 
@@ -56,15 +55,6 @@ Samples = Mapping[str, Sample]
 def versus(arm: str, baseline: str) -> Weights:
     """Returns the weights of a comparison of two arms."""
     return {arm: 1.0, baseline: -1.0}
-
-
-def of_differences(terms: Iterable[tuple[tuple[str, str], float]]) -> Weights:
-    """Returns the weights of a sum of weighted differences ((arm, baseline), weight); a baseline '' is zero."""
-    weights: dict[str, float] = {}
-    for pair, weight in terms:
-        for name, sign in zip(pair, (1, -1), strict=True):
-            weights[name] = weights.get(name, 0.0) + sign * weight
-    return {name: weight for name, weight in weights.items() if name and weight}
 
 
 def paired(weights: Weights, samples: Samples) -> Estimate:
@@ -104,7 +94,7 @@ def crossed(weights: Weights, samples: Samples) -> Estimate:
     of_images = _variance_of_mean(images)
     variance = sum(of_seeds.values()) + image_variance(cells, weights)
     known = {arm: sample.known for arm, sample in used.items()}
-    degrees = _degrees(of_seeds | {"images": of_images}, cells | {"images": images}, variance)
+    degrees = _degrees(of_seeds | {"": of_images}, cells | {"": images}, variance)  # no arm has an empty name
     found = _independent(weights, known, variance if variance > _ROUNDING else 0.0, degrees)
     drawn = [
         weights[arm] * _resample_cells(sample.resampled, seed)

@@ -84,9 +84,12 @@ class Cell:
         It has exit_code, attempts, seconds, cpu_seconds and reused_from.
         """
         try:
-            return read_json(self.directory / RECORD, dict)
+            record = read_json(self.directory / RECORD, dict)
         except (OSError, ValueError):
             return {}
+        numbers = (record.get(name, 0) for name in ("exit_code", "attempts", "seconds", "cpu_seconds"))
+        whole = isinstance(record.get("exit_code", 0), int)
+        return record if whole and all(isinstance(value, int | float | None) for value in numbers) else {}
 
     def state(self) -> State:
         """Returns its state according to its record."""
@@ -225,11 +228,10 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         known[cell.arm, cell.trial] = accuracy
     chosen = {}
     for arm in study.arms:
-        deciding = arm.tuned_as or (arm.name,)
         means = {
-            number: statistics.fmean(known[name, number] for name in deciding)
+            number: statistics.fmean(known[name, number] for name in arm.deciding)
             for number in range(len(study.trials))
-            if all((name, number) in known for name in deciding)
+            if all((name, number) in known for name in arm.deciding)
         }
         if means:
             chosen[arm.name] = dict(study.trials[max(means, key=means.__getitem__)])
@@ -254,10 +256,10 @@ def started_trials(study: Study, costs: Mapping[str, ArmCost], root: Path) -> di
             if (trial := next(same, None)) is not None:
                 started[arm.name] = trial
                 break
+    together = {frozenset(study.arm(name).deciding): trial for name, trial in started.items()}
     for arm in study.arms:
-        together = [started[name] for name in arm.tuned_as if name in started]
-        if together:
-            started.setdefault(arm.name, together[0])
+        if (trial := together.get(frozenset(arm.deciding))) is not None:
+            started.setdefault(arm.name, trial)
     return started
 
 

@@ -62,6 +62,8 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         if name not in names:
             yield f"there is no arm {name!r}", f"choose one of {', '.join(names)}"
     for comparison in study.comparisons:
+        if comparison.arm == comparison.baseline:
+            yield f"{comparison.arm} is compared with itself", "name two arms"
         if comparison.expected not in EXPECTATIONS:
             what = f"{comparison.name} is expected to be {comparison.expected!r}"
             yield what, f"set it to one of {', '.join(EXPECTATIONS)}"
@@ -88,8 +90,9 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
     for cost in study.unequal:
         if cost not in COSTS or cost == study.control:
             yield f"unequal names {cost!r}", f"name costs that the study does not control: {', '.join(COSTS)}"
-    if not study.seeds:
-        yield "there are no seeds", "list at least two"
+    if not study.seeds or not all(isinstance(seed, int) for seed in study.seeds):
+        what = f"the seeds are {', '.join(map(repr, study.seeds)) or 'missing'}"
+        yield what, "list whole numbers; a difference needs at least two"
     if len(set(study.seeds)) < len(study.seeds):
         yield "seeds repeat", "list each seed once"
     if not study.margin > 0:
@@ -116,15 +119,30 @@ def _config_problems(study: Study, configs: Mapping[str, ExperimentConfig]) -> I
     from xception_jax.metrics import metrics_of  # imports JAX, for which `study --help` does not wait
 
     for arm, config in configs.items():
-        known = [f"{prefix}{metric.name}" for metric in metrics_of(config) for prefix in ("", "ema_")]
-        if study.metric not in (known if config.ema.decay else known[::2]):
-            fix = "average the weights by config.ema.decay, or set metric to one without ema_"
-            yield f"cells of {arm} do not measure {study.metric!r}", fix
+        shares = [metric.name for metric in metrics_of(config) if metric.higher_is_better and metric.is_share]
+        known = shares + [f"ema_{name}" for name in shares if config.ema.decay]
+        if study.metric not in known:
+            yield f"cells of {arm} do not measure {study.metric!r} as a share of 1", f"choose {', '.join(known)}"
+        if study.gate is not None and config.loss.multi_label:
+            yield (
+                f"arm {arm} has several labels for each image, of which no training accuracy is known",
+                "set gate=None",
+            )
         if not config.data.test_split or (study.search and not config.data.eval_split):
             yield f"arm {arm} lacks a test split, or a development split for the search", "set both in config.data"
         if study.axis not in ("", *CHANNEL_AXES) and not isinstance(field_value(config, study.axis), int | float):
             what = f"{study.axis} is {field_value(config, study.axis)!r} in arm {arm}, which has no place on an axis"
             yield what, "choose an axis of numbers"
+    for claim in study.claims:
+        for part in claim.parts:
+            positions = (
+                {field_value(configs[arm], study.axis) for arm, *_ in part.terms} if study.axis in FIELDS else ()
+            )
+            if part.measure == "slope" and len(positions) == 1:
+                yield f"claim {claim.code}, {part.name!r}: its arms have one place on the axis", "name arms with others"
+    if study.analysis == "crossed" and study.metric != study.metric_of_answers:
+        what = f"the analysis 'crossed' is of the images that are classified correctly, not of {study.metric}"
+        yield what, f"set metric to {study.metric_of_answers!r}, or choose another analysis"
     data = [resolve(study.config).data, *(config.data for config in configs.values())]
     turns = {(each.turn, each.turn_angle != 0) for each in data}
     for kind in {gate.kind for gate in study.gates} & {"kronecker", "free"}:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 MEASURES = {"sum": 1, "slope": 2}  # and the least number of terms
 SIDES = ("above", "below", "within")
@@ -59,6 +59,19 @@ class Claim:
         return {name for part in self.parts for term in part.terms for name in term[:2] if name}
 
 
+Weights = Mapping[str, float]
+"""Weight of each arm in a sum of accuracies."""
+
+
+def of_differences(terms: Iterable[tuple[tuple[str, str], float]]) -> Weights:
+    """Returns the weights of a sum of weighted differences ((arm, baseline), weight); a baseline '' is zero."""
+    weights: dict[str, float] = {}
+    for pair, weight in terms:
+        for name, sign in zip(pair, (1, -1), strict=True):
+            weights[name] = weights.get(name, 0.0) + sign * weight
+    return {name: weight for name, weight in weights.items() if name and weight}
+
+
 def claim_problems(claims: Collection[Claim], arms: Collection[str], axis: str) -> Iterator[tuple[str, str]]:
     """Yields (what is wrong, how to fix it) for the claims of a study with these arms and this axis."""
     codes = [claim.code for claim in claims]
@@ -83,6 +96,8 @@ def _part_problems(part: Part, axis: str) -> Iterator[tuple[str, str]]:
         yield f"the side is {part.side!r}", f"set it to one of {', '.join(SIDES)}"
     if not all(math.isfinite(weight) for *_, weight in part.terms) or not any(weight for *_, weight in part.terms):
         yield "its weights are zero or not finite", "set the weight of each term"
+    elif part.measure == "sum" and not of_differences(((arm, other), weight) for arm, other, weight in part.terms):
+        yield "its terms cancel", "name arms that differ"
     if not math.isfinite(part.bound) or (part.side == "within" and part.bound <= 0):
         yield f"the bound is {part.bound}", "set it to a number, above 0 for 'within'"
     if part.measure == "slope" and not axis:

@@ -48,6 +48,11 @@ class Arm:
     line: str = ""
     tuned_as: tuple[str, ...] = ()
 
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """Returns the names of the arms whose trials decide for this one."""
+        return self.tuned_as or (self.name,)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedComparison:
@@ -174,8 +179,13 @@ class Study:
     @property
     def tried(self) -> tuple[Arm, ...]:
         """Returns the arms that are trained with each trial: those on which the choice for any arm rests."""
-        deciding = {name for arm in self.arms for name in arm.tuned_as or (arm.name,)}
+        deciding = {name for arm in self.arms for name in arm.deciding}
         return tuple(arm for arm in self.arms if arm.name in deciding)
+
+    @property
+    def metric_of_answers(self) -> str:
+        """Returns the metric that counts the right answers in the predictions of a cell."""
+        return "ema_top1" if self.config.ema.decay else "top1"
 
     def arm(self, name: str) -> Arm:
         """Returns the arm with this name."""

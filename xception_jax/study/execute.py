@@ -26,6 +26,7 @@ from xception_jax.study.design import COSTS, Study
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import LOG, Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
+from xception_jax.study.turns import FILE as TURNS
 from xception_jax.study.turns import lacks_turns, measure_turns, read_turns, write_turns
 
 
@@ -59,11 +60,13 @@ def run_study(
       PreemptedError: on SIGTERM or SIGINT.
       InputMissingError: a dataset or one of its splits is missing.
     """
-    _keep_turns(stored)
     search, trained = stored.search(), stored.cells()
+    if not any(cell.directory.exists() for cell in (*search, *trained)):
+        (stored.root / TURNS).unlink(missing_ok=True)  # the data of the study may have been changed since
+    _keep_turns(stored)
     _reuse(search, reuse)
     codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
-    if missing := [cell for cell in search if cell.record().get("exit_code") not in _CHOOSES]:
+    if missing := [cell for cell in search if not _has_chosen(cell)]:
         say(f"no rates are chosen, because {len(missing)} trials have not finished, such as {missing[0].name}")
         say(f"see {printable_path(missing[0].directory / LOG)}, then run the same command with --retry")
         return next(filter(None, codes))
@@ -71,7 +74,7 @@ def run_study(
         tuned = stored.tuned()
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
         for arm in (arm for arm in stored.study.arms if arm.name not in tuned):
-            say(f"arm {arm.name} is left out: no trial has finished for {' and '.join(arm.tuned_as or (arm.name,))}")
+            say(f"arm {arm.name} is left out: no trial has finished for {' and '.join(arm.deciding)}")
     _reuse(trained, reuse)
     codes += _run_phase(stored, trained, environment, jobs, retry, before=search)
 
@@ -116,8 +119,9 @@ def _run_phase(
     return [_own_exit_code(cell.record().get("exit_code", SUCCESS_EXIT_CODE)) for cell in cells]
 
 
-# A trial that diverged has finished, too: its rate is not chosen.
-_CHOOSES = (SUCCESS_EXIT_CODE, DivergedError.exit_code)
+def _has_chosen(trial: Cell) -> bool:
+    """Returns whether a trial has finished. One that diverged has, too: its rate is not chosen."""
+    return trial.record().get("exit_code") in (SUCCESS_EXIT_CODE, DivergedError.exit_code)
 
 
 def _own_exit_code(code: int) -> int:
@@ -174,8 +178,8 @@ def run_cell(root: Path, number: int, environment: Mapping[str, str]) -> int:
         raise UsageError(f"there is no cell {number}", "--cell", f"cells are 0 to {len(search) + len(cells) - 1}")
     cell = [*search, *cells][number]
     if search and number >= len(search):
-        deciding = stored.study.arm(cell.arm).tuned_as or (cell.arm,)
-        left = [trial.name for trial in search if trial.arm in deciding and _is_left(trial, retry=False)]
+        deciding = stored.study.arm(cell.arm).deciding
+        left = [trial.name for trial in search if trial.arm in deciding and not _has_chosen(trial)]
         if left or cell.arm not in stored.tuned():
             what = f"the search for arm {cell.arm} has not ended: {', '.join(left)} is left"
             if not left:

@@ -36,7 +36,8 @@ class _End:
 class ProgressTable:
     """Shows the progress of a study: a table that is redrawn on a terminal, one line for each ended cell elsewhere.
 
-    It shows accuracies on the development split only. The test split is for the report.
+    It shows accuracies on the development split only, and of a study that states claims only those of the search. The
+    test split is for the report.
 
     Args:
       study: the study.
@@ -139,10 +140,12 @@ class ProgressTable:
             record, state = cell.record(), cell.state()
             if state in ("waiting", "stopped"):  # it may still run
                 return _End(state, "-" if state == "stopped" else ".", 0.0)
-            accuracy = read_outcome(cell, self._study.metric)["dev_accuracy"]
             if state == "failed":
                 text = f"x {record['exit_code']}"
+            elif self._study.claims and cell.trial is None:
+                text = "done"
             else:
+                accuracy = read_outcome(cell, self._study.metric)["dev_accuracy"]
                 text = "done" if accuracy is None else f"{100 * accuracy:.1f}"
             self._known[cell.directory] = _End(state, text, record.get("seconds", 0.0))
         return self._known[cell.directory]

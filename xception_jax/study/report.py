@@ -34,6 +34,7 @@ INTERVALS = {
     "pooled": "Student's t over independent seeds, with a variance pooled over all arms",
     "crossed": "t over seeds and test images, both random",
 }
+HIDDEN = "Accuracies are shown once all cells have ended, because this study states its claims beforehand."
 _MAX_CURVES = 7  # in one figure
 _COSTS = {
     **{name: (f"Against {label}", label) for name, label in COSTS.items()},
@@ -77,10 +78,12 @@ def format_results(results: Results) -> str:
     """Returns a summary in a few lines, for a terminal."""
     done = len(_cells_in(results, "done"))
     lines = [f"{results.stored.study.name}: {done} of {len(results.rows)} cells done"]
+    if results.hidden:
+        lines.append(f"  {HIDDEN}")
     if results.below_gate:
         lines.append(f"  {gate_notice(results)}")
     for gate in results.gates:
-        if not gate.passed:
+        if not gate.passed and not results.hidden:
             found = f"{gate.name}: {gate.value:.4g}, limit {gate.limit:g} ({gate.detail})"
             lines.append(f"  gate not passed, so that nothing is interpreted: {found}")
     for entry in results.comparisons:
@@ -135,6 +138,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "config_json": to_json(study.config),
         "columns": COLUMNS,
         "done": len(_cells_in(results, "done")),
+        "hidden": HIDDEN if results.hidden else "",
         "failed": _cells_in(results, "failed"),
         "stopped": _cells_in(results, "stopped"),
         "diverged": DivergedError.exit_code,

@@ -12,14 +12,15 @@ from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import json_ready, read_metrics
 from xception_jax.study import statistics
-from xception_jax.study.analysis import ANALYSES, Sample, crossed, of_differences, resample_images, versus
+from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.checks import field_value
+from xception_jax.study.claims import of_differences
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNEL_AXES, Interaction, PlannedComparison, Study
 from xception_jax.study.gates import CheckedGate, check_gates
 from xception_jax.study.predictions import Answers, read_answers
-from xception_jax.study.rows import row_of
+from xception_jax.study.rows import ACCURACIES, row_of
 from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.tested_claims import Measured, evaluate_claims
@@ -38,7 +39,8 @@ class ArmResult:
       x: its position on the study's axis; NaN if there is no axis.
       accuracy: on the test split.
       train_accuracy: top-1 on the augmented training images, at the end.
-      passes: whether its training accuracy reaches the study's gate; None if there is no gate, or no finished cell.
+      passes: whether its training accuracy reaches the study's gate, and is known of all finished cells; None if there
+        is no gate, or no finished cell.
       images_per_second: training speed.
       cost: width and costs of its network.
       tuned: the values that the search chose, by field.
@@ -113,9 +115,14 @@ class InteractionResult:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that a report shows."""
+    """All that a report shows.
+
+    Attributes:
+      hidden: whether accuracies are left out, because the study states claims and some of its cells have not ended.
+    """
 
     stored: StoredStudy
+    hidden: bool
     rows: tuple[dict[str, Any], ...]
     arms: tuple[ArmResult, ...]
     comparisons: tuple[ComparisonResult, ...]
@@ -153,6 +160,7 @@ class Results:
                 "analysis": study.analysis,
                 "gate": study.gate,
                 "below_gate": self.below_gate,
+                "accuracies_hidden": self.hidden,
                 "history": list(self.stored.history),
                 "arms": [
                     dataclasses.asdict(arm) | dataclasses.asdict(arm.cost) | {"curve": None, "train_curve": None}
@@ -189,27 +197,33 @@ def collect(stored: StoredStudy) -> Results:
     """Reads all cells of a study directory and analyses those that are done.
 
     A cell counts only if it ended with exit code 0. Counting an accuracy from before a failure would be a choice.
+
+    If the study states claims, accuracies stay unknown until all cells have ended: whoever had read some of them could
+    no longer decide about seeds, gates or cells that failed without knowing the outcome.
     """
     cells = stored.cells()
-    rows = tuple(row_of(stored, cell) for cell in cells)
+    hidden = bool(stored.study.claims) and any(cell.state() in ("waiting", "stopped") for cell in cells)
+    unknown = dict.fromkeys(ACCURACIES) if hidden else {}
+    rows = tuple(row_of(stored, cell) | unknown for cell in cells)
     done = [row for row in rows if state_of(row["exit_code"]) == "done"]
     accuracy = _Values(done, stored.study.seeds, "test_accuracy")
     answers = read_answers(stored.root, [cell for cell in cells if cell.state() == "done"])
-    arms = _arms(stored, cells, rows, accuracy)
+    arms = _arms(stored, [] if hidden else cells, rows, accuracy)
     complete = {arm.name: arm.accuracy.mean if arm.accuracy.n == len(stored.study.seeds) else math.nan for arm in arms}
     turns = read_turns(stored.root)
     if lacks_turns(stored.study, turns):
         turns = []  # a gate about some of the seeds is none
     gates = check_gates(stored.study.gates, complete, turns)
-    open_to_claims = all(gate.passed for gate in gates)
+    open_to_claims = hidden or all(gate.passed for gate in gates)
     below = {arm.name for arm in arms if arm.passes is False or not open_to_claims}
     samples = _samples(stored, accuracy, answers)
     return Results(
         stored,
+        hidden,
         rows,
         arms,
-        _comparisons(stored, samples, below),
-        _interactions(stored, samples, below),
+        () if hidden else _comparisons(stored, samples, below),
+        () if hidden else _interactions(stored, samples, below),
         evaluate_claims(stored.study.claims, _measured(stored, samples), stored.study.analysis, below),
         gates,
         answers,
@@ -244,7 +258,7 @@ def _arms(
     arms = []
     for arm in study.arms:
         chosen, own_cells = tuned.get(arm.name, {}), [cell for cell in cells if cell.arm == arm.name]
-        reached = statistics.estimate(training.of(arm.name))
+        reached, finished = statistics.estimate(training.of(arm.name)), sum(c.state() == "done" for c in own_cells)
         codes = {row["seed"]: row["exit_code"] for row in rows if row["arm"] == arm.name}
         arms.append(
             ArmResult(
@@ -253,7 +267,9 @@ def _arms(
                 x=_axis_value(stored, arm.name),
                 accuracy=statistics.estimate(accuracy.of(arm.name)),
                 train_accuracy=reached,
-                passes=None if study.gate is None or not reached.n else reached.mean >= study.gate,
+                passes=None
+                if study.gate is None or not finished
+                else reached.n == finished and reached.mean >= study.gate,
                 images_per_second=statistics.estimate(speeds.of(arm.name)),
                 cost=stored.costs[arm.name],
                 tuned=chosen,
@@ -267,8 +283,10 @@ def _arms(
 
 
 def _samples(stored: StoredStudy, accuracy: _Values, answers: Mapping[tuple[str, int], Answers]) -> dict[str, Sample]:
-    """Returns the finished cells of each arm, with their answers if all of them have some."""
+    """Returns the finished cells of each arm, with their answers if all cells have some and the metric counts them."""
     study = stored.study
+    if study.metric != study.metric_of_answers:
+        answers = {}
     resampled = dict(zip(answers, resample_images(_right(answers.values())).T, strict=True)) if answers else {}
     samples = {}
     for arm in study.arms:
@@ -399,4 +417,5 @@ def _interaction_outcome(expected: str, trend: Trend | None, margin: float) -> s
         return "against it" if trend.flips != "no" else "as expected" if settled else "undecided"
     falls, rises = trend.slope.high < 0, trend.slope.low > 0
     opposite = falls if expected == "rises through zero" else rises
-    return "against it" if settled or opposite else "undecided"
+    as_expected = ["worse", "better"] if expected == "rises through zero" else ["better", "worse"]
+    return "against it" if opposite or (settled and ends != as_expected) else "undecided"

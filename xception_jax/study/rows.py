@@ -15,6 +15,7 @@ COLUMNS = (
     "seconds", "cpu_seconds", "learning_rate", "weight_decay", "config_hash", "reused_from",
     *ACTIVATION_COLUMNS,
 )  # fmt: skip
+ACCURACIES = ("test_accuracy", "dev_accuracy", "train_accuracy")
 
 
 def row_of(stored: StoredStudy, cell: Cell) -> dict[str, Any]:

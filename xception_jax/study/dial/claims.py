@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float
 
-from xception_jax.study.dial.design import REGULAR
+from xception_jax.study.dial.design import REGULAR, DialStudy
 from xception_jax.study.dial.results import DialResults
 from xception_jax.study.seed_claims import Claim, Seeds, evaluate, median_part_of, part_of
 from xception_jax.study.statistics import slope_weights
@@ -224,6 +224,11 @@ SECOND: dict[str, Claim[DialResults]] = {
 }
 
 CLAIMS = FIRST | SECOND
+
+
+def unknown_claims(study: DialStudy) -> list[str]:
+    """Returns the codes of the claims that cannot be tested, because `CLAIMS` lacks them or states another text."""
+    return [code for code, text in study.hypotheses.items() if code not in CLAIMS or CLAIMS[code].text != text]
 
 
 def evaluate_claims(results: DialResults) -> tuple[TestedClaim, ...]:

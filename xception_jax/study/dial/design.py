@@ -206,6 +206,12 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         yield "there are fewer than two different seeds, or a seed repeats", "list at least two, each once"
     if study.recipe.steps < CURVE:
         yield f"cells have {study.recipe.steps} steps", f"set at least {CURVE}"
+    for rate in study.tuning.rates:
+        if not 0 < rate == float(f"{rate:.6g}"):
+            yield (
+                f"the rate {rate!r} is not a positive number of up to six digits",
+                "round it: cells.csv has six digits",
+            )
     if study.tuning.seed in study.seeds:
         yield "the tuning shares a seed with the study", "give it its own seed"
     for depth in {row.arm.cost_depth or row.arm.depth for row in study.rows}:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from xception_jax.study.dial.banks import BankSpec
-from xception_jax.study.dial.claims import CLAIMS
+from xception_jax.study.dial.claims import unknown_claims
 from xception_jax.study.dial.design import REGULAR, tuning_cells
 from xception_jax.study.dial.execute import chosen_rates
 from xception_jax.study.dial.records import CELLS, record_key
@@ -48,7 +48,7 @@ def _complete(results: DialResults) -> Iterator[CheckedGate]:
     ]
     name = "cells with another rate, number of steps or design than stated"
     yield CheckedGate(name, len(unfit), 0, " ".join(unfit[0]) if unfit else "")
-    other = [code for code, text in study.hypotheses.items() if code not in CLAIMS or CLAIMS[code].text != text]
+    other = unknown_claims(study)
     yield CheckedGate("claims that this version states differently", len(other), 0, ", ".join(other))
 
 
