@@ -1,4 +1,4 @@
-"""ImageNet: trains the paper's Xception, or Inception V3 with the same recipe (sections 4.1 and 4.2, table 1).
+"""ImageNet: trains the paper's Xception, or Inception V3 with the same recipe (sections 4.2 to 4.4, table 1).
 
     xception-jax train --config=imagenet --workdir=/data/xception
     xception-jax train --config=imagenet:inception_v3 --workdir=/data/inception_v3

@@ -4,7 +4,7 @@
 
 A kernel can be separable within its filters (one spatial pattern a filter: the Inception hypothesis, which a pointwise
 convolution in front represents exactly) or across them (one spatial filter a channel: Xception's layer, spatial first).
-The paper calls the order unimportant (section 2). Here the templates that have to be found are separable in one way,
+The paper calls the order unimportant (section 1.2). Here the templates that have to be found are separable in one way,
 in the other, or in neither, by a dial, and the best possible accuracy is the same on all of them.
 
 Sizes: smoke (under two minutes, interprets nothing), cpu (default: a night of two cores), second (after cpu: what was

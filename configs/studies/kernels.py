@@ -31,7 +31,7 @@ FEW_IMAGES = {
 }
 BY_HEART = {"data.augmentation": "none"}
 WIDTHS = {"smoke": 0.037, "cpu": 0.054, "cifar": 0.174, "imagenet": 0.354}  # as many parameters as depthwise has
-BUDGETS = {"cpu": "about eleven processor minutes per cell"}
+BUDGETS = {"cpu": "seven to eight processor minutes per cell"}
 GATES = {"smoke": MEMORISED, "cpu": MEMORISED, "cifar": MEMORISED, "imagenet": None}
 
 

@@ -43,7 +43,7 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
         name=f"module_swap-{size}-{control}",
         question="Is the extreme Inception module better than the Inception module, with all else equal?",
         hypothesis="The stronger hypothesis, that correlations across channels and in space are best mapped apart, "
-        "makes the better use of the same parameters (section 1.2); the order is unimportant (section 2); residuals "
+        "makes the better use of the same parameters (section 1.2); the order is unimportant; residuals "
         "help every module (section 4.6).",
         config=sized.config,
         arms=tuple(

@@ -1,4 +1,4 @@
-"""Compares depthwise first with pointwise first. Section 2 of the paper calls the order "unimportant" without a test.
+"""Compares depthwise first with pointwise first. Section 1.2 of the paper calls the order "unimportant" without a test.
 
     xception-jax study run studies/order --workdir runs/order
 
@@ -22,7 +22,7 @@ def get_study(size: str = "cpu", control: str = "parameters") -> Study:
     return Study(
         name=f"order-{size}-{control}",
         question="Does it matter whether the spatial or the pointwise convolution comes first?",
-        hypothesis="It does not (section 2): in a stack of such layers the orders differ at its two ends.",
+        hypothesis="It does not (section 1.2): in a stack of such layers the orders differ at its two ends.",
         config=sized.config,
         arms=tuple(
             Arm(

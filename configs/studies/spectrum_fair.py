@@ -4,8 +4,8 @@
 
 The first study of the spectrum (`studies/spectrum`) compared networks whose stem followed the width, whose last maps
 had one pixel, and whose regular end had a pointwise convolution behind it. Here the stem is fixed, no map is
-smaller than seven pixels, the control is a live cost, each arm has its own learning rate, and one convolution without
-a pointwise partner stands at the regular end.
+smaller than seven pixels, the control is a live cost, learning rates are tuned, and one convolution without a pointwise
+partner stands at the regular end.
 
 Sizes: smoke (shows that the study runs), cpu (default), cifar, imagenet; controls: live_parameters (default),
 live_multiply_adds, parameters, multiply_adds, width. Design, gate and claims: docs/studies/spectrum_fair.md.

@@ -27,7 +27,7 @@ class BatchNormConfig(Section):
 
     momentum: float = number(0.99, 0.0, 1.0, "reference: Keras")
     epsilon: float = number(1e-3, 0.0, 1.0, "reference: Keras", above=True)
-    scale: bool = flag(True, "paper: table 3 counts it; reference: Keras' Inception V3 has none")
+    scale: bool = flag(True, "paper: table 3 counts it; default of inception_v3: False, as in Keras")
     statistics: str | int = choice_or_integer("global", ("global", "device"), 1, "inferred: the paper's is per device")
 
 

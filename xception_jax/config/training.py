@@ -82,8 +82,10 @@ class AdamConfig(LionConfig):
     """Adam and AdamW."""
 
     name: str = "adam"
-    b2: float = number(0.999, 0.0, 1.0, "modern: weight of the past in the average of squares")
-    epsilon: float = number(1e-8, 0.0, 10.0, "modern: added to the root of the average of squares", above=True)
+    b2: float = number(0.999, 0.0, 1.0, "modern: weight of the past in the average of squares (default of lion: 0.99)")
+    epsilon: float = number(
+        1e-8, 0.0, 10.0, "modern: added to the root of the average of squares (default of lamb: 1e-6)", above=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

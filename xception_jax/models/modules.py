@@ -1,8 +1,9 @@
 """Defines the modules of figures 1 to 4 of the paper, and the separable convolution of Xception.
 
-Figures 1, 2 and 3 show Inception modules, figure 4 the "extreme" one. All of them first map correlations across
-channels (1 x 1), then spatial ones (3 x 3). They differ in the number of segments into which the channels are divided
-for the spatial convolution. `SeparableConv` covers this axis from a regular convolution to a depthwise one.
+Figures 1, 2 and 3 show Inception modules, figure 4 the "extreme" one. All towers except the pooling tower of figure 1
+start with a 1 x 1 convolution across channels. The 3 x 3 convolutions after it map correlations in space and across the
+channels of a segment. The modules of figures 2 to 4 differ in the number of these segments. `SeparableConv` covers
+this axis from a regular convolution to a depthwise one.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class SeparableConv(nn.Module):
 
 
 class RegularConv(nn.Module):
-    """A single dense convolution. Unlike in `SeparableConv(segments=1)`, no pointwise convolution follows.
+    """A single dense convolution, which the paper does not have.
+
+    Unlike in `SeparableConv(segments=1)`, no pointwise convolution follows.
 
     Attributes:
       features: output channels.

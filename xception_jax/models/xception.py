@@ -19,8 +19,9 @@ from xception_jax.models.modules import InceptionModule, RegularConv, SeparableC
 class Xception(nn.Module):
     """36 convolutional layers in 14 modules, with linear residuals around all modules except the first and the last.
 
-    If the channels of a layer are not divisible by `config.segments` or `config.group_width`, they are rounded to the
-    nearest multiple. `config.stem_width` and `config.head_width` fix both ends of the network, whatever its width.
+    The convolutions of shortcuts are not counted. If the channels of a layer are not divisible by `config.segments` or
+    `config.group_width`, they are rounded to the nearest multiple. `config.stem_width` and `config.head_width` fix both
+    ends of the network, whatever its width.
     """
 
     config: XceptionConfig
@@ -31,8 +32,8 @@ class Xception(nn.Module):
     ) -> tuple[Float[Array, "b n"], dict[str, Array]]:
         """Returns (logits [b, num_classes], endpoints) for images in [-1, 1].
 
-        `endpoints` has the output of each module, `block1` to `block14` with eight middle modules, and `pre_logits`
-        [b, 2048], the input of the classifier before dropout.
+        `endpoints` has the output of each module, `block1` to `block14` with eight middle modules, and `pre_logits`,
+        the input of the classifier before dropout: [b, 2048], or [b, 4096] with `config.fc_layers`.
         """
         config, width = self.config, self._width
         dtype, norm = jnp.dtype(config.dtype), norm_of(config)
@@ -67,8 +68,8 @@ class Xception(nn.Module):
 
         for block, channels, stride in zip((2, 3, 4), (128, 256, 728), config.strides[:3], strict=True):
             features = width(channels)
-            residual = shortcut(x, features, block, stride)
-            if block > 2:
+            residual = shortcut(x, features, block, stride)  # figure 5 can be read as a chain of shortcuts
+            if block > 2:  # block1 ends in a ReLU
                 x = nn.relu(x)
             x = sepconv_bn(x, features, f"block{block}_sepconv1")
             x = sepconv_bn(nn.relu(x), features, f"block{block}_sepconv2")
