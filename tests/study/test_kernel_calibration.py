@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -67,8 +68,8 @@ def test_the_measured_dial_is_the_true_one(studies):
             assert point.measured.within == pytest.approx(point.within, abs=1e-5)  # banks.csv has six digits
             assert point.measured.across == pytest.approx(point.across, abs=1e-5)
     for family in ("within", "across"):
-        np.testing.assert_allclose(found.rank_correlations("regular", "block1_spatial", family), 1)
-        assert abs(found.rank_correlations("regular", "block2_spatial", family).mean()) < 0.8
+        np.testing.assert_allclose(found.recoveries("regular", "block1_spatial", family), 1, atol=0.1)
+        assert abs(found.recoveries("regular", "block2_spatial", family).mean()) < 0.5
     data = found.to_json()
     json.dumps(data, allow_nan=False)
     assert len(data["points"]) == 72
@@ -92,7 +93,7 @@ def test_the_command_draws_and_prints(studies, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["xception-jax", "study", "kernels", str(root)])
     assert main() == 0
     out = capsys.readouterr().out
-    assert "+1.00 [+1.00, +1.00]" in out
+    assert re.search(r"block1_spatial .*\+(1\.0|0\.9)\d \[", out)
     assert "K1 supported" in out
     for family in ("within", "across"):
         svg = (root / "figures" / f"kernels_{family}.svg").read_text()
@@ -106,7 +107,7 @@ def test_nothing_is_claimed_where_networks_are_missing(tmp_path):
     network_path(root, "regular", "free", 1).unlink()
     found = calibrate(root)
     assert not found.passed
-    assert np.isnan(found.rank_correlations("regular", "block1_spatial", "within")[1])
+    assert np.isnan(found.recoveries("regular", "block1_spatial", "within")[1])
     assert {tested.verdict for tested in judge_calibration(found).claims} == {"not tested"}
     assert all(path.exists() for path in write_calibration_figures(found))
     json.dumps(found.to_json() | judge_calibration(found).to_json(), allow_nan=False)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from scipy import stats
 from tqdm import tqdm
 
 from xception_jax.errors import InputMissingError
@@ -31,7 +30,7 @@ from xception_jax.study.statistics import estimate, slope_weights
 from xception_jax.study.store import write_report_files
 from xception_jax.user_files import read_arrays, reading
 
-_FEWEST_BANKS = 3  # for a rank correlation
+_FEWEST_BANKS = 3  # for a slope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,32 +112,16 @@ class Calibration:
         x = truth / truth[banks.index("free")]
         return (slope_weights(x) * position).sum(0)
 
-    def rank_correlations(self, arm: str, layer: str, family: str) -> Float[np.ndarray, " seeds"]:
-        """Returns, for each seed, Spearman's correlation over the banks of a family: measured with true dial.
-
-        It is NaN for seeds with missing networks, and where an arm has fewer than three banks.
-        """
-        banks = self.banks(arm, family)
-        if len(banks) < _FEWEST_BANKS:
-            return np.full(len(self.results.study.seeds), math.nan)
-        truth, measured = (
-            np.stack([self.values(arm, layer, bank, kind, family) for bank in banks]) for kind in ("true", "measured")
-        )
-        return np.array([_spearman(x, y) for x, y in zip(truth.T, measured.T, strict=True)])
-
     def to_json(self) -> dict[str, Any]:
-        """Returns the points, slopes, rank correlations and gates as plain data; NaN is None."""
+        """Returns the points, slopes and gates as plain data; NaN is None."""
         points = [dataclasses.asdict(point) | {"measured": point.measured.to_json()} for point in self.points]
-        found = {
-            kind: [
-                {"arm": arm, "layer": layer, "family": family} | estimate(of_seeds(arm, layer, family)).to_json()
-                for arm, layer in self.layers
-                for family in FAMILIES
-            ]
-            for kind, of_seeds in (("recoveries", self.recoveries), ("rank_correlations", self.rank_correlations))
-        }
+        recoveries = [
+            {"arm": arm, "layer": layer, "family": family} | estimate(self.recoveries(arm, layer, family)).to_json()
+            for arm, layer in self.layers
+            for family in FAMILIES
+        ]
         gates = [gate.to_json() for gate in self.gates]
-        return {"passed": self.passed, "gates": gates, **found, "points": points}
+        return {"passed": self.passed, "gates": gates, "recoveries": recoveries, "points": points}
 
 
 _KINDS: dict[str, Callable[[Point, str], float]] = {
@@ -147,12 +130,6 @@ _KINDS: dict[str, Callable[[Point, str], float]] = {
     "null": lambda point, family: getattr(point.measured, f"null_{family}").mean,
     "position": lambda point, family: point.measured.position(family),
 }
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    if not np.isfinite([x, y]).all() or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan
-    return float(stats.spearmanr(x, y).statistic)
 
 
 def calibrate(root: Path) -> Calibration:

@@ -72,7 +72,7 @@ def _beside(values: Sequence[float], random: Sequence[float]) -> str:
 
 
 def format_calibration(found: Calibration) -> str:
-    """Returns tables of the measured dial of each layer beside that of its bank, and the rank correlations."""
+    """Returns tables of the measured dial of each layer beside that of its bank, and how much of it is recovered."""
     lines = []
     for family in FAMILIES:
         lines.append(
@@ -82,7 +82,7 @@ def format_calibration(found: Calibration) -> str:
             banks = found.banks(arm, family)
             layers = [layer for each, layer in found.layers if each == arm]
             width = max(map(len, (*layers, "true dial of the bank")))
-            lines.append(f"{arm:{width}} " + " ".join(f"{bank:>13}" for bank in banks) + f" {'rank correlation':>22}")
+            lines.append(f"{arm:{width}} " + " ".join(f"{bank:>13}" for bank in banks) + f" {'recovered':>22}")
             true = [estimate(found.values(arm, layers[0], bank, "true", family)).mean for bank in banks]
             lines.append(f"{'true dial of the bank':{width}} " + " ".join(f"{value:>13.3f}" for value in true))
             for layer in layers:
@@ -95,8 +95,11 @@ def format_calibration(found: Calibration) -> str:
                     )
                     for bank in banks
                 )
-                rank = estimate(found.rank_correlations(arm, layer, family))
-                shown = f"{rank.mean:+.2f} [{rank.low:+.2f}, {rank.high:+.2f}]" if rank.n else "-"
+                recovered = estimate(found.recoveries(arm, layer, family))
+                shown = f"{recovered.mean:+.2f} [{recovered.low:+.2f}, {recovered.high:+.2f}]" if recovered.n else "-"
                 lines.append(f"{layer:{width}} " + " ".join(f"{cell:>13}" for cell in cells) + f" {shown:>22}")
-    lines.append("rank correlation: Spearman's, over the banks of a family; mean and 95 % interval over seeds")
+    lines += [
+        "recovered: slope of the layer's position over the true dial relative to the free bank; mean and 95 % interval "
+        "over seeds. 1 recovers the dial, 0 is blind to it",
+    ]
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
