@@ -38,7 +38,8 @@ class Verdict:
       best: name of the peer with the best median.
       ratio: how many times better ours is than the best peer. Quartiles over the rounds, each compared with the same
         round of the peer.
-      missing: contestants that failed. If there are any, the goal is open.
+      missing: contestants that failed, or did not take part when the case was measured. If there are any, the goal is
+        open.
       others: share of the cores that other processes took, median over rounds and contestants.
     """
 
@@ -56,7 +57,7 @@ class Verdict:
     def __str__(self) -> str:
         """Formats the last column of the table."""
         if self.missing:
-            return "open: " + ", ".join(CONTESTANTS[name].title for name in self.missing) + " failed"
+            return "open: no figure of " + ", ".join(CONTESTANTS[name].title for name in self.missing)
         assert self.ratio is not None
         disturbed = f"machine not idle ({self.others:.0%} taken)" if self.others >= IDLE else ""
         if self.reached:
@@ -179,8 +180,8 @@ median), compared round by round. The goals were set before the measurements.
 
 All contestants use all cores and follow the recommendations of their documentation: Keras on TensorFlow runs a graph
 with oneDNN (frozen for inference, so that BatchNorm is folded), Keras on JAX and Flax use jit, PyTorch uses
-channels_last (with BatchNorm folded for eager inference, and frozen by Inductor if compiled; it trains eagerly, since
-no case compiles training), and ours uses the allocator settings of `make train`. The peers keep the allocator of their
+channels_last (with BatchNorm folded for eager inference, and frozen by Inductor if compiled; two of the cases also
+compile training), and ours uses the allocator settings of `make train`. The peers keep the allocator of their
 process; `--same_allocator` gives them our settings. Start times are without a compilation cache. On processors with
 AMX, our kernels compute float32 products from six bfloat16 products of three parts of each value, as exactly as in
 float32 (docs/notebook/2026-11-27-cpu-kernels.md). The libraries of the peers do not use AMX for float32 by default.

@@ -63,7 +63,7 @@ def test_workers_take_turns_and_one_that_fails_is_named(fake):
     assert order == ["ours", "nothing", "broken", "nothing", "broken", "ours", "broken", "ours", "nothing"]
 
     text = report.markdown(_results(contestants))
-    assert "open: broken failed" in text
+    assert "open: no figure of broken" in text
     assert "| broken | failed |" in text
 
 
