@@ -31,6 +31,7 @@ LONG = "long" * 2000
         ("evaluate --compare a.npz", 64, "--compare: expected 2 arguments"),
         ("predict a.png --weights b --top many", 64, "invalid int value: 'many'"),
         ("predict a.png --weights b --nonsense", 64, "unrecognized arguments: --nonsense"),
+        ("train --config=mnist --batch_sise=3", 64, "unrecognized arguments: --batch_sise=3"),
         (f"predict {LONG} --weights b", 66, "no such image"),
         (f"evaluate {LONG}", 66, "no such weight file"),
     ],
@@ -43,6 +44,28 @@ def test_a_wrong_command_line_costs_three_lines(arguments, code, words, monkeypa
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"]
     assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "fix"),
+    [
+        ("--batch_size=3", "did you mean --config.batch_size?"),
+        ("--data.name=x", "did you mean --config.data.name?"),
+        ("--learning_rate=1", "did you mean --config.schedule.learning_rate?"),
+        ("--size=3", "see "),
+    ],
+)
+def test_an_option_that_is_a_field_is_answered_with_it(argument, fix):
+    for command in (
+        ["train", "--config=fashion_mnist", "--workdir=x"],
+        ["plan", "--config=imagenet", "--topology=v5e:8"],
+    ):
+        with pytest.raises(UsageError, match=f"unrecognized arguments: {argument}") as error:
+            parse([*command, argument])
+        assert error.value.fix.startswith(fix)
+    with pytest.raises(UsageError) as error:  # a command without a config
+        parse(["predict", "a.png", "--weights=b", "--learning_rate=1"])
+    assert error.value.fix.endswith("predict --help")
 
 
 def run_command(*arguments, monkeypatch):

@@ -192,6 +192,8 @@ def numeric_limits():
     for name, field in FIELDS.items():
         if match := re.search(r"whole number(?:,| of) at least (-?\d+)", field.expects):
             yield name, int(match[1]), int(match[1]) - 1
+            if match := re.search(r"at most ([\d,]+)$", field.expects):
+                yield name, int(match[1].replace(",", "")), int(match[1].replace(",", "")) + 1
         elif match := re.match(r"a number (above|of at least) (\S+?)(?:, at most (\S+))?$", field.expects):
             low = float(match[2])
             yield name, (low + 1e-9 if match[1] == "above" else low), (low if match[1] == "above" else low - 1e-9)
@@ -225,6 +227,7 @@ def test_a_few_limits_in_numbers():
         ("seed", -1),
     ):
         assert refused(changed(**{name: value})).where == "config." + name.replace("__", ".")
+    assert "a whole number, at least 0, at most 2,147,483,647 " in refused(changed(seed=99_999_999_999)).fix
 
 
 @pytest.mark.parametrize(

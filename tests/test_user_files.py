@@ -171,7 +171,6 @@ OTHER_PARSERS = {
     "training/summary.py": "/proc",
     "roll_call.py": "what another process of the run wrote by json.dumps",
     "study/power.py": "text that user_files has read",
-    "data/metadata.py": "names of classes, see tests/data",
     "study/turns.py": "text that user_files has read",
     "processes.py": "what another process of the run wrote by json.dumps",
     "training/agreement.py": "what was written by json.dumps",

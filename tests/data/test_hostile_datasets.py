@@ -145,7 +145,7 @@ def test_no_module_is_imported_because_a_dataset_names_it(dataset, tmp_path, mon
 def test_a_description_of_gigabytes_is_not_read(dataset, monkeypatch):
     monkeypatch.setattr(metadata, "MAX_BYTES", 1000)
     (dataset / "label.labels.txt").write_text("x\n" * 501)
-    with pytest.raises(BadDataError, match="more than 0 MiB"):
+    with pytest.raises(BadDataError, match="more than 1,000 bytes"):
         TfdsSource(dataset, "train")
 
 
@@ -164,6 +164,29 @@ def test_class_names_that_do_not_fit_are_refused(dataset, names):
     (dataset / "label.labels.txt").write_bytes(names if isinstance(names, bytes) else names.encode())
     with pytest.raises(BadDataError):
         TfdsSource(dataset, "train")
+
+
+@pytest.mark.parametrize("file", [INFO, FEATURES, "label.labels.txt"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "directory"])
+def test_a_description_without_an_end_is_not_read(dataset, file, kind):
+    path = dataset / file
+    path.unlink(missing_ok=True)
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    command = [sys.executable, "-c", LIMITED, str(dataset), "3000"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == BadDataError.exit_code, result.stderr
+    assert str(path) in result.stderr
+
+
+@pytest.mark.parametrize("names", ["caf\xe9\ncafe\u0301", "cat\ncat\u200b", "\u202edog\ndog"])
+def test_classes_that_look_the_same_are_refused(dataset, names):
+    (dataset / "label.labels.txt").write_text(f"{names}\na\nb\nc\n")
+    with pytest.raises(BadDataError, match="two classes have names that look the same") as raised:
+        TfdsSource(dataset, "train")
+    assert ascii(names.split("\n")[1]) in str(raised.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"x", bytes(65536), bytes(200_000)])

@@ -17,7 +17,9 @@ from tests.data.small_imagenet import encoded, jpeg, photograph
 from tests.data.test_prepare import opened, prepare
 from xception_jax.data import folders
 from xception_jax.data.prepare import groups, splits
+from xception_jax.data.sources import SourceInfo
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
+from xception_jax.training.verification import refuse_other_dataset
 
 
 def write_folder(directory: Path, files: dict[str, bytes]) -> Path:
@@ -470,3 +472,116 @@ def test_a_single_class_is_a_warning(tmp_path, capsys):
     folder = write_folder(tmp_path / "f", files)
     prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
     assert "there is a single class, images: --source is a folder with" in capsys.readouterr().out
+
+
+def test_other_labels_are_another_dataset(tmp_path, data):
+    names = [f"{label}/{label}{n}.jpg" for label in ("cat", "dog", "emu") for n in range(4)]
+    folder = write_folder(tmp_path / "f", {name: jpeg(photograph(n)) for n, name in enumerate(names)})
+
+    def prepared() -> SourceInfo:
+        arguments = ["--source", folder, "--name", "f", "--data_dir", tmp_path, "--splits", "train=1", "--overwrite"]
+        prepare("image_folder", *arguments)
+        return opened(data, tmp_path, "f").info
+
+    first, again = prepared(), prepared()
+    assert first.fingerprint == again.fingerprint
+    (folder / "emu").rename(folder / "ant")
+    renamed = prepared()
+    (folder / "cat" / "cat0.jpg").rename(folder / "swap")
+    (folder / "dog" / "dog0.jpg").rename(folder / "cat" / "cat0.jpg")  # as many images, of the same bytes in all
+    (folder / "swap").rename(folder / "dog" / "dog0.jpg")
+    swapped = prepared()
+    assert len({info.fingerprint for info in (first, renamed, swapped)}) == 3
+    assert renamed.class_names == swapped.class_names == ("ant", "cat", "dog")
+
+
+def test_a_run_does_not_resume_with_other_classes(tmp_path):
+    """Datasets that earlier versions prepared have the same fingerprint after a class was renamed."""
+    trained, now = (json.dumps(names) for names in (("cat", "dog", "emu"), ("ant", "cat", "dog")))
+    record = {"step": 5, "identity": {"dataset": "a" * 64, "classes": trained}}
+    refuse_other_dataset(tmp_path / "5", record, "a" * 64, trained)
+    refuse_other_dataset(tmp_path / "5", {"step": 5, "identity": {"dataset": "a" * 64}}, "a" * 64, now)
+    with pytest.raises(BadDataError, match="different dataset: class 0 was 'cat', now 'ant'") as error:
+        refuse_other_dataset(tmp_path / "5", record, "a" * 64, now)
+    assert "allow_dataset_change" in error.value.fix
+    with pytest.raises(BadDataError, match="different dataset: 3 classes, now 4"):
+        refuse_other_dataset(tmp_path / "5", record, "a" * 64, json.dumps(["cat", "dog", "emu", "owl"]))
+
+
+NFC, NFD = "caf\xe9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("names", [(NFC, NFD), ("cat", "cat\u200b")])
+def test_two_folders_that_look_the_same_are_refused(tmp_path, names):
+    image = jpeg(photograph(0))
+    folder = write_folder(tmp_path / "f", {f"{name}/{n}.jpg": image for n, name in enumerate((*names, "tea"))})
+    with pytest.raises(BadDataError, match="two classes have names that look the same") as error:
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+    assert ascii(names[1]) in str(error.value)
+    folder = write_folder(tmp_path / "g", {f"train/{names[0]}/1.jpg": image, f"validation/{names[1]}/1.jpg": image})
+    with pytest.raises(BadDataError, match="a class of validation only looks like one of train") as error:
+        prepare("image_folder", "--source", folder, "--name", "g", "--data_dir", tmp_path)
+    assert ascii(names[0]) in str(error.value)
+    assert error.value.fix == "give the two folders the same name"
+
+
+@pytest.mark.parametrize("trains", ["train", "train/steam", "Training"])
+def test_a_class_called_train_is_not_taken_for_all_classes(tmp_path, trains):
+    files = [f"{label}/{n}.jpg" for label in ("bus", "car", trains) for n in range(2)]
+    folder = write_folder(tmp_path / "f", {name: jpeg(photograph(n)) for n, name in enumerate(files)})
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path]
+    name = trains.partition("/")[0]
+    with pytest.raises(BadDataError, match=f"bus, car beside {name} are neither splits nor in {name}") as error:
+        prepare(*arguments)
+    assert len(str(error.value).splitlines()) == 3
+    (folder / name).rename(folder / "railway")
+    assert prepare(*arguments) == 0
+
+
+def test_what_lies_beside_split_folders_without_images_is_skipped(tmp_path, capsys):
+    names = ["train/a/1.jpg", "dev/a/2.jpg", "raw/a/3.jpg"]
+    folder = write_folder(tmp_path / "f", {name: jpeg(photograph(n)) for n, name in enumerate(names)})
+    arguments = ["image_folder", "--source", folder, "--data_dir", tmp_path, "--json"]
+    prepare(*arguments, "--name", "f")
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_examples"] == {"train": 1, "validation": 1}
+    assert report["skipped"] == {"neither a split nor in one": [f"{folder}/raw"]}
+    (folder / "dev").rename(folder / ".dev")
+    (folder / "raw" / "a" / "3.jpg").rename(folder / "raw" / "notes.txt")
+    prepare(*arguments, "--name", "g")
+    assert json.loads(capsys.readouterr().out)["num_examples"] == {"train": 1}
+
+
+def test_no_images_says_what_was_skipped(tmp_path):
+    folder = write_folder(tmp_path / "f", {"train/1.jpg": jpeg(photograph(0)), "train/a/notes.txt": b""})
+    with pytest.raises(InputMissingError, match="there are no images") as error:
+        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
+    assert f"skipped, not in the folder of a class (1): {folder}/train/1.jpg" in error.value.what
+    assert f"skipped, not the name of an image (1): {folder}/train/a/notes.txt" in error.value.what
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_equal_files_in_several_splits_and_classes_are_a_warning(tmp_path, capsys):
+    names = [f"{split}/{label}/{n}.jpg" for split in ("train", "val") for label in ("cat", "dog") for n in range(2)]
+    folder = write_folder(tmp_path / "f", {name: jpeg(photograph(n)) for n, name in enumerate(names)})
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path]
+    (folder / "train/cat/again.jpg").symlink_to("0.jpg")
+    prepare(*arguments)
+    assert "warning" not in capsys.readouterr().out
+    (folder / "val/cat/link.jpg").symlink_to("../../train/cat/0.jpg")
+    for copy in ("train/dog/copy.jpg", "val/dog/copy.jpg"):
+        (folder / copy).write_bytes((folder / "train/cat/1.jpg").read_bytes())
+    prepare(*arguments, "--overwrite", "--json")
+    assert json.loads(capsys.readouterr().out)["warnings"] == [
+        "warning: some images are there more than once: 2 in several splits, 1 in several classes, "
+        "first: train/cat/0.jpg and val/cat/link.jpg"
+    ]
+
+
+def test_a_table_of_groups_from_windows(scans, tmp_path, capsys):
+    table = tmp_path / "groups.csv"
+    rows = [f"{path.parent.name}\\{path.name},{path.name[:9]}" for path in scans.rglob("*.jpg")]
+    table.write_text("\r\n".join(["file,group", *rows]))
+    arguments = ["image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path, "--groups", table]
+    prepare(*arguments, "--json")
+    assert json.loads(capsys.readouterr().out)["groups"] == {"train": 16, "validation": 2, "test": 2}

@@ -95,6 +95,25 @@ def test_no_marker_hides_scans_from_the_count(marker):
             images.decode(scans[:2] + before + scans[2:])
 
 
+def test_bytes_after_the_image_are_no_scans():
+    data = PROGRESSIVE + b"\xff\xda" * 5000
+    assert read_header(data).scans == read_header(PROGRESSIVE).scans
+    assert read_header(data + PROGRESSIVE * 50).scans == read_header(PROGRESSIVE).scans
+    np.testing.assert_array_equal(images.decode(data), images.decode(PROGRESSIVE))
+
+
+@pytest.mark.parametrize(
+    "part", [b"\xff\xfe\0\4\xff\xd9", b"\xff\xe1\0\6\xff\xd9\xff\xd9", b"\xff\xd0" * 9, b"\xff\1" * 70_000]
+)
+def test_nothing_between_scans_hides_those_that_follow(part):
+    data = with_scans(PROGRESSIVE[:-2] + part + PROGRESSIVE[-2:], 1)
+    last = data.rindex(b"\xff\xda")
+    hidden = data[:last] + part + data[last:-2] * 200 + data[-2:]
+    assert read_header(hidden).scans > 200
+    with pytest.raises(images.DamagedImageError, match="above max_scans=100"):
+        images.decode(hidden)
+
+
 def test_limits_can_be_raised():
     with pytest.raises(images.DamagedImageError, match="above max_pixels=100"):
         images.decode(jpeg(PHOTOGRAPH), images.Limits(max_pixels=100))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import fcntl
 import gzip
 import itertools
@@ -458,3 +459,61 @@ def test_what_a_killed_replacement_left_is_deleted_or_named(tmp_path, capsys):
     assert writer.write_dataset(numbered(30), tmp_path).already_there
     assert "an unfinished replacement of numbered is kept in" in capsys.readouterr().err
     assert path.with_name("1.0.0.incomplete").exists()
+
+
+def test_a_newer_version_is_never_read_instead_of_the_new_one(tmp_path, data):
+    newer = writer.write_dataset(dataclasses.replace(numbered(9), version="2.0.0"), tmp_path).path
+    dataset = numbered(5)
+    with pytest.raises(StorageError, match=r"a version 2\.0\.0 of numbered, which would be read instead") as error:
+        writer.write_dataset(dataset, tmp_path)
+    assert error.value.where == str(newer)
+    assert len(list(dataset.splits["train"])) == 5  # none of them was read
+    newer.rename(tmp_path / "elsewhere")
+    writer.write_dataset(numbered(5), tmp_path)
+    (tmp_path / "elsewhere").rename(newer)
+    with pytest.raises(StorageError) as error:
+        writer.write_dataset(numbered(5), tmp_path)
+    assert error.value.fix.startswith("set config.data.name=numbered:1.0.0 ")
+    assert [len(opened(data, tmp_path, name)) for name in ("numbered:1.0.0", "numbered")] == [5, 9]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "file"])
+def test_the_lock_file_destroys_and_waits_for_nothing(tmp_path, kind):
+    (tmp_path / "thesis.txt").write_text("precious")
+    lock = tmp_path / "numbered" / ".lock"
+    lock.parent.mkdir()
+    if kind == "link":
+        lock.symlink_to(tmp_path / "thesis.txt")
+        with pytest.raises(StorageError, match="there is a link in the place of the lock file") as error:
+            writer.write_dataset(numbered(3), tmp_path)
+        assert error.value.where == str(lock)
+    else:
+        (os.mkfifo if kind == "pipe" else Path.touch)(lock)
+        working = threading.Thread(target=writer.write_dataset, args=(numbered(3), tmp_path), daemon=True)
+        working.start()
+        working.join(60)
+        assert is_complete(tmp_path / "numbered" / "1.0.0")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def stored_as(directory: Path, file_format: str) -> Path:
+    info = json.loads((directory / "dataset_info.json").read_text())
+    (directory / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": file_format}))
+    return directory
+
+
+def test_the_advice_for_other_formats_can_be_followed(tfrecord_copy, tmp_path, data):
+    with pytest.raises(InputMissingError) as error:
+        opened(data, tmp_path / "tfrecord", "photographs")
+    command, fix = error.value.fix.removeprefix("run xception-jax prepare ").split(", then ")
+    prepare(*command.replace("OTHER", str(tmp_path / "other")).split())
+    assert fix == "set data_dir to OTHER"
+    assert len(opened(data, tmp_path / "other", "photographs")) == 9
+    riegeli = stored_as(write_images(tmp_path / "r", "photographs", [jpeg(photograph(0))]), "riegeli")
+    for read in (
+        lambda: opened(data, tmp_path / "r", "photographs"),
+        lambda: prepare("tfrecord", "--source", riegeli, "--data_dir", tmp_path),
+    ):
+        with pytest.raises((InputMissingError, UsageError), match="is stored as riegeli") as error:
+            read()
+        assert "file_format='array_record'" in error.value.fix

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,3 +270,65 @@ def test_open_images_is_read_as_tfds_writes_it(data, tmp_path):
     source = open_dataset(data, "train")
     assert (source.info.multi_label, source.info.num_classes) == (True, 7)
     assert source[0]["label"] == (2, 5)
+
+
+@pytest.fixture
+def pets(tmp_path) -> Path:
+    """Returns a directory with the dataset 'pets': intact images with a damaged mask each, and masks of parts."""
+    image, mask = jpeg(photograph(0)), encoded(photograph(0), "PNG")[:60]
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(num_classes=2),
+            "file_name": tfds.features.Text(),
+            "segmentation_mask": tfds.features.Image(shape=(None, None, 1)),
+            "parts": tfds.features.Sequence({"mask": tfds.features.Image(), "number": np.int32}),
+        }
+    )
+    example = {"image": image, "segmentation_mask": mask, "parts": [{"mask": mask, "number": 3}]}
+    examples = [(str(n), example | {"label": n, "file_name": f"{n}.jpg"}) for n in range(2)]
+    write_dataset(Dataset("pets", features, {"train": examples}, "Test."), tmp_path, progress=False)
+    return tmp_path
+
+
+def test_other_features_than_image_and_label_are_not_decoded(data, pets):
+    source = open_dataset(data.replace(name="pets", data_dir=str(pets)), "train")
+    found = [source[0], *pickle.loads(pickle.dumps(source)).__getitems__([1])]
+    assert [example["image"] for example in found] == [jpeg(photograph(0))] * 2
+    assert sorted(example["label"] for example in found) == [0, 1]
+    assert [f"{label}.jpg" for label in source.column("label")] == source.column("file_name")
+
+
+@pytest.mark.parametrize(
+    "split", ["train+train", "train[:10]+train[9:]", "train[:50%]+train[20%:30%]", "train[10:]+train[:3]+train[2:5]"]
+)
+def test_no_split_has_an_image_twice(photographs_data, split):
+    with pytest.raises(ConfigError, match="has images twice") as error:
+        open_dataset(photographs_data, split)
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_parts_of_a_split_may_touch(photographs_data):
+    whole = open_dataset(photographs_data, "train[10:]+train[:3]+train[3:10]")
+    assert sorted(example["label"] for example in map(whole.__getitem__, range(23))) == sorted(n % 5 for n in range(23))
+
+
+def test_a_slice_out_of_range_is_not_a_split_that_cannot_be_parsed(photographs_data):
+    with pytest.raises(ConfigError, match=r"'train\[:1000\]' is out of range: .* 23 examples") as error:
+        open_dataset(photographs_data, "train[:1000]")
+    assert "train (23)" in error.value.fix
+
+
+def test_a_missing_version_names_those_that_are_there(photographs_data):
+    with pytest.raises(InputMissingError, match=r"photographs has no version 2\.0\.0") as error:
+        open_dataset(photographs_data.replace(name="photographs:2.0.0"), "train")
+    assert error.value.fix.startswith("choose one of 1.0.0;")
+
+
+def test_a_shard_that_is_a_pipe_is_missing(photographs_data, tmp_path):
+    shutil.copytree(sources.resolve_data_dir(photographs_data.data_dir) / "photographs", tmp_path / "photographs")
+    shard = next(tmp_path.glob("photographs/1.0.0/*array_record*"))
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(InputMissingError, match="1 files of the dataset"):
+        open_dataset(photographs_data.replace(data_dir=str(tmp_path)), "train")

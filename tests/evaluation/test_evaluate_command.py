@@ -17,12 +17,15 @@ from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, log_loss, top_k_accuracy_score
 
+from tests.data.conftest import write_images
+from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import evaluate as command
-from xception_jax.config import DataConfig
+from xception_jax.config import DataConfig, resolve_model
 from xception_jax.data.datasets import open_dataset
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import tables
+from xception_jax.metrics.judgement import judge
 from xception_jax.metrics.predictions import load_predictions
 from xception_jax.models import create_model
 from xception_jax.runs import open_network, open_run
@@ -186,7 +189,9 @@ def test_names_of_classes_are_those_of_the_training_whatever_the_dataset_is_now(
     assert restore._class_names(config, None) is None
 
 
-@pytest.mark.parametrize("option", ["--predictions=p.npz", "--per_class=c.csv", "--dataset=d", "--thresholds=s"])
+@pytest.mark.parametrize(
+    "option", ["--predictions=p.npz", "--per_class=c.csv", "--dataset=d", "--thresholds=s", "--max_scans=9"]
+)
 def test_a_comparison_refuses_what_it_does_not_read(option):
     with pytest.raises(UsageError, match=f"does not read {option.partition('=')[0]}"):
         run("--compare", "a.npz", "b.npz", option)
@@ -230,3 +235,45 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     save_network(tmp_path / "turned.safetensors", turned)
     with pytest.raises(ConfigError, match="another order"):
         run(tmp_path / "turned.safetensors", *on_imagenet)
+
+
+def test_limits_of_images_are_options_and_those_of_a_run_its_config(weights, multilabel_run, tmp_path):
+    sizes = [64, 32, 32, 32]
+    write_images(tmp_path, "sizes", [jpeg(photograph(n, size)) for n, size in enumerate(sizes)], classes=1000)
+    on_sizes = ["--dataset", "sizes", "--split", "train", "--data_dir", tmp_path]
+    with pytest.raises(BadDataError, match="1 of 4 images are damaged") as error:
+        run(weights, *on_sizes, "--max_pixels", 32 * 32)
+    assert "--max_pixels" in error.value.fix
+    assert "max_bad_fraction" not in error.value.fix
+    run(weights, *on_sizes)
+    shutil.copytree(multilabel_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["max_pixels"] = 50
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadDataError, match="images in a row cannot be decoded") as error:
+        run(tmp_path / "run", "--split", "test")
+    assert "raise max_pixels" in error.value.fix
+    assert "damaged" not in json.loads(run(tmp_path / "run", "--split", "test", "--max_pixels", 10_000, "--json"))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_confident_network_has_one_area_under_roc(network, multilabel_run, tmp_path, multi_label):
+    num_classes = 10 if multi_label else 2
+    model = resolve_model({"width_multiplier": 0.05, "middle_blocks": 0, "num_classes": num_classes})
+    head = {"kernel": network.variables["params"]["head"]["predictions"]["kernel"][:, -num_classes:] * 3000}
+    head["bias"] = np.full(num_classes, 100, np.float32) * np.arange(num_classes)
+    params = network.variables["params"] | {"head": {"predictions": head}}
+    variables = network.variables | {"params": params}
+    confident = dataclasses.replace(network, model=model, variables=variables, classes=None, multi_label=multi_label)
+    save_network(tmp_path / "confident.safetensors", confident)
+    write_images(tmp_path, "two", [jpeg(photograph(n)) for n in range(40)], classes=2)
+    on_split = ["--dataset", "two", "--split", "train", "--data_dir", tmp_path]
+    if multi_label:
+        on_split = ["--dataset", "few_scenes", "--split", "test", "--data_dir", multilabel_run / "tfds"]
+    found = json.loads(
+        run(tmp_path / "confident.safetensors", *on_split, "--predictions", tmp_path / "p.npz", "--json")
+    )
+    saved = load_predictions(tmp_path / "p.npz")
+    assert np.mean(saved.all_probabilities == 1) > 0.2
+    assert judge(saved, num_classes, draws=0).overall["roc_auc"].value != pytest.approx(found["roc_auc"], abs=1e-3)
+    assert found["judgement"]["roc_auc"] == pytest.approx(found["roc_auc"], abs=1e-6)

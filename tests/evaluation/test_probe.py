@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
-from tests.data.small_imagenet import photograph
+from tests.data.conftest import write_images
+from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import embed, probe
 from xception_jax.data import images
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
@@ -200,3 +201,12 @@ def test_files_that_are_no_features_are_refused(tmp_path, capsys):
     run(probe, tmp_path / "a.npz", tmp_path / "a.npz")
     assert "60 test images have exactly the features of a training image" in capsys.readouterr().err
     assert count_shared(clusters(0)[0], clusters(1)[0]) == 0
+
+
+def test_limits_of_images_hold_for_a_dataset(weights, tmp_path):
+    write_images(tmp_path, "sizes", [jpeg(photograph(n, 32 if n % 2 else 64)) for n in range(4)])
+    options = ["--dataset", "sizes", "--data_dir", tmp_path, "--split", "train"]
+    with pytest.raises(BadDataError, match="2 of 4 images cannot be read"):
+        run(embed, "--weights", weights, *options, "--out", tmp_path / "x.npz", "--max_pixels", 32 * 32)
+    run(embed, "--weights", weights, *options, "--out", tmp_path / "x.npz")
+    assert len(load_features(tmp_path / "x.npz").features) == 4

@@ -8,6 +8,8 @@ import math
 import tracemalloc
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.interpolate import interp1d
@@ -25,6 +27,7 @@ from xception_jax.metrics.judgement import as_dict, choose_thresholds, judge
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.metrics.ranking import choose_threshold, rank
 from xception_jax.metrics.resampling import bootstrap_weights
+from xception_jax.metrics.roc import AreaUnderROC
 
 
 def make_predictions(n=300, c=4, seed=0, *, rounded=False, multi_label=False, absent=(), groups=0):
@@ -154,6 +157,58 @@ def test_thresholds_come_from_the_development_split():
     for first in (0, 3):
         assert own.points[first + 1].specificity.value >= 0.9
         assert own.points[first + 2].sensitivity.value >= 0.9
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_confident_classifier_is_ranked_by_its_logits(multi_label):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 2000)
+    margin = (rng.normal(size=2000) * 8 + np.where(label == 1, 30, 20)).astype(np.float32)
+    logits = np.stack([-margin if multi_label else np.zeros_like(margin), margin], axis=1)
+    probabilities = np.asarray(jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits))
+    assert (probabilities[:, 1] == 1).mean() > 0.5
+    if multi_label:
+        label = np.stack([label == 0, label == 1], axis=1)
+    classes = np.argsort(-logits, axis=1)
+    best = np.take_along_axis(probabilities, classes, axis=1)
+    both = Predictions(np.arange(2000), label, classes, best, logits, probabilities)
+    parts = [
+        Predictions(**{name: value if value is None else value[rows] for name, value in vars(both).items()})
+        for rows in (np.arange(1000), np.arange(1000, 2000))
+    ]
+    thresholds = choose_thresholds(parts[0], at=0.9)
+    assert all(0 < entry.value <= 1 for entry in thresholds)
+    result = judge(parts[1], 2, thresholds, draws=0)
+    metric = AreaUnderROC(multi_label)
+    state = metric.measure(jnp.asarray(parts[1].logits), jnp.asarray(parts[1].label), jnp.ones(1000, bool))
+    area = metric.compute(metric.merge([jax.tree.map(np.asarray, state)]))
+    assert result.overall["roc_auc"].value == pytest.approx(area, abs=1e-6)
+    assert judge(dataclasses.replace(parts[1], logits=None), 2, draws=0).overall["roc_auc"].value < area - 0.05
+    # On the split that they are chosen on, thresholds reach their aim.
+    for point in judge(parts[0], 2, thresholds, draws=0).points:
+        if point.threshold.aim != "equal_error":
+            assert getattr(point, point.threshold.aim).value == pytest.approx(0.9, abs=0.01)
+    assert result.points[1].sensitivity.value > 0.1
+    # Predictions from a file have no logits: the probability of the threshold is applied.
+    without = judge(dataclasses.replace(parts[1], logits=None), 2, thresholds, draws=0).points[0]
+    above = parts[1].all_probabilities[:, 0] >= thresholds[0].value
+    positive = parts[1].label[:, 0] if multi_label else parts[1].label == 0
+    assert without.sensitivity.value == pytest.approx(above[positive].mean())
+
+
+def test_logits_that_are_not_finite_have_the_worst_rank():
+    predictions = make_predictions(c=2)
+    logits = np.log(predictions.all_probabilities)
+    expected = judge(predictions, 2, draws=0)
+    assert judge(dataclasses.replace(predictions, logits=logits), 2, draws=0).classes == expected.classes
+    for array in (predictions.all_probabilities, predictions.probabilities, logits):
+        array[:50] = np.nan
+    expected = judge(predictions, 2, choose_thresholds(predictions))
+    result = judge(found := dataclasses.replace(predictions, logits=logits), 2, choose_thresholds(found))
+    assert result.classes == expected.classes
+    assert [(p.sensitivity, p.specificity) for p in result.points] == [
+        (p.sensitivity, p.specificity) for p in expected.points
+    ]
 
 
 def test_a_bootstrap_over_groups_is_wider_and_repeats():

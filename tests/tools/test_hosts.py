@@ -99,6 +99,14 @@ def test_warnings(warned, begins):
         assert text.startswith(begin)
 
 
+def test_less_distortion_is_advice_only_where_colors_are_distorted():
+    (text,) = warn("h100:8", speed=1e6)
+    assert text.endswith("--config.data.color_distortion=false halves the need.")
+    for fields in ({"data__augmentation": "shift"}, {"data__augmentation": "none"}, {"data__color_distortion": False}):
+        (text,) = warn("h100:8", speed=1e6, **fields)
+        assert text.endswith("the chips will wait.")
+
+
 def test_the_first_step_of_a_compiled_plan():
     assert first_step(200) == FirstStep(238, 38)
     assert first_step(None) == FirstStep(116, 38)

@@ -9,7 +9,9 @@ from importlib import import_module
 
 from xception_jax import __version__
 from xception_jax.command_line import Parser, refuse_empty, split_overrides, with_home
+from xception_jax.config import FIELDS
 from xception_jax.environment import program
+from xception_jax.errors import UsageError
 
 # Each command is a module of this package with `add_arguments(parser)`, and `run(args)`, which returns the exit code.
 # It is imported only if its command is called.
@@ -55,6 +57,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if "config" not in args:
         unknown += overrides
     if unknown:
-        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        subparser, what = subparsers.choices[args.command], f"unrecognized arguments: {' '.join(unknown)}"
+        name = unknown[0].partition("=")[0].removeprefix("--")
+        fields = [name] if name in FIELDS else [field for field in FIELDS if field.endswith(f".{name}")]
+        if fields and "config" in args:
+            meant = " or ".join(f"--config.{field}" for field in fields[:3])
+            raise UsageError(what, subparser.prog, f"did you mean {meant}?")
+        subparser.error(what)
     args.overrides = overrides
     return args

@@ -145,7 +145,9 @@ def _embed_split(args: argparse.Namespace, network: Network, embedder: Embedder)
     from xception_jax.data.pipeline import EvaluationBatches
     from xception_jax.evaluation.features import Features
 
-    data = ExperimentConfig().data.replace(name=args.dataset, data_dir=args.data_dir)
+    data = ExperimentConfig().data.replace(
+        name=args.dataset, data_dir=args.data_dir, max_pixels=args.max_pixels, max_scans=args.max_scans
+    )
     source = open_dataset(data, args.split)
     batches = EvaluationBatches(data, source, batch_size=args.batch_size, view=network.preprocessing)
     rows, labels, indices, damaged = [], [], [], []

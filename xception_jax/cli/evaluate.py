@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 
+from xception_jax.cli.image_files import add_limits
 from xception_jax.command_line import at_least
 from xception_jax.errors import UsageError
 from xception_jax.explain.paths import check_file
@@ -31,6 +32,8 @@ _OF_A_NETWORK = (
     "step",
     "data_dir",
     "batch_size",
+    "max_pixels",
+    "max_scans",
     "real",
     "per_class",
     "mistakes",
@@ -57,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data_dir", metavar="DIR", help="directory of the datasets (default: that of the run, or that of TFDS)"
     )
     parser.add_argument("--batch_size", type=at_least(1), help="images per batch, over all devices")
+    add_limits(parser, "{default}; for a run, by default {field}")
+    parser.set_defaults(max_pixels=None, max_scans=None)
     parser.add_argument("--real", metavar="real.json", help="also score ImageNet's validation set by ReaL labels")
     parser.add_argument("--per_class", metavar="FILE.csv", help="write a table with one row per class")
     parser.add_argument(

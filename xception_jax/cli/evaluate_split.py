@@ -77,7 +77,8 @@ def _open_data(args: argparse.Namespace, config: ExperimentConfig) -> tuple[Data
         fix = "pass for example --dataset imagenet2012 --split validation"
         raise UsageError("the dataset or the split is missing", "--dataset and --split", fix)
     data_dir = args.data_dir if args.data_dir is not None else data.data_dir
-    data = data.replace(name=args.dataset or data.name, data_dir=data_dir)
+    limits = {name: getattr(args, name) for name in ("max_pixels", "max_scans") if getattr(args, name) is not None}
+    data = data.replace(name=args.dataset or data.name, data_dir=data_dir, **limits)
     return data, open_dataset(data, args.split or data.test_split or data.eval_split)
 
 
@@ -217,7 +218,8 @@ class _Pass:
         """Returns the metrics, the predictions of the last set of variables, and the number of damaged images."""
         size = min(self.batch_size, math.ceil(len(source) / self.mesh.size) * self.mesh.size)
         batches = EvaluationBatches(self.data, source, batch_size=size, view=self.network.preprocessing)
-        damaged = DamagedImages(source.info, self.data.max_bad_fraction)
+        fix = "prepare the dataset again from an intact copy; large images need --max_pixels or --max_scans"
+        damaged = DamagedImages(source.info, self.data.max_bad_fraction, fix)
         with jax.set_mesh(self.mesh), contextlib.closing(iter(batches)) as iterator:
             values, predictions = evaluate(
                 self.step,

@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             limits=limits(args),
         )
         summary = write_dataset(dataset, data_dir, **options)
+        contents.warnings += contents.repeated()
         # A dataset that existed before may be that of another folder.
         classes = () if summary.already_there else dataset.features["label"].names
         _report(args, summary, skipped=skipped, classes=classes, contents=contents)

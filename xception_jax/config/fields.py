@@ -118,7 +118,8 @@ def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, 
         _require(low <= value <= MAX_INTEGER)
         return value
 
-    return _field(default, check, f"a whole number, at least {low}", source, int, unless)
+    expects = f"a whole number, at least {low}, at most {MAX_INTEGER:,}"
+    return _field(default, check, expects, source, int, unless)
 
 
 def number(
@@ -170,7 +171,7 @@ def choice_or_integer(
         _require(low <= value <= MAX_INTEGER)
         return value
 
-    expects = " or ".join(map(repr, words)) + f", or a whole number of at least {low}"
+    expects = " or ".join(map(repr, words)) + f", or a whole number of at least {low}, at most {MAX_INTEGER:,}"
     return _field(default, check, expects, source, str, unless)
 
 

@@ -28,6 +28,7 @@ from xception_jax.data.sources import (
     Source,
     TfdsSource,
     find_dataset,
+    find_versions,
     label_feature,
     resolve_data_dir,
 )
@@ -85,16 +86,20 @@ def _open_dataset(data: DataConfig, split: str) -> Source:
     if directory is None and data.name in SHIPPED:
         print(f"writing {data.name} to {printable_path(data_dir)} (first use only)", file=sys.stderr)
         directory = write_dataset(SHIPPED[data.name](), data_dir, progress=False).path
+    name, _, version = data.name.partition(":")
+    if directory is None and version and (found := find_versions(name, data_dir)):
+        versions = ", ".join(path.name for path in found)
+        fix = f"choose one of {versions}; {name} without a version is the newest"
+        raise InputMissingError(f"the dataset {name} has no version {version}", str(data_dir / name), fix)
     if directory is None:
-        of_tfds = data.name.partition(":")[0] not in (*SHIPPED, *DATASETS)
+        of_tfds = name not in (*SHIPPED, *DATASETS)
         other = "convert a dataset of TFDS by prepare tfrecord, or " if of_tfds else ""
-        fix = f"{other}run {_prepare_command(data.name, data_dir)}"
+        fix = f"{other}run {_prepare_command(name, data_dir)}"
         raise InputMissingError(f"the dataset {data.name} is not in {data_dir}", str(data_dir), fix)
     return TfdsSource(directory, split)
 
 
 def _prepare_command(name: str, data_dir: Path) -> str:
-    name = name.partition(":")[0]
     if name in SHIPPED:
         arguments = name
     elif name in DATASETS:

@@ -7,6 +7,7 @@ cost, and `Header.content` leaves out metadata, so that no library expands it.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ MAX_PARTS = 1 << 16
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _ORIENTATION_TAG = 0x0112
 _INTEGERS = {1: "B", 3: "H", 4: "I"}  # formats of the types BYTE, SHORT and LONG in Exif data
+
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")  # of a segment or of the end; pixels have none
+_FIRST_SEGMENT, _END_OF_IMAGE, _SCAN = b"\xc0", b"\xd9", b"\xda"
+_ORDINARY_SCANS = 20  # encoders write no more
 
 _START_OF_SCAN = 0xDA
 _APP0, _APP1, _APP14, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
@@ -121,6 +126,22 @@ def _jpeg(data: bytes) -> Header:
 
 
 def _count_scans(data: bytes, start: int) -> int:
+    """Counts the scans from the first one at `start` to the end of the image. Other bytes may follow it."""
+    if (most := _count_starts(data, start)) <= _ORDINARY_SCANS:
+        return most
+    count, offset = 0, start
+    for _ in range(MAX_PARTS):
+        found = _MARKER.search(data, offset)
+        if found is None or found[1] == _END_OF_IMAGE:
+            return count
+        count += found[1] == _SCAN
+        offset = found.end()
+        if found[1] >= _FIRST_SEGMENT:  # it is skipped by its length, as in decoders: no byte in it ends the image
+            offset += int.from_bytes(data[offset : offset + 2])
+    return most
+
+
+def _count_starts(data: bytes, start: int) -> int:
     """Counts the bytes FF DA, which pixels do not contain. (This takes a tenth of the time of `bytes.count`.)"""
     marker = np.frombuffer(b"\xff\xda", np.uint16)
     lengths = ((len(data) - start) // 2, (len(data) - start - 1) // 2)

@@ -122,7 +122,7 @@ class BatchLoader:
         raise BadDataError(
             f"{attempts} images in a row cannot be decoded; the last: {reason}",
             f"dataset {info.name}, split {info.split}, from example {index} on",
-            "prepare the dataset again from an intact copy",
+            "prepare the dataset again from an intact copy, or raise max_pixels or max_scans if one of them is named",
         )
 
     def _write_view(self, image: np.ndarray, epoch: int, index: int, out: np.ndarray) -> None:

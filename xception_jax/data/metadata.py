@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from xception_jax.errors import BadDataError
 from xception_jax.names import one_line
-from xception_jax.user_files import parse_json
+from xception_jax.user_files import parse_json, read_bytes, read_text
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 MAX_CLASSES = 1 << 20
@@ -62,27 +63,26 @@ def open_builder(directory: Path) -> tfds.core.DatasetBuilder:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    _check_size(path)
     try:
-        return parse_json(path.read_bytes(), dict)
+        content = read_bytes(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise BadDataError(f"the file cannot be read: {_reason(error)}", str(path), _FIX) from None
+    try:
+        return parse_json(content, dict)
     except (ValueError, RecursionError) as error:
         raise BadDataError(f"the file is not valid JSON: {_one_line(error)}", str(path), _FIX) from None
-    except OSError as error:
-        raise BadDataError(f"the file cannot be read: {error.strerror}", str(path), _FIX) from None
 
 
-def _check_size(path: Path) -> None:
-    if path.is_file() and path.stat().st_size > MAX_BYTES:
-        raise BadDataError(f"the file has more than {MAX_BYTES >> 20} MiB", str(path), _FIX)
+def _reason(error: OSError | ValueError) -> str:
+    return _one_line(getattr(error, "strerror", None) or error)
 
 
 def _check_names_file(path: Path) -> None:
     """Raises BadDataError for a file of class names that TFDS would silently ignore."""
-    _check_size(path)
     try:
-        path.read_text(encoding="utf-8")
+        read_text(path, MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise BadDataError(f"the names of the classes cannot be read: {_one_line(error)}", str(path), _FIX) from None
+        raise BadDataError(f"the names of the classes cannot be read: {_reason(error)}", str(path), _FIX) from None
 
 
 def _check_info(info: dict[str, Any], path: Path) -> None:
@@ -145,17 +145,29 @@ def check_class_names(names: Sequence[str], where: str) -> None:
       where: the file or folder that they come from.
 
     Raises:
-      BadDataError: a name is empty, has a control character or is not valid text; or two names are the same.
+      BadDataError: a name is empty, has a control character or is not valid text; or two names look the same.
     """
     for name in names:
         if not name.strip() or _CONTROL.search(name):
             what = f"the class name {_short(name)} is empty or has control characters"
             raise BadDataError(what, where, "rename the class: a name is one line of text")
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for name in map(str.strip, names):  # TFDS strips the lines when it reads them
-        if name in seen:
-            raise BadDataError(f"two classes have the name {_short(name)}", where, "rename one of them")
-        seen.add(name)
+        other = seen.get(as_shown(name))
+        if other is not None:
+            what = f"two classes have the name {_short(name)}"
+            if other != name:
+                what = f"two classes have names that look the same: {other!a} and {name!a}"
+            raise BadDataError(what, where, "rename one of them")
+        seen[as_shown(name)] = name
+
+
+def as_shown(name: str) -> str:
+    """Returns a name without format characters, in normal form C. Names that are then equal look the same."""
+    if name.isascii():
+        return name
+    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+    return unicodedata.normalize("NFC", visible)
 
 
 def check_features(features: tfds.features.FeaturesDict, where: str) -> None:

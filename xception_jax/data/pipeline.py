@@ -253,12 +253,13 @@ class DamagedImages:
       info: the source's name, split and size.
       max_fraction: `config.data.max_bad_fraction`, relative to all examples of the source: a single damaged image in
         the first batch does not end a run on a large dataset.
+      fix: what the user can do about too many; by default also that the fraction can be raised.
     """
 
     NAMED = 10
 
-    def __init__(self, info: SourceInfo, max_fraction: float):
-        self._info, self._max_fraction = info, max_fraction
+    def __init__(self, info: SourceInfo, max_fraction: float, fix: str = ""):
+        self._info, self._max_fraction, self._fix = info, max_fraction, fix
         self.indices: dict[int, None] = {}  # in the order of their first appearance
 
     def add(self, batch: Batch) -> list[str]:
@@ -286,5 +287,6 @@ class DamagedImages:
                 f"{count} of {self._info.num_examples:,} images are damaged, "
                 f"more than config.data.max_bad_fraction={self._max_fraction:g}",
                 f"dataset {self._info.name}, split {self._info.split}, examples {first or 'that other hosts read'}",
-                f"prepare the dataset again from an intact copy, or set max_bad_fraction above {share:.2g}",
+                self._fix
+                or f"prepare the dataset again from an intact copy, or set max_bad_fraction above {share:.2g}",
             )

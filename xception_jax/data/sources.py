@@ -7,10 +7,12 @@ number of threads may read it, and it can be pickled, so that worker processes c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +28,12 @@ from xception_jax.names import in_shell, one_line
 LABELS_CHECKED_BEFORE_TRAINING = 4096
 OPEN_IMAGES_LABELS = "objects_trainable"  # in TFDS' open_images_v4: the 7,186 classes with enough images for training
 
+AS_ARRAY_RECORD = "write it again by tfds.builder(NAME, file_format='array_record').download_and_prepare()"
+"""What to do about a dataset in other files than ArrayRecord and TFRECORD."""
+
 _CHUNK = 64  # records that are read in one call, with the bytes of their images
+
+_Decoder = Callable[[bytes], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +106,16 @@ def find_dataset(name: str, data_dir: Path) -> Path | None:
       data_dir: the directory of all datasets.
     """
     name, _, version = name.partition(":")
-    parent = data_dir / name
     if version:
-        return parent / version if is_complete(parent / version) else None
-    found = [path for path in parent.glob("*") if tfds.core.Version.is_valid(path.name) and is_complete(path)]
-    return max(found, key=lambda path: tfds.core.Version(path.name), default=None)
+        return data_dir / name / version if is_complete(data_dir / name / version) else None
+    return next(iter(find_versions(name, data_dir)), None)
+
+
+def find_versions(name: str, data_dir: Path) -> list[Path]:
+    """Returns the directories of all versions of a dataset, newest first, given its name[/config]."""
+    paths = (data_dir / name).glob("*")
+    found = [path for path in paths if tfds.core.Version.is_valid(path.name) and is_complete(path)]
+    return sorted(found, key=lambda path: tfds.core.Version(path.name), reverse=True)
 
 
 def is_complete(directory: Path) -> bool:
@@ -121,7 +133,7 @@ class TfdsSource:
     Raises:
       InputMissingError: the split is missing or empty, files are missing, or the dataset is not in ArrayRecord files.
       BadDataError: the dataset has no image with a label (or labels).
-      ConfigError: the split cannot be parsed.
+      ConfigError: the split cannot be parsed, or has images twice.
     """
 
     def __init__(self, directory: Path, split: str):
@@ -131,9 +143,11 @@ class TfdsSource:
         self._check_split(builder)
         self._label_name, label = label_feature(builder.info.features, directory)
         check_shards(builder.info.splits[split].file_instructions)
-        self._features = frozenset(builder.info.features)
+        self._features = builder.info.features
         self._columns: dict[str, list[Any]] = {}
-        self._records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        self._decode = _decoder(self._features, ("image", self._label_name))
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._records = builder.as_data_source(split, deserialize_method=raw)
         self.info = SourceInfo(
             name=builder.info.name,
             split=split,
@@ -155,15 +169,10 @@ class TfdsSource:
     def overlaps(self, split: str) -> bool:
         """Returns whether another split of the dataset has some of the same examples, as 'train' and 'train[98%:]'."""
         splits = open_builder(self.directory).info.splits
-
-        def ranges(name: str) -> list[tuple[str, int, float]]:
-            files = splits[name].file_instructions
-            return [(f.filename, f.skip, math.inf if f.take < 0 else f.skip + f.take) for f in files]
-
         return any(
             file == other_file and max(first, other_first) < min(last, other_last)
-            for file, first, last in ranges(self.split)
-            for other_file, other_first, other_last in ranges(split)
+            for file, first, last in _ranges(splits[self.split])
+            for other_file, other_first, other_last in _ranges(splits[split])
         )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -172,11 +181,12 @@ class TfdsSource:
         Raises:
           BadDataError: the record is damaged.
         """
-        return self._example(index, self._read(index))
+        return self._example(index, self._read(index, self._decode))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Reads several examples in one call; raises like `__getitem__`."""
-        return [self._example(index, record) for index, record in zip(indices, self._read_all(indices), strict=True)]
+        records = self._read_all(indices, self._decode)
+        return [self._example(index, record) for index, record in zip(indices, records, strict=True)]
 
     def _example(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -192,9 +202,9 @@ class TfdsSource:
             raise self._damaged(index, error) from error
         return {"image": image, "label": label, "index": index}
 
-    def _read(self, index: int) -> dict[str, Any]:
+    def _read(self, index: int, decode: _Decoder) -> dict[str, Any]:
         try:
-            return self._records[index]
+            return decode(self._records[index])
         except MemoryError:
             raise
         except Exception as error:
@@ -221,26 +231,28 @@ class TfdsSource:
             return None
         if name not in self._columns:
             chunks = (range(start, min(start + _CHUNK, len(self))) for start in range(0, len(self), _CHUNK))
-            values = [record[name] for chunk in chunks for record in self._read_all(chunk)]
+            decode = _decoder(self._features, (name,))
+            values = [record[name] for chunk in chunks for record in self._read_all(chunk, decode)]
             self._columns[name] = [os.fsdecode(value) if isinstance(value, bytes) else value for value in values]
         return self._columns[name]
 
-    def _read_all(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def _read_all(self, indices: Sequence[int], decode: _Decoder) -> list[dict[str, Any]]:
         try:
-            return self._records.__getitems__(indices)
+            return list(map(decode, self._records.__getitems__(indices)))
         except MemoryError:
             raise
         except Exception:
-            return [self._read(index) for index in indices]  # the error names the damaged one
+            return [self._read(index, decode) for index in indices]  # the error names the damaged one
 
     def _check_format(self, builder: tfds.core.DatasetBuilder) -> None:
         # Without this check as_data_source() fails and suggests download_and_prepare(), which does not help here.
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-            raise InputMissingError(
-                f"the dataset is stored as {builder.info.file_format.value}, which does not allow random access",
-                str(self.directory),
-                f"run xception-jax prepare tfrecord --source {in_shell(self.directory)}",
-            )
+            what = f"the dataset is stored as {builder.info.file_format.value}, not as array_record"
+            fix = AS_ARRAY_RECORD
+            if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+                command = f"xception-jax prepare tfrecord --source {in_shell(self.directory)}"
+                fix = f"run {command} --data_dir OTHER, then set data_dir to OTHER"
+            raise InputMissingError(what, str(self.directory), fix)
 
     def _check_split(self, builder: tfds.core.DatasetBuilder) -> None:
         name = builder.info.name
@@ -252,13 +264,33 @@ class TfdsSource:
         try:
             selected = builder.info.splits[self.split]
         except (ValueError, KeyError, AssertionError) as error:
+            if "incompatible with" in str(error):  # a slice that TFDS has understood
+                what = f"the split {self.split!r} is out of range: {one_line(error)}"
+                raise ConfigError(what, "config.data", fix) from error
             how = f"write it as train, train[:98%] or train[98%:]; {fix}"
             raise ConfigError(f"the split {self.split!r} cannot be parsed", "config.data", how) from error
         if selected.num_examples == 0:
             raise InputMissingError(f"the split {self.split!r} of {name} is empty", str(self.directory), fix)
-        missing = [file.filename for file in selected.file_instructions if not Path(file.filename).exists()]
+        for (file, _, end), (other_file, start, _) in itertools.pairwise(sorted(_ranges(selected))):
+            if file == other_file and start < end:
+                how = f"name each part once, as in train[:50%]+train[75%:]; {fix}"
+                raise ConfigError(f"the split {self.split!r} has images twice", "config.data", how)
+        missing = [file.filename for file in selected.file_instructions if not Path(file.filename).is_file()]
         if missing:
             raise InputMissingError(f"{len(missing)} files of the dataset {name} are missing", missing[0], fix)
+
+
+def _decoder(features: tfds.features.FeaturesDict, names: Sequence[str]) -> _Decoder:
+    """Returns what reads some features of a record. Images stay encoded, and all other features unread."""
+    chosen = tfds.features.FeaturesDict({name: features[name] for name in names})
+    encoded = {name: tfds.decode.SkipDecoding() for name in names if isinstance(features[name], tfds.features.Image)}
+    return functools.partial(chosen.deserialize_example_np, decoders=encoded)
+
+
+def _ranges(split: tfds.core.SplitInfo) -> list[tuple[str, int, float]]:
+    """Returns the records of a split as (file, first, last + 1)."""
+    files = split.file_instructions
+    return [(str(f.filename), f.skip, math.inf if f.take < 0 else f.skip + f.take) for f in files]
 
 
 def label_feature(features: tfds.features.FeaturesDict, directory: Path) -> tuple[str, tfds.features.ClassLabel]:

@@ -38,7 +38,8 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
     Args:
       model: a network from `create_model`.
       config: the config of the experiment. The loss, the number of classes and `evaluation.map_at` select the metrics.
-      keep_logits: whether predictions include the logits of all classes: 200 MB for ImageNet's validation set.
+      keep_logits: whether predictions include the logits of more than `MAX_CLASSES` classes: 200 MB for ImageNet's
+        validation set.
     """
     metrics, multi_label = metrics_of(config), config.loss.multi_label
 
@@ -59,7 +60,7 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         predictions = {"classes": classes, "probabilities": best, "label": label}
         if logits.shape[-1] <= MAX_CLASSES:
             predictions["all_probabilities"] = probabilities.astype(jnp.float32)
-        if keep_logits:
+        if keep_logits or logits.shape[-1] <= MAX_CLASSES:  # areas rank by them
             predictions["logits"] = logits.astype(jnp.float32)
         counts = {"count": masked_count(mask), "damaged": masked_count(mask & batch["damaged"])}
         if multi_label:

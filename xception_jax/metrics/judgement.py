@@ -39,12 +39,14 @@ class Threshold:
       aim: 'equal_error', 'specificity' or 'sensitivity'.
       at: the wanted specificity or sensitivity; None for 'equal_error'.
       value: the threshold; NaN if the development split has no positives or no negatives.
+      logit: the same for logits, if the development split was ranked by them: float32 has few probabilities close to 1.
     """
 
     label: int
     aim: str
     at: float | None
     value: float
+    logit: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +124,17 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class _Examples:
-    """Labelled examples: decisions, labels and, if known, all scores, each [n, c]; and the group of each example."""
+    """Labelled examples: decisions, labels and, if known, all scores, each [n, c]; and the group of each example.
+
+    Scores are probabilities. `logits` rank the examples instead where they are kept, and rise with the probabilities.
+    """
 
     decision: Bool[np.ndarray, "n c"]
     positive: Bool[np.ndarray, "n c"]
     scores: Float[np.ndarray, "n c"] | None
     group: Int[np.ndarray, " n"]
     multi_label: bool
+    logits: Float[np.ndarray, "n c"] | None = None
 
     @property
     def resampled(self) -> bool:
@@ -137,7 +143,15 @@ class _Examples:
     def rankings(self) -> tuple[Ranking, ...]:
         if self.scores is None or not len(self.scores):
             return ()
-        return tuple(ranking.rank(s, p) for s, p in zip(self.scores.T, self.positive.T, strict=True))
+        ranked = self.scores if self.logits is None else self.logits
+        return tuple(ranking.rank(s, p) for s, p in zip(ranked.T, self.positive.T, strict=True))
+
+    def above(self, threshold: Threshold) -> Bool[np.ndarray, " n"]:
+        """Returns which examples reach a threshold."""
+        assert self.scores is not None
+        if self.logits is not None and threshold.logit is not None:
+            return self.logits[:, threshold.label] >= threshold.logit
+        return self.scores[:, threshold.label] >= threshold.value
 
 
 def choose_thresholds(development: Predictions, at: float = AT) -> list[Threshold]:
@@ -148,11 +162,14 @@ def choose_thresholds(development: Predictions, at: float = AT) -> list[Threshol
     if development.all_probabilities is None:
         return []
     examples = _examples(development, development.all_probabilities.shape[1])
-    return [
-        Threshold(label, aim, None if aim == "equal_error" else at, ranking.choose_threshold(found, aim, at))
-        for label, found in enumerate(examples.rankings())
-        for aim in AIMS
-    ]
+    found = []
+    for label, of_class in enumerate(examples.rankings()):
+        for aim in AIMS:
+            value, logit = ranking.choose_threshold(of_class, aim, at), None
+            if examples.logits is not None:
+                value, logit = float(np.exp(-np.logaddexp(0, -value))), value  # the sigmoid
+            found.append(Threshold(label, aim, None if aim == "equal_error" else at, value, logit))
+    return found
 
 
 def judge(
@@ -243,12 +260,31 @@ def _examples(predictions: Predictions, num_classes: int) -> _Examples:
     else:
         positive = label[:, None] == np.arange(num_classes)
         decision = predictions.classes[labelled, :1] == np.arange(num_classes)
+    logits = _ranking_logits(predictions)
+    if logits is not None:
+        logits = _worst_if_not_finite(logits[labelled], positive, -3e38, 3e38)  # no logit of float32 is beyond
     if scores is not None:
-        # An example with a score that is not finite gets the worst rank, as in training.
-        scores = np.where(np.isfinite(scores).all(axis=1, keepdims=True), scores, np.where(positive, -1.0, 2.0))
+        scores = _worst_if_not_finite(scores, positive, -1.0, 2.0)
     names = np.arange(len(label)) if predictions.group is None else predictions.group[labelled]
     group = np.unique(names, return_inverse=True)[1]
-    return _Examples(decision & finite, positive, scores, group, predictions.multi_label)
+    return _Examples(decision & finite, positive, scores, group, predictions.multi_label, logits)
+
+
+def _ranking_logits(predictions: Predictions) -> Float[np.ndarray, "n c"] | None:
+    """Returns logits that rise with the probabilities, as `metrics.roc` ranks by; None if there are none."""
+    logits = predictions.logits
+    if logits is None or predictions.all_probabilities is None:
+        return None
+    if predictions.multi_label:
+        return logits
+    return logits - logits[:, ::-1] if logits.shape[1] == 2 else None
+
+
+def _worst_if_not_finite(
+    scores: Float[np.ndarray, "n c"], positive: Bool[np.ndarray, "n c"], low: float, high: float
+) -> Float[np.ndarray, "n c"]:
+    """Gives the worst rank to an example with a score that is not finite, as in training."""
+    return np.where(np.isfinite(scores).all(axis=1, keepdims=True), scores, np.where(positive, low, high))
 
 
 def _top(predictions: Predictions, labelled: np.ndarray, shape: tuple[int, ...]) -> Bool[np.ndarray, "n c"]:
@@ -273,9 +309,8 @@ def _statistics(
     if not examples.multi_label:
         found["accuracy"] = hit.sum(axis=0) / weights.sum(axis=0)
     if thresholds and examples.scores is not None:
-        labels = [entry.label for entry in thresholds]
-        above = (examples.scores[:, labels] >= np.array([entry.value for entry in thresholds])).T
-        wanted = examples.positive[:, labels].T
+        above = np.stack([examples.above(entry) for entry in thresholds])
+        wanted = examples.positive[:, [entry.label for entry in thresholds]].T
         for name, kept, right in (("sensitivity", wanted, above), ("specificity", ~wanted, ~above)):
             total = kept.astype(weights.dtype) @ weights
             share = ((kept & right).astype(weights.dtype) @ weights) / np.maximum(total, 1)

@@ -24,6 +24,7 @@ from xception_jax.training.digest import Digest
 from xception_jax.training.fingerprint import compare_signatures
 from xception_jax.training.manifest import DamagedError
 from xception_jax.training.step_files import RUN_ID, exists, open_file, rename, replace
+from xception_jax.user_files import parse_json
 
 _RUN = re.compile("[0-9a-f]{32}")
 _REASON = "damage.txt"  # says why a directory was set aside
@@ -87,15 +88,33 @@ def refuse_other_model(directory: Path, stored: dict[str, str], wanted: dict[str
         )
 
 
-def refuse_other_dataset(directory: Path, record: dict[str, Any], now: str | None) -> None:
-    """Raises BadDataError if a step was trained on a dataset with another fingerprint."""
-    stored = record.get("identity", {}).get("dataset")
+def refuse_other_dataset(directory: Path, record: dict[str, Any], now: str | None, classes: str | None = None) -> None:
+    """Raises BadDataError if a step was trained on a dataset with other classes, or with another fingerprint.
+
+    Args:
+      directory: the directory of the step.
+      record: what `Checkpoints.save` recorded.
+      now: the fingerprint of the dataset.
+      classes: the names of its classes as JSON. The fingerprint does not cover them.
+    """
+    identity = record.get("identity", {})
+    stored, names = identity.get("dataset"), identity.get("classes")
+    difference = ""
     if stored and now and stored != now:
+        difference = f"fingerprint {stored}, now {now}"
+    if names and classes and names != classes:
+        difference = _describe_classes(parse_json(names, list), parse_json(classes, list))
+    if difference:
         raise BadDataError(
-            f"checkpoint {directory.name} was trained on a different dataset: fingerprint {stored}, now {now}",
+            f"checkpoint {directory.name} was trained on a different dataset: {difference}",
             str(directory),
             "restore the dataset, use another work directory, or set config.checkpoint.allow_dataset_change=True",
         )
+
+
+def _describe_classes(stored: list[str], now: list[str]) -> str:
+    differing = (f"class {n} was {a!r}, now {b!r}" for n, (a, b) in enumerate(zip(stored, now, strict=False)) if a != b)
+    return next(differing, f"{len(stored)} classes, now {len(now)}")
 
 
 def identify_run(directory: Path, steps: Iterable[int], *, write: bool) -> str:

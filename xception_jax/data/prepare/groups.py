@@ -38,11 +38,13 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
       BadDataError: a file has no group, or the CSV file has other columns.
     """
     found = _from_csv(expanded(groups, "--groups")) if groups.endswith(".csv") else _from_pattern(groups, keys)
+    if not any(key in found for key in keys):  # a table from Windows
+        found = {file.replace("\\", "/"): group for file, group in found.items()}
     missing = [key for key in keys if not found.get(key)]
     if missing:
         raise BadDataError(
             f"{len(missing):,} of {len(keys):,} files have no group",
-            f"--groups {groups}: {_some(missing)}",
+            f"--groups {groups}: {some(missing)}",
             "add them to the CSV file"
             if groups.endswith(".csv")
             else "use a regular expression that matches every path",
@@ -85,7 +87,7 @@ def check_groups(groups: Sequence[str], splits: Sequence[str], where: str) -> No
     shared = [f"{group} ({' and '.join(sorted(found[group]))})" for group in sorted(found) if len(found[group]) > 1]
     if shared:
         what = f"{len(shared):,} of {len(found):,} groups are in more than one split"
-        raise BadDataError(f"{what}: {_some(shared)}", where, "move the files of each group into one split folder")
+        raise BadDataError(f"{what}: {some(shared)}", where, "move the files of each group into one split folder")
 
 
 def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence[str]) -> list[str]:
@@ -106,7 +108,7 @@ def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence
     if not shared:
         return []
     return [
-        f"warning: {len(shared):,} of {len(found):,} names are in several splits, numbered: {_some(shared)}",
+        f"warning: {len(shared):,} of {len(found):,} names are in several splits, numbered: {some(shared)}",
         "  If these are frames of a video or images of a person, held-out accuracy will be 4 to 26 points too high.",
         f"  To keep them together, prepare again with --overwrite --groups '{NUMBERED}'",
     ]
@@ -119,5 +121,6 @@ def _splits_of(groups: Sequence[str], splits: Sequence[str]) -> Mapping[str, set
     return found
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Returns the first names in one line."""
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from xception_jax.data import folders, images
-from xception_jax.data.metadata import check_class_names
-from xception_jax.data.prepare.groups import check_groups, near_duplicates, read_groups
+from xception_jax.data.metadata import as_shown, check_class_names
+from xception_jax.data.prepare.groups import check_groups, near_duplicates, read_groups, some
 from xception_jax.data.prepare.splits import DEFAULT_SHARES, TRAIN, divide, divide_groups
 from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
@@ -29,6 +30,7 @@ _SPLIT_NAMES = {
     "validation": "validation",
     "val": "validation",
     "valid": "validation",
+    "dev": "validation",
     "test": "test",
     "training": "train",
     "testing": "test",
@@ -75,12 +77,28 @@ class Contents:
         self.images: dict[str, collections.Counter[str]] = {}
         self.groups: dict[str, set[str]] = {}
         self.warnings: list[str] = []
+        self._first: dict[bytes, _File] = {}  # of all files with these bytes
+        self._repeated: dict[str, dict[bytes, str]] = {"splits": {}, "classes": {}}
 
     def add(self, split: str, label: str, group: str | None) -> None:
         """Counts one image."""
         self.images.setdefault(split, collections.Counter())[label] += 1
         if group is not None:
             self.groups.setdefault(split, set()).add(group)
+
+    def compare(self, file: _File, data: bytes) -> None:
+        """Compares the bytes of one image with those of all before."""
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        first = self._first.setdefault(digest, file)
+        for kind, differs in (("splits", file.split != first.split), ("classes", file.label != first.label)):
+            if differs:
+                self._repeated[kind].setdefault(digest, f"{first.key} and {file.key}")
+
+    def repeated(self) -> list[str]:
+        """Returns a warning if files with the same bytes are in several splits or classes, else []."""
+        found = [f"{len(pairs):,} in several {kind}" for kind, pairs in self._repeated.items() if pairs]
+        first = next((pair for pairs in self._repeated.values() for pair in pairs.values()), "")
+        return [f"warning: some images are there more than once: {', '.join(found)}, first: {first}"] if found else []
 
     def lines(self, classes: list[str]) -> list[str]:
         """Returns a table with one row for each class and one column for each split."""
@@ -141,6 +159,10 @@ def image_folder(
         raise InputMissingError(f"{source} is not a directory", str(source), "point --source at the folder of images")
     contents = contents or Contents()
     files = _divided_files(source, skipped, contents, shares, groups)
+    by_split: dict[str, list[_File]] = collections.defaultdict(list)
+    for file in files:
+        by_split[file.split].append(file)
+    _check_train(by_split)
     classes = sorted({file.label for file in files})
     check_class_names(classes, str(source))
     if len(classes) == 1:
@@ -149,10 +171,6 @@ def image_folder(
         )
     if all(class_name.isdecimal() for class_name in classes):
         classes.sort(key=int)  # the names are labels: 2 comes before 10
-    by_split: dict[str, list[_File]] = collections.defaultdict(list)
-    for file in files:
-        by_split[file.split].append(file)
-    _check_train(by_split)
     features: dict[str, Any] = {
         "image": tfds.features.Image(),
         "label": tfds.features.ClassLabel(names=classes),
@@ -176,6 +194,7 @@ def image_folder(
         },
         description="Images of a folder, unchanged.",
         expected={split: len(of_split) for split, of_split in by_split.items()},
+        digest=True,
     )
 
 
@@ -195,7 +214,7 @@ def _divided_files(
     paths = [path for files in found.values() for path in files]
     if not paths:
         raise InputMissingError(
-            f"there are no images in {source}",
+            "; ".join([f"there are no images in {source}", *skipped.lines()]),
             str(source),
             f"put them into train/CLASS/ or CLASS/ in this folder, with names that end in {', '.join(images.SUFFIXES)}",
         )
@@ -229,24 +248,26 @@ def _divided_files(
 def _check_train(by_split: Mapping[str, list[_File]]) -> None:
     """Raises BadDataError if there is a split 'train' that lacks a class of another split."""
     classes = {file.label for file in by_split.get(TRAIN, ())}
+    same = {as_shown(label): label for label in classes}
     for split, files in by_split.items():
         for file in files:
             if TRAIN in by_split and file.label not in classes:
-                raise BadDataError(
-                    f"the class {file.label!r} of {split} has no images in train",
-                    str(file.path.parent),
-                    f"rename or remove the folder; the classes of train are {', '.join(sorted(classes)[:10])}",
-                )
+                what = f"the class {file.label!r} of {split} has no images in train"
+                fix = f"rename or remove the folder; the classes of train are {', '.join(sorted(classes)[:10])}"
+                if (label := same.get(as_shown(file.label))) is not None:
+                    what = f"a class of {split} only looks like one of train: {file.label!a} and {label!a}"
+                    fix = "give the two folders the same name"
+                raise BadDataError(what, str(file.path.parent), fix)
 
 
 def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
     """Returns the folders named after splits, or {} if there is none for training. With one, all others are skipped."""
     found: dict[str, Path] = {}
-    others = []
+    others: list[tuple[Path, bool]] = []
     for path, is_folder in folders.entries(source):
         split = _SPLIT_NAMES.get(path.name.lower()) if is_folder else None
         if split is None:
-            others.append(path)
+            others.append((path, is_folder))
         elif split in found:
             what = f"{found[split].name} and {path.name} both stand for the split {split}"
             raise BadDataError(what, str(source), "merge the two folders, or move one elsewhere")
@@ -259,9 +280,18 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
                 what, str(source), "add one called train, or point --source at the folders of the classes"
             )
         return {}
-    for path in others:
+    if len(found) == 1 and (beside := [path.name for path, is_folder in others if is_folder and _has_images(path)]):
+        name = found["train"].name
+        what = f"{some(beside)} beside {name} are neither splits nor in {name}, which is taken for the training split"
+        fix = f"rename {name} if it is a class; else move the other folders into it, or elsewhere"
+        raise BadDataError(what, str(source), fix)
+    for path, _ in others:
         skipped.add("neither a split nor in one", path)
     return found
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in images.SUFFIXES for path in folders.files(folder))
 
 
 def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -> dict[Path, str]:
@@ -338,6 +368,7 @@ def _examples(
             continue
         missing.discard(file.label)
         contents.add(file.split, file.label, file.group)
+        contents.compare(file, data)
         example = {"image": data, "label": number[file.label], "file_name": file.key}
         yield file.key, example if file.group is None else example | {"group": file.group}
     if missing:

@@ -26,7 +26,7 @@ from xception_jax.data.prepare.writer import (
     shard_template,
     write_array_record,
 )
-from xception_jax.data.sources import is_complete
+from xception_jax.data.sources import AS_ARRAY_RECORD, is_complete
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import open_regular
 from xception_jax.names import printable
@@ -58,9 +58,9 @@ def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, prog
         )
     info = open_builder(source).info
     if info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise UsageError(
-            f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), "use it without a copy"
-        )
+        is_ours = info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+        fix = "use it without a copy" if is_ours else AS_ARRAY_RECORD
+        raise UsageError(f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), fix)
     name = info.name if info.config_name is None else f"{info.name}/{info.config_name}"
     version = str(info.version)
     target = data_dir / name / version

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -33,7 +33,7 @@ from tensorflow_datasets.core.utils import shard_utils
 from xception_jax.data.metadata import check_features, open_builder
 from xception_jax.data.prepare.progress import Progress
 from xception_jax.data.prepare.sorting import SortedRecords
-from xception_jax.data.sources import is_complete
+from xception_jax.data.sources import find_dataset, is_complete
 from xception_jax.errors import BadDataError, StorageError
 from xception_jax.files import write_atomically
 from xception_jax.names import printable, printable_path
@@ -64,6 +64,8 @@ class Dataset:
       config: name of the builder config if a dataset has several; the dataset is then opened as 'name/config'.
       source: identifies the original files, see `fingerprint_of_files`. With it, the next process continues the work of
         one that was killed.
+      digest: adds a digest of all keys and records to the description, so that datasets with other labels have other
+        fingerprints. Images whose labels never change do without: their fingerprints are the same in every release.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Dataset:
     version: str = VERSION
     config: str = ""
     source: str = ""
+    digest: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +118,7 @@ def incomplete_directory(
     partial = target.with_name(f"{version}.incomplete")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.parent / ".lock", "w") as lock:
-            _lock(lock, name)
+        with _locked(target.parent / ".lock", name):
             replaced = target.with_name(f"{version}.replaced")
             if os.path.lexists(replaced) and not os.path.lexists(target):
                 replaced.rename(target)  # of a process that was killed between two names
@@ -152,13 +154,25 @@ def incomplete_directory(
         ) from error
 
 
-def _lock(file: IO[str], name: str) -> None:
-    """Waits until no other process prepares this dataset."""
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Waits until no other process prepares this dataset, and keeps others waiting. A file is not truncated."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "there is a link in the place of the lock file", os.fspath(path))
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, name)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, name: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"waiting for another process that prepares {printable(name)} ...", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -205,10 +219,11 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
     Raises:
       BadDataError: two examples of a split have the same key, a label is out of range, a class has no valid name, or
         the dataset would be empty.
-      StorageError: the disk is full, or the directory cannot be written.
+      StorageError: the disk is full, the directory cannot be written, or there is a newer version.
     """
     name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
     target = data_dir / name / dataset.version
+    _refuse_newer(name, dataset.version, data_dir)
     leftovers = [target.with_name(f"{target.name}.{kind}") for kind in ("replaced", "incomplete")]
     if is_complete(target) and not overwrite and not any(map(os.path.lexists, (*leftovers, target / WORK))):
         return existing(target)
@@ -216,19 +231,23 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
     with incomplete_directory(data_dir, name, dataset.version, overwrite=overwrite, source=dataset.source) as partial:
         if partial is None:
             return existing(target)
-        splits = []
+        splits, digest = [], 0
         for split in dataset.splits:
             unsorted = partial / WORK / split
-            records = SortedRecords.complete(unsorted)
+            records = None if dataset.digest else SortedRecords.complete(unsorted)
             if records is None:
                 shutil.rmtree(unsorted, ignore_errors=True)
-                records = _collect(dataset, split, unsorted, progress=progress)
+                records, of_split = _collect(dataset, split, unsorted, progress=progress)
+                digest ^= of_split
             if records.count:
                 splits.append(_write_shards(partial, dataset.name, split, records, progress=progress))
             else:
                 print(f"{name}: no example of {split} is left, so the dataset has no such split", file=sys.stderr)
         if not splits:
             raise BadDataError(f"there is no example for {name}", name, "check that the original files are complete")
+        if dataset.digest:
+            described = f"{dataset.description} Digest of keys and records: {digest:032x}."
+            dataset = dataclasses.replace(dataset, description=described)
         _write_metadata(partial, dataset, splits)
     return Summary(target, {split.name: split.num_examples for split in splits}, already_there=False)
 
@@ -245,16 +264,35 @@ def _serialize(dataset: Dataset, serializer: ExampleSerializer, split: str, key:
         ) from error
 
 
-def _collect(dataset: Dataset, split: str, directory: Path, *, progress: bool) -> SortedRecords:
-    """Reads all examples of a split."""
-    records = SortedRecords(directory)
+def _refuse_newer(name: str, version: str, data_dir: Path) -> None:
+    """Raises StorageError if a newer version would be read instead of the one that is to be written."""
+    newest = find_dataset(name, data_dir)
+    if newest is not None and tfds.core.Version(newest.name) > tfds.core.Version(version):
+        fix = "choose another --name or --data_dir, or move the newer version away"
+        if is_complete(newest.with_name(version)):
+            fix = f"set config.data.name={name}:{version} to read the version that exists, or {fix}"
+        what = f"there is a version {newest.name} of {name}, which would be read instead of {version}"
+        raise StorageError(what, str(newest), fix)
+
+
+def _collect(dataset: Dataset, split: str, directory: Path, *, progress: bool) -> tuple[SortedRecords, int]:
+    """Reads all examples of a split. Also returns their digest, which does not depend on their order."""
+    records, digest = SortedRecords(directory), 0
     serializer = ExampleSerializer(dataset.features.get_serialized_info())
     with Progress(f"{dataset.name} {split}, reading", dataset.expected.get(split), show=progress) as shown:
         for key, example in dataset.splits[split]:
-            records.add(key, _serialize(dataset, serializer, split, key, example))
+            record = _serialize(dataset, serializer, split, key, example)
+            records.add(key, record)
+            if dataset.digest:
+                digest ^= _digest(split, key, record)
             shown.add()
     records.finish(keep=bool(dataset.source))
-    return records
+    return records, digest
+
+
+def _digest(split: str, key: str, record: bytes) -> int:
+    of_record = hashlib.sha256(record).hexdigest()
+    return int.from_bytes(hashlib.sha256(f"{split}\0{key}\0{of_record}".encode()).digest()[:16])
 
 
 def _write_shards(

@@ -100,6 +100,7 @@ def warnings(
             f"{topology.chip.hbm_bytes / 2**30:.0f} GiB. Lower the batch, or raise config.accumulation_steps."
         )
     needed = images_per_second / IMAGES_PER_CORE
+    distorts_colors = config.data.augmentation == "inception" and config.data.color_distortion
     if config.data.threads and images_per_second > IMAGES_PER_CORE * config.data.threads * hosts.count:
         found.append(
             f"Input needs at least {needed / hosts.count:,.0f} decoding threads on each host: leave "
@@ -107,8 +108,8 @@ def warnings(
         )
     if needed > hosts.cores:
         found.append(
-            f"Input needs at least {needed:,.0f} cores, and the hosts have {hosts.cores:,}: the chips will wait. "
-            "--config.data.color_distortion=false halves the need."
+            f"Input needs at least {needed:,.0f} cores, and the hosts have {hosts.cores:,}: the chips will wait."
+            + (" --config.data.color_distortion=false halves the need." if distorts_colors else "")
         )
     if stop_seconds > _SPOT_SECONDS:
         found.append(
