@@ -471,7 +471,7 @@ def test_the_report_says_what_is_equal_and_what_came_out(tmp_path, monkeypatch, 
     assert "equal multiply-adds, but not equal live parameters (depthwise_first +17%" in text
     assert "**H5: supported**" in text
     assert "| within ±1.00 | holds |" in text
-    for name in ("crossing", "segments", "price"):
+    for name in ("claims", "crossing", "segments", "price"):
         assert (root / "figures" / f"{name}.svg").read_text().startswith("<svg")
 
 

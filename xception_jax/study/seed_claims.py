@@ -38,14 +38,16 @@ class Claim(Generic[_Results]):
 
 def part_of(name: str, values: Seeds, side: str, bound: float, unit: str = "points") -> TestedPart:
     """Returns a part about the mean of a value of each seed, NaN where it is not known."""
-    return TestedPart(name, estimate(values), side, bound, unit, is_complete=bool(np.isfinite(values).all()))
+    is_complete = bool(np.isfinite(values).all())
+    return TestedPart(name, estimate(values), side, bound, unit, is_complete, seeds=tuple(values.tolist()))
 
 
 def median_part_of(name: str, values: Seeds, side: str, bound: float, unit: str = "points") -> TestedPart:
     """Returns a part about the median of a value of each seed, which single outliers do not decide."""
     is_complete = bool(np.isfinite(values).all())
     p = sign_p(values, side, bound)
-    return TestedPart(f"median of {name}", estimate_median(values), side, bound, unit, is_complete, p)
+    seeds = tuple(values.tolist())
+    return TestedPart(f"median of {name}", estimate_median(values), side, bound, unit, is_complete, p, seeds)
 
 
 def evaluate(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from xception_jax.logs.metrics_log import json_ready
 from xception_jax.reports.environment import format_points
 from xception_jax.study.statistics import Estimate, holm, region_p, region_state
 
@@ -46,6 +47,7 @@ class TestedPart:
       is_complete: whether all seeds are known. Otherwise it is not tested: those that are left may differ from those
         that are missing.
       sign_p: p-value of a sign test, for a median; NaN for a mean, which has a t test.
+      seeds: the number of each seed, where there is one.
     """
 
     __test__ = False  # not a test of pytest's
@@ -57,6 +59,7 @@ class TestedPart:
     unit: str = "points"
     is_complete: bool = True
     sign_p: float = math.nan
+    seeds: tuple[float, ...] = ()
 
     @property
     def state(self) -> Literal["holds", "fails", "open"]:
@@ -86,7 +89,8 @@ class TestedPart:
     def to_json(self) -> dict[str, Any]:
         """Returns claim, state and estimate as plain data; NaN is None."""
         stated = {"name": self.name, "side": self.side, "bound": self.bound, "unit": self.unit, "state": self.state}
-        return stated | self.estimate.to_json() | {"p": self.p if math.isfinite(self.p) else None}
+        p = self.p if math.isfinite(self.p) else None
+        return stated | self.estimate.to_json() | {"p": p, "seeds": json_ready(list(self.seeds))}
 
 
 @dataclasses.dataclass(frozen=True)

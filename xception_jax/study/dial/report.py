@@ -26,7 +26,7 @@ from xception_jax.study.gates import CheckedGate
 from xception_jax.study.seed_claims import Seeds
 from xception_jax.study.statistics import Estimate, estimate
 from xception_jax.study.store import write_report_files
-from xception_jax.study.verdicts import TestedClaim, show_interval
+from xception_jax.study.verdicts import TestedClaim, TestedPart, show_interval
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
 _CROSSING = {
@@ -85,7 +85,7 @@ def write_dial_report(root: Path) -> DialReport:
     beside = {name: (estimate(values), unit) for name, (values, unit) in beside_claims(results).items()}
     report = DialReport(results, gates, evaluate_claims(results) if passed else (), beside if passed else {})
     study = results.study
-    drawn = _figures(results) if passed else {}
+    drawn = _figures(results, report.claims) if passed else {}
     rates, costs = chosen_rates(study, results.cells), study.costs()
     context = {
         "results": results,
@@ -154,9 +154,12 @@ def _mean(values: np.ndarray) -> str:
     return f"{format_percent(float(known.mean()))}{spread}"
 
 
-def _figures(results: DialResults) -> dict[str, tuple[str, str]]:
+def _figures(results: DialResults, claims: Sequence[TestedClaim]) -> dict[str, tuple[str, str]]:
     """Returns (title, SVG) of each figure for which there are cells, by file name."""
     found = {}
+    parts = [(claim, part) for claim in claims for part in claim.parts if part.unit == "points" and part.estimate.n]
+    if parts:
+        found["claims"] = ("Differences in accuracy that the claims are about", _claims(parts, results.study.margin))
     families = [family for family in ("within", "across") if len(results.dial_of(family, *BASE)) > 1]
     if len(families) == 2:
         title = "Accuracy from the separable end within filters, over free banks, to the separable end across filters"
@@ -172,6 +175,32 @@ def _figures(results: DialResults) -> dict[str, tuple[str, str]]:
     if pairs:
         found["price"] = ("Depthwise first minus regular, by depth, width and training", _price(results, pairs))
     return found
+
+
+def _claims(parts: Sequence[tuple[TestedClaim, TestedPart]], margin: float) -> str:
+    """Draws a row for each part: a dot for each seed, and the mean or median with its interval."""
+    names = [f"{claim.code}: {legend_label(part.name.removeprefix('median of '))}" for claim, part in parts]
+    left, height = 20 + 5.8 * max(map(len, names)), 56 + 26 * len(parts)
+    width = left + 360
+
+    def draw(axes: Axes) -> None:
+        axes.axvspan(-100 * margin, 100 * margin, color=MARGIN, zorder=0, linewidth=0)
+        axes.axvline(0, color=ZERO, linewidth=1)
+        for y, (_, part) in enumerate(parts):
+            found = part.estimate
+            axes.scatter(
+                [100 * value for value in part.seeds], [y] * len(part.seeds), 12, QUIET, alpha=0.5, linewidth=0
+            )
+            axes.plot([100 * found.low, 100 * found.high], [y, y], color=COLORS[0], linewidth=1.5)
+            axes.plot(100 * found.mean, y, marker="|", markersize=13, markeredgewidth=2, color=COLORS[0])
+        axes.set_yticks(range(len(parts)), names)
+        axes.set_ylim(len(parts) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("difference in test accuracy, percentage points", color=QUIET)
+
+    return draw_svg(width, height, (left / width, 40 / height, 345 / width, 1 - 50 / height), draw)
 
 
 def _points(results: DialResults, family: str, banks: Sequence[BankSpec]) -> list[float]:
