@@ -102,12 +102,10 @@ def exit_code(main: Callable[[], int | None], unblock: tuple[signal.Signals, ...
         return READER_LEFT_EXIT_CODE
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
-    except UserError as error:
-        return _report(error)
     except StopRequested as stop:
         return _report(stop.as_error("the start of the program"))
     except Exception as error:
-        found = _as_user_error(error)
+        found = as_user_error(error)
         if found is not None:
             return _report(found)
         traceback.print_exc()
@@ -121,8 +119,10 @@ def _exit_code_after(end: SystemExit) -> int:
     return exit_code(lambda: end.code or 0)  # type: ignore[return-value, arg-type]
 
 
-def _as_user_error(error: Exception) -> UserError | None:
-    """Returns the failure of a disk or of memory as an error for the user, or None for a bug."""
+def as_user_error(error: Exception) -> UserError | None:
+    """Returns a UserError, or the failure of a disk or of memory as one; None for a bug."""
+    if isinstance(error, UserError):
+        return error
     fix = "lower the batch size, or free some memory"
     if isinstance(error, MemoryError):
         return DeviceMemoryError("there is not enough memory", "this process", fix)

@@ -13,19 +13,21 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
 from xception_jax.config import DistributedConfig
-from xception_jax.errors import ConfigError, PreemptedError, UserError
+from xception_jax.errors import BUG_EXIT_CODE, ConfigError, PreemptedError, UserError
 from xception_jax.launchers import from_environment, gpus_of_task, several_processes
+from xception_jax.process import as_user_error
 from xception_jax.roll_call import RollCall, state_of_jax
-from xception_jax.signals import StopRequested
+from xception_jax.signals import StopRequested, handlers_kept
 
 _runs = 0  # of this process; all processes of a run have the same number
 _WAIT_MILLISECONDS = 30 * 60 * 1000  # JAX ends the process earlier if another one is lost
@@ -64,12 +66,14 @@ def start_distributed(distributed: DistributedConfig) -> None:
         "process_id": distributed.process_id,
     }
     try:
-        jax.distributed.initialize(
-            **(given if distributed.coordinator else from_environment(os.environ)),
-            local_device_ids=gpus_of_task(os.environ),
-            initialization_timeout=distributed.timeout,
-            heartbeat_timeout_seconds=distributed.heartbeat,
-        )
+        # JAX starts a service that takes SIGTERM for itself. Orbax 0.11 cannot save with several processes without it.
+        with handlers_kept():
+            jax.distributed.initialize(
+                **(given if distributed.coordinator else from_environment(os.environ)),
+                local_device_ids=gpus_of_task(os.environ),
+                initialization_timeout=distributed.timeout,
+                heartbeat_timeout_seconds=distributed.heartbeat,
+            )
     except Exception as error:  # each launcher has its own
         # JAX raises a ValueError if no launcher is detected. It raises a RuntimeError if it has computed something
         # before, as in a notebook, and if detection fails; on a TPU slice, it then still counts the other processes.
@@ -125,23 +129,23 @@ def connected(distributed: DistributedConfig, workdir: str) -> Iterator[None]:
         with peers.roll_call:
             start_distributed(distributed)
         peers.watch()
-        yield
-        peers.leave(0)
-    except UserError as error:
-        peers.leave(error.exit_code)
-        raise
-    except StopRequested:
-        peers.leave(PreemptedError.exit_code)
-        raise
-    except Exception:
-        peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
-        peers.leave(1)
-        raise
     finally:
-        if peers.alone:
+        if peers.alone:  # from now on, an abort is a crash of this process
             _set_handler(signal.SIGABRT, previous)
         else:
             _handlers.append(handler)  # needed until the process has ended: at its exit, JAX waits for the others
+    try:
+        yield
+        peers.leave(0)
+    except StopRequested:
+        peers.leave(PreemptedError.exit_code)
+        raise
+    except Exception as error:
+        known = as_user_error(error)
+        if known is None:
+            peers.wait_for_a_verdict()  # a collective fails before JAX knows that a process is lost
+        peers.leave(known.exit_code if known else BUG_EXIT_CODE)
+        raise
 
 
 def _prefix() -> str:
@@ -166,9 +170,10 @@ def gather(name: str, value: str) -> list[str]:
 
 
 def together(name: str, prepare: Callable[[], T]) -> T:
-    """Returns `prepare()`, or raises the same error on all processes if it fails with a UserError on any of them.
+    """Returns `prepare()`, or raises the same error on all processes if it fails on any of them.
 
-    Only the process that failed, or the first of several, prints the error.
+    Failures of a disk or of memory are raised as a UserError. Only the process that failed, or the first of several,
+    prints the error. After a bug it prints a traceback, and the others end with code 1.
 
     Args:
       name: name of the exchange, see `gather`.
@@ -182,17 +187,18 @@ def together(name: str, prepare: Callable[[], T]) -> T:
         return prepare()
     try:
         result, told = prepare(), ""
-    except UserError as error:
-        told = json.dumps([type(error).__name__, error.what, error.where, error.fix, error.details])
-    except Exception:
-        gather(name, _BUG)
-        raise
+    except Exception as error:
+        known = as_user_error(error)
+        if known is None:
+            gather(name, _BUG)
+            raise
+        told = json.dumps([type(known).__name__, known.what, known.where, known.fix, known.details])
     outcomes = gather(name, told)
     number = next((number for number, text in enumerate(outcomes) if text), None)
     if number is None:
         return result
     if outcomes[number] == _BUG:
-        sys.exit(1)  # that process prints a traceback
+        sys.exit(BUG_EXIT_CODE)  # that process prints a traceback
     kind, what, where, fix, details = json.loads(outcomes[number])
     what = f"{what} (process {number} of {len(outcomes)})"
     raise _KINDS[kind](what, where, fix, details).printed_by(number == _number())
@@ -245,6 +251,14 @@ def _number() -> int:
     return int(state_of_jax().process_id)
 
 
+def _coordinator_listens() -> bool:
+    """Returns whether process 0 is still there, without a request to its store, which could fail or wait."""
+    host, port = state_of_jax().coordinator_address.rsplit(":", 1)
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), _CLOSING_SECONDS):
+        return True
+    return False
+
+
 def _named(numbers: Sequence[int]) -> str:
     """Returns 'process 3' or 'processes 1, 2, 3', with at most `_NAMED` numbers."""
     shown = ", ".join(map(str, sorted(numbers)[:_NAMED]))
@@ -264,6 +278,7 @@ class _Peers:
         self.roll_call = RollCall()
         self._answered = 0.0  # when the coordinator last did; 0 if it refused since
         self._exit_code: int | None = None  # of this process, once it is known
+        self._failed: tuple[int, int] | None = None  # another process that has ended with an error, and its code
 
     @property
     def alone(self) -> bool:
@@ -299,12 +314,15 @@ class _Peers:
 
     def _follow(self, ended: Mapping[str, str]) -> None:
         """Ends this process with the code of one that failed, unless it ends by itself, as after a common error."""
-        if ended and not self._stop.wait(2 * self._interval):
-            key, code = min(ended.items())
-            number = key.rsplit("/", 1)[1]
-            with contextlib.suppress(OSError):
-                os.write(2, f"process {number} has ended with code {code}; see its messages\n".encode())
-            os._exit(int(code))
+        if ended:
+            self._failed = min((int(key.rsplit("/", 1)[1]), int(code)) for key, code in ended.items())
+            if not self._stop.wait(2 * self._interval):
+                self._end_as_failed(*self._failed)
+
+    def _end_as_failed(self, number: int, code: int) -> NoReturn:
+        with contextlib.suppress(OSError):
+            os.write(2, f"process {number} has ended with code {code}; see its messages\n".encode())
+        os._exit(code)
 
     def _run(self) -> None:
         client, me, base = _store(), _number(), _prefix()
@@ -330,6 +348,8 @@ class _Peers:
         """Prints what was lost and ends the process. Called by abort(3), in any thread."""
         if self._exit_code is not None:
             os._exit(self._exit_code)  # this process has done all it could
+        if self._failed is not None:  # process 0 may follow it first
+            self._end_as_failed(*self._failed)
         try:
             message = str(self._error())
         except BaseException as error:  # this handler must never return
@@ -349,9 +369,11 @@ class _Peers:
         now, me = time.monotonic(), _number()
         ages = {number: now - heard for number, heard in self._heard.items() if number != me}
         silent = [number for number, age in ages.items() if age > _SILENT * self._distributed.heartbeat]
-        if me != 0 and (not silent or now - self._answered > 2 * self._interval):
+        if me != 0 and (now - self._answered > 2 * self._interval or not (silent or _coordinator_listens())):
             silent = [0]  # without the coordinator, nothing is known of the others
-        elif not silent:
-            silent = [max(ages, key=ages.__getitem__)]
-        what = f"lost {_named(silent)} of {len(self._heard)}; this is process {me}"
+        if silent:
+            what = f"lost {_named(silent)} of {len(self._heard)}; this is process {me}"
+        else:
+            what = "the connection to the other processes failed, or this process aborted (see above)"
+            what += f"; this is process {me} of {len(self._heard)}"
         return PreemptedError(what, self._workdir, fix)

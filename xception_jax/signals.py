@@ -163,8 +163,24 @@ def _write(text: str) -> None:
         os.write(2, text.encode())
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Restores the handlers of SIGTERM and SIGINT at its end, because a C++ library replaces them inside of it."""
+    before = {signum: _action(signum) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, action in before.items():
+            _libc.sigaction(signum, action, None)
+
+
 def _handler_address(signum: int) -> int | None:
     """Returns the address of the handler of a signal, in C: the first field of `struct sigaction`."""
+    return ctypes.c_void_p.from_buffer(_action(signum)).value
+
+
+def _action(signum: int) -> ctypes.Array[ctypes.c_char]:
+    """Returns the `struct sigaction` of a signal."""
     action = ctypes.create_string_buffer(512)
     _libc.sigaction(signum, None, action)
-    return ctypes.c_void_p.from_buffer(action).value
+    return action

@@ -213,12 +213,18 @@ def test_a_full_disk_is_one_warning_and_loses_nothing(path, caplog):
     log.close()
 
 
-def test_what_waits_is_written_at_the_end(path):
+def test_what_waits_can_be_read_and_is_written_at_the_end(path):
     log = MetricsLog(path)
     with no_file_larger_than(0):
         log.write(1, "train", {"loss": 1.0})
+        log.write(2, "train", {"loss": math.inf})
+    assert read_metrics(path) == []
+    assert [entry["step"] for entry in log.waiting()] == [1, 2]
+    assert math.isnan(log.waiting()[1]["loss"])
+    log.write(3, "train", {"loss": 1.0})
+    assert log.waiting() == []
     log.close()
-    assert steps_of(path) == [1]
+    assert steps_of(path) == [1, 2, 3]
 
 
 def test_closing_on_a_full_disk_says_how_many_are_lost(path, caplog):

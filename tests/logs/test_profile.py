@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections import Counter
 from typing import NamedTuple
 
@@ -10,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from xception_jax.logs.goodput import EVALUATION, INPUT, SAVING, STEPS, Stopwatch
 from xception_jax.logs.profile import Operation, StepTrace, _own_time, format_operations, layer_of, read_trace
 
-STEPS = 3
+TRACED = 3
 
 
 class Net(nn.Module):
@@ -36,11 +39,17 @@ def traced(tmp_path_factory):
         return jax.tree.map(lambda p, g: p - 1e-9 * g, params, gradient)
 
     compiled = jax.jit(step).lower(params).compile()
-    trace = StepTrace(directory, STEPS, compiled.as_text, reports.append)
-    for _ in range(10):
-        trace.before_step(params)
-        params = compiled(params)
-    trace.end(params)
+    stopwatch = Stopwatch(time.monotonic())
+    trace = StepTrace(directory, TRACED, compiled.as_text, reports.append, stopwatch)
+    with stopwatch.during(STEPS):
+        for _ in range(8):
+            with stopwatch.during(INPUT):
+                time.sleep(0.1)
+            with stopwatch.during(EVALUATION), stopwatch.during(SAVING):
+                time.sleep(0.5)
+            trace.before_step(params)
+            params = compiled(params)
+        trace.end(params)
     return directory, compiled.as_text(), reports
 
 
@@ -58,10 +67,15 @@ def test_the_dear_layer_comes_first_in_both_passes(traced):
 
 def test_it_is_reported_once_with_a_row_an_operation(traced):
     head, columns, first, *_, end = traced[2]
-    assert head.startswith(f"profile of {STEPS} steps, ")
+    assert head.startswith(f"profile of {TRACED} steps, ")
     assert columns.split() == ["ms", "per", "step", "share", "layer", "pass", "operation"]
     assert "dear" in first
     assert end == f"trace: {traced[0]}"
+
+
+def test_the_time_of_a_step_includes_its_input_and_no_evaluation_or_save(traced):
+    milliseconds = float(re.search(r"steps, (\S+) ms each", traced[2][0])[1])
+    assert 100 < milliseconds < 500
 
 
 def test_other_programs_do_not_count(traced):
@@ -71,7 +85,7 @@ def test_other_programs_do_not_count(traced):
 
 def test_a_run_that_is_too_short_says_so(tmp_path):
     reports = []
-    trace = StepTrace(tmp_path, STEPS, str, reports.append)
+    trace = StepTrace(tmp_path, TRACED, str, reports.append, Stopwatch(time.monotonic()))
     trace.before_step(())
     trace.end(())
     assert reports == ["no profile: the run had fewer than 3 steps"]
@@ -80,7 +94,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path):
 
 def test_a_run_that_is_interrupted_ends_its_trace(tmp_path):
     reports = []
-    trace = StepTrace(tmp_path, STEPS, str, reports.append)
+    trace = StepTrace(tmp_path, TRACED, str, reports.append, Stopwatch(time.monotonic()))
     for _ in range(3):
         trace.before_step(())
     trace.close()

@@ -1,5 +1,6 @@
 """One of two processes that tell each other errors and values. Prints, in JSON, what each exchange gave."""
 
+import errno
 import json
 import sys
 import threading
@@ -27,6 +28,11 @@ def fails_on(failing):
     return prepare
 
 
+def stale_on_1():
+    if number == 1:
+        raise OSError(errno.ESTALE, "Stale file handle", "images")
+
+
 def agree_on(name, values):
     return outcome(lambda: agree(name, "configs", values, ConfigError, "use one config"))
 
@@ -37,6 +43,7 @@ with connected(DistributedConfig("on", coordinator, 2, number, 60, 10), "work di
         "nobody": outcome(lambda: together("nobody", fails_on(()))),
         "one": outcome(lambda: together("one", fails_on((1,)))),
         "both": outcome(lambda: together("both", fails_on((0, 1)))),
+        "disk": outcome(lambda: together("disk", stale_on_1)),
         "equal": agree_on("equal", {"seed": 1, "batch": 2}),
         "different": agree_on("different", {"seed": number, "batch": 2}),
         "missing": agree_on("missing", {"seed": 1} if number else {}),

@@ -38,6 +38,13 @@ def test_an_error_of_one_is_the_error_of_all(results):
     assert [result["one"] for result in results] == [[*error, False], [*error, True]]
 
 
+def test_a_disk_that_fails_on_one_is_the_same_error_of_all(results):
+    what = "a file cannot be read or written: Stale file handle (process 1 of 2)"
+    fix = "free space there, or make it readable and writable; then run the same command again"
+    error = ["StorageError", what, "images", fix]
+    assert [result["disk"] for result in results] == [[*error, False], [*error, True]]
+
+
 def test_of_several_errors_the_first_is_told(results):
     error = ["BadDataError", "damaged on 0 (process 0 of 2)", "here", "mend it"]
     assert [result["both"] for result in results] == [[*error, True], [*error, False]]

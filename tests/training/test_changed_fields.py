@@ -58,5 +58,9 @@ def test_a_run_resumes_with_what_may_change_and_refuses_the_rest(tmp_path, share
     }
     assert (bool(records["7"]), bool(records["12"])) == (False, True)
 
+    stored = (tmp_path / "config.json").read_text()
     with pytest.raises(ConfigError, match="the run is at step 12, after the 8 steps"):
         xception_jax.train(config_of(shared_environment, duration="8 steps"), tmp_path)
+    with pytest.raises(ConfigError, match="share images"):
+        xception_jax.train(config_of(shared_environment, data__test_split="train[:8]"), tmp_path)
+    assert (tmp_path / "config.json").read_text() == stored

@@ -374,6 +374,16 @@ def test_another_dataset_is_refused_unless_allowed(tmp_path):
     assert latest(tmp_path, identity={"dataset": "old", "config": "another"})[0] == 10
 
 
+def test_other_classes_are_refused_unless_allowed(tmp_path):
+    """The fingerprint of a dataset that an earlier version prepared does not cover them."""
+    trained, now = ({"dataset": "same", "classes": json.dumps(names)} for names in (["cat", "emu"], ["ant", "cat"]))
+    fill(tmp_path, (10,), identity=trained)
+    with pytest.raises(BadDataError, match="class 0 was 'cat', now 'ant'"):
+        latest(tmp_path, identity=now)
+    assert latest(tmp_path, identity=now, allow_dataset_change=True)[0] == 10
+    assert latest(tmp_path, identity=trained)[0] == latest(tmp_path, identity={"dataset": "same"})[0] == 10
+
+
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 SAVE_FOR_EVER = """
@@ -641,8 +651,33 @@ def test_two_processes_agree_on_the_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "kept"), [([10, 20, 23, 27], {20, 27}), ([3, 7], {7}), ([10, 20], {20}), ([], set())]
+    ("steps", "kept"), [([10, 20, 23, 27], {20, 27}), ([3, 7], {7}), ([10, 20], {20}), ([0, 3], {3}), ([], set())]
 )
 def test_the_newest_regular_step_is_kept(steps, kept):
     """A run that diverges goes back to it."""
     assert LatestOrBest(1, 0, 10, {}).kept(steps) == kept
+
+
+@pytest.mark.parametrize(("last_good", "kept"), [(7, {5, 30}), (20, {10, 30}), (21, {20, 30}), (31, {30}), (5, {30})])
+def test_a_regular_step_before_the_last_good_one_is_kept(last_good, kept):
+    """Later ones have the parameters that made the run diverge."""
+    assert LatestOrBest(1, 0, 5, {}, last_good).kept([5, 10, 20, 30]) == kept
+
+
+def test_a_run_that_diverges_restores_no_step_of_the_streak(tmp_path):
+    """Steps 21 to 30 are bad, and 20 was the last good one."""
+    with Checkpoints(tmp_path, keep_latest=1, regular_every=5, report=lambda line: None) as checkpoints:
+        for step, last_good in ((0, 0), (15, 15), (17, 17), (20, 20), (25, 20), (28, 20)):
+            checkpoints.save(step, state_at(step), last_good=last_good)
+        step, state = checkpoints.restore_latest(abstract(state_at(0)), regular=True, below=20)
+        assert step == 15
+        assert state_fingerprint(state) == state_fingerprint(state_at(15))
+        assert checkpoints.restore_latest(abstract(state_at(0)), regular=True, below=15) is None
+
+
+def test_a_run_that_was_stopped_before_its_first_step_has_no_regular_step(tmp_path):
+    """It diverges in the same way as one that was not stopped, which has no step 0."""
+    with Checkpoints(tmp_path, regular_every=5, report=lambda line: None) as checkpoints:
+        checkpoints.save(0, state_at(0))
+        assert checkpoints.restore_latest(abstract(state_at(0)), regular=True) is None
+        assert checkpoints.restore_latest(abstract(state_at(0)))[0] == 0

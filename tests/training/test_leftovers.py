@@ -15,7 +15,7 @@ import pytest
 from xception_jax.config import default_config, resolve
 from xception_jax.errors import WorkdirError
 from xception_jax.files import remove_leftovers, write_atomically
-from xception_jax.training.workdir import open_workdir
+from xception_jax.training.workdir import open_workdir, write_config
 
 CONFIG = resolve(default_config())
 
@@ -51,7 +51,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def open_and_close(path: Path) -> None:
     with open_workdir(path, CONFIG):
-        pass
+        write_config(path, CONFIG)
 
 
 @pytest.mark.parametrize(

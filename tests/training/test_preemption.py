@@ -1,5 +1,6 @@
 """Real signals to real processes: what the run does with the first and with the second."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from tests.conftest import free_port
-from xception_jax.errors import PreemptedError
+from xception_jax.errors import INTERRUPTED_EXIT_CODE, PreemptedError
 from xception_jax.signals import ONE_REQUEST_SECONDS, StopRequested
 from xception_jax.training.preemption import Preemption
 
@@ -229,3 +230,23 @@ def test_one_of_two_processes_is_told_and_both_stop_after_the_same_step(signum, 
     assert "stopped by a signal to another process" in messages[0]
     assert f"stopped by {signum.name}" in messages[1]
     assert messages[0].split("after step")[1] == messages[1].split("after step")[1]
+
+
+def test_signals_are_heard_while_the_coordinator_does_not_answer():
+    """The request to the other processes waits for it; the user must not."""
+    address = f"localhost:{free_port()}"
+    connect = "import jax, sys\njax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n"
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(start(connect + textwrap.dedent(WAITING_LOOP), address, str(i))) for i in (0, 1)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+            read_until(process, "waiting")
+        processes[0].send_signal(signal.SIGSTOP)
+        processes[1].send_signal(signal.SIGTERM)
+        read_until(processes[1], "SIGTERM: stopping after this step")
+        time.sleep(ONE_REQUEST_SECONDS + 0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        _, errors = processes[1].communicate(timeout=30)
+        assert processes[1].returncode == INTERRUPTED_EXIT_CODE, errors

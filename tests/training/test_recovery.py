@@ -14,6 +14,7 @@ from tests.tiny_run import three_lines
 from xception_jax.config import DataConfig
 from xception_jax.data.pipeline import train_batches
 from xception_jax.data.sources import TfdsSource
+from xception_jax.errors import DivergedError
 from xception_jax.logs.metrics_log import read_metrics
 
 BATCH, EXAMPLES, BAD_STEPS = 8, 256, (13, 14)
@@ -105,6 +106,24 @@ def test_the_stretch_is_passed_over(recovered):
     assert last["step"] == 24
     assert last["skipped_steps"] == 4  # 11 to 14: the same batches would give the same state
     assert np.isfinite(last["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "restored"), [(4, 8), (1, 11)])
+def test_a_checkpoint_of_the_streak_is_not_restored(run_python, data_dir, tmp_path, every, restored):
+    """Step 12 is the last good one: its checkpoint, and that of step 13, hold what the loss was not finite with."""
+    options = [f"--config.checkpoint.every={every} steps", "--config.checkpoint.keep_latest=1"]
+    process = run_python(*arguments(data_dir, tmp_path, 16), *options)
+    assert process.returncode == 0, process.stderr
+    assert entries(tmp_path, "recovery") == [{"step": 14, "split": "recovery", "restored_step": restored}]
+    assert entries(tmp_path, "train")[-1]["skipped_steps"] == 14 - restored
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_before_the_streak_the_run_ends(run_python, data_dir, tmp_path):
+    process = run_python(*arguments(data_dir, tmp_path, 24), "--config.checkpoint.every=12 steps")
+    assert process.returncode == DivergedError.exit_code, process.stderr
+    assert "no checkpoint of config.checkpoint.every before step 12" in three_lines(process)[0]
 
 
 @pytest.mark.slow

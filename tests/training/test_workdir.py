@@ -1,5 +1,6 @@
 """The lock, the config and the directory itself, against real second processes and a file system that refuses."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -16,13 +17,15 @@ import pytest
 from xception_jax.config import default_config, from_json, override, resolve
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.training import workdir as workdir_module
-from xception_jax.training.workdir import check_workdir, open_workdir
+from xception_jax.training.workdir import check_workdir, open_workdir, write_config
 
 HOLDER = """
     import sys, time
     from xception_jax.config import default_config, resolve
-    from xception_jax.training.workdir import open_workdir
-    with open_workdir(sys.argv[1], resolve(default_config())):
+    from xception_jax.training.workdir import open_workdir, write_config
+    config = resolve(default_config())
+    with open_workdir(sys.argv[1], config) as path:
+        write_config(path, config)
         print("held", flush=True)
         time.sleep(60)
 """
@@ -30,6 +33,14 @@ HOLDER = """
 
 def config_with(**changes):
     return override(resolve(default_config()), {name.replace("__", "."): value for name, value in changes.items()})
+
+
+@contextlib.contextmanager
+def opened(path, config, **options):
+    """Opens a work directory as a run does that nothing refuses."""
+    with open_workdir(path, config, **options) as workdir:
+        write_config(workdir, config)
+        yield workdir
 
 
 @pytest.fixture
@@ -45,7 +56,7 @@ def holder(tmp_path):
 
 def test_fresh_directory_gets_the_config(tmp_path):
     config = config_with(batch_size=64)
-    with open_workdir(tmp_path / "a" / "b", config) as workdir:
+    with opened(tmp_path / "a" / "b", config) as workdir:
         assert workdir == tmp_path / "a" / "b"
         assert from_json((workdir / "config.json").read_text()) == config
     assert sorted(os.listdir(workdir)) == ["config.json", "lock"]
@@ -133,17 +144,17 @@ def test_directory_that_cannot_be_written(path):
 def test_same_config_again_is_silent(tmp_path):
     lines = []
     for _ in range(2):
-        with open_workdir(tmp_path, config_with(data__crop_area=(0.1, 1.0)), report=lines.append):
+        with opened(tmp_path, config_with(data__crop_area=(0.1, 1.0)), report=lines.append):
             pass
     assert lines == []
 
 
 def test_extending_a_run_is_noted_and_stored(tmp_path):
     lines = []
-    with open_workdir(tmp_path, config_with()):
+    with opened(tmp_path, config_with()):
         (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     config = config_with(duration="200 epochs", data__threads=4)
-    with open_workdir(tmp_path, config, report=lines.append):
+    with opened(tmp_path, config, report=lines.append):
         pass
     assert lines == [
         "changed since the last run in this directory: config.data.threads: 0 -> 4",
@@ -154,7 +165,7 @@ def test_extending_a_run_is_noted_and_stored(tmp_path):
 
 @pytest.mark.parametrize("checkpoint", ["100", "100.corrupt-20260101T000000Z"])
 def test_another_experiment_is_refused(tmp_path, checkpoint):
-    with open_workdir(tmp_path, config_with()):
+    with opened(tmp_path, config_with()):
         (tmp_path / "checkpoints" / checkpoint).mkdir(parents=True)
     before = (tmp_path / "config.json").read_text()
     other = config_with(model__num_classes=10, model__group_width=8, data__name="a", seed=3, duration="1 epoch")
@@ -187,12 +198,12 @@ def test_another_experiment_is_refused(tmp_path, checkpoint):
     ],
 )
 def test_what_would_change_the_state_or_its_metrics_is_refused(tmp_path, before, after, refused):
-    with open_workdir(tmp_path, config_with(**before)):
+    with opened(tmp_path, config_with(**before)):
         (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     stored = (tmp_path / "config.json").read_text()
     other = config_with(**before | after)
     if not refused:
-        with open_workdir(tmp_path, other, report=lambda line: None):
+        with opened(tmp_path, other, report=lambda line: None):
             return
     with pytest.raises(ConfigError) as caught, open_workdir(tmp_path, other):
         pass
@@ -202,20 +213,20 @@ def test_what_would_change_the_state_or_its_metrics_is_refused(tmp_path, before,
 
 def test_before_the_first_checkpoint_a_mistake_is_corrected_in_place(tmp_path):
     lines = []
-    with open_workdir(tmp_path, config_with()):
+    with opened(tmp_path, config_with()):
         (tmp_path / "checkpoints" / "100.orbax-checkpoint-tmp").mkdir(parents=True)
-    with open_workdir(tmp_path, config_with(model__num_classes=10), report=lines.append):
+    with opened(tmp_path, config_with(model__num_classes=10), report=lines.append):
         assert json.loads((tmp_path / "config.json").read_text())["model"]["num_classes"] == 10
     assert lines == ["changed since the last run in this directory: config.model.num_classes: 1000 -> 10"]
 
 
 def test_field_that_the_stored_config_does_not_know(tmp_path):
-    with open_workdir(tmp_path, config_with()):
+    with opened(tmp_path, config_with()):
         (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["model"]["padding"]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    with open_workdir(tmp_path, config_with()):
+    with opened(tmp_path, config_with()):
         pass
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with (

@@ -80,6 +80,11 @@ class Stopwatch:
         self._switch(self.activity)
         return dict(self._seconds)
 
+    def seconds_of_steps(self) -> float:
+        """Returns the seconds of steps and of waiting for their input until now, also of those that were lost."""
+        seconds = self.seconds()
+        return sum(seconds[name] for name in (STEPS, INPUT, LOST))
+
     def _switch(self, activity: str) -> None:
         now = self._clock()
         self._seconds[self.activity] += now - self._since

@@ -79,6 +79,11 @@ def _encode(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry, allow_nan=False).encode() + b"\n"
 
 
+def _decode(content: bytes) -> list[dict[str, Any]]:
+    entries = [entry for entry in _parse(content) if entry is not None]
+    return [{name: _with_nan(value) for name, value in entry.items()} for entry in entries]
+
+
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the entries of a metrics.jsonl in order, with null as NaN. A missing file has no entries.
 
@@ -94,8 +99,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if os.path.lexists(path):
             raise
         return []
-    entries = [entry for entry in _parse(content) if entry is not None]
-    return [{name: _with_nan(value) for name, value in entry.items()} for entry in entries]
+    return _decode(content)
 
 
 class MetricsLog:
@@ -162,6 +166,10 @@ class MetricsLog:
     def has(self, step: int, split: str) -> bool:
         """Returns whether there is an entry for this step and split, including entries before a resume."""
         return (step, split) in self._written
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """Returns the entries that could not be written yet, as `read_metrics` would."""
+        return _decode(b"".join(self._waiting))
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Appends one entry. Values are numbers (of Python, NumPy or JAX), or lists of them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from xception_jax.logs import goodput
 from xception_jax.names import one_line
 
 STEPS_BEFORE = 2  # steps before the trace; the first steps are slower, because they fill buffers and caches
@@ -127,10 +127,18 @@ class StepTrace:
       steps: number of steps to trace, or 0 for none.
       hlo: returns the text of the compiled step.
       report: called with the finished table.
+      stopwatch: knows the time of steps, without that of evaluations and saves between them.
     """
 
-    def __init__(self, directory: Path, steps: int, hlo: Callable[[], str | None], report: Callable[[str], None]):
-        self._directory, self._hlo, self._report = directory, hlo, report
+    def __init__(
+        self,
+        directory: Path,
+        steps: int,
+        hlo: Callable[[], str | None],
+        report: Callable[[str], None],
+        stopwatch: goodput.Stopwatch,
+    ):
+        self._directory, self._hlo, self._report, self._stopwatch = directory, hlo, report, stopwatch
         self._steps = steps if jax.process_index() == 0 else 0  # all hosts would write the same files
         self._calls, self._started = 0, 0.0
 
@@ -140,6 +148,7 @@ class StepTrace:
             if self._calls == STEPS_BEFORE:
                 jax.block_until_ready(state)
                 self._attempt(self._start)
+                self._started = self._stopwatch.seconds_of_steps()
             self._calls += 1
             if self._calls == STEPS_BEFORE + 1 + self._steps:
                 self.end(state)
@@ -154,7 +163,7 @@ class StepTrace:
             self._report(f"no profile: the run had fewer than {STEPS_BEFORE + 1} steps")
             return
         jax.block_until_ready(state)
-        seconds = time.monotonic() - self._started
+        seconds = self._stopwatch.seconds_of_steps() - self._started
         self._attempt(self._finish, traced, seconds)
 
     def close(self) -> None:
@@ -166,7 +175,8 @@ class StepTrace:
     def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         """Runs a part of the trace. Whatever its libraries raise, such as on a full disk, training continues."""
         try:
-            action(*arguments)
+            with self._stopwatch.during(goodput.EVALUATION):
+                action(*arguments)
         except Exception as error:
             self._steps = 0
             reason = one_line(error)[:200]
@@ -177,7 +187,6 @@ class StepTrace:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # otherwise most of the file would be Python calls
         jax.profiler.start_trace(self._directory, profiler_options=options)
-        self._started = time.monotonic()
 
     def _cut(self) -> None:
         jax.profiler.stop_trace()

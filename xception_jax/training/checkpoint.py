@@ -81,7 +81,8 @@ class Checkpoints:
       keep_best: number of steps with the best `best_metric` to keep as well.
       best_metric: a key of the metrics passed to `save`.
       higher_is_better: whether a higher `best_metric` is better.
-      regular_every: steps divisible by this number are regular. Every run of the config saves them, interrupted or not.
+      regular_every: steps divisible by this number are regular, except 0. Every run of the config saves them,
+        interrupted or not.
       identity: identifies the run. All entries are recorded; 'dataset' is compared on restore.
       allow_dataset_change: whether to restore a checkpoint that was trained on a different dataset.
       read_only: whether to leave all files as they are, for evaluation beside a running trainer.
@@ -166,7 +167,9 @@ class Checkpoints:
         """Returns the committed steps, oldest first. They are verified only when they are restored."""
         return sorted(set(self._manager.all_steps()) - self._deleted)
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self, step: int, state: Any, metrics: Mapping[str, float] | None = None, *, last_good: float = math.inf
+    ) -> None:
         """Copies the state to the host and writes it in the background.
 
         Waits for the previous save first. The state may be donated as soon as this returns. An existing checkpoint of
@@ -176,6 +179,7 @@ class Checkpoints:
           step: number of the step, and name of its directory.
           state: a tree of arrays, without PRNG key arrays.
           metrics: recorded with the step, and ranked by `best_metric`.
+          last_good: the last step that changed the parameters. The newest regular step before it is kept, too.
 
         Raises:
           StorageError: this save or the previous one failed. Only `close` may be called afterwards.
@@ -194,6 +198,7 @@ class Checkpoints:
         if self._bucket is not None:
             record["lease"] = self._bucket.owner
         self.score(step, metrics)
+        self._policy.last_good = last_good
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
             if step in self.steps():
@@ -253,16 +258,19 @@ class Checkpoints:
                 with contextlib.suppress(Exception):  # Orbax raises the error of a failed save again, after `wait`
                     self._manager.close()
 
-    def restore_latest(self, abstract_state: Any, *, regular: bool = False) -> tuple[int, Any] | None:
+    def restore_latest(
+        self, abstract_state: Any, *, regular: bool = False, below: float = math.inf
+    ) -> tuple[int, Any] | None:
         """Restores the newest intact step, and sets aside the damaged steps that are newer.
 
         Args:
           abstract_state: a tree of `jax.ShapeDtypeStruct`. Shardings may differ from those of the save. A leaf without
             one keeps its saved sharding, or is placed on one device if the devices have changed.
           regular: whether to skip the steps that only interrupted runs save.
+          below: only older steps are restored.
 
         Returns:
-          The step and its state, or None if there is no checkpoint yet.
+          The step and its state, or None if there is no such checkpoint.
 
         Raises:
           BadDataError: every checkpoint is damaged, or the newest intact one holds a different model or was trained on
@@ -270,12 +278,12 @@ class Checkpoints:
         """
         self.wait()
         damaged = {}
-        every = self._policy.regular_every if regular else 1
 
         def newest(below: float) -> int:
-            return from_primary(max((s for s in self.steps() if s < below and s % every == 0), default=-1))
+            steps = [s for s in self.steps() if s < below and (self._policy.is_regular(s) or not regular)]
+            return from_primary(max(steps, default=-1))
 
-        step = newest(math.inf)
+        step = newest(below)
         while step >= 0:
             older = newest(step)
             try:
@@ -320,7 +328,8 @@ class Checkpoints:
                 raise DamagedError("the names of its arrays cannot be read")
         refuse_other_model(self._path(step), stored, tree_signature(abstract_state))
         if not self._allow_dataset_change:
-            refuse_other_dataset(self._path(step), verified.record, self._identity.get("dataset"))
+            now, classes = self._identity.get("dataset"), self._identity.get("classes")
+            refuse_other_dataset(self._path(step), verified.record, now, classes)
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         restore = ocp.args.StandardRestore(abstract_state, fallback_sharding=one_device)
         # The files are intact, so an error is a bug and keeps its traceback.

@@ -77,7 +77,7 @@ class Journal:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        earlier = self.entries()
+        earlier = read_metrics(self._path)
         first = None
         if step < experiment.total_steps:
             since = time.time() - self.seconds_since_start
@@ -87,7 +87,7 @@ class Journal:
             self.stopwatch = goodput.Stopwatch(started, goodput.at_step(earlier, step))
         self._log = MetricsLog(self._path, step, first)
         entries = self.entries()
-        self._seconds_before = max((entry.get("seconds", 0.0) for entry in entries), default=0.0)
+        self._seconds_before = max((entry.get("seconds", 0.0) for entry in earlier), default=0.0)
         self._interval = _unfinished_interval(entries, step)
         self._exit = contextlib.ExitStack()
         self._exit.callback(self._log.close)
@@ -106,8 +106,8 @@ class Journal:
                 self.message(goodput.describe(self.stopwatch.seconds()))
 
     def entries(self) -> list[dict[str, Any]]:
-        """Returns all entries of metrics.jsonl."""
-        return read_metrics(self._path)
+        """Returns all entries of metrics.jsonl, and those that could not be written to it yet."""
+        return read_metrics(self._path) + (self._log.waiting() if self._writes else [])
 
     def has(self, step: int, split: str) -> bool:
         """Returns whether there is an entry for this step and split. All processes get the same answer."""

@@ -20,7 +20,7 @@ from xception_jax.metrics import metrics_of
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.parallel import DeviceBatch, batch_sharding, device_memory_errors, to_devices
 from xception_jax.training.checkpoint import Checkpoints
-from xception_jax.training.experiment import Experiment
+from xception_jax.training.experiment import Experiment, step_memory_errors
 from xception_jax.training.feed import Feed, polled
 from xception_jax.training.fingerprint import state_fingerprint
 from xception_jax.training.journal import Journal, print_once
@@ -101,7 +101,11 @@ class Loop:
                 train_step = self.experiment.compile_step()
             dropout = self.experiment.replicate(seed_bits(self.config.seed, DROPOUT))
             trace = self.trace = StepTrace(
-                self.directory.files / "profile", self.config.profile, train_step.as_text, self.journal.message
+                self.directory.files / "profile",
+                self.config.profile,
+                train_step.as_text,
+                self.journal.message,
+                self.journal.stopwatch,
             )
         doing = self.journal.stopwatch.during
         with self.preemption.deferred(), doing(goodput.STEPS):  # until the state is saved
@@ -118,9 +122,9 @@ class Loop:
                 if self.preemption.should_stop():
                     self._stop()
                 before, self.dispatched = self.dispatched, None
-                with doing(goodput.EVALUATION):
-                    trace.before_step(self.state)
-                self.state, metrics = train_step(self.state, batch, dropout)
+                trace.before_step(self.state)
+                with step_memory_errors(self.config):
+                    self.state, metrics = train_step(self.state, batch, dropout)
                 self.step += 1
                 self.dev_metrics = {}
                 self.dispatched = _Dispatched(self.step, metrics)
@@ -128,8 +132,7 @@ class Loop:
                 self._read(before)
                 self.checkpoints.poll()
             if trains:
-                with doing(goodput.EVALUATION):
-                    trace.end(self.state)
+                trace.end(self.state)
             self._save(wait=True)
         predictions = self._evaluate_test() if "test" in self.experiment.sources else None
         fingerprint = state_fingerprint(self.state)
@@ -176,7 +179,7 @@ class Loop:
     def _next_batch(self) -> DeviceBatch:
         """Waits for the next batch, or until a signal arrives."""
         assert self.feed is not None
-        with self.journal.waiting():
+        with step_memory_errors(self.config), self.journal.waiting():
             batch, on_devices = self.feed.next(self._stop_if_requested)
         self._note_damaged("train", batch)
         if batch["image"].ndim == 4 and self.step % self.experiment.every(self.config.evaluation.every) == 0:
@@ -191,33 +194,34 @@ class Loop:
         """Records the metrics of a step. Goes back to a checkpoint after too many consecutive bad steps."""
         if dispatched is None:
             return
-        metrics = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
+        with step_memory_errors(self.config):  # the devices may have come to it only now
+            metrics = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = self.journal.seconds_since_start
         if metrics["bad_steps"]:
             self.journal.message(f"step {dispatched.step}: loss or gradient is not finite; the update is skipped")
         self.journal.train(dispatched.step, metrics)
         if metrics["bad_steps"] >= self.config.max_bad_steps:
-            self._recover(dispatched.step)
+            self._recover(dispatched.step, dispatched.step - int(metrics["bad_steps"]))
 
     def _flush(self) -> None:
         """Reads pending metrics, which may replace the state by a checkpoint. Call it before using the state."""
         dispatched, self.dispatched = self.dispatched, None
         self._read(dispatched)
 
-    def _recover(self, bad_step: int) -> None:
-        """Continues from the last regular checkpoint with the batches after `bad_step`, at most once per run.
+    def _recover(self, bad_step: int, last_good: int) -> None:
+        """Goes back to a regular checkpoint before `last_good` and skips the batches up to `bad_step`, once per run.
 
-        The same batches would lead to the same divergence. The steps in between count as skipped, so the position in
-        the data still depends only on the step, and an interrupted run recovers in the same way.
+        The update of step `last_good` may be the one that no loss is finite after, and later steps have the same
+        parameters. The same batches would lead to the same divergence. The steps in between count as skipped, so the
+        position in the data still depends only on the step, and an interrupted run recovers in the same way.
         """
-        has_recovered = self.journal.has_recovered()
-        with self.journal.stopwatch.during(goodput.START):
-            restored = (
-                None if has_recovered else self.checkpoints.restore_latest(self.experiment.abstract, regular=True)
-            )
+        has_recovered, restored = self.journal.has_recovered(), None
+        if not has_recovered:
+            with self.journal.stopwatch.during(goodput.START):
+                restored = self.checkpoints.restore_latest(self.experiment.abstract, regular=True, below=last_good)
         if restored is None:
-            what, kept = "and there is no checkpoint to restore", ""
+            what, kept = f"and there is no checkpoint of config.checkpoint.every before step {last_good}", ""
             if has_recovered:
                 what, kept = "also after a recovery", f"; the last checkpoint is kept in {self.directory.checkpoints}"
             raise DivergedError(
@@ -243,7 +247,8 @@ class Loop:
         self._flush()
         with self.journal.pause(goodput.SAVING):
             self.journal.sync()
-            self.checkpoints.save(self.step, self.state, self.dev_metrics)
+            last_good = self.step - int(jax.device_get(self.state.bad_steps))
+            self.checkpoints.save(self.step, self.state, self.dev_metrics, last_good=last_good)
             if wait:
                 self.checkpoints.wait()
         self.dev_metrics = {}

@@ -95,9 +95,9 @@ class Preemption(StopSignals):
         return super()._immediate and self._point is None
 
     def _acknowledge(self, line: str) -> None:
+        self._report_line(line)
         if self._point is not None:
             self._point.request()
-        self._report_line(line)
 
     def _agreed(self) -> None:
         """Ends this process if there is nothing to save, in this process and all others."""

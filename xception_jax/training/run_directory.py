@@ -31,6 +31,7 @@ from xception_jax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    check_config,
     has_checkpoints,
     open_workdir,
     write_config,
@@ -125,6 +126,17 @@ class RunDirectory:
         elif self.store is not None:
             self.store.put(own, (self.files / own).read_bytes())
 
+    def write_config(self, config: ExperimentConfig) -> None:
+        """Writes config.json on process 0, once nothing refuses the run.
+
+        Raises:
+          UserError: another run has taken over, or the file cannot be written.
+        """
+        if jax.process_index() == 0:
+            write_config(self.files, config)
+            if self.bucket is not None:
+                self.bucket.push()
+
     def path(self, *names: str) -> Path:
         """Returns the path or address of a file, for messages."""
         return step_path(join(self.shown, *names))
@@ -133,6 +145,8 @@ class RunDirectory:
 @contextlib.contextmanager
 def open_run_directory(address: str, config: ExperimentConfig, report: Callable[[str], None]) -> Iterator[RunDirectory]:
     """Creates or opens the directory of a run, and holds it while the context is active.
+
+    `RunDirectory.write_config` then writes `config.json`.
 
     Args:
       address: what `checkpoint_directory` returned.
@@ -154,8 +168,7 @@ def open_run_directory(address: str, config: ExperimentConfig, report: Callable[
             yield RunDirectory(address, Path(scratch), store)
         return
     with hold(store, LEASE, report=report) as lease, Mirror(store, _PULLED, lease.prove) as mirror:
-        write_config(mirror.directory, config, _has_checkpoints(store), report, address)
-        mirror.push()
+        check_config(mirror.directory, config, _has_checkpoints(store), report, address)
         yield RunDirectory(address, mirror.directory, store, Bucket(lease, mirror))
 
 

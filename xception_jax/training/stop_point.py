@@ -18,8 +18,8 @@ class StopPoint:
 
     A run passes numbered points, the same in every process: one before each step, and one before each batch of an
     evaluation. After a request, every process reports the last point that it has passed, and all stop at the first
-    that none has passed. So no process waits in a collective for one that has stopped. A thread reports, because the
-    main thread may be waiting for input or in a collective.
+    that none has passed. So no process waits in a collective for one that has stopped. A thread asks and reports,
+    because the main thread may be waiting for input or in a collective, and the coordinator may not answer.
 
     Args:
       agreed: called in that thread, once the processes have agreed.
@@ -30,15 +30,13 @@ class StopPoint:
         self._lock = threading.Lock()  # held while the processes agree, so that this one passes no point meanwhile
         self._passed = 0
         self._stop_at: int | None = None
-        self._closed = threading.Event()
+        self._requested, self._closed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="stop point", daemon=True)
         self._thread.start()
 
-    @staticmethod
-    def request() -> None:
-        """Asks all processes to stop."""
-        with contextlib.suppress(Exception):  # if the coordinator is lost, this process ends anyway
-            publish(_REQUEST, "yes")
+    def request(self) -> None:
+        """Lets the thread ask all processes to stop."""
+        self._requested.set()
 
     def close(self) -> None:
         """Ends the thread. At the end of Python, a thread in a library would end the process."""
@@ -68,10 +66,12 @@ class StopPoint:
             return False
 
     def _run(self) -> None:
-        with contextlib.suppress(Exception):  # as in `request`
+        with contextlib.suppress(Exception):  # if the coordinator is lost, this process ends anyway
             while not published(_REQUEST):
                 if self._closed.wait(_POLL):
                     return
+                if self._requested.is_set():
+                    publish(_REQUEST, "yes")
             with self._lock:
                 self._stop_at = 1 + max(map(int, gather("stop point", str(self._passed))))
             gather("stop point is known", "")  # before any process ends

@@ -19,7 +19,7 @@ from xception_jax.signals import StopRequested
 from xception_jax.storage import checkpoint_directory
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, agree_on_weights, check_shared
 from xception_jax.training.compilation import use_compilation_cache
-from xception_jax.training.experiment import make_experiment, step_memory_errors
+from xception_jax.training.experiment import make_experiment
 from xception_jax.training.features import with_features
 from xception_jax.training.initial_weights import complete_config, first_state, starts_from_run
 from xception_jax.training.journal import Journal, print_once
@@ -99,6 +99,7 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
                 address,
                 "set a config.duration of at least as many steps, or choose another work directory",
             )
+        together("config.json", lambda: directory.write_config(config))
         journal = stack.enter_context(Journal(experiment, directory.files, step, started))
         journal.header(address, step)
         for evaluated, metrics in journal.evaluations("dev").items():  # a killed save has no record of its metrics
@@ -112,5 +113,4 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
 
             experiment = with_features(experiment, state, journal.message, stop_if_requested)
         loop = stack.enter_context(contextlib.closing(Loop(experiment, directory, checkpoints, journal, preemption)))
-        with step_memory_errors(config):
-            return loop.run(step, state)
+        return loop.run(step, state)

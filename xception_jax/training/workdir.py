@@ -67,8 +67,9 @@ def open_workdir(
 ) -> Iterator[Path]:
     """Creates or opens a work directory, and locks it while the context is active.
 
-    Writes `config.json`, and `lock`, which names the process that holds the lock. A lock file left behind by a killed
-    run does not lock anything, because the kernel releases a `flock` when its process ends.
+    Writes `lock`, which names the process that holds the lock. A lock file left behind by a killed run does not lock
+    anything, because the kernel releases a `flock` when its process ends. `config.json` is compared with the config,
+    and left to `write_config`.
 
     Args:
       path: the directory.
@@ -98,7 +99,7 @@ def open_workdir(
             _require(path / name, stat.S_ISREG, "a regular file")
         _require(path / CHECKPOINTS, stat.S_ISDIR, "a directory", links=True)
         # Must come after the lock: config.json may belong to another run that is still active.
-        write_config(path, config, has_checkpoints(path), report)
+        check_config(path, config, has_checkpoints(path), report)
         yield path
 
 
@@ -261,10 +262,10 @@ def _describe(holder: dict[str, Any]) -> str:
         return "it has just started"
 
 
-def write_config(
+def check_config(
     path: Path, config: ExperimentConfig, protect: bool, report: Callable[[str], None], shown: str = ""
 ) -> None:
-    """Compares config.json with the config of this run, and replaces it.
+    """Compares config.json with the config of this run.
 
     Args:
       path: the directory of config.json.
@@ -275,7 +276,7 @@ def write_config(
 
     Raises:
       ConfigError: another experiment would continue the checkpoints, or config.json is damaged.
-      WorkdirError: it cannot be written.
+      WorkdirError: config.json is not that of a run.
     """
     text, shown = to_json(config), shown or str(path)
     changes: dict[str, tuple[Any, Any]] = {}
@@ -302,8 +303,16 @@ def write_config(
         )
     for line in lines.values():
         report(f"changed since the last run in this directory: config.{line}")
+
+
+def write_config(path: Path, config: ExperimentConfig) -> None:
+    """Writes config.json. Must be called after everything that may refuse the run.
+
+    Raises:
+      WorkdirError: it cannot be written.
+    """
     try:
-        write_atomically(path / CONFIG, text)
+        write_atomically(path / CONFIG, to_json(config))
     except OSError as error:
         raise _unusable(path, error) from None
 
