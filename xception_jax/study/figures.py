@@ -56,14 +56,19 @@ def forest(results: Results) -> str | None:
             color = {"better": BLUE, "worse": VERMILION, "equivalent": GREEN}.get(entry.verdict, QUIET)
             half = 100 * _half(d.mean, d.low)
             axes.errorbar(100 * d.mean, y, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
-        axes.set_yticks(range(len(shown)), names)
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x")
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("difference in test accuracy, percentage points", color=QUIET)
+        label_rows(axes, names)
 
     return draw_svg(width, height, (left / width, 42 / height, 425 / width, 1 - 54 / height), draw)
+
+
+def label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Labels the rows of a figure of differences, the first one at the top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("difference in test accuracy, percentage points", color=QUIET)
 
 
 def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:

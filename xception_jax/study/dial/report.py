@@ -22,6 +22,7 @@ from xception_jax.study.dial.execute import chosen_rates, tried_rates
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
+from xception_jax.study.figures import label_rows
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.seed_claims import Seeds
 from xception_jax.study.statistics import Estimate, estimate
@@ -193,12 +194,7 @@ def _claims(parts: Sequence[tuple[TestedClaim, TestedPart]], margin: float) -> s
             )
             axes.plot([100 * found.low, 100 * found.high], [y, y], color=COLORS[0], linewidth=1.5)
             axes.plot(100 * found.mean, y, marker="|", markersize=13, markeredgewidth=2, color=COLORS[0])
-        axes.set_yticks(range(len(parts)), names)
-        axes.set_ylim(len(parts) - 0.4, -0.6)
-        axes.grid(visible=False, axis="y")
-        axes.grid(visible=True, axis="x")
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("difference in test accuracy, percentage points", color=QUIET)
+        label_rows(axes, names)
 
     return draw_svg(width, height, (left / width, 40 / height, 345 / width, 1 - 50 / height), draw)
 
