@@ -1,4 +1,4 @@
-"""What a device is full of: only the training step is blamed on the batch size."""
+"""Running out of device memory: only in the training step does the error name the batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports of itself when its metrics cannot be written, and when part of its work was lost."""
+"""Final results if metrics could not be written, and the wall time if work was lost."""
 
 from __future__ import annotations
 

@@ -189,9 +189,8 @@ def _claims(parts: Sequence[tuple[TestedClaim, TestedPart]], margin: float) -> s
         axes.axvline(0, color=ZERO, linewidth=1)
         for y, (_, part) in enumerate(parts):
             found = part.estimate
-            axes.scatter(
-                [100 * value for value in part.seeds], [y] * len(part.seeds), 12, QUIET, alpha=0.5, linewidth=0
-            )
+            dots = [100 * value for value in part.seeds]
+            axes.scatter(dots, [y] * len(dots), 14, QUIET, alpha=0.6, linewidth=0, zorder=3)
             axes.plot([100 * found.low, 100 * found.high], [y, y], color=COLORS[0], linewidth=1.5)
             axes.plot(100 * found.mean, y, marker="|", markersize=13, markeredgewidth=2, color=COLORS[0])
         label_rows(axes, names)

@@ -100,6 +100,6 @@ def format_calibration(found: Calibration) -> str:
                 lines.append(f"{layer:{width}} " + " ".join(f"{cell:>13}" for cell in cells) + f" {shown:>22}")
     lines += [
         "recovered: slope of the layer's position over the true dial relative to the free bank; mean and 95 % interval "
-        "over seeds. 1 recovers the dial, 0 is blind to it",
+        "over seeds. 1 recovers the dial; at 0, the position does not depend on it",
     ]
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
