@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from xception_jax.data.prepare import sorting, writer
+from xception_jax.data.prepare import shards, sorting, writer
 from xception_jax.data.prepare.imagenet import imagenet2012
 from xception_jax.errors import UserError
 
@@ -12,8 +12,8 @@ from xception_jax.errors import UserError
 def run(source: Path, data_dir: Path, *, pause: float = 0.0) -> Path:
     """Prepares the dataset with a pause before each image, and before each shard."""
     sorting.BUCKET_MEMORY = 20_000
-    writer.shard_utils.ShardConfig.min_shard_size = 10_000
-    dataset, write = imagenet2012(source), writer.write_array_record
+    shards.shard_utils.ShardConfig.min_shard_size = 10_000
+    dataset, write = imagenet2012(source), shards.write_array_record
 
     def slowly(examples):
         for example in examples:
@@ -27,11 +27,11 @@ def run(source: Path, data_dir: Path, *, pause: float = 0.0) -> Path:
     dataset = writer.dataclasses.replace(
         dataset, splits={name: slowly(examples) for name, examples in dataset.splits.items()}
     )
-    writer.write_array_record = write_slowly
+    shards.write_array_record = write_slowly
     try:
         return writer.write_dataset(dataset, data_dir).path
     finally:
-        writer.write_array_record = write
+        shards.write_array_record = write
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from tests.data.test_image_folder import write_folder
 from tests.data.test_prepare import opened, prepare
 from xception_jax.data import metadata, shards
 from xception_jax.data.datasets import find_class_names
+from xception_jax.data.prepare.shards import write_array_record
 from xception_jax.data.prepare.tfrecord import read_tfrecord
-from xception_jax.data.prepare.writer import write_array_record
 from xception_jax.data.sources import TfdsSource, check_labels
 from xception_jax.errors import BadDataError, DeviceMemoryError, StorageError, UserError
 

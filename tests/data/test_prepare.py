@@ -31,7 +31,7 @@ from xception_jax.cli import prepare as command
 from xception_jax.config import DataConfig
 from xception_jax.data import images
 from xception_jax.data.datasets import DATASETS, SHIPPED, open_dataset
-from xception_jax.data.prepare import fashion_mnist, names, photographs, sorting, tfrecord, writer
+from xception_jax.data.prepare import fashion_mnist, names, photographs, shards, sorting, tfrecord, writer
 from xception_jax.data.sources import check_labels, is_complete
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 
@@ -85,11 +85,11 @@ def test_a_slice_of_a_split_is_a_random_sample(tmp_path):
 
 
 def test_large_datasets_have_many_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer.shard_utils.ShardConfig, "min_shard_size", 2000)
+    monkeypatch.setattr(shards.shard_utils.ShardConfig, "min_shard_size", 2000)
     path = writer.write_dataset(numbered(300), tmp_path).path
-    shards = sorted(file.name for file in path.glob("*.array_record-*"))
-    assert shards[-1] == "numbered-train.array_record-00007-of-00008"
-    assert len(shards) == 8
+    files = sorted(file.name for file in path.glob("*.array_record-*"))
+    assert files[-1] == "numbered-train.array_record-00007-of-00008"
+    assert len(files) == 8
     assert len(records(path)) == 300
 
 

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.data import prepare_program
 from tests.data.small_imagenet import write_small_imagenet
-from xception_jax.data.prepare import sorting, writer
+from xception_jax.data.prepare import shards, sorting
 from xception_jax.data.prepare.imagenet import TRAIN_ARCHIVE
 from xception_jax.errors import StorageError
 
@@ -25,7 +25,7 @@ from xception_jax.errors import StorageError
 def small(tmp_path, monkeypatch):
     """Returns the archives. `prepare_program` changes these constants."""
     monkeypatch.setattr(sorting, "BUCKET_MEMORY", sorting.BUCKET_MEMORY)
-    monkeypatch.setattr(writer.shard_utils.ShardConfig, "min_shard_size", None)
+    monkeypatch.setattr(shards.shard_utils.ShardConfig, "min_shard_size", None)
     return write_small_imagenet(tmp_path / "archives", train_per_class=12)
 
 
@@ -34,7 +34,7 @@ def start(source: Path, data_dir: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
 
 
-def shards(data_dir: Path) -> set[Path]:
+def finished_shards(data_dir: Path) -> set[Path]:
     """Returns the finished shards of the incomplete dataset."""
     return {path for path in data_dir.glob("imagenet2012/*.incomplete/*.array_record-*") if path.suffix != ".partial"}
 
@@ -45,12 +45,12 @@ def digests(path: Path) -> dict[str, str]:
 
 def test_killed_between_two_shards(small, tmp_path, capsys):
     process = start(small, tmp_path / "killed")
-    while len(shards(tmp_path / "killed")) < 3:
+    while len(finished_shards(tmp_path / "killed")) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.kill()
     process.communicate()
-    finished = {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / "killed")}
+    finished = {path.name: path.stat().st_mtime_ns for path in finished_shards(tmp_path / "killed")}
     killed = prepare_program.run(small, tmp_path / "killed")
     assert "files exist already" in capsys.readouterr().err
     assert digests(killed) == digests(prepare_program.run(small, tmp_path / "undisturbed"))
@@ -80,7 +80,7 @@ def test_a_preparation_that_is_killed_at_random_moments(small, tmp_path, seed):
 
 def interrupted(small: Path, data_dir: Path, monkeypatch, error: BaseException) -> None:
     """Begins a preparation that ends with an exception after two shards."""
-    write, written = writer.write_array_record, []
+    write, written = shards.write_array_record, []
 
     def fail(path, records):
         if len(written) == 2:
@@ -89,14 +89,14 @@ def interrupted(small: Path, data_dir: Path, monkeypatch, error: BaseException) 
         write(path, records)
 
     with monkeypatch.context() as context:
-        context.setattr(writer, "write_array_record", fail)
+        context.setattr(shards, "write_array_record", fail)
         with pytest.raises(type(error)):
             prepare_program.run(small, data_dir)
 
 
 def test_an_interrupt_keeps_what_is_finished_and_a_failure_frees_the_disk(small, tmp_path, monkeypatch):
     interrupted(small, tmp_path, monkeypatch, KeyboardInterrupt())
-    assert len(shards(tmp_path)) == 2
+    assert len(finished_shards(tmp_path)) == 2
     interrupted(small, tmp_path, monkeypatch, StorageError("the disk is full", "here", "free some space"))
     assert [path.name for path in (tmp_path / "imagenet2012").iterdir()] == [".lock"]
 
@@ -114,7 +114,7 @@ def test_other_archives_are_read_anew(small, tmp_path, monkeypatch, capsys):
 def test_more_threads_write_the_same(small, tmp_path, monkeypatch):
     found = []
     for threads in (1, 3):
-        monkeypatch.setattr(writer, "WRITERS", threads)
+        monkeypatch.setattr(shards, "WRITERS", threads)
         found.append(digests(prepare_program.run(small, tmp_path / str(threads))))
     assert found[0] == found[1]
     assert len([name for name in found[0] if "train.array_record" in name]) > 3

@@ -163,7 +163,7 @@ def array_record(data: bytes) -> None:
 def dataset(data: bytes) -> None:
     """Opens a dataset: dataset_info.json, features.json, label.labels.txt, and the record that its shard repeats."""
     from tests.fuzz.seeds import shard
-    from xception_jax.data.prepare.writer import write_array_record
+    from xception_jax.data.prepare.shards import write_array_record
     from xception_jax.data.sources import TfdsSource, check_labels
 
     parts = (*data.split(SEPARATOR, 3), b"", b"", b"")

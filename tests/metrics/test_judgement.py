@@ -21,9 +21,10 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from xception_jax.evaluation.tables import judgement_as_dict
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.metrics import judgement
-from xception_jax.metrics.judgement import as_dict, choose_thresholds, judge
+from xception_jax.metrics.judgement import choose_thresholds, judge
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.metrics.ranking import choose_threshold, rank
 from xception_jax.metrics.resampling import bootstrap_weights
@@ -309,7 +310,7 @@ def test_no_examples_and_one_class():
 
 def test_json_has_every_number_with_its_interval():
     test = make_predictions(c=2, groups=12)
-    found = as_dict(judge(test, 2, choose_thresholds(make_predictions(c=2, seed=3))), ["cat", "dog"])
+    found = judgement_as_dict(judge(test, 2, choose_thresholds(make_predictions(c=2, seed=3))), ["cat", "dog"])
     found = json.loads(json.dumps(json_ready(found)))
     assert (found["images"], found["groups"], found["bootstrap_draws"]) == (300, 12, 2000)
     assert len(found["roc_auc_interval"]) == 2

@@ -12,15 +12,16 @@ from xception_jax import cli
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.study.cells import PREDICTIONS
+from xception_jax.study.collect import collect
 from xception_jax.study.design import DECAYS, RATES, PlannedComparison, Search
 from xception_jax.study.predictions import FILE, read_answers
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
-from xception_jax.study.results import NOT_INTERPRETED, collect
 from xception_jax.study.runner import Runner
 from xception_jax.study.statistics import holm
 from xception_jax.study.store import changes
 from xception_jax.study.study_file import study_from_json, study_to_json
+from xception_jax.study.verdicts import NOT_INTERPRETED
 
 IMAGES = 400
 ARMS = ("1_none", "1_relu", "depthwise_none")

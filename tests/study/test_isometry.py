@@ -18,11 +18,11 @@ from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.study.cells import RECORD
 from xception_jax.study.checks import check_study
+from xception_jax.study.collect import collect
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Arm
 from xception_jax.study.gates import GATES, Gate, check_gates
 from xception_jax.study.report import format_results, write_study_report
-from xception_jax.study.results import collect
 from xception_jax.study.store import STUDY, StoredStudy, changes, read_study
 from xception_jax.study.study_file import load_study, study_from_json, study_to_json
 from xception_jax.study.turns import FILE, TurnedShare, lacks_turns, measure_turns, read_turns, turned_data, write_turns

@@ -16,11 +16,11 @@ from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.models import cost
 from xception_jax.study import statistics
+from xception_jax.study.collect import _curve, _interaction_outcome
 from xception_jax.study.controls import EQUAL_WITHIN, ArmCost, cost_headline
 from xception_jax.study.design import COSTS
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
-from xception_jax.study.results import _curve, _interaction_outcome
 from xception_jax.study.runner import Runner
 from xception_jax.study.store import read_study
 

@@ -117,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
     require_outputs((args.predictions, args.per_class, args.mistakes), filter(None, (args.source, args.real)))
     from xception_jax.cli.evaluate_split import evaluate_split, open_subject  # JAX takes seconds to import
     from xception_jax.evaluation import judgement_text, tables
-    from xception_jax.metrics.judgement import as_dict
     from xception_jax.metrics.predictions import mistakes, save_predictions
 
     subject = open_subject(args)
@@ -125,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
     rows = tables.class_rows(result.predictions, result.judgement, result.info.class_names)
     wrong = mistakes(result.predictions, result.info.class_names)
     if args.json:
-        judged = {"judgement": as_dict(result.judgement, result.info.class_names), "mistakes": wrong[:MISTAKES_IN_JSON]}
-        print(json.dumps(json_ready(result.values | {"per_class": rows} | judged)))
+        judgement = tables.judgement_as_dict(result.judgement, result.info.class_names)
+        judged = {"per_class": rows, "judgement": judgement, "mistakes": wrong[:MISTAKES_IN_JSON]}
+        print(json.dumps(json_ready(result.values | judged)))
     else:
         print(tables.as_text(result.values, list(subject.variables), result.metrics))
         split = result.values.get("thresholds_split", "")

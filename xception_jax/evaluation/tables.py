@@ -13,8 +13,9 @@ import numpy as np
 from xception_jax.files import write_atomically
 from xception_jax.metrics import Metric
 from xception_jax.metrics.intervals import wilson_interval
-from xception_jax.metrics.judgement import Judgement
+from xception_jax.metrics.judgement import ClassScores, Judgement
 from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
+from xception_jax.metrics.resampling import Estimate
 from xception_jax.names import csv_cell, printable, printable_path
 from xception_jax.user_files import writing
 
@@ -139,3 +140,46 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str] =
     writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     with writing("table", path):
         write_atomically(path, text.getvalue())
+
+
+def judgement_as_dict(judgement: Judgement, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the numbers of a judgement for `evaluate --json`, with the names of the classes."""
+
+    def row(scores: ClassScores) -> dict[str, Any]:
+        fields = {name: value for name, value in vars(scores).items() if isinstance(value, Estimate)}
+        return {"class": scores.label, "name": names[scores.label], "images": scores.support, **_flat(fields)}
+
+    points = [
+        {
+            "class": point.threshold.label,
+            "name": names[point.threshold.label],
+            "aim": point.threshold.aim,
+            "at": point.threshold.at,
+            "threshold": point.threshold.value,
+            **_flat({"sensitivity": point.sensitivity, "specificity": point.specificity}),
+        }
+        for point in judgement.points
+    ]
+    result = {
+        "images": judgement.count,
+        "groups": judgement.groups,
+        "bootstrap_draws": judgement.draws,
+        **_flat(judgement.overall),
+        "classes": [row(scores) for scores in judgement.classes],
+        "thresholds": points,
+    }
+    if judgement.by_group is not None:
+        group = judgement.by_group
+        estimates = _flat({"accuracy": group.accuracy, "roc_auc": group.roc_auc})
+        result["by_group"] = {"count": group.count, "mixed": group.mixed, **estimates}
+    return result
+
+
+def _flat(estimates: dict[str, Estimate]) -> dict[str, Any]:
+    """Returns each value, followed by its interval under the name with '_interval' if there is one."""
+    flat: dict[str, Any] = {}
+    for name, value in estimates.items():
+        flat[name] = value.value
+        if value.low is not None:
+            flat[f"{name}_interval"] = (value.low, value.high)
+    return flat

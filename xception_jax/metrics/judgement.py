@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -367,46 +366,3 @@ def _judge_groups(examples: _Examples, draws: int) -> GroupScores | None:
         accuracy=Estimate(share, *wilson_interval(share, count)),
         roc_auc=found["mean_roc_auc"][0],
     )
-
-
-def as_dict(judgement: Judgement, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the numbers of a judgement for `evaluate --json`, with the names of the classes."""
-
-    def row(scores: ClassScores) -> dict[str, Any]:
-        fields = {name: value for name, value in vars(scores).items() if isinstance(value, Estimate)}
-        return {"class": scores.label, "name": names[scores.label], "images": scores.support, **_flat(fields)}
-
-    points = [
-        {
-            "class": point.threshold.label,
-            "name": names[point.threshold.label],
-            "aim": point.threshold.aim,
-            "at": point.threshold.at,
-            "threshold": point.threshold.value,
-            **_flat({"sensitivity": point.sensitivity, "specificity": point.specificity}),
-        }
-        for point in judgement.points
-    ]
-    result = {
-        "images": judgement.count,
-        "groups": judgement.groups,
-        "bootstrap_draws": judgement.draws,
-        **_flat(judgement.overall),
-        "classes": [row(scores) for scores in judgement.classes],
-        "thresholds": points,
-    }
-    if judgement.by_group is not None:
-        group = judgement.by_group
-        estimates = _flat({"accuracy": group.accuracy, "roc_auc": group.roc_auc})
-        result["by_group"] = {"count": group.count, "mixed": group.mixed, **estimates}
-    return result
-
-
-def _flat(estimates: dict[str, Estimate]) -> dict[str, Any]:
-    """Returns each value, followed by its interval under the name with '_interval' if there is one."""
-    flat: dict[str, Any] = {}
-    for name, value in estimates.items():
-        flat[name] = value.value
-        if value.low is not None:
-            flat[f"{name}_interval"] = (value.low, value.high)
-    return flat

@@ -187,6 +187,16 @@ class Study:
         """Returns the metric that counts the right answers in the predictions of a cell."""
         return "ema_top1" if self.config.ema.decay else "top1"
 
+    @property
+    def logarithmic(self) -> bool:
+        """Returns whether the axis is logarithmic."""
+        return self.axis in CHANNEL_AXES
+
+    @property
+    def per_unit(self) -> str:
+        """Returns the unit of slopes along the axis, such as 'per doubling'."""
+        return "per doubling" if self.logarithmic else f"per unit of {self.axis}"
+
     def arm(self, name: str) -> Arm:
         """Returns the arm with this name."""
         return next(arm for arm in self.arms if arm.name == name)

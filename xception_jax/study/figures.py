@@ -72,7 +72,7 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _axis(axes: Axes, results: Results, x: Sequence[float]) -> None:
-    if results.logarithmic:
+    if results.stored.study.logarithmic:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -95,7 +95,7 @@ def over_axis(results: Results) -> str | None:
             mean = [arm.accuracy.mean for arm in points]
             half = [_half(arm.accuracy.mean, arm.accuracy.low) for arm in points]
             # Shift the lines slightly, so that intervals at the same position do not cover each other.
-            shift = 1.035 ** (number - 1) if results.logarithmic else 1.0
+            shift = 1.035 ** (number - 1) if results.stored.study.logarithmic else 1.0
             x = [arm.x * shift for arm in points]
             axes.errorbar(
                 x, mean, half, label=legend_label(line) or None, capsize=2.5, markersize=4.5, **_style(number)
@@ -104,7 +104,7 @@ def over_axis(results: Results) -> str | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("test accuracy", color=QUIET)
         if any(arm.line for arm in arms):
-            axes.legend(title="between the convolutions" if results.logarithmic else None)
+            axes.legend(title="between the convolutions" if results.stored.study.logarithmic else None)
 
     return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)
 
@@ -120,7 +120,7 @@ def effects(results: Results) -> str | None:
         axes.axhspan(-margin, margin, color=MARGIN, zorder=0, linewidth=0)
         axes.axhline(0, color=ZERO, linewidth=1)
         for number, entry in enumerate(shown):
-            shift = 1.035 ** (number - 0.5) if results.logarithmic else 1.0
+            shift = 1.035 ** (number - 0.5) if results.stored.study.logarithmic else 1.0
             mean = [100 * effect.mean for effect in entry.effects]
             half = [100 * _half(effect.mean, effect.low) for effect in entry.effects]
             x = [value * shift for value in entry.x]

@@ -152,7 +152,7 @@ def _seeds(seeds: int | None, at_most: int | None) -> str:
 
 
 def _from_study(root: Path) -> tuple[dict[str, Sample], list[tuple[str, str]], float]:
-    from xception_jax.study.results import read_samples
+    from xception_jax.study.collect import read_samples
     from xception_jax.study.store import read_study
 
     stored = read_study(root)

@@ -17,10 +17,11 @@ from xception_jax.reports.style import on_white, themed
 from xception_jax.study import figures
 from xception_jax.study.activation_files import ACTIVATION_COLUMNS, activations_csv
 from xception_jax.study.cells import State, state_of
+from xception_jax.study.collect import collect
 from xception_jax.study.controls import cost_headline, deviations
 from xception_jax.study.design import COSTS
 from xception_jax.study.predictions import write_answers
-from xception_jax.study.results import Results, collect
+from xception_jax.study.results import Results
 from xception_jax.study.rows import COLUMNS
 from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study, write_report_files
@@ -101,7 +102,7 @@ def format_results(results: Results) -> str:
             found = NOT_INTERPRETED if interaction.outcome == NOT_INTERPRETED else interaction.trend.flips
             lines.append(
                 f"  {interaction.interaction.name}: slope {_difference(interaction.trend.slope)} points "
-                f"{results.per_unit}, change of sign: {found} ({interaction.outcome})"
+                f"{results.stored.study.per_unit}, change of sign: {found} ({interaction.outcome})"
             )
     lines.append(f"report: {results.stored.root / 'report.html'}")
     return "\n".join(printable(line, LINE_LENGTH) for line in lines)
@@ -146,7 +147,7 @@ def _context(results: Results, drawn: dict[str, dict[str, Any]]) -> dict[str, An
         "headline": cost_headline(study, results.stored.costs),
         "not_equal": set(deviations(study, results.stored.costs)) - set(study.unequal),
         "reference": results.stored.costs[study.reference],
-        "unit": results.per_unit,
+        "unit": results.stored.study.per_unit,
         "seconds": sum(row["seconds"] for row in results.rows if not row["reused_from"]),
         "cpu_seconds": sum(row["cpu_seconds"] or 0 for row in results.rows if not row["reused_from"]),
         "reused": sum(bool(row["reused_from"]) for row in results.rows),

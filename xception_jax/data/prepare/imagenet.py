@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 
 from xception_jax.data.imagenet_classes import VALIDATION_NAME, class_names
 from xception_jax.data.prepare.archives import members, unexpected
-from xception_jax.data.prepare.writer import Dataset, fingerprint_of_files
+from xception_jax.data.prepare.directory import fingerprint_of_files
+from xception_jax.data.prepare.writer import Dataset
 from xception_jax.errors import InputMissingError
 
 NAME = "imagenet2012"

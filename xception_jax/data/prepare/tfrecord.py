@@ -18,14 +18,9 @@ from tensorflow_datasets.core import dataset_info as tfds_dataset_info
 from tqdm import tqdm
 
 from xception_jax.data.metadata import open_builder
-from xception_jax.data.prepare.writer import (
-    Summary,
-    existing,
-    fingerprint_of_files,
-    incomplete_directory,
-    shard_template,
-    write_array_record,
-)
+from xception_jax.data.prepare.directory import fingerprint_of_files, incomplete_directory
+from xception_jax.data.prepare.shards import shard_template, write_array_record
+from xception_jax.data.prepare.writer import Summary, existing
 from xception_jax.data.sources import AS_ARRAY_RECORD, is_complete
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import open_regular
