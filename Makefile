@@ -108,6 +108,7 @@ clean: ## Remove the virtual environments and caches, but not the runs
 
 # The package itself is installed editable: notebooks find it, and changes take effect at once.
 $(VENV)/.installed: requirements.txt $(REQUIREMENTS) $(REQUIREMENTS_BUILD) pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make ... PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) $(HASHES) -r $(REQUIREMENTS) -r $(REQUIREMENTS_BUILD)
 	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation --editable .

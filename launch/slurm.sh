@@ -34,8 +34,10 @@ srun --kill-on-bad-exit=0 --wait=0 --cpu-bind=none \
   xception-jax train --config="$CONFIG" --workdir="$WORKDIR" ${DATA_DIR:+--config.data.data_dir="$DATA_DIR"} "$@" || code=$?
 
 # 74: a disk or network failed, 75: stopped and saved, above 128: killed. All others would fail again.
-# Slurm itself requeues the job after a failure of a node and after a preemption.
-if ((code == 74 || code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
+# Slurm itself requeues the job after a failure of a node and after a preemption. A job that `scancel` ends does not run
+# any more.
+state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)"
+if [[ "$state" == RUNNING ]] && ((code == 74 || code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then
   echo "$0: the run ended with $code; requeued"
   scontrol requeue "$SLURM_JOB_ID"
 fi

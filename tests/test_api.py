@@ -136,8 +136,17 @@ def test_what_cannot_be_read_is_named(network, files):
         network.predict("a\0b.jpg")
     with pytest.raises(UsageError, match=r"float64 of shape \(40, 40, 3\)"):
         network.predict(np.zeros((40, 40, 3)))
-    with pytest.raises(InputMissingError):
-        xception_jax.load(files / "missing.safetensors")
+    for step in (None, 3):
+        with pytest.raises(InputMissingError):
+            xception_jax.load(files / "missing.safetensors", step=step)
+    for wrong in ("photo.jpg", [np.zeros((1, 71, 71, 3), np.float32)]):
+        with pytest.raises(UsageError, match="images are a"):
+            network(wrong)
+    for top in (0, 2.5, "3"):
+        with pytest.raises(UsageError, match="top is"):
+            network.predict(files / "0.png", top=top)
+    with pytest.raises(ConfigError, match="the config is a int"):
+        xception_jax.train(3, files)
 
 
 @pytest.mark.slow

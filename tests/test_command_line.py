@@ -160,6 +160,8 @@ def test_a_name_is_a_shipped_config_and_a_path_is_a_file(tmp_path, monkeypatch):
             "loss.class_weights=balanced",
             "balanced",
         ),
+        ("config = default_config(); config.model.group_width = 4", "model.group_width=2", "2"),
+        ("config = default_config(); config.model.group_width = 4", "model.group_width=None", None),
         ("config = ConfigDict({'batch_size': 32})", "seed=3", 3),
         ("config = ConfigDict({'batch_size': 32})", "data.augmentation=shift", "shift"),
         ("config = FrozenConfigDict(default_config())", "seed=3", 3),
@@ -172,6 +174,12 @@ def test_a_field_is_overridden_whatever_the_file_says(body, override, expected, 
     (tmp_path / "mine.py").write_text(f"{imports}\n\ndef get_config():\n    {body}\n    return config\n")
     config = resolve(read_config(str(tmp_path / "mine.py"), [f"--config.{override}"]))
     assert functools.reduce(getattr, override.partition("=")[0].split("."), config) == expected
+
+
+@pytest.mark.parametrize(("values", "expected"), [(["3", "None"], None), (["None", "3"], 3)])
+def test_of_several_overrides_the_last_counts(values, expected):
+    overrides = [f"--config.model.stem_width={value}" for value in values]
+    assert resolve(read_config("fashion_mnist", overrides)).model.stem_width == expected
 
 
 def test_references_between_fields_follow_an_override(tmp_path):
@@ -338,6 +346,8 @@ run_program(main, resumable=True)
         (">/dev/null", "raise PermissionError(13, 'Permission denied', 'a/b')", 74, 3),
         (">/dev/null", "raise MemoryError", 71, 3),
         (">/dev/null", "raise type('JaxRuntimeError', (RuntimeError,), {})('RESOURCE_EXHAUSTED: 9G')", 71, 3),
+        (">/dev/null", "import os; os.environ['JAX_PLATFORMS'] = 'cuda'; import jax; jax.devices()", 78, 3),
+        (">/dev/null", "import os; os.environ['JAX_PLATFORMS'] = 'none'; import jax; jax.devices()", 78, 3),
         (">/dev/null", "raise KeyboardInterrupt", 130, 0),
         (">/dev/null", "import os, signal; os.kill(os.getpid(), 15); signal.pause()", 75, 3),
         (">/dev/null", "import threading; threading.Thread(target=threading.Event().wait).start()", 0, 0),

@@ -226,6 +226,21 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(kind, tmp_pat
     assert len(str(raised.value).splitlines()) == 3
 
 
+def test_an_output_may_be_a_link(tmp_path):
+    (tmp_path / "large").mkdir()
+    link, target = tmp_path / "file.csv", tmp_path / "large" / "file.csv"
+    link.symlink_to(target)
+    for content in ("a", "b"):
+        user_files.require_directory(link)
+        user_files.write_output("table", link, content)
+        assert link.is_symlink()
+        assert target.read_text() == content
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere" / "file.csv")
+    with pytest.raises(InputMissingError, match="no directory"):
+        user_files.require_directory(link)
+
+
 def test_whatever_a_library_raises_is_blamed_on_the_file():
     for error in (KeyError("a"), RecursionError(), OverflowError("x"), AttributeError("y"), MemoryError(), Exception()):
         with pytest.raises(BadDataError, match="the table cannot be read"), user_files.reading("table", "here", "fix"):

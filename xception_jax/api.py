@@ -84,6 +84,8 @@ class LoadedNetwork:
         return jax.jit(functools.partial(self.module.apply, train=False))
 
     def _outputs(self, images: Float[Array | np.ndarray, "b h w 3"]) -> tuple[Array, dict[str, Array]]:
+        if not isinstance(images, Array | np.ndarray):
+            raise UsageError(f"images are a {type(images).__name__}", "images", "pass what preprocess() returns")
         if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim != 4:
             what = f"images are {images.dtype} of shape {images.shape}, not float32 of shape (batch, height, width, 3)"
             raise UsageError(what, "images", "pass what preprocess() returns")
@@ -157,8 +159,8 @@ class LoadedNetwork:
         Raises:
           UserError: as `preprocess`, or BadDataError if the weights have no classifier.
         """
-        if top < 1:
-            raise UsageError(f"top is {top}", "predict", "set it to at least 1")
+        if not isinstance(top, int) or top < 1:
+            raise UsageError(f"top is {top!r}", "predict", "set it to a whole number of at least 1")
         several, are_several = _as_list(images)
         names, found = self.classes, []
         for start in range(0, len(several), _BATCH):

@@ -154,17 +154,31 @@ def read_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         fix = "end get_config() with `return config`, where config comes from default_config()"
         raise ConfigError(f"get_config() returns {type(config).__name__}, not a config", str(path), fix)
+    overrides = _last_of_each(overrides)
     try:
         config = _prepare(config, overrides)
-        return _with_overrides(config, overrides)
+        return _with_overrides(config, [argument for argument in overrides if not _is_none(argument)])
     except UserError:
         raise
     except Exception as error:  # the value of a flag may make a parser raise any exception
         raise _illegal_override(config, overrides, error) from None
 
 
+def _last_of_each(overrides: Sequence[str]) -> list[str]:
+    """Returns the last override of each field."""
+    by_name = {override[1]: argument for argument in overrides if (override := _OVERRIDE.fullmatch(argument))}
+    return [argument for argument in overrides if argument in by_name.values() or not _OVERRIDE.fullmatch(argument)]
+
+
+def _is_none(argument: str) -> bool:
+    """Returns whether an override sets an optional field to None, which no parser of flags does."""
+    override = _OVERRIDE.fullmatch(argument)
+    return override is not None and override[2] == "=None" and override[1] in FIELDS and FIELDS[override[1]].optional
+
+
 def _prepare(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Gives the fields that are overridden their usual types: a value is parsed by the type of the one before it.
+    """Gives the fields that are overridden their usual types: a value is parsed by the type of the one before it. Those
+    that become None get their usual value, which is None.
 
     A config may lack a field, or hold a value of another type that the field accepts, such as 4 for 'depthwise'.
     """
@@ -182,7 +196,9 @@ def _prepare(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
                 with section.unlocked():
                     section[name] = ConfigDict()
             section, usual = section[name], usual[name]
-        if leaf not in section or section.get_type(leaf) is not usual.get_type(leaf):
+        kind = usual.get_type(leaf)
+        is_usual = leaf in section and section.get_type(leaf) is kind and isinstance(section[leaf], kind | None)
+        if not is_usual or _is_none(argument):
             with section.unlocked():
                 if leaf in section:
                     del section[leaf]

@@ -24,11 +24,13 @@ from xception_jax.errors import (
     OUT_OF_DEVICE_MEMORY,
     READER_LEFT_EXIT_CODE,
     SUCCESS_EXIT_CODE,
+    ConfigError,
     DeviceMemoryError,
     InputMissingError,
     StorageError,
     UserError,
 )
+from xception_jax.names import one_line
 from xception_jax.signals import SIGNALS, StopRequested, handle_signals
 
 # The time that threads, data workers and libraries get to end after a success.
@@ -128,6 +130,10 @@ def as_user_error(error: Exception) -> UserError | None:
         return DeviceMemoryError("there is not enough memory", "this process", fix)
     if type(error).__name__ == "JaxRuntimeError" and OUT_OF_DEVICE_MEMORY in str(error):
         return DeviceMemoryError("there is not enough memory on a device", "this process", fix)
+    if _is_missing_platform(error):
+        what = f"JAX cannot use the platform in JAX_PLATFORMS: {one_line(error)[:200] or 'its plugin is missing'}"
+        fix = "install what it needs, such as pip install '.[cuda12]', or unset JAX_PLATFORMS"
+        return ConfigError(what, f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}", fix)
     if not isinstance(error, OSError):
         return None
     where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
@@ -138,6 +144,14 @@ def as_user_error(error: Exception) -> UserError | None:
     reason = error.strerror or str(error) or type(error).__name__
     fix = "free space there, or make it readable and writable; then run the same command again"
     return StorageError(f"a file cannot be read or written: {reason}", where or "the system", fix)
+
+
+def _is_missing_platform(error: Exception) -> bool:
+    """Returns whether JAX cannot use a platform that the user asks for. It has no error of its own for this."""
+    if not isinstance(error, RuntimeError | AssertionError) or not os.environ.get("JAX_PLATFORMS"):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith(os.path.join("jax", "_src", "xla_bridge.py"))
 
 
 def _flush() -> None:

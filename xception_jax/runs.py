@@ -9,6 +9,7 @@ import numpy as np
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.training.restore import Run, is_run, open_run, run_network
 from xception_jax.weights import Network, load_network, tree
+from xception_jax.weights.sources import require_known
 
 __all__ = [
     "Run",
@@ -40,7 +41,8 @@ def open_network(source: str, step: int | None = None) -> Network:
     if is_run(source):
         return run_network(source, open_run(source, step))
     if step is not None:
-        raise UsageError(f"{source} is a weight file, which has no steps", "--step", "remove --step")
+        require_known(source)
+        raise UsageError(f"{source} is a weight file, which has no steps", f"step {step}", "leave the step out")
     return load_network(source)
 
 

@@ -14,10 +14,11 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError, UserError
-from xception_jax.files import expanded, open_regular
+from xception_jax.files import expanded, open_regular, write_atomically
 from xception_jax.names import one_line
 
 if TYPE_CHECKING:
@@ -304,6 +305,21 @@ def _identity(path: str | os.PathLike[str]) -> Any:
     return status.st_dev, status.st_ino
 
 
+def write_output(what: str, path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Replaces a file that the user named, atomically. If it is a link, the file that it points to is replaced.
+
+    Args:
+      what: what is written, such as 'report'.
+      path: the file.
+      content: bytes, or text to encode as UTF-8.
+
+    Raises:
+      StorageError: the file could not be written. It is unchanged.
+    """
+    with writing(what, path):
+        write_atomically(os.path.realpath(path), content)
+
+
 def require_directory(path: str | os.PathLike[str]) -> None:
     """Checks that an output can be written, to fail before the work.
 
@@ -312,7 +328,7 @@ def require_directory(path: str | os.PathLike[str]) -> None:
       ConfigError: the path begins with ~, and there is no such home.
       StorageError: there is a directory, a device or a pipe in the place of the file, or it may not be written.
     """
-    target = expanded(os.fspath(path), "the path of an output").absolute()
+    target = Path(os.path.realpath(expanded(os.fspath(path), "the path of an output")))
     fix = "create the directory, or choose another path"
     with writing("file", target, "choose another path"):
         if not target.parent.is_dir():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import multilabel
+from configs import fashion_mnist, multilabel
 from tests.data.small_imagenet import jpeg, photograph, photographs
 from xception_jax.cli import predict as command
 from xception_jax.config import override, resolve
@@ -23,6 +23,7 @@ from xception_jax.data import folders, imagenet_classes
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import contact_sheet, predict
 from xception_jax.evaluation.evaluate import make_evaluation_step
+from xception_jax.metrics.predictions import Predictions
 from xception_jax.runs import open_network
 from xception_jax.weights import save_network
 
@@ -217,12 +218,15 @@ def test_classes_are_ranked_by_logits_where_probabilities_are_equal(network):
     np.testing.assert_array_equal(probabilities[0], [1, 1, 1])
 
 
-def test_an_evaluation_ranks_by_logits_too():
-    class Logits(nn.Module):
-        @nn.compact
-        def __call__(self, x, train):
-            return x[:, 0, 0], {}
+class Logits(nn.Module):
+    """Takes logits as images, of one pixel."""
 
+    @nn.compact
+    def __call__(self, x, train):
+        return x[:, 0, 0], {}
+
+
+def test_an_evaluation_ranks_by_logits_too():
     config = override(resolve(multilabel.get_config()), {"model.num_classes": 4, "evaluation.map_at": 3})
     batch = {
         "image": jnp.asarray(SURE)[:, None, None],
@@ -232,6 +236,26 @@ def test_an_evaluation_ranks_by_logits_too():
     }
     _, found = make_evaluation_step(Logits(), config)({}, batch)
     np.testing.assert_array_equal(found["classes"], [[1, 0, 2], [3, 1, 2]])
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_equal_classes_count_against_the_network_in_predictions_as_in_metrics(multi_label):
+    config = resolve((multilabel if multi_label else fashion_mnist).get_config())
+    config = override(config, {"model.num_classes": 4, "evaluation.map_at": 4})
+    logits = np.array([[1, 1, 1, 1], [0, 2, 2, 1], [0, 1, 3, 2], [np.nan, 0, 0, 9]], np.float32)
+    label = np.array([0, 1, 2, 3])
+    batch = {
+        "image": jnp.asarray(logits)[:, None, None],
+        "label": jnp.eye(4)[label] if multi_label else jnp.asarray(label),
+        "mask": jnp.ones(4, bool),
+        "damaged": jnp.zeros(4, bool),
+    }
+    states, found = make_evaluation_step(Logits(), config)({}, batch)
+    np.testing.assert_array_equal(found["classes"][:3], [[1, 2, 3, 0], [2, 1, 3, 0], [2, 3, 1, 0]])
+    predictions = Predictions(np.arange(4), *(np.asarray(found[k]) for k in ("label", "classes", "probabilities")))
+    np.testing.assert_array_equal(predictions.right, [False, False, True, False])
+    if not multi_label:
+        assert states["top1"]["total"] == 1
 
 
 def test_what_is_no_regular_file_is_named(weights, tmp_path, capsys):

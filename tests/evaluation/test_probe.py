@@ -46,7 +46,7 @@ def expected_features(network, path: Path) -> np.ndarray:
     return np.asarray(jax.jit(create_model(network.model).apply)(network.variables, pixels)[1]["pre_logits"][0])
 
 
-def test_features_are_what_the_classifier_sees(network, weights, photos, tmp_path, capsys):
+def test_features_are_what_the_classifier_sees(network, weights, photos, tmp_path, monkeypatch, capsys):
     run(embed, "--weights", weights, photos, "--labels", "folder", "--out", tmp_path / "x.npz", "--batch_size", 2)
     assert "x.npz: 102 features of 3 images" in capsys.readouterr().err
     found = load_features(tmp_path / "x.npz")
@@ -57,6 +57,10 @@ def test_features_are_what_the_classifier_sees(network, weights, photos, tmp_pat
     run(embed, "--weights", weights, photos, "--labels", "folder", "--out", tmp_path / "x.csv", "--batch_size", 2)
     rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
     assert [row["label"] for row in rows] == ["cat", "dog", "dog"]
+    (photos / "dog" / "sub").mkdir()
+    monkeypatch.chdir(photos / "dog" / "sub")
+    run(embed, "--weights", weights, "../2.png", "--labels", "folder", "--out", tmp_path / "x.csv")
+    assert [row["label"] for row in csv.DictReader((tmp_path / "x.csv").read_text().splitlines())] == ["dog"]
     values = np.array([[row[f"f{i}"] for i in range(102)] for row in rows], np.float32)
     np.testing.assert_array_equal(values, found.features)
 

@@ -76,15 +76,23 @@ def test_a_photograph_gets_a_picture_and_a_folder_a_sheet(weights, photos, tmp_p
     ]
     assert pixels(tmp_path / "sheet.png").shape != one.shape
     with np.load(tmp_path / "maps.npz") as saved:
-        assert saved["maps"].shape == (2, 3, 3)
+        assert saved["maps"].shape == (2, 5, 5)
         assert saved["path"].tolist() == [entry["file"] for entry in entries]
-        assert str(saved["block"]) == "block6"
+        assert str(saved["block"]) == "block4"  # the last with four positions a side
         np.testing.assert_allclose(saved["probability"], [entry["probability"] for entry in entries], rtol=1e-6)
+
+
+def test_a_map_of_few_positions_is_mentioned(weights, photos, tmp_path, capsys):
+    for block, mentioned in (("block6", True), ("block4", False)):
+        run("--weights", weights, photos / "a.png", "--out", tmp_path / "one.png", "--block", block)
+        assert ("the map of block6 has fewer than 4 positions" in capsys.readouterr().err) == mentioned
 
 
 @pytest.mark.parametrize(("option", "label"), [("hund", 1), ("N02084071", 2), ("3", 3), ("Hund $2", 3)])
 def test_a_class_is_given_by_name_or_number(network, option, label):
     assert command.find_class(option, ["Katze", "Hund", "dog", "Hund $2"], network.classes) == label
+    with pytest.raises(UsageError, match="has no class"):
+        command.find_class("9" * 5000, ["Katze", "Hund", "dog", "Hund $2"], network.classes)
 
 
 def test_a_folder_gets_a_picture_of_each_image(weights, photos, tmp_path, capsys):
@@ -216,11 +224,11 @@ def test_maps_of_a_report_come_from_a_block_with_positions(network):
 
 
 def test_the_sanity_check_tells_trained_from_random(network, weights, photos, capsys):
-    assert run("--weights", weights, photos, "--sanity") == 0
+    assert run("--weights", weights, photos, "--sanity", "--method", "hires_cam") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["head", *(f"block{n}" for n in (6, 5, 4, 3, 2, 1))]
     assert lines[-1] in {text for _, text in sanity.VERDICTS}
-    run("--weights", weights, photos, "--sanity", "--json")
+    run("--weights", weights, photos, "--sanity", "--method", "hires_cam", "--json")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all(-1 <= row["correlation"] <= 1 for row in rows[:-1])
     # Maps that do not depend on the weights are found out.

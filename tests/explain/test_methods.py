@@ -44,6 +44,9 @@ class Small:
         given = classes if classes is None else np.broadcast_to(classes, 2)
         return self._compiled[key](self.variables, self.images, given)
 
+    def on(self, method: str, images, **options) -> methods.Explanation:
+        return jax.jit(functools.partial(methods.FUNCTIONS[method], self.model, **options))(self.variables, images)
+
 
 @pytest.fixture(scope="module")
 def xception() -> Small:
@@ -143,6 +146,22 @@ def test_a_single_logit_is_explained_by_its_sign(method):
 def test_a_class_that_the_network_does_not_have_is_refused(xception, wrong):
     with pytest.raises(ValueError, match="there is no class"):
         methods.grad_cam(xception.model, xception.variables, xception.images, wrong)
+    with pytest.raises(ValueError, match="there is no class"):
+        jax.eval_shape(lambda v, x: methods.grad_cam(xception.model, v, x, wrong), xception.variables, xception.images)
+
+
+def test_a_path_has_points(xception):
+    with pytest.raises(ValueError, match="steps is 0"):
+        methods.integrated_gradients(xception.model, xception.variables, xception.images, steps=0)
+
+
+def test_the_points_of_a_path_do_not_depend_on_the_dtype_of_the_images(xception):
+    """In bfloat16, numbers above 256 are rounded to even ones."""
+    images = jnp.asarray(xception.images, jnp.bfloat16)
+    found = xception.on("integrated_gradients", images, steps=300, batch_size=100)
+    expected = xception.on("integrated_gradients", images.astype(jnp.float32), steps=300, batch_size=100)
+    scale = np.abs(expected.maps).max()
+    np.testing.assert_allclose(found.maps.astype(np.float32), expected.maps, rtol=0, atol=0.02 * scale)
 
 
 def test_integrated_gradients_sum_to_the_difference_of_the_logits(xception):

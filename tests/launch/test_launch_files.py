@@ -42,6 +42,8 @@ exit 99
 """,
     # Options start with --, so the command begins with the first word that does not.
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "squeue": 'cat "$NOTES/job" 2>/dev/null || echo RUNNING',
+    "ssh-keygen": 'touch "${@: -1}"',
     "scontrol": 'echo "$@" >> "$NOTES/scontrol"',
     # A slice with two workers, whose homes are folders and whose commands run for real. Code 200 of the program stands
     # for a slice that is taken away. The file `api` has the codes of the next calls of gcloud itself.
@@ -51,7 +53,9 @@ echo "$verb" >> "$NOTES/gcloud"
 failure="$(sed -n "s/^$verb //p" "$NOTES/api" 2>/dev/null | head -n 1)"
 if [[ -n "$failure" ]]; then sed -i "0,/^$verb /{/^$verb /d}" "$NOTES/api"; exit "$failure"; fi
 case "$verb" in
-  create) printf '%s\\n' "$@" > "$NOTES/created"; printf 'WAITING_FOR_RESOURCES\\nACTIVE\\n' > "$NOTES/states" ;;
+  create) printf '%s\\n' "$@" > "$NOTES/created"
+    cat "$NOTES/granted" 2>/dev/null > "$NOTES/states" ||
+      printf 'WAITING_FOR_RESOURCES\\nACTIVE\\n' > "$NOTES/states" ;;
   delete) rm -rf "$NOTES/states" "$NOTES/worker"* ;;
   describe)
     [[ -s "$NOTES/states" ]] || { echo "ERROR: NOT_FOUND: there is no such resource" >&2; exit 1; }
@@ -201,6 +205,10 @@ def test_a_job_is_requeued_but_not_for_ever(launch):
     assert launch("slurm.sh", [78])[0] == 78
     assert launch("slurm.sh", [75], SLURM_RESTART_COUNT="100")[0] == 75
     assert launch.calls("scontrol") == []
+    (launch.folder / "job").write_text("COMPLETING\n")  # of `scancel 7`
+    assert launch("slurm.sh", [75])[0] == 75
+    assert launch.calls("scontrol") == []
+    (launch.folder / "job").unlink()
     assert launch("slurm.sh", [75], SLURM_RESTART_COUNT="99")[0] == 75
     assert launch.calls("scontrol") == ["requeue 7"]
 
@@ -256,6 +264,43 @@ def test_failures_of_gcloud_itself_end_nothing(launch):
     code, output = launch("tpu_vm.sh", [200, 200, 0, 0])
     assert code == 0, output
     assert len(launch.starts()) == 4
+
+
+@pytest.mark.parametrize(("failures", "code"), [(3, 0), (99, 74)])
+def test_a_slice_that_is_no_longer_needed_is_deleted_or_mentioned(launch, failures, code):
+    (launch.folder / "api").write_text("delete 1\n" * failures)
+    ended, output = launch("tpu_vm.sh", [0, 0])
+    assert ended == code, output
+    assert ("queued-resources delete xception" in output) == (code != 0)
+    assert (launch.folder / "states").exists() == (code != 0)
+
+
+def test_a_request_that_fails_is_not_made_again(launch):
+    (launch.folder / "granted").write_text("FAILED\n")
+    code, output = launch("tpu_vm.sh", [])
+    assert code == 1
+    assert "the slice xception: FAILED" in output
+    assert "describe xception" in output
+    assert launch.calls("gcloud").count("create") == 1
+
+
+def test_a_script_that_is_stopped_while_it_waits_says_what_may_cost(launch):
+    (launch.folder / "granted").write_text("WAITING_FOR_RESOURCES\n")
+    process = launch.start("tpu_vm.sh", [])
+    while launch.calls("gcloud").count("describe") < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 130
+    assert "queued-resources delete xception --zone=z" in output
+
+
+def test_the_script_is_started_anywhere(launch, tmp_path):
+    environment = launch.environment | VARIABLES["tpu_vm.sh"]
+    (launch.folder / "codes").write_text("0\n0\n")
+    subprocess.run(["bash", LAUNCH / "tpu_vm.sh"], cwd=LAUNCH, env=environment, check=True, timeout=600)
+    assert len(launch.starts()) == 2
 
 
 def test_a_request_that_is_refused_ends_the_script(launch):

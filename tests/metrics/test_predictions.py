@@ -15,6 +15,7 @@ from xception_jax.metrics.predictions import (
     confusion_matrix,
     expected_calibration_error,
     load_predictions,
+    mistakes,
     most_confused,
     save_predictions,
 )
@@ -94,6 +95,9 @@ def test_an_image_without_a_finite_probability_has_no_predicted_class():
     assert confusion_matrix(found, 7).sum() == 30
     assert all(label != wrong for label, wrong, _ in most_confused(found, 100))
     assert found.right.sum() == np.trace(confusion_matrix(found, 7))
+    rows = mistakes(found, list("abcdefg"))
+    assert [(row["predicted"], row["probability"]) for row in rows[-20:]] == 20 * [(None, None)]
+    assert all(row["predicted"] for row in rows[:-20])
 
 
 def test_class_average_precision_is_exact_with_all_classes_and_a_lower_bound_with_fewer():

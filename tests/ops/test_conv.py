@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from tests.ops.reference import conv_with_gradients
 from xception_jax import ops
@@ -207,3 +209,60 @@ def test_a_kernel_that_does_not_fit_is_refused(kernel, segments):
 def test_an_unknown_padding_is_refused():
     with pytest.raises(ValueError, match="'REFLECT'"):
         explicit_padding("REFLECT", (4, 4), (3, 3), 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 0, 8, 8), (3, 3, 0, 8)])
+def test_an_empty_kernel_is_refused(shape):
+    with pytest.raises(ValueError, match="none may be below 1"):
+        ops.conv(jnp.ones((1, 4, 4, shape[2])), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SYMMETRIC"])
+@pytest.mark.parametrize("op", [ops.conv, ops.max_pool, ops.avg_pool])
+def test_an_image_below_the_window_is_refused(op, padding):
+    options = {"kernel": jnp.ones((7, 7, 8, 8))} if op is ops.conv else {"window": 7}
+    op(jnp.ones((1, 7 if padding == "VALID" else 1, 9, 8)), **options, padding=padding)
+    with pytest.raises(ValueError, match="does not fit into an image"):
+        op(jnp.ones((1, 6 if padding == "VALID" else 0, 9, 8)), **options, padding=padding)
+
+
+KINDS = {
+    "regular": (1, (3, 3, 8, 8)),
+    "segments": (2, (3, 3, 4, 8)),
+    "depthwise": (8, (3, 3, 1, 8)),
+    "1x1": (1, (1, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_gradients_equal_those_of_xla(kind):
+    """As in a gradient penalty, or in a product with the Hessian."""
+    segments, shape = KINDS[kind]
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 5, 6, 8), shape))
+
+    def penalty(conv):
+        def loss(x, kernel):
+            return jnp.tanh(conv(x, kernel, segments=segments, stride=1, padding="SAME")).sum()
+
+        return lambda x, kernel: sum(jnp.square(g).sum() for g in jax.grad(loss, (0, 1))(x, kernel))
+
+    ours, theirs = (jax.jit(jax.grad(penalty(conv), (0, 1)))(x, kernel) for conv in (ops.conv, reference_conv))
+    for found, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shard_map_sums_the_gradient_of_a_replicated_kernel(kind):
+    segments, shape = KINDS[kind]
+    x, kernel = jnp.ones((2, 5, 6, 8)), jnp.ones(shape)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    step = jax.value_and_grad(lambda x, kernel: jnp.tanh(ops.conv(x, kernel, segments=segments)).sum(), (0, 1))
+
+    def on_each_device(x, kernel):
+        value, gradients = step(x, kernel)
+        return lax.psum(value, "data"), gradients
+
+    specs = {"in_specs": (P("data"), P()), "out_specs": (P(), (P("data"), P()))}
+    found = jax.jit(jax.shard_map(on_each_device, mesh=mesh, **specs))(x, kernel)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, step(x, kernel))

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from xception_jax import ops
 
@@ -129,3 +131,21 @@ def test_gradient_of_avg_pool():
     corner, edge, centre = 1 / 4 + 2 / 6 + 1 / 9, 2 / 4 + 3 / 6 + 1 / 9, 4 / 4 + 4 / 6 + 1 / 9
     expected = [[corner, edge, corner], [edge, centre, edge], [corner, edge, corner]]
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-15)
+
+
+def test_gradients_of_gradients_of_max_pool_equal_those_of_xla():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 7, 8)), jnp.float32)
+
+    def penalty(pool):
+        loss = jax.grad(lambda x: jnp.square(pool(x, 3, 2, "SAME")).sum())
+        return jax.jit(jax.grad(lambda x: jnp.square(loss(x)).sum()))
+
+    np.testing.assert_allclose(penalty(ops.max_pool)(x), penalty(reference_max_pool)(x), rtol=1e-6)
+
+
+def test_max_pool_in_shard_map():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 7, 8)), jnp.float32)
+    step = jax.grad(lambda x: jnp.square(ops.max_pool(x)).sum())
+    found = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(x)
+    np.testing.assert_allclose(found, step(x), rtol=1e-6)

@@ -244,6 +244,14 @@ def test_a_store_that_is_away_for_a_while_costs_no_lease_but_no_commit_is_made(g
     assert caplog.text.count("could not be renewed") == 1
 
 
+@pytest.mark.parametrize(("place", "released"), [("{root}/checkpoints/1", False), ("/local/disk", True)])
+def test_a_store_that_has_just_failed_is_not_asked_to_release(gcs, gs_store, place, released):
+    """It would take as long again."""
+    with pytest.raises(StorageError, match="no answer"), hold(gs_store, "lease"):
+        raise StorageError("no answer", place.format(root=gs_store.root), "run it again")
+    assert json.loads(gs_store.read("lease"))["released"] == released
+
+
 def test_a_lost_lease_is_known_without_a_request(gs_store):
     with hold(gs_store, "lease", renew_every=0.05) as lease:
         assert not lease.lost

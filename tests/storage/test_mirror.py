@@ -252,3 +252,20 @@ def test_who_may_not_push_is_told_once(gcs, gs_store, caplog):
         leave(Mirror(gs_store, permit=refuse), WorkdirError("another run has taken over", gs_store.root, "stop"))
     assert not gcs.mutations
     assert not caplog.records
+
+
+def test_who_is_taken_over_between_two_files_pushes_no_more(gcs, gs_store):
+    allowed = iter([None])
+
+    def refuse() -> None:
+        if next(allowed, "taken over"):
+            raise WorkdirError("another run has taken over", gs_store.root, "stop")
+
+    with Mirror(gs_store, permit=refuse) as mirror:
+        for name in ("a", "b", "c"):
+            (mirror.directory / name).write_text(name)
+        with pytest.raises(WorkdirError):
+            mirror.push()
+        assert len(gcs.mutations) == 1
+        for name in ("b", "c"):
+            (mirror.directory / name).unlink()

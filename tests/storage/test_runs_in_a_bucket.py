@@ -275,6 +275,24 @@ def test_an_account_without_permission_is_refused(gcs, status, reason):
     assert reason in error.what
 
 
+def test_an_account_that_may_not_look_up_the_bucket_is_told_the_role(gcs, config):
+    """As with the role Storage Object User alone. Orbax looks up the bucket."""
+    gcs.control = lambda request: Fault(status=403) if request.path == f"/storage/v1/b/{BUCKET}" else None
+    with pytest.raises(WorkdirError, match="no permission") as error:
+        train(config, RUN)
+    assert "Storage Legacy Bucket Reader" in error.value.fix
+
+
+def test_credentials_without_a_project_are_told_the_variable(gcs, config, monkeypatch):
+    def client(*args, **kwargs):
+        raise OSError("Project was not passed and could not be determined from the environment.")
+
+    monkeypatch.setattr("google.cloud.storage.Client", client)
+    with pytest.raises(WorkdirError) as error:
+        train(config, RUN)
+    assert "GOOGLE_CLOUD_PROJECT" in error.value.fix
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "code"),
     [("train", ("--config=fashion_mnist", f"--workdir={RUN}"), 73), ("evaluate", (RUN,), 66)],

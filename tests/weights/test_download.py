@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from weight_server import COMMIT, CONTENT, NAME, SERVED, cut, running, slow, status
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UserError
 from xception_jax.weights import download, sources
 from xception_jax.weights.released import RELEASES
 
@@ -262,6 +262,22 @@ def test_no_network(server, cache, monkeypatch):
     assert "cannot be reached" in error.what
     assert "HTTPS_PROXY" in error.fix
     assert left_in(cache) == set()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [
+        ("HF_TOKEN", "\u201csecret\u201d", "hf://someone/flowers"),
+        ("XCEPTION_JAX_WEIGHTS_URL", "http://[bad", NAME),
+        ("XCEPTION_JAX_WEIGHTS_URL", "https://127.0.0.1:9", NAME),
+    ],
+)
+def test_settings_of_the_network_that_cannot_be_used(server, cache, monkeypatch, variable, value, name):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere")
+    monkeypatch.setenv(variable, value)
+    error = failure(ConfigError, name)
+    assert "REQUESTS_CA_BUNDLE, HF_TOKEN" in error.fix
+    assert len(str(error).splitlines()) == 3
 
 
 @pytest.mark.parametrize("variable", ["XCEPTION_JAX_OFFLINE", "HF_HUB_OFFLINE"])

@@ -238,6 +238,12 @@ def test_verify(server, cache, flowers, tmp_path, monkeypatch, capsys):
         (cache / "kernels" / name).write_text("x")
     lines = call(monkeypatch, capsys, "weights", "verify").splitlines()
     assert lines == [f"{other}: has the recorded SHA-256", f"{NAME}: has the pinned md5"]
+    sources.recorded(path).unlink()
+    assert call(monkeypatch, capsys, "weights", "verify").splitlines() == lines
+    for wrong, message in ((FLOWERS, "no such file"), (tmp_path, "this is a directory")):
+        with pytest.raises(InputMissingError, match=message) as error:
+            call(monkeypatch, capsys, "weights", "verify", wrong)
+        assert str(wrong) in str(error.value)
     copy = tmp_path / "copy.h5"
     copy.write_bytes(CONTENT)
     assert hashlib.sha256(CONTENT).hexdigest() in call(monkeypatch, capsys, "weights", "verify", copy)

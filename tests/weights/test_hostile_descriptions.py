@@ -264,3 +264,11 @@ def test_a_config_of_the_hub_that_cannot_be_read_is_a_note(tmp_path, text):
     assert (preprocessing, classes) == (Preprocessing(), None)
     assert len(notes) == 1
     assert notes[0].startswith("config.json is not used, because it cannot be read: ")
+
+
+def test_a_file_of_a_newer_release(tmp_path):
+    path = tmp_path / "x.safetensors"
+    own_file(path, json.dumps({"version": 2}))
+    with pytest.raises(BadDataError, match="version 2 of the format") as caught:
+        load_network(path)
+    assert caught.value.fix == "update xception_jax"

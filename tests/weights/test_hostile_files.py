@@ -277,3 +277,11 @@ def test_sharded_weights_are_named_and_joined(tmp_path):
     assert "one of 2 parts" in refusal(part)
     only = part.rename(tmp_path / "model-00001-of-00001.safetensors")
     assert "names of the tensors" in refusal(only)
+
+
+def test_a_file_that_ends_before_its_tensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"")
+    assert "the file is empty" in refusal(path)
+    path.write_bytes(safetensors.numpy.save({f"layer{i}": np.ones(3, np.float32) for i in range(99)})[:500])
+    assert "the file ends within the header of safetensors" in refusal(path)

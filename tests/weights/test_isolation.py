@@ -297,6 +297,8 @@ def test_limits_are_raised_by_a_variable(tree_file, monkeypatch):
     monkeypatch.setenv(VARIABLE, "10")
     assert Limits.of(0).cpu == 100
     read(tree_file)
+    monkeypatch.setenv(VARIABLE, "1000000")
+    read(tree_file)
     for value in ("0.5", "many", "nan", "1e300", "-1"):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(ConfigError, match=VARIABLE):

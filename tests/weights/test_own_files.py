@@ -144,6 +144,9 @@ def test_to_another_layout_and_back_by_command(tmp_path, capsys, out, options, f
     assert report["num_classes"] == 3
     assert report["sha256"] == hashlib.sha256(there.read_bytes()).hexdigest()
     assert "cannot store preprocessing or class names" in printed.err
+    for given, told in (([], False), (["--size", 71], True)):
+        assert convert(there, there.with_name(f"again_{out}"), "--model", run, *options, *given) == 0
+        assert ("cannot store preprocessing" in capsys.readouterr().err) == told
     assert convert(there, back, "--model", run, "--classes", names, "--size", 71) == 0
     assert "preprocessing" in capsys.readouterr().out
     loaded = load_network(back)

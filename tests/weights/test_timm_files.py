@@ -306,3 +306,27 @@ def test_a_classifier_without_classes_is_the_fault_of_the_file(small):
     write_tensors(small, {name: tensor[:0] if name.startswith("fc.") else tensor for name, tensor in TENSORS.items()})
     with pytest.raises(BadDataError, match="has no classes"):
         load_network(small)
+
+
+@pytest.mark.parametrize("key", ["architecture", "pretrained_cfg"])
+def test_the_description_of_another_network_is_not_used(small, capsys, key):
+    write_tensors(small, TENSORS)
+    described = {"crop_pct": 0.9, "mean": [0.4, 0.5, 0.6]}
+    for name, crop in (("vit_base_patch16_224", 0.8975), ("legacy_xception", 0.9)):
+        content = {"pretrained_cfg": described, "architecture": name}
+        if key == "pretrained_cfg":
+            content = {"pretrained_cfg": described | {"architecture": name}}
+        small.with_name("config.json").write_text(json.dumps(content))
+        assert load_network(small, SMALL).preprocessing.crop == crop
+    told = "config.json is not used, because it describes 'vit_base_patch16_224', not xception"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_a_classifier_with_a_name_of_its_own_is_left_out_on_request(small, capsys):
+    others = {"logits.weight": np.ones((3, 205), np.float32), "logits.bias": np.ones(3, np.float32)}
+    write_tensors(small, {name: value for name, value in TENSORS.items() if not name.startswith("fc.")} | others)
+    with pytest.raises(BadDataError, match="not part of the network: logits") as caught:
+        load_network(small, SMALL)
+    assert "--no-head" in caught.value.fix
+    assert_same(load_timm(small, SMALL, head=False), BACKBONE_LEAVES)
+    assert "left out: logits.bias, logits.weight" in capsys.readouterr().err

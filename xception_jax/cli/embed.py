@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,7 +132,7 @@ def _embed_files(
     features = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
     if not args.labels:
         return Features(features, files, weights=network.sha256), damaged
-    names, label = np.unique([path.absolute().parent.name for path in kept], return_inverse=True)
+    names, label = np.unique([Path(os.path.abspath(path)).parent.name for path in kept], return_inverse=True)
     return Features(features, files, label.astype(np.int64), tuple(map(str, names)), network.sha256), damaged
 
 

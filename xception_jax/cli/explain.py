@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|INDEX",
         help="class to explain (default: the most probable of each image)",
     )
-    parser.add_argument("--block", metavar="NAME", help="for grad_cam, hires_cam: block of the network (default: last)")
+    parser.add_argument(
+        "--block",
+        metavar="NAME",
+        help="for grad_cam, hires_cam: block of the network (default: the last with 4 x 4 positions)",
+    )
     parser.add_argument(
         "--steps", type=at_least(1), metavar="N", help=f"for integrated_gradients: points (default: {STEPS})"
     )
@@ -181,7 +185,7 @@ def find_class(wanted: str, names: Sequence[str], identifiers: Sequence[str]) ->
             raise UsageError(f"{len(found)} classes are called {wanted!r}", "--class", f"use a number: {numbers}")
         if found:
             return found[0]
-    if wanted.isdecimal() and int(wanted) < len(names):
+    if wanted.isdecimal() and len(wanted) < 20 and int(wanted) < len(names):
         return int(wanted)
     close = difflib.get_close_matches(wanted, names, 3, 0.5) or names[:3]
     examples = ", ".join(repr(printable(name)) for name in close)
@@ -190,18 +194,23 @@ def find_class(wanted: str, names: Sequence[str], identifiers: Sequence[str]) ->
 
 
 def _find_block(network: Network, wanted: str | None) -> str:
-    """Returns the name of a block of the network, by default the last.
+    """Returns the name of a block of the network, by default the last whose map is worth drawing.
 
     Raises:
       UsageError: there is no such block.
     """
-    from xception_jax.explain.endpoints import list_endpoints
+    from xception_jax.explain.endpoints import MIN_SIDE, last_drawable, list_endpoints
     from xception_jax.models import create_model
 
-    blocks = list_endpoints(create_model(network.model), network.variables, network.preprocessing.size)
+    model, size = create_model(network.model), network.preprocessing.size
+    blocks = list_endpoints(model, network.variables, size)
     if wanted is not None and wanted not in blocks:
         raise UsageError(f"the network has no block {wanted!r}", "--block", f"choose one of {', '.join(blocks)}")
-    return wanted or blocks[-1]
+    block = wanted or last_drawable(model, network.variables, size)
+    if block not in list_endpoints(model, network.variables, size, MIN_SIDE):
+        what = f"the map of {block} has fewer than {MIN_SIDE} positions a side, so it shows little"
+        print(f"note: {what}; choose an earlier block with --block", file=sys.stderr)
+    return block
 
 
 def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, paths: Sequence[Path]) -> int:

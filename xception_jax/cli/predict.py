@@ -16,10 +16,9 @@ from xception_jax.cli.image_files import add_limits, limits, unreadable
 from xception_jax.command_line import at_least
 from xception_jax.errors import UsageError
 from xception_jax.evaluation.predict import Prediction, class_names, find_images, predict
-from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import printable, printable_path
-from xception_jax.user_files import require_directory, require_outputs, writing
+from xception_jax.user_files import require_directory, require_outputs, write_output
 from xception_jax.weights.sources import require_known
 
 MAX_ON_SHEET = 400
@@ -135,5 +134,4 @@ def _write_sheet(path: str, predictions: Sequence[Prediction], names: Sequence[s
         for prediction in predictions
         if prediction.thumbnail is not None
     ]
-    with writing("contact sheet", path):
-        write_atomically(path, draw(tiles))
+    write_output("contact sheet", path, draw(tiles))

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from xception_jax.command_line import at_least
 from xception_jax.config.shipped import shipped_names
 from xception_jax.errors import ConfigError, InputMissingError, UsageError
-from xception_jax.files import expanded, local_directory, write_atomically
+from xception_jax.files import expanded, local_directory
 from xception_jax.logs.console import say
 from xception_jax.names import command_line, printable_path
 from xception_jax.storage import names_object_store
 from xception_jax.study.study_file import as_study, run_study_file
-from xception_jax.user_files import require_directory, writing
+from xception_jax.user_files import require_directory, write_output
 from xception_jax.weights.sources import require_known
 
 if TYPE_CHECKING:
@@ -294,8 +294,7 @@ def _run(args: argparse.Namespace, environment: dict[str, str]) -> int:
             words = [sys.executable, "-m", "xception_jax", "study", "run", args.study]
             words += [f"--data_dir={args.data_dir}"] if args.data_dir else []
             command = command_line(words)
-            with writing("job script", args.slurm):
-                write_atomically(args.slurm, slurm_script(stored, command, args.jobs))
+            write_output("job script", args.slurm, slurm_script(stored, command, args.jobs))
             print(f"wrote {printable_path(args.slurm)}; its first lines say how to submit it")
             return 0
         return run_study(stored, environment, jobs=args.jobs, retry=args.retry, reuse=reuse)

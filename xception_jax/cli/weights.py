@@ -97,8 +97,9 @@ def _verify(args: argparse.Namespace) -> None:
     names = {sources.cached_path(name): name for name in RELEASES}
     # The compiled kernels are in the same cache.
     folders = [path for path in sources.cache_directory().glob("*") if path.name != KERNELS]
-    cached = sorted(path.with_suffix("") for folder in folders for path in folder.rglob("*.sha256"))
-    paths = [_existing(text) for text in args.files] or [path for path in cached if path.exists()]
+    recorded = {path.with_suffix("") for folder in folders for path in folder.rglob("*.sha256")}
+    cached = sorted(path for path in recorded | names.keys() if path.exists())
+    paths = [_existing(text) for text in args.files] or cached
     if not paths:
         print(f"nothing is in the cache ({printable_path(sources.cache_directory())})")
     failed = []
@@ -118,10 +119,14 @@ def _existing(text: str) -> Path:
     sources.require_known(text)
     path = sources.cached_path(text) if text in RELEASES and not Path(text).exists() else Path(text)
     if not path.is_file():
-        fix = (
-            f"download it: xception-jax weights path {in_shell(text)}" if text in RELEASES else "give a file or a name"
-        )
-        raise InputMissingError("there is no such file", str(path), fix)
+        what, fix = "there is no such file", "give a file, or a name from `xception-jax weights list`"
+        if text in RELEASES:
+            fix = f"download it: xception-jax weights path {in_shell(text)}"
+        elif text.startswith("hf://"):
+            fix = f"give the file in the cache: xception-jax weights path {in_shell(text)}"
+        elif path.is_dir():
+            what = "this is a directory"
+        raise InputMissingError(what, str(path) if text in RELEASES else text, fix)
     return path
 
 

@@ -103,10 +103,18 @@ def unknown_field(name: str) -> ConfigError:
     # Of fields with one last name, the one of the same section counts.
     by_section = sorted(FIELDS, key=lambda known: known.partition(".")[0] == name.partition(".")[0])
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in by_section}
-    close = difflib.get_close_matches(name, FIELDS, 1, 0.75)
+    close = _in_meant_section(name) or difflib.get_close_matches(name, FIELDS, 1, 0.75)
     close = close or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
     fix = f"did you mean config.{close[0]}?" if close else "xception-jax train --help lists the fields"
     return ConfigError(f"there is no field config.{name}", f"config.{name}", fix)
+
+
+def _in_meant_section(name: str) -> list[str]:
+    """Returns the section or field that is meant if only the name of the section is misspelt."""
+    sections = {known.partition(".")[0] for known in FIELDS if "." in known}
+    section, dot, field = name.partition(".")
+    meant = [f"{match}{dot}{field}" for match in difflib.get_close_matches(section, sections - {section}, 1, 0.75)]
+    return [each for each in meant if section not in sections and (not field or each in FIELDS)]
 
 
 def _build(default: Section, given: dict[str, Any]) -> Any:
@@ -126,6 +134,9 @@ def _build(default: Section, given: dict[str, Any]) -> Any:
 
 
 def _resolve(default: Section, tree: Mapping[str, Any], *, saved: bool = False) -> Any:
+    if not isinstance(tree, Mapping | ConfigDict):
+        fix = "pass the name or path of a config, a ConfigDict or a dict"
+        raise ConfigError(f"the config is a {type(tree).__name__}", default.path.rstrip(".") or "config", fix)
     given = _flat(tree, default.path)
     for name in given:
         if name not in FIELDS:

@@ -53,10 +53,10 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         states = {metric.name: metric.measure(logits, batch["label"], mask) for metric in metrics}
         probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
         saved = config.evaluation.map_at if multi_label else SAVED_CLASSES
-        # Not of the probabilities, of which several may be rounded to 1.
-        _, classes = jax.lax.top_k(logits, min(saved, logits.shape[-1]))
-        best = jnp.take_along_axis(probabilities, classes, axis=-1)
         label = batch["label"].astype(bool) if multi_label else batch["label"]
+        relevant = label if multi_label else jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
+        classes = _ranked(logits, relevant)[:, :saved]
+        best = jnp.take_along_axis(probabilities, classes, axis=-1)
         predictions = {"classes": classes, "probabilities": best, "label": label}
         if logits.shape[-1] <= MAX_CLASSES:
             predictions["all_probabilities"] = probabilities.astype(jnp.float32)
@@ -68,6 +68,16 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         return states | {_COUNTS: counts}, predictions
 
     return step
+
+
+def _ranked(logits: jax.Array, relevant: jax.Array) -> jax.Array:
+    """Returns all classes from the best to the worst, [n, c]. Labels come last among equals, as in the metrics.
+
+    Ranks by logits, because several probabilities may be rounded to 1. NaN comes first, which is a mistake.
+    """
+    keys = jnp.where(jnp.isnan(logits), -jnp.inf, -logits)
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jax.lax.sort((keys, relevant, classes), dimension=1, num_keys=3)[2]
 
 
 def evaluate(

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float32
 
-from xception_jax.files import write_atomically
 from xception_jax.names import csv_cell
-from xception_jax.user_files import read_arrays, reading, writing
+from xception_jax.user_files import read_arrays, reading, write_output
 
 if TYPE_CHECKING:
     from xception_jax.weights import Network
@@ -64,8 +63,7 @@ def save_features(path: str, features: Features) -> None:
       StorageError: the file cannot be written.
     """
     content = _as_csv(features) if Path(path).suffix.lower() == ".csv" else _as_npz(features)
-    with writing("file of features", path):
-        write_atomically(path, content)
+    write_output("file of features", path, content)
 
 
 def _as_npz(features: Features) -> bytes:

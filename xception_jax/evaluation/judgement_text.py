@@ -148,7 +148,8 @@ def _mistakes(mistakes: Sequence[dict[str, Any]]) -> str:
     which = f"the {len(shown)} most confident of " if len(shown) < len(mistakes) else ""
     lines = [f"mistakes: {which}{len(mistakes):,}"]
     lines += [
-        f"{row['probability']:>8.2%}  {_fit(row['predicted'])}  not {_fit(row['label'])}  "
+        f"{'-' if row['probability'] is None else format(row['probability'], '.2%'):>8}  "
+        f"{_fit('not finite' if row['predicted'] is None else row['predicted'])}  not {_fit(row['label'])}  "
         f"{printable_path(row['file'] or 'image {:,}'.format(row['index']))}"
         for row in shown
     ]

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.files import write_atomically
 from xception_jax.metrics import Metric
 from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.judgement import ClassScores, Judgement
 from xception_jax.metrics.predictions import Predictions, class_average_precision, most_confused
 from xception_jax.metrics.resampling import Estimate
 from xception_jax.names import csv_cell, printable, printable_path
-from xception_jax.user_files import writing
+from xception_jax.user_files import write_output
 
 MISTAKES_FIELDS = ("file", "index", "group", "label", "predicted", "probability", "label_probability")
 
@@ -138,8 +137,7 @@ def write_csv(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str] =
     )
     writer.writeheader()
     writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
-    with writing("table", path):
-        write_atomically(path, text.getvalue())
+    write_output("table", path, text.getvalue())
 
 
 def judgement_as_dict(judgement: Judgement, names: Sequence[str]) -> dict[str, Any]:

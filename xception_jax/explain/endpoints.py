@@ -15,6 +15,9 @@ import jax.extend.core as jex
 from jax.core import eval_jaxpr
 from jaxtyping import Array, Float
 
+MIN_SIDE = 4
+"""Positions a side of a map that is worth drawing. Networks for small images end in a single position."""
+
 
 def spatial_endpoints(endpoints: Mapping[str, Array], min_side: int = 1) -> list[str]:
     """Returns the names of the endpoints that have positions [b, h, w, c], in the order of the forward pass."""
@@ -32,6 +35,12 @@ def list_endpoints(model: nn.Module, variables: Mapping[str, Any], image_size: i
 
     jax.eval_shape(record, variables, jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32"))
     return names
+
+
+def last_drawable(model: nn.Module, variables: Mapping[str, Any], image_size: int) -> str:
+    """Returns the last endpoint with at least `MIN_SIDE` positions a side, or the last of all if none has so many."""
+    endpoints = list_endpoints(model, variables, image_size)
+    return (list_endpoints(model, variables, image_size, MIN_SIDE) or endpoints)[-1]
 
 
 def cut(

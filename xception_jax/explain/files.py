@@ -14,9 +14,8 @@ from xception_jax.explain.explainer import Explained
 from xception_jax.explain.options import METHODS
 from xception_jax.explain.paths import is_file
 from xception_jax.explain.pictures import LONGEST, draw_picture, draw_sheet
-from xception_jax.files import write_atomically
 from xception_jax.names import file_stem
-from xception_jax.user_files import writing
+from xception_jax.user_files import write_output, writing
 from xception_jax.weights import Network
 
 MAX_ON_SHEET = 200
@@ -85,7 +84,7 @@ class PictureFile:
         if not self._explained:
             return ""
         draw = self._describer.sheet(self._explained) if self._total > 1 else self._describer.picture(*self._explained)
-        _write(self._path, draw)
+        write_output("file", self._path, draw)
         left_out = self._total - self.thumbnails
         return f"{self._path}: " + (f"the first {self.thumbnails} images" if left_out else "written")
 
@@ -105,7 +104,7 @@ class PictureFolder:
             number += 1
             name = f"{stem}_{number}"
         self._names.add(name)
-        _write(self._path / f"{name}.png", self._describer.picture(explained))
+        write_output("file", self._path / f"{name}.png", self._describer.picture(explained))
 
     def finish(self) -> str:
         """Returns how many pictures were written."""
@@ -143,9 +142,4 @@ def save_maps(path: str, explained: Sequence[Explained], method: str, block: str
         "block": np.array(block or ""),
     }
     np.savez_compressed(buffer, **arrays)
-    _write(Path(path), buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with writing("file", path):
-        write_atomically(path, content)
+    write_output("file", Path(path), buffer.getvalue())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from xception_jax.explain.endpoints import cut
@@ -105,11 +106,17 @@ def integrated_gradients(
       baseline: preprocessed images without evidence. The default is the mean colour of the preprocessing.
       steps: number of points on the path.
       batch_size: number of images that the network sees at once, if there are fewer images than that.
+
+    Raises:
+      ValueError: there is no class of this number, or `steps` is below 1.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; integrated gradients need at least one point")
 
     def logits_of(images: Array) -> Array:
         return model.apply(variables, images, train=False)[0]
 
+    images = jnp.asarray(images, jnp.promote_types(images.dtype, jnp.float32))  # for sums and points on the path
     count, together = len(images), max(1, batch_size // max(1, len(images)))
     start = jnp.broadcast_to(baseline, images.shape).astype(images.dtype)
     logits, difference = logits_of(images), images - start
@@ -157,11 +164,11 @@ def _target(logits: Float[Array, "b n"], classes: Classes) -> Explanation:
         classes = logits.argmax(-1)
         if logits.shape[-1] == 1:
             classes = jnp.where(logits[:, 0] < 0, ~classes, classes)
-    classes = jnp.broadcast_to(jnp.asarray(classes), len(logits))
     if not isinstance(classes, jax.core.Tracer):
-        highest = logits.shape[-1]
-        if (outside := classes[(classes >= highest) | (~classes >= highest)]).size:
+        given, highest = np.atleast_1d(classes), logits.shape[-1]
+        if (outside := given[(given >= highest) | (~given >= highest)]).size:
             raise ValueError(f"there is no class {int(outside[0])}: the network has {highest} logits")
+    classes = jnp.broadcast_to(jnp.asarray(classes), len(logits))
     signs = jnp.where(classes < 0, -1, 1)
     return Explanation(jnp.zeros(()), jnp.where(classes < 0, ~classes, classes), signs, logits)
 

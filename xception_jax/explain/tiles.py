@@ -9,14 +9,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from xception_jax.data.images import thumbnail
-from xception_jax.explain.endpoints import list_endpoints
+from xception_jax.explain.endpoints import last_drawable
 from xception_jax.explain.explainer import make_explainer
 from xception_jax.explain.options import METHODS
 from xception_jax.explain.pictures import enlarged, paint
 from xception_jax.models import create_model
 from xception_jax.weights import Network
-
-MIN_SIDE = 4  # the last block of a network for small images may have one position, so its map would be flat
 
 
 def heat_maps(
@@ -36,19 +34,19 @@ def heat_maps(
       images: decoded images of any size.
       classes: the class to explain in each image; None is the most probable one.
       method: name of a method.
-      block: name of an endpoint; None is the last one with at least `MIN_SIDE` positions a side.
+      block: name of an endpoint; None is that of `last_drawable`.
       side: longer side of a result, in pixels. Smaller images are enlarged by a whole factor at least to that.
       batch_size: images per batch.
 
     Raises:
-      ValueError: there is not one class for each image.
+      ValueError: there is not one class for each image, or the batch size is not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}")
     if classes is not None and len(classes) != len(images):
         raise ValueError(f"there are {len(classes)} classes for {len(images)} images")
     view = network.preprocessing
-    if block is None:
-        blocks = list_endpoints(create_model(network.model), network.variables, view.size, MIN_SIDE)
-        block = blocks[-1] if blocks else None
+    block = block or last_drawable(create_model(network.model), network.variables, view.size)
     explainer = make_explainer(network, method, block=block, batch_size=batch_size)
     size = min(batch_size, len(images))
     variables = jax.device_put(network.variables)

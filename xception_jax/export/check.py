@@ -17,12 +17,13 @@ from xception_jax.data import images
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.export.formats import loading_code
 from xception_jax.export.inference import Infer, scaling
-from xception_jax.files import sha256
+from xception_jax.files import open_regular, sha256
 from xception_jax.weights.network import Network, Preprocessing
 
 TOLERANCE = 1e-5
 """The largest accepted difference for logits up to 1; for larger logits it is relative to the largest one."""
 
+_MAX_LINE = 1 << 16  # bytes of FILE.sha256 that are read
 _BATCHES = (3, 1)  # two sizes, because an export must take any
 
 # Runs the code of the card once for each batch, and asserts that it imports this package only explicitly.
@@ -155,7 +156,8 @@ def check_sha256(path: Path) -> None:
     """
     beside = Path(f"{path}.sha256")
     try:
-        stored = os.fsdecode(beside.read_bytes()).split()[0].removeprefix("\\")
+        with open_regular(beside) as file:
+            stored = os.fsdecode(file.read(_MAX_LINE)).split()[0].removeprefix("\\")
     except (OSError, IndexError):
         raise BadDataError("there is no digest to compare with", str(beside), "export again") from None
     found = sha256(path)

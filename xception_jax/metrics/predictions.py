@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xception_jax.files import write_atomically
-from xception_jax.user_files import read_arrays, reading, writing
+from xception_jax.user_files import read_arrays, reading, write_output
 
 MAX_CLASSES = 100  # up to which all probabilities are kept: 8 MB for 20,000 images and 100 classes
 
@@ -84,8 +83,7 @@ def save_predictions(path: str | os.PathLike[str], predictions: Predictions) -> 
     np.savez_compressed(
         buffer, **{name: column[order].astype(types[name]) for name, column in columns.items() if column is not None}
     )
-    with writing("file of predictions", path):
-        write_atomically(path, buffer.getvalue())
+    write_output("file of predictions", path, buffer.getvalue())
 
 
 def load_predictions(path: str | os.PathLike[str]) -> Predictions:
@@ -172,23 +170,25 @@ def mistakes(predictions: Predictions, names: Sequence[str]) -> list[dict[str, A
     """Returns a row for each example whose most probable class is wrong, the most confident first.
 
     Rows have file (None if the dataset does not record it), index, group (only if there are groups), label, predicted,
-    probability, and, if all probabilities were saved and the example has one label, label_probability.
+    probability (both None if the output is not finite), and, if all probabilities were saved and the example has one
+    label, label_probability.
     """
     wrong = np.flatnonzero(predictions.labelled & ~predictions.right)
     rows = []
     for i in wrong[np.argsort(-predictions.probabilities[wrong, 0], kind="stable")].tolist():
+        is_finite = np.isfinite(predictions.probabilities[i, 0])
         label = np.atleast_1d(np.flatnonzero(predictions.label[i]) if predictions.multi_label else predictions.label[i])
         row = {
             "file": None if predictions.file_name is None else str(predictions.file_name[i]),
             "index": int(predictions.index[i]),
             "label": "; ".join(names[c] for c in label),
-            "predicted": names[predictions.classes[i, 0]],
-            "probability": float(predictions.probabilities[i, 0]),
+            "predicted": names[predictions.classes[i, 0]] if is_finite else None,
+            "probability": float(predictions.probabilities[i, 0]) if is_finite else None,
         }
         if predictions.group is not None:
             row["group"] = str(predictions.group[i])
         if predictions.all_probabilities is not None and not predictions.multi_label:
-            row["label_probability"] = float(predictions.all_probabilities[i, label[0]])
+            row["label_probability"] = float(predictions.all_probabilities[i, label[0]]) if is_finite else None
         rows.append(row)
     return rows
 

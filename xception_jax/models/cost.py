@@ -78,7 +78,10 @@ class Cost:
 
 
 def count_cost(model: nn.Module, image_size: int) -> Cost:
-    """Counts the cost of a forward pass on one image of `image_size` x `image_size` pixels, without running it."""
+    """Counts the cost of a forward pass on one image of `image_size` x `image_size` pixels, without running it.
+
+    An auxiliary head, which only training computes, is included.
+    """
     layers: dict[str, LayerCost] = {}
 
     def visit(layer: nn.Module, images: Any, output: Any) -> None:

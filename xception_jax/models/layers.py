@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -131,9 +132,10 @@ class BatchNorm(nn.Module):
         if self.statistics == "global":
             return 1
         if self.statistics == "device":
-            # The batch is sharded over all axes of the mesh, in order, so a group is the shard of one device. Without
-            # an ambient mesh, there is one group.
-            divisor = groups = max(1, jax.sharding.get_abstract_mesh().size)
+            # The batch is sharded over all axes of the mesh, in order, so a group is the shard of one device. Inside
+            # `jax.shard_map`, x is such a shard. Without an ambient mesh, there is one group.
+            mesh = jax.sharding.get_abstract_mesh()
+            divisor = groups = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis not in mesh.manual_axes)
         else:
             divisor = int(self.statistics)
             groups = batch // divisor

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def trace_layers(model: nn.Module, image_size: int, visit: Callable[[nn.Module, Any, Any], None]) -> dict[str, Any]:
-    """Traces the forward pass of inference on one image [1, image_size, image_size, 3].
+    """Traces a forward pass without dropout on one image [1, image_size, image_size, 3], with the auxiliary head.
 
     Args:
       model: a network of this package.

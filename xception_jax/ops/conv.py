@@ -29,6 +29,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -51,7 +52,8 @@ def conv(
 ) -> Float[Array, "b oh ow f"]:
     """Convolves each of `segments` equal channel segments of x with its own share of the filters.
 
-    Differentiable in reverse mode only: `jax.jvp` and `jax.hessian` raise a TypeError.
+    Differentiable any number of times, in reverse mode only: `jax.jvp` and `jax.hessian` raise a TypeError. Works in
+    `jax.shard_map`, and on a mesh with axes of type Auto.
 
     Args:
       x: images or activations, NHWC.
@@ -62,12 +64,19 @@ def conv(
       padding: 'SAME', 'VALID' or 'SYMMETRIC'.
 
     Raises:
-      ValueError: the channels or filters are not divisible by the segments, or do not fit the kernel.
+      ValueError: the channels or filters are not divisible by the segments, or do not fit the kernel; or a dimension of
+        the kernel is 0, or the padded images are smaller than the kernel.
     """
     channels, filters = x.shape[-1], kernel.shape[-1]
+    if 0 in kernel.shape[:3] or segments < 1 or stride < 1:
+        raise ValueError(f"a kernel of shape {kernel.shape}, {segments} segments, stride {stride}: none may be below 1")
     if channels % segments or filters % segments or kernel.shape[2] * segments != channels:
         raise ValueError(f"{segments} segments of x {x.shape} do not fit a kernel of shape {kernel.shape}")
-    return _conv(x, kernel, segments, stride, explicit_padding(padding, x.shape[1:3], kernel.shape[:2], stride))
+    pads = explicit_padding(padding, x.shape[1:3], kernel.shape[:2], stride)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # Both vary over the same axes, so that JAX sums the gradient of a replicated kernel.
+        x, kernel = x + jnp.zeros_like(kernel, shape=()), kernel + jnp.zeros_like(x, shape=())
+    return _conv(x, kernel, segments, stride, pads)
 
 
 def has_small_segments(kernel_shape: tuple[int, ...], segments: int, stride: int) -> bool:
@@ -91,11 +100,32 @@ def _conv_forward(x: Array, kernel: Array, segments: int, stride: int, pads: Pad
 def _conv_backward(
     segments: int, stride: int, pads: Pads, residuals: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
-    x, kernel = residuals
-    return _gradients(x, kernel, dy, segments, stride, pads, cpu_kernels.available(x, kernel, dy))
+    return _conv_gradients(*residuals, dy, segments, stride, pads)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _conv_gradients(x: Array, kernel: Array, dy: Array, segments: int, stride: int, pads: Pads) -> tuple[Array, Array]:
+    return _gradients(x, kernel, dy, segments, stride, pads, cpu_kernels.available(x, kernel, dy))
+
+
+def _conv_gradients_forward(
+    x: Array, kernel: Array, dy: Array, segments: int, stride: int, pads: Pads
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    return _conv_gradients(x, kernel, dy, segments, stride, pads), (x, kernel, dy)
+
+
+def _conv_gradients_backward(
+    segments: int, stride: int, pads: Pads, residuals: tuple[Array, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array]:
+    # A gradient of the kernels' gradients would need kernels of its own.
+    without_kernels = partial(_gradients, segments=segments, stride=stride, pads=pads, use_kernels=False)
+    return jax.vjp(without_kernels, *residuals)[1](cotangents)
+
+
+_conv_gradients.defvjp(_conv_gradients_forward, _conv_gradients_backward)
 
 # Layers of equal shapes share one trace, which saves a third of the time to trace a network.
 _traced_once = partial(jax.jit, inline=True, static_argnames=("segments", "stride", "pads", "use_kernels"))

@@ -213,7 +213,7 @@ def _depthwise_filter_gradient(x: Array, kernel: Array, dy: Array, stride: int, 
 
         return lax.fori_loop(0, kh * kw, add_tap, taps)
 
-    taps = lax.fori_loop(0, rows, add_row, jnp.zeros((kh * kw, batch, filters), dtype))
+    taps = lax.fori_loop(0, rows, add_row, jnp.zeros_like(dy, shape=(kh * kw, batch, filters), dtype=dtype))
     # Images are summed last: inside the loop, this sum over devices would communicate in each iteration.
     return taps.sum(1).reshape(kernel.shape).astype(kernel.dtype)
 

@@ -19,11 +19,17 @@ def explicit_padding(padding: Padding, size: tuple[int, ...], window: tuple[int,
     SAME is TensorFlow's: the output has ceil(size / stride) rows, and where the number of padded rows is odd
     the extra one is at the bottom. SYMMETRIC pads `window // 2` on each side, as PyTorch ports do. The two differ
     for stride 2 wherever the side is even. VALID does not pad.
+
+    Raises:
+      ValueError: the padding is unknown, or a window is larger than the padded image.
     """
-    if padding == "VALID":
-        return (0, 0), (0, 0)
-    if padding == "SYMMETRIC":
-        return (window[0] // 2, window[0] // 2), (window[1] // 2, window[1] // 2)
+    if padding in ("VALID", "SYMMETRIC"):
+        ends = [0 if padding == "VALID" else k // 2 for k in window]
+        if any(n + 2 * end < k for n, k, end in zip(size, window, ends, strict=True)):
+            raise ValueError(
+                f"a window of {tuple(window)} does not fit into an image of {tuple(size)}, padding {padding}"
+            )
+        return (ends[0], ends[0]), (ends[1], ends[1])
     if padding != "SAME":
         raise ValueError(f"padding is {padding!r}; it must be 'SAME', 'VALID' or 'SYMMETRIC'")
     total = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, window, strict=True)]

@@ -17,7 +17,7 @@ from xception_jax.ops.padding import Padding, Pads, explicit_padding, from_phase
 def max_pool(
     x: Float[Array, "b h w c"], window: int = 3, stride: int = 2, padding: Padding = "SAME"
 ) -> Float[Array, "b oh ow c"]:
-    """Returns the largest value in each window; of equal ones the first gets the gradient."""
+    """Returns the largest value in each window; of equal ones the first gets the gradient, in reverse mode only."""
     return _max_pool(x, window, stride, explicit_padding(padding, x.shape[1:3], (window, window), stride))
 
 
@@ -45,6 +45,14 @@ def _max_pool_forward(x: Array, window: int, stride: int, pads: Pads) -> tuple[A
 
 
 def _max_pool_backward(window: int, stride: int, pads: Pads, residuals: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    return (_max_pool_gradient(*residuals, dy, window, stride, pads),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _max_pool_gradient(x: Array, y: Array, dy: Array, window: int, stride: int, pads: Pads) -> Array:
     def select_and_scatter(x: Array, y: Array, dy: Array) -> Array:
         return jax.vjp(lambda x: _reduce_window_max(x, window, stride, pads), x)[1](dy)[0]
 
@@ -57,11 +65,25 @@ def _max_pool_backward(window: int, stride: int, pads: Pads, residuals: tuple[Ar
             return cpu_kernels.max_pool_gradient(x, y, dy, window, stride, pads)
         return first_hit(x, y, dy)
 
-    dx = lax.platform_dependent(*residuals, dy, cpu=on_cpu, cuda=first_hit, rocm=first_hit, default=select_and_scatter)
-    return (dx,)
+    return lax.platform_dependent(x, y, dy, cpu=on_cpu, cuda=first_hit, rocm=first_hit, default=select_and_scatter)
 
 
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+def _max_pool_gradient_forward(
+    x: Array, y: Array, dy: Array, window: int, stride: int, pads: Pads
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _max_pool_gradient(x, y, dy, window, stride, pads), (x, y, dy)
+
+
+def _max_pool_gradient_backward(
+    window: int, stride: int, pads: Pads, residuals: tuple[Array, Array, Array], cotangent: Array
+) -> tuple[Array, Array, Array]:
+    # The gradient is linear in dy. Which value is the largest does not depend on it.
+    x, y, dy = residuals
+    gradient = partial(_first_hit_gradient, x, y, window=window, stride=stride, pads=pads)
+    return jnp.zeros_like(x), jnp.zeros_like(y), jax.vjp(gradient, dy)[1](cotangent)[0]
+
+
+_max_pool_gradient.defvjp(_max_pool_gradient_forward, _max_pool_gradient_backward)
 
 
 def _first_hit_gradient(x: Array, y: Array, dy: Array, window: int, stride: int, pads: Pads) -> Array:

@@ -19,8 +19,8 @@ _LOGIN = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
 _ALLOW = {
-    "gs": "give the account the role 'Storage Object User' on the bucket, or log in with another one: "
-    "gcloud auth application-default login",
+    "gs": "give the account the roles 'Storage Object User' and 'Storage Legacy Bucket Reader' on the bucket, or log "
+    "in with another one: gcloud auth application-default login",
     "s3": "allow the account s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject, or set AWS_PROFILE",
 }
 _CREATE = {"gs": "gcloud storage buckets create gs://{bucket}", "s3": "aws s3 mb s3://{bucket}"}
@@ -75,6 +75,9 @@ def translate(
         return unusable(f"{_scheme(url)}:// needs packages that are not installed ({error.name})", url, INSTALL)
     if type(error).__module__.startswith("google.auth.") and not _of_the_network(error):
         return _unauthenticated(url, _summary(error), unauthenticated or unusable)
+    if "Project was not passed" in str(error):  # Orbax asks for a client of the default project
+        fix = "set GOOGLE_CLOUD_PROJECT to the project of the bucket"
+        return unusable("no project of Google Cloud is set", url, fix)
     if isinstance(error, TimeoutError):
         return StorageError(f"{action} took too long: {_summary(error)}", url, _RESUME)
     if "://" not in url:

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from xception_jax.errors import UserError, WorkdirError
+from xception_jax.errors import StorageError, UserError, WorkdirError
 from xception_jax.storage.store import ABSENT, Entry, Store
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,11 @@ class Lease:
         """Whether another run is known to have taken over. Takes no time."""
         return self._lost is not None
 
+    @property
+    def ended(self) -> bool:
+        """Whether the lease is no longer renewed."""
+        return self._ended.is_set()
+
     def renew(self) -> None:
         """Proves that this process still owns the lease. Must be called before each commit.
 
@@ -109,9 +114,13 @@ class Lease:
         Raises:
           StorageError: the store does not answer. Another run has to wait until it may take over.
         """
-        self._ended.set()
+        self.abandon()
         with self._lock, contextlib.suppress(WorkdirError):
             self._write(released=True)
+
+    def abandon(self) -> None:
+        """Ends the renewals without a release. Another run has to wait until it may take over."""
+        self._ended.set()
 
     def renew_until_released(self, every: float) -> None:
         """Renews every few seconds. Failures are logged once, and tried again: only `renew` raises them."""
@@ -163,6 +172,8 @@ def hold(
 ) -> Iterator[Lease]:
     """Acquires a lease, renews it in the background, and releases it at the end.
 
+    It is not released if the exception says that the store does not answer, because that takes a while.
+
     Args:
       store: where the lease is kept.
       name: the object.
@@ -186,9 +197,14 @@ def hold(
     thread.start()
     try:
         yield lease
+    except StorageError as error:
+        if error.where.startswith(store.root):
+            lease.abandon()
+        raise
     finally:
         try:
-            lease.release()
+            if not lease.ended:
+                lease.release()
         except UserError as error:
             log.warning("the lease could not be released; the next run has to wait\n%s", error)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -57,7 +58,9 @@ def _answer(task: dict[str, Any], limits: Limits) -> bytes:
                 os.ftruncate(task["buffer"], size)
         except OSError as error:
             what = f"there is no room for the {size:,} bytes of the tensors: {error}"
-            raise StorageError(what, where, "free some memory, or space in TMPDIR") from None
+            is_limit = error.errno == errno.EFBIG
+            fix = "raise the limit on file sizes, ulimit -f" if is_limit else "free some memory, or space in TMPDIR"
+            raise StorageError(what, where, fix) from None
         return mmap.mmap(task["buffer"], size)
 
     try:

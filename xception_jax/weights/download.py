@@ -21,7 +21,7 @@ from tqdm import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from xception_jax.errors import BadDataError, InputMissingError, StorageError, UserError
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UserError
 from xception_jax.files import free_space, sync_directory
 from xception_jax.names import one_line, printable
 
@@ -254,13 +254,16 @@ def _follow(
 def _hops(method: str, remote: Remote, headers: dict[str, str]) -> Iterator[requests.Response]:
     url = remote.url
     for _ in range(_MAX_REDIRECTS):
-        token = remote.token if _host(url) == _host(remote.url) else None
         try:
+            token = remote.token if _host(url) == _host(remote.url) else None
             response = requests.request(
                 method, url, headers=headers, auth=_Bearer(token), stream=True, allow_redirects=False, timeout=_TIMEOUT
             )
         except requests.RequestException as error:
             raise _unreachable(remote, error) from None
+        except (OSError, ValueError) as error:  # of the certificates, the address or the token
+            fix = "check REQUESTS_CA_BUNDLE, HF_TOKEN, HF_ENDPOINT and XCEPTION_JAX_WEIGHTS_URL"
+            raise ConfigError(f"the server cannot be asked: {one_line(error)[:200]}", remote.url, fix) from None
         if response.is_redirect:
             try:
                 url = urljoin(url, response.headers["Location"])

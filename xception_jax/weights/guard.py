@@ -90,6 +90,10 @@ def container_format(file: BinaryIO, where: str) -> str:
         raise BadDataError(what, where, "run `git lfs pull` where it comes from, or download the file itself")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise BadDataError("the file is a web page", where, "download the file itself, not the page that shows it")
+    if not size:
+        raise BadDataError("the file is empty", where, COPY_AGAIN)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= 100 << 20:
+        raise BadDataError("the file ends within the header of safetensors", where, COPY_AGAIN)
     what = "the file is neither safetensors nor a Keras file (HDF5, .keras), or its first bytes are damaged"
     fix = "load a SavedModel or checkpoint in Keras, then model.save_weights('x.weights.h5')"
     raise BadDataError(what, where, fix)

@@ -18,11 +18,12 @@ _FIELDS = {"input_size": "size", "crop_pct": "crop", "interpolation": "interpola
 
 
 def describe(
-    path: Path, default: Preprocessing, num_classes: int
+    path: Path, name: str, default: Preprocessing, num_classes: int
 ) -> tuple[Preprocessing, tuple[str, ...] | None, list[str]]:
     """Returns preprocessing and class names from a `config.json`, which may be missing, and notes.
 
-    `default` is used for what it does not specify; a network without a classifier has 0 classes.
+    `name` is the network in the file beside it, 'xception' or 'inception_v3'; a description of another one is not used.
+    `default` is used for what is not specified. A network without a classifier has 0 classes.
 
     Raises:
       BadDataError: its classifier follows another pooling than the average.
@@ -30,6 +31,9 @@ def describe(
     described, unread = _read(path)
     if described is None:
         return default, None, unread
+    architecture = described.get("architecture", described["pretrained_cfg"].get("architecture", name))
+    if name.split("_")[0] not in str(architecture).lower():
+        return default, None, [f"{path.name} is not used, because it describes {_short(architecture)}, not {name}"]
     given, preprocessing, notes = described["pretrained_cfg"], default, []
     for theirs, ours in _FIELDS.items():
         if theirs not in given:

@@ -33,6 +33,7 @@ from xception_jax.weights.content import ERROR, MEMORY, READY, Content, decode
 from xception_jax.weights.limits import RAISE, Limits
 
 _START_SECONDS = 120  # for the imports of the child, from a slow disk
+_LONGEST_WAIT = 1e6  # seconds; epoll takes no more than two million
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from xception_jax.weights.child import main; main()"
 )
@@ -193,7 +194,7 @@ class _Child:
             for stream in (self._process.stdout, self._process.stderr):
                 selector.register(cast(BinaryIO, stream), selectors.EVENT_READ)
             while received != expected:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                ready = selector.select(min(max(0.0, deadline - time.monotonic()), _LONGEST_WAIT))
                 if not ready:
                     raise _TimeIsUp
                 for key, _ in ready:

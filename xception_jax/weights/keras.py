@@ -13,7 +13,6 @@ import numpy as np
 
 from xception_jax.config import ModelConfig, resolve_model
 from xception_jax.errors import BadDataError
-from xception_jax.names import in_shell
 from xception_jax.weights import keras_architecture, tree
 from xception_jax.weights.content import Content
 from xception_jax.weights.keras_file import KerasFile, Submodel, layers_of
@@ -71,8 +70,7 @@ def _read_head(
     if beside and demanded is not False:
         # Around a nested network it is clear where the network ends. Here it may be a part of another network.
         what = f"the file contains layers that are not part of the network: {tree.listed(beside)}"
-        fix = f"leave them out: xception-jax convert {in_shell(where)} NEW.safetensors --no-head"
-        raise BadDataError(what, where, fix)
+        raise BadDataError(what, where, tree.without_head(where))
     layers = find_dense(backbone.beside, backbone.outside)
     problem = tree.compare_heads([f"{each.shapes}" for each in wanted], [f"{each.shapes}" for each in layers])
     multi_label = False

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -75,7 +76,7 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     """
     directory = os.path.dirname(os.path.abspath(path))
     try:
-        write_atomically(path, content)
+        write_atomically(os.path.realpath(path), content)
     except OSError as error:
         fix = f"create the directory {directory} first"
         if os.path.isdir(directory):
@@ -90,6 +91,9 @@ def from_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str],
       BadDataError: the description or a tensor is damaged, or they do not fit each other.
     """
     description = parse_object(metadata[METADATA], path)
+    if (version := description.get("version", _VERSION)) != _VERSION:
+        what = f"the file has version {reprlib.repr(version)} of the format, this release reads version {_VERSION}"
+        raise BadDataError(what, path, "update xception_jax")
     try:
         model = resolve_model(description["model"])
         preprocessing = described_preprocessing(description["preprocessing"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import os
 import re
 import sys
@@ -234,7 +235,8 @@ def _download_release(release: Release, path: Path) -> None:
 
 def _lock(path: Path) -> Path:
     cache = cache_directory()
-    return cache / ".locks" / f"{quote(str(path.relative_to(cache)), safe='')}.lock"
+    name = hashlib.sha256(os.fsencode(path.relative_to(cache))).hexdigest()  # of any length and characters
+    return cache / ".locks" / f"{name}.lock"
 
 
 def _find_on_hub(file: HubFile) -> Source:

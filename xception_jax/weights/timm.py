@@ -85,6 +85,14 @@ def import_timm(
             own = {name: tensor for name, tensor in own.items() if name not in unused}
             notes.append(f"left out: {prefix}{part}*, {meaning}")
 
+    roots = {name.split(".")[0] for name in names.values()}
+    others = sorted(name for name in own if name.split(".")[0] not in roots)
+    if demanded is False:
+        above |= {f"{prefix}{name}": own.pop(name) for name in others}
+    elif others and {name for leaf, name in names.items() if not leaf.startswith(tree.HEAD)} <= own.keys():
+        what = f"the file contains layers that are not part of the network: {tree.listed(others)}"
+        raise BadDataError(what, where, tree.without_head(where))
+
     ours = sorted(f"{prefix}{names[leaf]} {shapes[leaf][::-1]}" for leaf in names if leaf.startswith(tree.HEAD))
     problem = tree.compare_heads(ours, sorted(f"{name} {tensor.shape}" for name, tensor in above.items()))
     is_read, head_notes = tree.select_head(demanded, problem, sorted(above), sorted(above), where)
@@ -96,7 +104,7 @@ def import_timm(
     is_imagenet = head == "fc" or model.num_classes == _IMAGENET_CLASSES or not is_read
     default = _PREPROCESSING.get(model.name, Preprocessing()) if is_imagenet else _WHOLE_IMAGE
     num_classes = model.num_classes if is_read else 0
-    preprocessing, classes, hub_notes = hub.describe(path.with_name("config.json"), default, num_classes)
+    preprocessing, classes, hub_notes = hub.describe(path.with_name("config.json"), model.name, default, num_classes)
     network = Network(model, tree.unflatten(leaves), preprocessing, classes, where, "")
     image_shape = None if preprocessing is default else (preprocessing.size, preprocessing.size)
     return Imported(network, image_shape, notes + head_notes + hub_notes)

@@ -16,6 +16,7 @@ from xception_jax.config import ModelConfig, resolve_model, to_dict
 from xception_jax.config import flatten as flatten_fields
 from xception_jax.errors import BadDataError, ConfigError
 from xception_jax.models import create_model
+from xception_jax.names import in_shell
 from xception_jax.weights.limits import COPY_AGAIN
 
 HEAD = "params/head/"
@@ -87,7 +88,9 @@ def check(
     }
     if any(problems.values()):
         what = "; ".join(f"{problem}: {listed(sorted(found))}" for problem, found in problems.items() if found)
-        fix = "give the model that the weights belong to; a gamma in BatchNorm needs config.model.batch_norm.scale=True"
+        fix = "give the model that the weights belong to"
+        if any(name.endswith("/scale") for name in expected.keys() ^ leaves.keys()):
+            fix += "; a gamma in BatchNorm needs config.model.batch_norm.scale=True"
         raise BadDataError(f"the weights do not fit {describe(model)}: {what}", where, fix)
     for name, leaf in leaves.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -150,6 +153,11 @@ def select_head(
     left_out = [name for name in above if not is_read or name not in classifier]
     reason = f" ({problem})" if problem and demanded is None else ""
     return is_read, [f"left out: {listed(left_out)}{reason}"] if left_out else []
+
+
+def without_head(where: str) -> str:
+    """Returns the advice for a file whose layers above the network cannot be read."""
+    return f"leave them out: xception-jax convert {in_shell(where)} NEW.safetensors --no-head"
 
 
 def compare_heads(ours: Sequence[str], theirs: Sequence[str]) -> str:

@@ -34,10 +34,12 @@ DEPTHWISE_SIDES = (3, 5, 7)
 def available(*arrays: Array) -> bool:
     """Returns whether the kernels can take these arrays in the program that is being traced.
 
-    Programs for several devices are left to XLA, which cannot partition custom calls.
+    Programs for several devices are left to XLA, which cannot partition custom calls; so are those on a mesh whose axes
+    are part of the types of arrays.
     """
     return (
         all(array.dtype == jnp.float32 for array in arrays)
+        and all(kind == jax.sharding.AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types)
         and jax.default_backend() == "cpu"
         and jax.device_count() == 1
         and os.environ.get("XCEPTION_JAX_CPU_KERNELS", "1") != "0"
