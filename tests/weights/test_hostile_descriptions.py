@@ -131,7 +131,7 @@ def test_a_number_in_a_description_that_is_too_large_for_64_bits(tmp_path):
 
 def config_of(tmp_path, **given):
     (tmp_path / CONFIG).write_text(json.dumps({"pretrained_cfg": given}))
-    return hub.describe(tmp_path / CONFIG, Preprocessing(), 3)
+    return hub.describe(tmp_path / CONFIG, "xception", Preprocessing(), 3)
 
 
 def test_a_config_of_the_hub_that_no_network_has(tmp_path):
@@ -260,7 +260,7 @@ def test_integers_stay_limited():
 )
 def test_a_config_of_the_hub_that_cannot_be_read_is_a_note(tmp_path, text):
     (tmp_path / CONFIG).write_text(text)
-    preprocessing, classes, notes = hub.describe(tmp_path / CONFIG, Preprocessing(), 3)
+    preprocessing, classes, notes = hub.describe(tmp_path / CONFIG, "xception", Preprocessing(), 3)
     assert (preprocessing, classes) == (Preprocessing(), None)
     assert len(notes) == 1
     assert notes[0].startswith("config.json is not used, because it cannot be read: ")

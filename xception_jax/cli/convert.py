@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
     _writer(layout)(args.out, network)
-    if layout != "xception_jax" and (scaling or network.classes is not None):
+    if layout != "xception_jax" and (scaling or args.size or network.classes is not None):
         print(f"note: the {layout} layout cannot store preprocessing or class names", file=sys.stderr)
     _report(args, network)
     return 0

@@ -89,7 +89,7 @@ def check(
     if any(problems.values()):
         what = "; ".join(f"{problem}: {listed(sorted(found))}" for problem, found in problems.items() if found)
         fix = "give the model that the weights belong to"
-        if any(name.endswith("/scale") for name in expected.keys() ^ leaves.keys()):
+        if not model.batch_norm.scale:
             fix += "; a gamma in BatchNorm needs config.model.batch_norm.scale=True"
         raise BadDataError(f"the weights do not fit {describe(model)}: {what}", where, fix)
     for name, leaf in leaves.items():
