@@ -24,7 +24,9 @@ from xception_jax.reports.style import (
     legend_label,
 )
 from xception_jax.study.results import ArmResult, Results
+from xception_jax.study.verdicts import TestedClaim
 
+CLAIMED_DIFFERENCES = "Differences in accuracy that the claims are about"
 # Lines differ in colour, marker and dash.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 2)))
@@ -56,12 +58,35 @@ def forest(results: Results) -> str | None:
             color = {"better": BLUE, "worse": VERMILION, "equivalent": GREEN}.get(entry.verdict, QUIET)
             half = 100 * _half(d.mean, d.low)
             axes.errorbar(100 * d.mean, y, xerr=half, fmt="o", color=color, markersize=5, capsize=3)
-        label_rows(axes, names)
+        _label_rows(axes, names)
 
     return draw_svg(width, height, (left / width, 42 / height, 425 / width, 1 - 54 / height), draw)
 
 
-def label_rows(axes: Axes, names: Sequence[str]) -> None:
+def claimed_differences(claims: Sequence[TestedClaim], margin: float) -> str | None:
+    """Draws a row for each part of a claim about points of accuracy: its mean or median, its interval and its seeds."""
+    parts = [(claim, part) for claim in claims for part in claim.parts if part.unit == "points" and part.estimate.n]
+    if not parts:
+        return None
+    names = [f"{claim.code}: {legend_label(part.name.removeprefix('median of '))}" for claim, part in parts]
+    left, height = 20 + 5.8 * max(map(len, names)), 56 + 26 * len(parts)
+    width = left + 360
+
+    def draw(axes: Axes) -> None:
+        axes.axvspan(-100 * margin, 100 * margin, color=MARGIN, zorder=0, linewidth=0)
+        axes.axvline(0, color=ZERO, linewidth=1)
+        for y, (_, part) in enumerate(parts):
+            found = part.estimate
+            dots = [100 * value for value in part.seeds]
+            axes.scatter(dots, [y] * len(dots), 14, QUIET, alpha=0.6, linewidth=0, zorder=3)
+            axes.plot([100 * found.low, 100 * found.high], [y, y], color=COLORS[0], linewidth=1.5)
+            axes.plot(100 * found.mean, y, marker="|", markersize=13, markeredgewidth=2, color=COLORS[0])
+        _label_rows(axes, names)
+
+    return draw_svg(width, height, (left / width, 40 / height, 345 / width, 1 - 50 / height), draw)
+
+
+def _label_rows(axes: Axes, names: Sequence[str]) -> None:
     """Labels the rows of a figure of differences, the first one at the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)

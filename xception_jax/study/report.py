@@ -179,6 +179,10 @@ def _figures(results: Results) -> dict[str, dict[str, Any]]:
     drawn = {
         "axis": ("Accuracy over the axis", figures.over_axis(results)),
         "effects": ("Effects over the axis", figures.effects(results)),
+        "claims": (
+            figures.CLAIMED_DIFFERENCES,
+            figures.claimed_differences(results.claims, results.stored.study.margin),
+        ),
         "comparisons": ("Differences", figures.forest(results)),
     }
     for name, (title, label) in _COSTS.items():

@@ -60,9 +60,14 @@ def _tested(part: Part, measured: Measured, analysis: str) -> TestedPart:
         ((arm, baseline), factor * weight)
         for (arm, baseline, weight), factor in zip(part.terms, _factors(part, measured), strict=True)
     )
-    found = ANALYSES[analysis](weights, measured.samples)
+    seeds = np.sum([weight * measured.samples[arm].accuracy for arm, weight in weights.items()], axis=0)
     return TestedPart(
-        part.name, found, part.side, part.bound, measured.slope_unit if part.measure == "slope" else "points"
+        part.name,
+        ANALYSES[analysis](weights, measured.samples),
+        part.side,
+        part.bound,
+        measured.slope_unit if part.measure == "slope" else "points",
+        seeds=tuple(seeds) if analysis == "paired" else (),  # elsewhere, no seed of one arm belongs to one of another
     )
 
 

@@ -22,12 +22,12 @@ from xception_jax.study.dial.execute import chosen_rates, tried_rates
 from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
-from xception_jax.study.figures import label_rows
+from xception_jax.study.figures import CLAIMED_DIFFERENCES, claimed_differences
 from xception_jax.study.gates import CheckedGate
 from xception_jax.study.seed_claims import Seeds
 from xception_jax.study.statistics import Estimate, estimate
 from xception_jax.study.store import write_report_files
-from xception_jax.study.verdicts import TestedClaim, TestedPart, show_interval
+from xception_jax.study.verdicts import TestedClaim, show_interval
 
 BASE = (REGULAR, DEPTHWISE, POINTWISE)
 _CROSSING = {
@@ -158,9 +158,8 @@ def _mean(values: np.ndarray) -> str:
 def _figures(results: DialResults, claims: Sequence[TestedClaim]) -> dict[str, tuple[str, str]]:
     """Returns (title, SVG) of each figure for which there are cells, by file name."""
     found = {}
-    parts = [(claim, part) for claim in claims for part in claim.parts if part.unit == "points" and part.estimate.n]
-    if parts:
-        found["claims"] = ("Differences in accuracy that the claims are about", _claims(parts, results.study.margin))
+    if claimed := claimed_differences(claims, results.study.margin):
+        found["claims"] = (CLAIMED_DIFFERENCES, claimed)
     families = [family for family in ("within", "across") if len(results.dial_of(family, *BASE)) > 1]
     if len(families) == 2:
         title = "Accuracy from the separable end within filters, over free banks, to the separable end across filters"
@@ -176,26 +175,6 @@ def _figures(results: DialResults, claims: Sequence[TestedClaim]) -> dict[str, t
     if pairs:
         found["price"] = ("Depthwise first minus regular, by depth, width and training", _price(results, pairs))
     return found
-
-
-def _claims(parts: Sequence[tuple[TestedClaim, TestedPart]], margin: float) -> str:
-    """Draws a row for each part: a dot for each seed, and the mean or median with its interval."""
-    names = [f"{claim.code}: {legend_label(part.name.removeprefix('median of '))}" for claim, part in parts]
-    left, height = 20 + 5.8 * max(map(len, names)), 56 + 26 * len(parts)
-    width = left + 360
-
-    def draw(axes: Axes) -> None:
-        axes.axvspan(-100 * margin, 100 * margin, color=MARGIN, zorder=0, linewidth=0)
-        axes.axvline(0, color=ZERO, linewidth=1)
-        for y, (_, part) in enumerate(parts):
-            found = part.estimate
-            dots = [100 * value for value in part.seeds]
-            axes.scatter(dots, [y] * len(dots), 14, QUIET, alpha=0.6, linewidth=0, zorder=3)
-            axes.plot([100 * found.low, 100 * found.high], [y, y], color=COLORS[0], linewidth=1.5)
-            axes.plot(100 * found.mean, y, marker="|", markersize=13, markeredgewidth=2, color=COLORS[0])
-        label_rows(axes, names)
-
-    return draw_svg(width, height, (left / width, 40 / height, 345 / width, 1 - 50 / height), draw)
 
 
 def _points(results: DialResults, family: str, banks: Sequence[BankSpec]) -> list[float]:
