@@ -139,6 +139,9 @@ def test_the_papers_recipe_is_the_default():
     assert (config.optimizer.name, config.optimizer.momentum, config.optimizer.weight_decay) == ("sgd", 0.9, 1e-5)
     assert (config.model.dropout_rate, config.model.num_classes, config.data.image_size) == (0.5, 1000, 299)
     assert (config.model.batch_norm.epsilon, config.model.batch_norm.momentum) == (1e-3, 0.99)
+    assert (config.data.crop_area, config.data.eval_crop, config.loss.label_smoothing) == ((0.05, 1.0), 0.875, 0.1)
+    other = override(config, {"model.name": "inception_v3", "model.aux_head": True})
+    assert other.loss.aux_weight == 0.4
 
 
 # What no field of a kind may be, by the words with which its check says what it expects.

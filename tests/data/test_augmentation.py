@@ -3,6 +3,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+import scipy.stats
 
 from tests.data.small_imagenet import photograph
 from xception_jax.config import FIELDS, DataConfig
@@ -67,6 +68,20 @@ def test_inception_view_shows_the_box_and_flips_every_second_one():
     assert 70 < flips < 130
 
 
+def test_the_area_of_a_box_is_uniformly_distributed():
+    source = rng()
+    boxes = np.array([augmentation.random_crop_box(4000, 4000, (0.05, 0.5), source) for _ in range(4000)])
+    shares = boxes[:, 2] * boxes[:, 3] / 4000**2
+    assert scipy.stats.kstest(shares, "uniform", (0.05, 0.45)).pvalue > 0.001
+
+
+def test_shifted_view_flips_every_second_image():
+    image = np.arange(9, dtype=np.uint8)[None, :, None].repeat(9, 0).repeat(3, 2)
+    views = [augmentation.shifted_view(image, 0, rng(seed)) for seed in range(200)]
+    assert all(np.array_equal(view, image) or np.array_equal(view, image[:, ::-1]) for view in views)
+    assert 70 < sum(np.array_equal(view, image) for view in views) < 130
+
+
 def test_shifted_view_moves_by_up_to_its_pixels_and_brings_in_black():
     image = np.zeros((9, 9, 3), np.uint8)
     image[4, 4] = 255
@@ -83,8 +98,10 @@ class Given:
 
     def __init__(self, brightness: float, saturation: float, brightness_is_first: int):
         self._uniform, self._first = [brightness, saturation], brightness_is_first
+        self._ranges = [(-32 / 255, 32 / 255), (0.5, 1.5)]
 
     def uniform(self, low: float, high: float) -> float:
+        assert (low, high) == self._ranges.pop(0)
         return self._uniform.pop(0)
 
     def integers(self, high: int) -> int:

@@ -17,6 +17,7 @@ from tests.data.small_imagenet import encoded, jpeg, photograph
 from tests.data.test_prepare import opened, prepare
 from xception_jax.data import folders
 from xception_jax.data.prepare import groups, splits
+from xception_jax.data.prepare.splits import divide_groups
 from xception_jax.data.sources import SourceInfo
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.training.verification import refuse_other_dataset
@@ -585,3 +586,9 @@ def test_a_table_of_groups_from_windows(scans, tmp_path, capsys):
     arguments = ["image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path, "--groups", table]
     prepare(*arguments, "--json")
     assert json.loads(capsys.readouterr().out)["groups"] == {"train": 16, "validation": 2, "test": 2}
+
+
+def test_groups_leave_train_a_file_of_every_class():
+    """By the shares alone, both groups of class a, or that of class b, could be missing in train."""
+    found = divide_groups(["p0", "p1", "p2"], ["a", "a", "b"], {"train": 0.5, "test": 0.5})
+    assert {label for split, label in zip(found, "aab", strict=True) if split == "train"} == {"a", "b"}

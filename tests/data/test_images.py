@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -210,6 +211,15 @@ def test_central_view_is_a_central_crop_resized_with_half_pixel_centres():
     view = images.central_view(ramp, 10, 0.5)  # columns 20 to 59, by a factor of 4
     np.testing.assert_allclose(view[5, :, 0], 3 * (20 + 4 * (np.arange(10) + 0.5) - 0.5), atol=0.6)
     np.testing.assert_array_equal(images.central_view(ramp[:, :80], 80, 1.0), ramp)
+
+
+@pytest.mark.parametrize("size", [40, 71, 200])
+def test_the_default_resizes_as_jax_does_without_antialiasing(size):
+    """Averages over areas, or the nearest pixels, differ by 40 levels and more."""
+    image = photograph(3)
+    expected = jax.image.resize(image.astype(np.float32), (size, size, 3), "linear", antialias=False)
+    np.testing.assert_allclose(images.resize(image, size), expected, atol=1)
+    np.testing.assert_allclose(images.central_view(image, size, 1.0), expected, atol=1)
 
 
 def test_to_float_spans_minus_one_to_one():

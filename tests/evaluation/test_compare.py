@@ -100,6 +100,9 @@ def test_groups_of_different_sizes_against_scipys_bootstrap():
     )  # fmt: skip
     assert found.interval == pytest.approx(tuple(reference.confidence_interval), abs=0.01)
     assert found.difference == pytest.approx(b.mean() - a.mean())
+    signs = np.random.default_rng(5).choice([-1, 1], (100_000, len(sums)))  # A and B exchanged in whole groups
+    as_extreme = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
+    assert found.p_value == pytest.approx(as_extreme.mean(), abs=0.02)
 
 
 def test_one_group_that_differs_shows_nothing():

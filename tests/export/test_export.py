@@ -28,6 +28,7 @@ from xception_jax.data.images import central_view
 from xception_jax.data.turn import Turn
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.export.card import as_markdown, make_card, read_evaluation
+from xception_jax.export.check import Difference
 from xception_jax.export.formats import PLATFORMS, to_stablehlo, write_network
 from xception_jax.export.inference import (
     compile_inference,
@@ -426,3 +427,11 @@ def test_what_is_refused(weights, evaluation, tmp_path):
     save_network(tmp_path / "headless.safetensors", headless)
     with pytest.raises(BadDataError, match="no classifier"):
         export(tmp_path / "headless.safetensors", tmp_path, "--format", "onnx")
+
+
+@pytest.mark.parametrize(
+    ("largest", "logits", "accepted"),
+    [(0.9e-5, 0.5, True), (1.1e-5, 0.5, False), (1.9e-5, 2.0, True), (2.1e-5, 2.0, False)],
+)
+def test_the_tolerance_is_relative_to_large_logits(largest, logits, accepted):
+    assert Difference(largest, logits, 4).accepted == accepted

@@ -12,6 +12,7 @@ from xception_jax.metrics.intervals import wilson_interval
 from xception_jax.metrics.predictions import (
     Predictions,
     class_average_precision,
+    confidence_bins,
     confusion_matrix,
     expected_calibration_error,
     load_predictions,
@@ -98,6 +99,12 @@ def test_an_image_without_a_finite_probability_has_no_predicted_class():
     rows = mistakes(found, list("abcdefg"))
     assert [(row["predicted"], row["probability"]) for row in rows[-20:]] == 20 * [(None, None)]
     assert all(row["predicted"] for row in rows[:-20])
+
+
+def test_bins_of_confidence_include_their_upper_end():
+    confidence = np.array([0.11, 0.19, 0.2, 0.21])[:, None]
+    found = confidence_bins(Predictions(np.arange(4), np.zeros(4, int), np.zeros((4, 1), int), confidence), 10)
+    assert [entry.count for entry in found] == [3, 1]
 
 
 def test_class_average_precision_is_exact_with_all_classes_and_a_lower_bound_with_fewer():

@@ -109,6 +109,23 @@ def test_images_add_to_the_variance_of_seeds():
     assert width == pytest.approx(2 * 1.96 * found.error, rel=0.3)
 
 
+def test_the_variance_of_seeds_and_images_counts_nothing_twice():
+    arm, baseline = answers(1, 0.39, 0.01), answers(2, 0.39, 0.01)
+    found, of_seeds = compare("crossed", arm, baseline), compare("welch", arm, baseline)
+    cells = {name: sample.right.astype(float) for name, sample in (("a", arm), ("b", baseline))}
+    of_images = image_variance(cells, {"a": 1.0, "b": -1.0})
+    assert found.error**2 == pytest.approx(of_seeds.error**2 + of_images, rel=1e-9)
+
+
+def test_the_bootstrap_resamples_seeds_too():
+    """All images are equal, so that only the seeds differ."""
+    right = np.repeat(np.random.default_rng(0).uniform(0, 1, (8, 1)) < 0.5, 400, axis=1)
+    arm = Sample(right.mean(1), right, resample_images(right, 300))
+    baseline = Sample(np.zeros(8), np.zeros_like(right), resample_images(np.zeros_like(right), 300))
+    found = compare("crossed", arm, baseline)
+    assert found.bootstrap_high - found.bootstrap_low > 0.3
+
+
 def test_equal_answers_leave_no_difference():
     arm = answers(1, 0.1, 0.0)
     twins = Sample(np.full(3, arm.accuracy[0]), np.repeat(arm.right[:1], 3, axis=0))

@@ -5,12 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.study.simulated import small_study
+from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import ConfigError
 from xception_jax.study.analysis import Sample
 from xception_jax.study.checks import check_study
 from xception_jax.study.claims import Claim, Part
+from xception_jax.study.collect import collect
+from xception_jax.study.statistics import estimate
 from xception_jax.study.tested_claims import Measured, evaluate_claims
+from xception_jax.study.verdicts import TestedPart, decide
 
 RNG = np.random.default_rng(0)
 SAMPLES = {
@@ -64,3 +67,27 @@ def test_a_claim_that_makes_no_sense_is_refused(fields, words):
     part = dataclasses.replace(Part("p", (("1_relu", "1_none", 1.0),), "above", 0.0), **fields)
     with pytest.raises(ConfigError, match=words):
         check_study(small_study(claims=(Claim("X", "It is so.", (part,)),)), "a test")
+
+
+def test_claims_are_corrected_as_one_family():
+    """Also for those that cannot be tested, which would otherwise make the others easier to support."""
+    found = estimate(np.array([0.02, 0.05, 0.03, 0.01, 0.04]))
+    part = TestedPart("a", found, "above", found.low - 1e-4)  # the interval just lies above: p is a little below 0.025
+    assert 0.02 < part.p < 0.025
+    assert decide({"A": ""}, {"A": [part]})[0].verdict == "supported"
+    family = decide(dict.fromkeys("ABC", ""), {"A": [part], "B": [part], "C": []})
+    assert [claim.verdict for claim in family] == ["undecided", "undecided", "not tested"]
+    assert family[0].p_holm == pytest.approx(3 * part.p)
+
+
+def test_a_slope_is_per_doubling_on_an_axis_of_channels(tmp_path):
+    """The simulated effect rises by 0.004 for each doubling."""
+    arms = ("1", "2", "4", "8", "16", "depthwise")
+    terms = tuple((f"{arm}_relu", f"{arm}_none", 1.0) for arm in arms)
+    claim = Claim("X", "It rises.", (Part("slope", terms, "above", 0.002, "slope"),))
+    study = small_study(seeds=(0, 1, 2), comparisons=(), interactions=())
+    found = collect(write_simulated(tmp_path, dataclasses.replace(study, claims=(claim,))))
+    (part,) = found.claims[0].parts
+    assert part.estimate.mean == pytest.approx(0.004, abs=0.001)
+    assert part.unit == "points per doubling"
+    assert np.mean(part.seeds) == pytest.approx(part.estimate.mean)

@@ -2,10 +2,12 @@
 
 import io
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from tests.study.simulated import small_study, write_simulated
 from xception_jax import cli
@@ -14,6 +16,7 @@ from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.study.cells import PREDICTIONS
 from xception_jax.study.collect import collect
 from xception_jax.study.design import DECAYS, RATES, PlannedComparison, Search
+from xception_jax.study.power import seeds_needed
 from xception_jax.study.predictions import FILE, read_answers
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
@@ -220,6 +223,10 @@ def test_power_plans_the_seeds_of_the_next_study(tmp_path, capsys):
         assert (
             row["equivalence"] is None or row["equivalence_at_most"] is None or row["equivalence"] >= row["difference"]
         )
+    upper = found["sd"] * math.sqrt(found["df"] / scipy.stats.chi2.ppf(0.1, found["df"]))
+    assert found["sd_at_most"] == pytest.approx(upper)
+    equivalence, difference = seeds_needed(math.sqrt(found["pairing"]) * found["sd"], 0.0025, paired=True)
+    assert (rows[0.0025, "paired"]["equivalence"], rows[0.0025, "paired"]["difference"]) == (equivalence, difference)
     assert rows[0.005, "crossed"]["equivalence"] is None  # 400 images cannot tell half a point
     args = cli.parse(["study", "power", str(tmp_path)])
     assert cli.import_module("xception_jax.cli.study").run(args) == 0

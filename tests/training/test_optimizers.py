@@ -220,11 +220,14 @@ def test_the_state_of_an_optimizer_is_sharded_and_resumed_bit_by_bit(sharded, na
 
 
 def test_clipping_comes_before_decay():
-    fields = {"optimizer.clip_norm": 1e-3, "optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0}
-    config = config_with(**AT_ONE, **fields)
+    fields = {"optimizer.clip_norm": 1e-3, "optimizer.weight_decay": 0.1, "optimizer.momentum": 0.0}
+    config = config_with(**AT_ONE | fields | {"schedule.learning_rate": 0.5})
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, trajectory(config, 1)[0], PARAMS)
-    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(moved)))
-    assert norm == pytest.approx(1e-3, rel=1e-3)
+    gradient = jax.tree.map(np.sin, PARAMS)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+    for layer, leaf, decay in (("conv", "kernel", 0.1), ("conv_bn", "bias", 0.0)):
+        expected = -0.5 * (1e-3 / norm * gradient[layer][leaf] + decay * PARAMS[layer][leaf])
+        np.testing.assert_allclose(moved[layer][leaf], expected, rtol=1e-3, atol=1e-7)
 
 
 def test_which_kernels_decay_is_an_option():

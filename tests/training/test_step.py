@@ -1,5 +1,5 @@
 import json
-from functools import cache
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -152,12 +152,39 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got.params, expected.params)
 
 
+def test_microbatches_move_the_statistics_one_after_the_other():
+    fields = {"ema.decay": 0.0, "model.dropout_rate": 0.0}
+    config = tiny_config(accumulation_steps=2, **fields)
+    state, step = make(config)
+    batch = make_batch(config)
+    found, _ = step(state, batch)
+    # Two steps that leave the weights as they are.
+    _, half_step = make(tiny_config(batch_size=4, **fields, **{"schedule.learning_rate": 1e-30}))
+    expected = state
+    for number in range(2):
+        expected, _ = half_step(expected, {name: x[number::2] for name, x in batch.items()})
+    same = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, found.batch_stats, expected.batch_stats)
+
+
+def test_each_microbatch_drops_other_features():
+    fields = {"model.dropout_rate": 0.5, "ema.decay": 0.0}
+    state, step = make(tiny_config(accumulation_steps=2, **fields))
+    batch = {name: x[:4] for name, x in make_batch(tiny_config()).items()}
+    _, half_step = make(tiny_config(batch_size=4, **fields))
+    loss = float(half_step(state, batch)[1]["loss"])
+    twice = {name: jnp.repeat(x, 2, axis=0) for name, x in batch.items()}  # both microbatches are the same images
+    assert float(step(state, twice)[1]["loss"]) != pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.smoke
-def test_polyak_average_of_weights_and_statistics():
+@pytest.mark.parametrize("first", [0, 500])  # from 80 on, the decay is that of the config
+def test_polyak_average_of_weights_and_statistics(first):
     config = tiny_config()
     state, step = make(config)
+    state = state.replace(step=jnp.int32(first))
     average = {"params": state.params, "batch_stats": state.batch_stats}
-    for number in range(4):
+    for number in range(first, first + 4):
         decay = min(0.9, (1 + number) / (10 + number))
         state, _ = step(state, make_batch(config, number))
         now = {"params": state.params, "batch_stats": state.batch_stats}
