@@ -160,7 +160,7 @@ def test_a_name_is_a_shipped_config_and_a_path_is_a_file(tmp_path, monkeypatch):
             "loss.class_weights=balanced",
             "balanced",
         ),
-        ("config = default_config(); config.model.group_width = 4", "model.group_width=2", "2"),
+        ("config = default_config(); config.model.group_width = 4", "model.group_width=2", 2),
         ("config = default_config(); config.model.group_width = 4", "model.group_width=None", None),
         ("config = ConfigDict({'batch_size': 32})", "seed=3", 3),
         ("config = ConfigDict({'batch_size': 32})", "data.augmentation=shift", "shift"),

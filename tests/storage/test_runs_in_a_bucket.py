@@ -12,6 +12,7 @@ from importlib import import_module
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from orbax.checkpoint._src.path import gcs_utils
 
 from configs.fashion_mnist import get_config
 from tests.storage.conftest import BUCKET
@@ -275,7 +276,15 @@ def test_an_account_without_permission_is_refused(gcs, status, reason):
     assert reason in error.what
 
 
-def test_an_account_that_may_not_look_up_the_bucket_is_told_the_role(gcs, config):
+@pytest.fixture
+def unknown_bucket():
+    """Lets Orbax forget the bucket, which it looks up once in a process."""
+    gcs_utils.get_bucket.cache_clear()
+    yield
+    gcs_utils.get_bucket.cache_clear()
+
+
+def test_an_account_that_may_not_look_up_the_bucket_is_told_the_role(gcs, config, unknown_bucket):
     """As with the role Storage Object User alone. Orbax looks up the bucket."""
     gcs.control = lambda request: Fault(status=403) if request.path == f"/storage/v1/b/{BUCKET}" else None
     with pytest.raises(WorkdirError, match="no permission") as error:
@@ -283,7 +292,7 @@ def test_an_account_that_may_not_look_up_the_bucket_is_told_the_role(gcs, config
     assert "Storage Legacy Bucket Reader" in error.value.fix
 
 
-def test_credentials_without_a_project_are_told_the_variable(gcs, config, monkeypatch):
+def test_credentials_without_a_project_are_told_the_variable(gcs, config, monkeypatch, unknown_bucket):
     def client(*args, **kwargs):
         raise OSError("Project was not passed and could not be determined from the environment.")
 

@@ -53,8 +53,8 @@ class Mirror:
       store: where the files are kept.
       pulled: names of the files that a resumed run goes on with, if they exist; those that end with a slash are
         directories. Not everything is pulled: checkpoints may be there, or other runs.
-      permit: called before each file is pushed; raises a UserError if they may not be. At the end of the context, this
-        error is not raised again if it is the one that ends the context.
+      permit: called before files are pushed, and before each; raises a UserError if they may not be. At the end of the
+        context, this error is not raised again if it is the one that ends the context.
     """
 
     def __init__(self, store: Store, pulled: Iterable[str] = (), permit: Callable[[], None] = lambda: None) -> None:
@@ -146,6 +146,7 @@ class Mirror:
           UserError: the store cannot be written. Files that were not yet written are tried by the next call.
         """
         with self._lock:
+            self._permit()
             for name, path in self._files():
                 self._push(name, path)
 
@@ -160,7 +161,7 @@ class Mirror:
             return
         digest = hashlib.sha256(content).digest()
         if before is None or before.sha256 != digest:
-            self._permit()  # before each file: a slow one gives another run time to take over
+            self._permit()  # again: the file before may have taken long enough for another run to take over
             self._store.put(name, content)
         settled = time.time_ns() - signature[1] > _SETTLED_NS
         self._pushed[name] = _Pushed(digest, signature if settled else None)
