@@ -261,8 +261,12 @@ def test_who_is_taken_over_between_two_files_pushes_no_more(gcs, gs_store):
         if next(allowed, "taken over"):
             raise WorkdirError("another run has taken over", gs_store.root, "stop")
 
-    with pytest.raises(WorkdirError), Mirror(gs_store, permit=refuse) as mirror:
-        for name in ("a", "b", "c"):
-            (mirror.directory / name).write_text(name)
-        mirror.push()
+    def push() -> None:
+        with Mirror(gs_store, permit=refuse) as mirror:
+            for name in ("a", "b", "c"):
+                (mirror.directory / name).write_text(name)
+            mirror.push()
+
+    with pytest.raises(WorkdirError):
+        push()
     assert [mutation.name for mutation in gcs.mutations] == ["run/a"]
