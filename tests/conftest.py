@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import itertools
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,6 +38,14 @@ OLDER_CODE, NEWER_CODE = (
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION} {OLDER_CODE}"
 # Programs without the Python line of each operation are lowered faster: a short run takes 8 % less CPU time.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+
+
+def run_command(command: ModuleType, *arguments: object) -> int:
+    """Runs a command, which is a module of `xception_jax.cli`, in this process, and returns its exit code."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, arguments)]))
+
 
 # Ordered by duration.
 LONG_FILES = (

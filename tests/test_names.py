@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import html.parser
 import io
@@ -24,6 +23,7 @@ import tensorflow_datasets as tfds
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from tests.conftest import run_command as run
 from tests.data.small_imagenet import photographs
 from tests.evaluation.conftest import compiled_once  # noqa: F401
 from tests.models.random_weights import random_variables
@@ -272,12 +272,6 @@ def folder(tmp_path_factory) -> Path:
         with open(path, "wb") as file:
             file.write(b"\x89PNG" if number == 0 else content.getvalue())
     return directory
-
-
-def run(command, *arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(list(map(str, arguments))))
 
 
 def test_class_names_survive_a_weight_file(weights):

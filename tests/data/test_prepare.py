@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import fcntl
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.conftest import run_command
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import prepare as command
@@ -41,10 +42,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def prepare(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([*map(str, arguments)]))
+prepare = partial(run_command, command)
 
 
 def opened(data: DataConfig, data_dir: Path, name: str, split: str = "train"):

@@ -1,12 +1,13 @@
-import argparse
 import dataclasses
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest, bootstrap
 
+from tests.conftest import run_command
 from xception_jax.cli import evaluate as command
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.evaluation.compare import check_same_images, compare
@@ -30,10 +31,7 @@ def pair(n=400, share=0.7, differing=0.15, seed=1):
     return a, b
 
 
-def run(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([*map(str, arguments)]))
+run = partial(run_command, command)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from configs import fashion_mnist, multilabel
+from tests.conftest import run_command
 from tests.data.small_imagenet import jpeg, photograph, photographs
 from xception_jax.cli import predict as command
 from xception_jax.config import override, resolve
@@ -45,10 +46,7 @@ def folder(tmp_path_factory) -> Path:
     return directory
 
 
-def run(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([*map(str, arguments)]))
+run = partial(run_command, command)
 
 
 def test_every_format_in_a_folder_is_predicted(weights, folder, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
+from tests.conftest import run_command as run
 from tests.data.conftest import write_images
 from tests.data.small_imagenet import jpeg, photograph
 from xception_jax.cli import embed, probe
@@ -23,12 +23,6 @@ from xception_jax.evaluation.features import Features, load_features, save_featu
 from xception_jax.evaluation.probe import NEIGHBOURS, count_shared, fit_neighbours, fit_ridge, hold_out
 from xception_jax.models import create_model
 from xception_jax.weights import save_network
-
-
-def run(command, *arguments) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([*map(str, arguments)]))
 
 
 @pytest.fixture

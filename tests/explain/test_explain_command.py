@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import run_command
 from tests.data.small_imagenet import photograph, photographs
 from tests.models.random_weights import random_variables
 from xception_jax.cli import explain as command
@@ -51,10 +52,7 @@ def photos(tmp_path):
     return directory
 
 
-def run(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args([*map(str, arguments)]))
+run = partial(run_command, command)
 
 
 def pixels(path) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -20,6 +19,7 @@ import pytest
 import skimage.data
 import sklearn.datasets
 
+from tests.conftest import run_command
 from tests.models.random_weights import random_variables
 from xception_jax.cli import COMMANDS
 from xception_jax.cli import export as command
@@ -276,9 +276,7 @@ def evaluation(weights):
 
 def export(*arguments: object) -> int:
     assert command.__name__.removeprefix("xception_jax.cli.") in COMMANDS
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return command.run(parser.parse_args(list(map(str, arguments))))
+    return run_command(command, *arguments)
 
 
 @pytest.fixture(scope="module")
