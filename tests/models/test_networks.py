@@ -248,3 +248,12 @@ def test_symmetric_padding_of_inception_v3_counts_the_zeros_in_average_pools():
     pooled = variables["params"]["mixed0_pool_0"]["kernel"].shape[-1]
     assert differs[-pooled:].any()
     assert not differs[:-pooled].any()
+
+
+def test_the_classifier_starts_as_in_keras():
+    """Uniform with Glorot's limit, sqrt(6 / (inputs + outputs)); Flax' default is a normal distribution."""
+    model = create_model({"width_multiplier": 0.05, "middle_blocks": 0, "num_classes": 50})
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 71, 71, 3)))
+    kernel = np.asarray(variables["params"]["head"]["predictions"]["kernel"])
+    limit = np.sqrt(6 / sum(kernel.shape))
+    assert 0.99 * limit < np.abs(kernel).max() <= limit

@@ -331,3 +331,11 @@ def test_a_process_of_another_machine_is_watched(gs_store, field):
     gs_store.put("lease", json.dumps(ended))
     with hold(gs_store, "lease", renew_every=0.1, take_over_after=100, report=lines.append):
         assert "which has ended" in lines[-1]
+
+
+def test_a_lease_that_is_renewed_at_the_last_moment_is_not_taken_over(gs_store):
+    gs_store.put("lease", '{"pid": 7}')
+    before = gs_store.entry("lease")
+    gs_store.put("lease", '{"pid": 7, "renewals": 1}')
+    with pytest.raises(WorkdirError, match="holds the work directory"):
+        lease_module._watch(gs_store, "lease", before, 0.0, 0.0)

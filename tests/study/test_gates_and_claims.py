@@ -71,6 +71,16 @@ def test_no_comparison_is_interpreted_below_the_gate(tmp_path, gate, below):
     assert all(0.85 < row["train_accuracy"] < 0.95 for row in data["cells"])
 
 
+def test_an_arm_with_an_unknown_training_accuracy_does_not_pass(tmp_path):
+    stored = write_simulated(tmp_path, few_arms(gate=0.5))
+    metrics = next(cell for cell in stored.cells() if cell.arm == "1_relu").directory / "metrics.jsonl"
+    entries = [line for line in metrics.read_text().splitlines() if json.loads(line)["split"] != "train"]
+    metrics.write_text("\n".join(entries) + "\n")
+    results = collect_results(tmp_path)
+    assert results.below_gate == ["1_relu"]
+    assert {entry.outcome for entry in results.comparisons if "1_relu" in entry.comparison.name} == {NOT_INTERPRETED}
+
+
 def test_an_interaction_with_an_arm_below_the_gate_is_not_interpreted(tmp_path):
     write_simulated(tmp_path, small_study(gate=0.999, seeds=(0, 1)))
     assert collect_results(tmp_path).interactions[0].outcome == NOT_INTERPRETED

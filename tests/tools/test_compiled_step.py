@@ -86,4 +86,5 @@ def test_convolutions_of_a_bfloat16_step_are_in_bfloat16():
     assert pooled
     products = re.findall(r"stablehlo.dot_general.*: \(tensor<(\w+)>, tensor<(\w+)>\)", program)
     in_float32 = {pair for pair in products if any(name.endswith("f32") for name in pair)}
+    assert in_float32
     assert all("1000" in "x".join(pair).split("x") for pair in in_float32)  # the classifier alone

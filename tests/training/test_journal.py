@@ -6,6 +6,7 @@ import json
 import re
 import resource
 import shutil
+from statistics import fmean
 
 import pytest
 
@@ -53,3 +54,17 @@ def test_the_wall_time_has_the_work_that_was_lost(tmp_path, shared_environment):
     after = [entry["seconds"] for entry in read_metrics(metrics) if entry["step"] > 7]
     assert len(after) == len(set(after)) > 1
     assert min(after) > 1_000
+
+
+def test_an_entry_is_the_mean_of_its_steps(tmp_path, shared_environment):
+    found = {}
+    for every in (1, 4):
+        config = config_of(shared_environment, log_every=f"{every} steps", duration="4 steps", logs__tensorboard=False)
+        xception_jax.train(config, tmp_path / str(every))
+        entries = read_metrics(tmp_path / str(every) / "metrics.jsonl")
+        found[every] = [entry for entry in entries if entry["split"] == "train" and entry["step"] > 0]
+    (mean,) = (entry for entry in found[4] if entry["step"] == 4)
+    steps = found[1][-4:]
+    assert len({entry["loss"] for entry in steps}) == 4
+    for name in ("loss", "top1"):
+        assert mean[name] == pytest.approx(fmean(entry[name] for entry in steps), rel=1e-5)
