@@ -589,6 +589,6 @@ def test_a_table_of_groups_from_windows(scans, tmp_path, capsys):
 
 
 def test_groups_leave_train_a_file_of_every_class():
-    """By the shares alone, both groups of class a, or that of class b, could be missing in train."""
+    """The shares alone would leave class b out of train."""
     found = divide_groups(["p0", "p1", "p2"], ["a", "a", "b"], {"train": 0.5, "test": 0.5})
     assert {label for split, label in zip(found, "aab", strict=True) if split == "train"} == {"a", "b"}

@@ -90,7 +90,7 @@ class Lease:
 
     @property
     def ended(self) -> bool:
-        """Whether the lease is no longer renewed."""
+        """Whether the renewals have ended."""
         return self._ended.is_set()
 
     def renew(self) -> None:
