@@ -38,9 +38,8 @@ def list_endpoints(model: nn.Module, variables: Mapping[str, Any], image_size: i
 
 
 def last_drawable(model: nn.Module, variables: Mapping[str, Any], image_size: int) -> str:
-    """Returns the last endpoint with at least `MIN_SIDE` positions a side, or the last of all if none has so many."""
-    endpoints = list_endpoints(model, variables, image_size)
-    return (list_endpoints(model, variables, image_size, MIN_SIDE) or endpoints)[-1]
+    """Returns the last endpoint with at least `MIN_SIDE` positions a side, else the last endpoint."""
+    return (list_endpoints(model, variables, image_size, MIN_SIDE) or list_endpoints(model, variables, image_size))[-1]
 
 
 def cut(
