@@ -95,6 +95,14 @@ def free_port() -> int:
             return port
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mentioned_allocator():
+    """Lets the note about the allocator appear here, not in the output of the first test that computes a gradient."""
+    from xception_jax.ops import cpu_kernels
+
+    cpu_kernels._mention_allocator()
+
+
 @pytest.fixture(scope="session")
 def shared_environment(tmp_path_factory) -> dict[str, str]:
     """Returns the environment of the processes that tests start.
