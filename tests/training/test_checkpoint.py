@@ -19,11 +19,16 @@ import optax
 import pytest
 
 from tests.conftest import free_port
+from xception_jax.config import resolve
+from xception_jax.data.synthetic import SyntheticSource
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
+from xception_jax.parallel import make_mesh
 from xception_jax.training import digest
 from xception_jax.training.checkpoint import Checkpoints
+from xception_jax.training.experiment import build_experiment
 from xception_jax.training.fingerprint import named_leaves, state_fingerprint, tree_signature
 from xception_jax.training.preservation import LatestOrBest
+from xception_jax.training.run_directory import RunDirectory, open_checkpoints
 
 # What the state is after a step, so that every process can tell whether a restored one is right.
 STATE = """
@@ -136,6 +141,20 @@ def test_keeps_the_latest_and_the_best_also_of_an_earlier_run(tmp_path):
             for step in steps:
                 checkpoints.save(step, state_at(step), {"top1": scores[step]})
     assert sorted(os.listdir(tmp_path)) == ["1", "4", "5", "run_id"]
+
+
+@pytest.mark.parametrize(("decay", "best"), [(0.0, 1), (0.9, 2)])
+def test_a_run_keeps_what_is_best_on_the_development_split_of_the_average_if_there_is_one(decay, best, tmp_path):
+    small = {"width_multiplier": 0.1, "middle_blocks": 0, "stem": "small", "residual": False}
+    fields = {"model": small, "data": {"image_size": 16}, "batch_size": 2, "ema": {"decay": decay}}
+    config = resolve(fields | {"checkpoint": {"keep_latest": 1, "keep_best": 1, "every": "100 steps"}})
+    sources = {split: SyntheticSource(1000, split) for split in ("train", "dev")}
+    experiment = build_experiment(config, sources, make_mesh(config.mesh, jax.devices()[:1]))
+    directory = RunDirectory(str(tmp_path), tmp_path)
+    with open_checkpoints(experiment, directory, print) as checkpoints:
+        for step, (top1, of_average) in enumerate([(0.9, 0.1), (0.2, 0.8), (0.3, 0.3)], 1):
+            checkpoints.save(step, state_at(step), {"top1": top1, "ema_top1": of_average, "loss": -step})
+    assert {name for name in os.listdir(directory.checkpoints) if name.isdigit()} == {str(best), "3"}
 
 
 def test_keeps_all_if_more_are_wanted_than_there_are(tmp_path):
