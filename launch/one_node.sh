@@ -3,7 +3,7 @@
 #
 #   CONFIG=imagenet WORKDIR=/data/xception DATA_DIR=/data/tfds bash launch/one_node.sh [--config.FIELD=VALUE ...]
 #
-# A run that ends with a code that a new start can mend is started again. Ctrl-C and SIGTERM save and end it.
+# A run that ends with a code that a restart can fix is started again. Ctrl-C and SIGTERM save and end it.
 set -euo pipefail
 
 CONFIG="${CONFIG:-imagenet}"

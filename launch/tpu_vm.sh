@@ -7,7 +7,7 @@
 #
 # Run it in the repository, on a machine that stays on, for example in tmux on a small VM. If it is stopped, the request
 # and the run go on; start it again to follow. It deletes the slice when the run has ended, unless KEEP=1 is set. If the
-# installation fails, the slice is kept: mend what is wrong and start again.
+# installation fails, the slice is kept: fix the cause and start again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

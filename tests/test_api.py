@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -175,6 +176,12 @@ def test_a_config_can_be_a_name_or_a_file(tmp_path):
     )
     with pytest.raises(ConfigError, match="num_classes is 3"):
         xception_jax.train(tmp_path / "mine.py", tmp_path / "run")
+
+
+def test_train_needs_the_main_thread(tmp_path):
+    with ThreadPoolExecutor() as pool, pytest.raises(UsageError, match="main thread"):
+        pool.submit(xception_jax.train, "fashion_mnist", tmp_path / "run").result()
+    assert not (tmp_path / "run").exists()
 
 
 def test_turned_images_keep_an_even_size(files):

@@ -187,7 +187,7 @@ def test_a_wrong_type_is_refused(name):
 def test_a_wrong_value_is_refused_with_the_default_of_the_variant():
     for variant, default in (("adam", 0.999), ("lion", 0.99)):
         error = refused(changed(optimizer__name=variant, optimizer__b2=3))
-        assert error.fix == f"set it to a number of at least 0, at most 1 (default: {default})"
+        assert error.fix == f"set it to a number of at least 0, below 1 (default: {default})"
 
 
 def numeric_limits():
@@ -197,11 +197,13 @@ def numeric_limits():
             yield name, int(match[1]), int(match[1]) - 1
             if match := re.search(r"at most ([\d,]+)$", field.expects):
                 yield name, int(match[1].replace(",", "")), int(match[1].replace(",", "")) + 1
-        elif match := re.match(r"a number (above|of at least) (\S+?)(?:, at most (\S+))?$", field.expects):
+        elif match := re.match(r"a number (above|of at least) (\S+?)(?:, (at most|below) (\S+))?$", field.expects):
             low = float(match[2])
             yield name, (low + 1e-9 if match[1] == "above" else low), (low if match[1] == "above" else low - 1e-9)
             if match[3]:
-                yield name, float(match[3]), math.nextafter(float(match[3]), math.inf)
+                high = float(match[4])
+                allowed = high if match[3] == "at most" else math.nextafter(high, -math.inf)
+                yield name, allowed, math.nextafter(allowed, math.inf)
 
 
 @pytest.mark.parametrize(("name", "allowed", "not_allowed"), list(numeric_limits()))
@@ -480,6 +482,7 @@ def test_fields_that_are_left_out_have_their_defaults():
     [
         (lambda: SGDConfig(momentum=2), "optimizer.momentum"),
         (lambda: AdamConfig(b1="much"), "optimizer.b1"),
+        (lambda: AdamConfig(b2=1.0), "optimizer.b2"),  # the bias correction would divide by zero
         (lambda: LionConfig(decayed="("), "optimizer.decayed"),
         (lambda: StaircaseConfig(decay_every="soon"), "schedule.decay_every"),
         (lambda: BatchNormConfig(statistics="local"), "model.batch_norm.statistics"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -80,10 +81,20 @@ class LoadedNetwork:
         return class_names(self.network)
 
     @functools.cached_property
-    def _apply(self) -> Callable[..., tuple[Array, dict[str, Array]]]:
-        return jax.jit(functools.partial(self.module.apply, train=False))
+    def _apply(self) -> Callable[[Mapping[str, Any], Array | np.ndarray, str | None], Array]:
+        @functools.partial(jax.jit, static_argnums=2)
+        def apply(variables: Mapping[str, Any], images: Array | np.ndarray, endpoint: str | None) -> Array:
+            logits, endpoints = self.module.apply(variables, images, train=False)
+            if endpoint is None:
+                return logits
+            if endpoint not in endpoints:
+                raise UsageError(f"there is no endpoint {endpoint!r}", "features", f"use one of {', '.join(endpoints)}")
+            return endpoints[endpoint]
 
-    def _outputs(self, images: Float[Array | np.ndarray, "b h w 3"]) -> tuple[Array, dict[str, Array]]:
+        return apply
+
+    def _output(self, images: Float[Array | np.ndarray, "b h w 3"], endpoint: str | None = None) -> Array:
+        """Returns the logits, or the activations at an endpoint; XLA does not keep those at other endpoints."""
         if not isinstance(images, Array | np.ndarray):
             raise UsageError(f"images are a {type(images).__name__}", "images", "pass what preprocess() returns")
         if not jnp.issubdtype(images.dtype, jnp.floating) or images.ndim != 4:
@@ -93,7 +104,7 @@ class LoadedNetwork:
         if images.shape[3] != 3 or min(images.shape[1:3]) < least:
             what = f"images have the shape {images.shape}, not 3 channels and at least {least} x {least} pixels"
             raise UsageError(what, "images", "pass what preprocess() returns")
-        return self._apply(self.variables, images)
+        return self._apply(self.variables, images, endpoint)
 
     def __call__(self, images: Float[Array | np.ndarray, "b h w 3"]) -> Float[Array, "b num_classes"]:
         """Returns the logits of preprocessed images, compiled once for each shape.
@@ -106,7 +117,7 @@ class LoadedNetwork:
           UsageError: the images are not preprocessed.
         """
         require_classifier(self.network)
-        return self._outputs(images)[0]
+        return self._output(images)
 
     def features(self, images: Float[Array | np.ndarray, "b h w 3"], endpoint: str = "pre_logits") -> Array:
         """Returns activations of preprocessed images.
@@ -119,10 +130,7 @@ class LoadedNetwork:
         Raises:
           UsageError: the network has no such endpoint, or the images are not preprocessed.
         """
-        endpoints = self._outputs(images)[1]
-        if endpoint not in endpoints:
-            raise UsageError(f"there is no endpoint {endpoint!r}", "features", f"use one of {', '.join(endpoints)}")
-        return endpoints[endpoint]
+        return self._output(images, endpoint)
 
     def preprocess(
         self, images: Image | Sequence[Image] | UInt8[np.ndarray, "b h w 3"]
@@ -204,7 +212,10 @@ def train(
 
     Raises:
       UserError: one of its subclasses, with what is wrong, where, and what to do.
+      UsageError: called outside of the main thread, where Python does not deliver signals.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("train() was called outside of the main thread", "train", "call it in the main thread")
     if isinstance(config, str | os.PathLike):
         config = read_config(os.fspath(config), ())
     return train_or_resume(config, os.fspath(workdir))

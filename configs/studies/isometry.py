@@ -190,7 +190,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "config": _cpu,
         "arms": tuple(arms(tuple(MODULES), ENDS)),
         "seeds": tuple(range(1, 11)),  # the pilot had seed 0
-        "budget": "about three processor hours",
+        "budget": "4.5 processor hours",
     },
     "cifar": {
         "config": _cifar,

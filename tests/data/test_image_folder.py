@@ -58,12 +58,16 @@ def test_an_image_folder_keeps_splits_classes_and_bytes(tmp_path, data, capsys):
     assert (validation[0]["image"], validation[0]["label"]) == (files["val/rose/a.webp"], 1)
 
 
-def test_folders_below_a_class_can_be_its_groups(tmp_path, data):
+def test_folders_below_a_class_can_be_its_groups(tmp_path, data, capsys):
     image = jpeg(photograph(0))
     names = [f"{label}/patient{n}/{k}.jpg" for label in ("ill", "well") for n in range(10) for k in range(2)]
     folder = write_folder(tmp_path / "scans", dict.fromkeys(names, image))
     arguments = ["image_folder", "--source", folder, "--name", "scans", "--data_dir", tmp_path]
-    prepare(*arguments, "--groups", "(.+/patient[0-9]+)/")
+    prepare(*arguments)
+    warning = capsys.readouterr().out
+    assert "of 20 folders below a class are in several splits: ill/patient" in warning
+    prepare(*arguments, "--overwrite", "--groups", re.search("--groups '(.*)'", warning)[1])
+    assert "folders below a class" not in capsys.readouterr().out
     splits = [opened(data, tmp_path, "scans", split) for split in ("train", "validation", "test")]
     assert sorted(name for source in splits for name in source.column("file_name")) == sorted(names)
     assert splits[0].info.class_names == ("ill", "well")
@@ -206,7 +210,7 @@ def test_names_on_two_sides_are_a_warning_and_its_expression_groups_them(scans, 
     arguments = ["image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path]
     prepare(*arguments)
     warning = capsys.readouterr().out
-    assert "names are in several splits, numbered: patient" in warning
+    assert "names, without their numbers, are in several splits: patient" in warning
     expression = re.search("--groups '(.*)'", warning)[1]
     prepare(*arguments, "--overwrite", "--groups", expression)
     out = capsys.readouterr().out
@@ -221,11 +225,13 @@ def test_names_on_two_sides_are_a_warning_and_its_expression_groups_them(scans, 
             assert sides.setdefault(group, split) == split
     assert len(sides) == 20
 
-    table = tmp_path / "groups.csv"
     rows = [f"{path.relative_to(scans)},{path.name[:9]}" for path in scans.rglob("*.jpg")]
-    table.write_text("\n".join(["file,group", *rows]) + "\n")
-    prepare(*arguments, "--overwrite", "--groups", table, "--json")
-    assert json.loads(capsys.readouterr().out)["groups"] == {"train": 16, "validation": 2, "test": 2}
+    spaced = [f" {row} ".replace(",", " ,  ") if number % 2 else row for number, row in enumerate(rows)]
+    for name, lines in (("groups.csv", ["file,group", *rows]), ("SPACED.CSV", [" file , group", *spaced])):
+        table = tmp_path / name
+        table.write_text("\n".join(lines) + "\n")
+        prepare(*arguments, "--overwrite", "--groups", table, "--json")
+        assert json.loads(capsys.readouterr().out)["groups"] == {"train": 16, "validation": 2, "test": 2}
 
 
 def test_names_that_tell_class_or_camera_are_no_warning():
@@ -286,6 +292,13 @@ def test_wrong_options(scans, tmp_path, arguments, error, words):
         prepare("image_folder", "--source", scans, "--name", "scans", "--data_dir", tmp_path, *arguments)
 
 
+def test_a_split_can_have_any_name_of_letters(tmp_path, capsys):
+    folder = write_folder(tmp_path / "f", {f"a/{number}.jpg": jpeg(photograph(number)) for number in range(4)})
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--json"]
+    prepare(*arguments, "--splits", "source=0.5,target=0.5")
+    assert json.loads(capsys.readouterr().out)["num_examples"] == {"source": 2, "target": 2}
+
+
 def test_split_folders_are_not_divided_again(tmp_path):
     folder = write_folder(tmp_path / "f", {"train/a/1.jpg": jpeg(photograph(0))})
     with pytest.raises(UsageError, match="already divided into train"):
@@ -319,7 +332,13 @@ def test_a_class_without_training_images_is_refused(tmp_path):
 
 def test_hidden_and_system_names_are_no_part_of_a_folder(tmp_path, data, capsys):
     image = jpeg(photograph(0))
-    names = ["train/.ipynb_checkpoints/a.jpg", "train/__MACOSX/a.jpg", "train/daisy/._a.png", ".val/daisy/a.jpg"]
+    names = [
+        "train/.ipynb_checkpoints/a.jpg",
+        "train/__MACOSX/a.jpg",
+        "train/daisy/@eaDir/a.jpg/SYNO_M.jpg",
+        "train/daisy/._a.png",
+        ".val/daisy/a.jpg",
+    ]
     folder = write_folder(tmp_path / ".f", {name: b"no image" for name in names} | {"train/daisy/a.jpg": image})
     (folder / "train" / "tulip").mkdir()
     arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path]
@@ -378,8 +397,12 @@ def test_a_file_in_two_groups_is_refused(tmp_path):
     folder = write_folder(tmp_path / "f", {f"a/{number}.jpg": jpeg(photograph(number)) for number in range(3)})
     table = tmp_path / "table.csv"
     table.write_text("file,group\na/0.jpg,p1\na/1.jpg,p2\na/2.jpg,p3\na/0.jpg,p1\na/0.jpg,p2\n")
+    arguments = ["image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--groups", table]
     with pytest.raises(BadDataError, match=r"a/0\.jpg is in the groups p1 and p2"):
-        prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path, "--groups", table)
+        prepare(*arguments)
+    table.write_text("group,file\np1,a/0.jpg\np2\n")
+    with pytest.raises(BadDataError, match="line 3 has no file"):
+        prepare(*arguments)
 
 
 def test_a_class_whose_images_are_all_damaged_is_refused(tmp_path):
@@ -421,11 +444,11 @@ def test_nothing_left_of_a_folder_is_an_error(tmp_path):
     assert not (tmp_path / "f" / "1.0.0").exists()
 
 
-@pytest.mark.parametrize("link", ["cat/more", "puppy"])
-def test_a_link_does_not_change_the_label_of_an_image(tmp_path, link):
+@pytest.mark.parametrize(("link", "target"), [("cat/more", "dog"), ("puppy", "dog"), ("cat/2.jpg", "dog/1.jpg")])
+def test_a_link_does_not_change_the_label_of_an_image(tmp_path, link, target):
     folder = write_folder(tmp_path / "f", {f"{label}/1.jpg": jpeg(photograph(0)) for label in ("cat", "dog")})
-    (folder / link).symlink_to(folder / "dog")
-    with pytest.raises(BadDataError, match="is a link to one of the class 'dog'") as error:
+    (folder / link).symlink_to(folder / target)
+    with pytest.raises(BadDataError, match="leads to the class 'dog'") as error:
         prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
     assert error.value.where.endswith(link)
 
@@ -436,9 +459,23 @@ def test_two_classes_do_not_share_a_folder_elsewhere(tmp_path, first, second):
     other = write_folder(tmp_path / "other", {"1.jpg": jpeg(photograph(1))})
     for link in (first, second):
         (folder / link).symlink_to(other)
-    with pytest.raises(BadDataError, match="is a link to one of the class 'cat'") as error:
+    with pytest.raises(BadDataError, match="leads to the class 'cat'") as error:
         prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
     assert error.value.where.endswith(second)
+
+
+def test_classes_can_be_links_into_one_folder(tmp_path, capsys):
+    pool = write_folder(tmp_path / "pool", {f"{number}.jpg": jpeg(photograph(number)) for number in range(4)})
+    for number in range(4):
+        folder = tmp_path / "f" / "train" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").symlink_to(pool / f"{number}.jpg")
+    too_long = tmp_path / "f" / "train" / "cat" / "long.jpg"
+    too_long.symlink_to("a" * 255 + "/" + "b" * 300)
+    prepare("image_folder", "--source", tmp_path / "f", "--name", "f", "--data_dir", tmp_path, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_examples"] == {"train": 4}
+    assert report["skipped"] == {"a broken link or not a regular file": [str(too_long)]}
 
 
 def test_two_splits_do_not_share_images_by_a_link(tmp_path):

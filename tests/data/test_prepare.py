@@ -226,6 +226,14 @@ def test_a_missing_idx_file_says_where_debian_puts_it(tmp_path):
     assert "/usr/share/datasets/fashion-mnist" in error.value.fix
 
 
+def test_idx_files_of_another_size_are_refused(tmp_path):
+    write_idx(tmp_path)
+    narrow = struct.pack(">IIII", 2051, 20, 14, 56) + bytes(20 * 28 * 28)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(narrow))
+    with pytest.raises(BadDataError, match="14 x 56 pixels, not 28 x 28"):
+        prepare("fashion_mnist", "--source", tmp_path, "--data_dir", tmp_path)
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:-10], lambda data: b"", lambda data: gzip.compress(b"other")])
 def test_a_damaged_idx_file_is_refused(tmp_path, damage):
     write_idx(tmp_path)

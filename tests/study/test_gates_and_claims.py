@@ -12,8 +12,10 @@ import scipy.stats
 from tests.study.simulated import small_study, write_simulated
 from xception_jax import cli
 from xception_jax.errors import BadDataError, UsageError
+from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.study.cells import PREDICTIONS
+from xception_jax.study.claims import Claim, Part
 from xception_jax.study.collect import collect
 from xception_jax.study.design import DECAYS, RATES, PlannedComparison, Search
 from xception_jax.study.power import seeds_needed
@@ -142,15 +144,16 @@ def test_predictions_outlive_the_cells(tmp_path):
     assert [e.over_images for e in again.comparisons] == [e.over_images for e in before.comparisons]
 
 
-def test_predictions_of_other_images_do_not_count(tmp_path):
-    stored = write_simulated(tmp_path, few_arms())
-    cells = stored.cells()
+def test_predictions_of_other_images_are_refused_and_none_are_lost(tmp_path):
+    cells = write_simulated(tmp_path, few_arms()).cells()
     for number, cell in enumerate(cells):
-        write_predictions(cell, number, images=IMAGES if number else IMAGES + 1)
-    assert len(read_answers(tmp_path, cells[1:])) == len(cells) - 1
-    assert len(read_answers(tmp_path, cells)) == 1
-    results = collect_results(tmp_path)
-    assert all(np.isnan(entry.over_images.low) for entry in results.comparisons)
+        write_predictions(cell, number)
+    write_study_report(tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+    write_predictions(cells[0], 0, images=IMAGES + 1)
+    with pytest.raises(BadDataError, match="are of other images than those of"):
+        write_study_report(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
 
 
 def test_a_damaged_file_of_predictions(tmp_path):
@@ -206,6 +209,22 @@ def test_progress_counts_all_phases(tmp_path):
     after = f"simulated: {4 + len(cells)} of {total} cells done (after the search: {len(cells)} of {len(cells)})"
     assert headline(cells, 0, search).startswith(after)
     assert "(" not in headline(cells, 0)
+
+
+def test_an_arm_that_fails_at_every_rate_does_not_hide_the_others(tmp_path):
+    claim = Claim("X", "It is so.", (Part("part", ((*ARMS[1::-1], 1),), "above", -1),))
+    trials = tuple({"schedule.learning_rate": rate} for rate in (0.1, 0.2))
+    stored = write_simulated(tmp_path, few_arms(search=Search(trials), claims=(claim,)))
+    shutil.rmtree(tmp_path / "cells" / ARMS[2])
+    for cell in stored.search():
+        cell.prepare()
+        MetricsLog(cell.directory / "metrics.jsonl").write(9, "dev", {"ema_top1": 0.9})
+        cell.write_record(exit_code=70 if cell.arm == ARMS[2] else 0, seconds=1.0)
+    results = collect(stored)
+    assert not results.hidden
+    assert [claim.verdict for claim in results.claims] == ["supported"]
+    cell.write_record(exit_code=-9)  # of the arm that has failed: its trials go on, and it may get cells
+    assert collect(stored).hidden
 
 
 def test_power_plans_the_seeds_of_the_next_study(tmp_path, capsys):

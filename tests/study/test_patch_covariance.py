@@ -87,6 +87,10 @@ def test_what_cannot_be_measured(folder, tmp_path):
         measure_patches(str(folder), **options)
     with pytest.raises(InputMissingError, match="no image that can be read"):
         measure_patches(str(folder), **options | {"side": 41})
+    for path in (folder / "class").iterdir():
+        Image.new("RGB", (8, 8), "red").save(path)
+    with pytest.raises(BadDataError, match="all patches are equal"):
+        measure_patches(str(folder), **options)
     with pytest.raises(InputMissingError, match="no such folder and no such dataset"):
         measure_patches(str(folder / "nothing"), **options)
     (tmp_path / "empty").mkdir()

@@ -22,6 +22,11 @@ def test_t_interval_and_p_are_scipy_s(values):
     assert (ours.mean, ours.sd, ours.n) == (values.mean(), pytest.approx(values.std(ddof=1)), 5)
 
 
+def test_rounding_is_no_difference():
+    assert statistics.estimate([3e-18, 4e-18, 3e-18]).p == 1.0
+    assert statistics.from_error(-2e-16, 1e-17, 4, n=5).high == 0.0
+
+
 def test_the_bootstrap_is_scipy_s():
     values = np.random.default_rng(2).normal(0, 1, 40)
     ours = statistics.estimate(values)

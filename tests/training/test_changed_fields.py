@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -33,7 +34,7 @@ def config_of(environment, **fields):
     return config
 
 
-def test_a_run_resumes_with_what_may_change_and_refuses_the_rest(tmp_path, shared_environment, capsys):
+def test_a_run_resumes_with_what_may_change_and_refuses_the_rest(tmp_path, shared_environment, capsys, monkeypatch):
     weighted = config_of(shared_environment, loss__class_weights="balanced", logs__histograms=True)
     xception_jax.train(weighted, tmp_path)
     (path,) = (tmp_path / "tensorboard").iterdir()
@@ -58,9 +59,16 @@ def test_a_run_resumes_with_what_may_change_and_refuses_the_rest(tmp_path, share
     }
     assert (bool(records["7"]), bool(records["12"])) == (False, True)
 
-    stored = (tmp_path / "config.json").read_text()
+    files = ("config.json", "metrics.jsonl")
+    stored = [(tmp_path / name).read_text() for name in files]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        xception_jax.train(config_of(shared_environment, duration="24 steps", logs__wandb_project="w"), tmp_path)
+    with pytest.raises(ConfigError, match="features cannot be kept"):
+        xception_jax.train(config_of(shared_environment, data__cache_features=True), tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
     with pytest.raises(ConfigError, match="the run is at step 12, after the 8 steps"):
         xception_jax.train(config_of(shared_environment, duration="8 steps"), tmp_path)
     with pytest.raises(ConfigError, match="share images"):
         xception_jax.train(config_of(shared_environment, data__test_split="train[:8]"), tmp_path)
-    assert (tmp_path / "config.json").read_text() == stored
+    assert [(tmp_path / name).read_text() for name in files] == stored

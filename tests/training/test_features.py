@@ -190,10 +190,10 @@ def test_features_that_would_change_are_refused(config, fields, words):
     config = override(config, {**fields, **{f"model.{name}": value for name, value in SMALL.items()}})
     params = jax.eval_shape(create_model(config.model).init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     if words is None:
-        features._check(config, params)
+        features.check_features(config, params)
         return
     with pytest.raises(ConfigError, match=words) as error:
-        features._check(config, params)
+        features.check_features(config, params)
     assert error.value.where == "config.data.cache_features"
 
 

@@ -73,6 +73,12 @@ def test_decay_by_samples():
     assert float(schedule(1500)) == pytest.approx(0.0009)
 
 
+@pytest.mark.parametrize("field", ["warmup", "decay_every"])
+def test_a_schedule_can_be_longer_than_any_run(field):
+    config = override(resolve({}), {f"schedule.{field}": "3e9 steps"})
+    assert np.isfinite(make_schedule(config, 100)(5))
+
+
 def test_cosine_with_warmup():
     fields = {"schedule.name": "cosine", "schedule.learning_rate": 2.0, "schedule.warmup": "20 steps"}
     schedule = make_schedule(config_with(duration="100 steps", **fields), num_examples=1)

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=float,
             nargs="+",
             metavar="X",
-            help=f"{meaning}, one number or three; by default what the file tells, or 0.5: pixels from -1 to 1",
+            help=f"{meaning}, one number or three; default: the values in the file, or 0.5: pixels from -1 to 1",
         )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

@@ -42,7 +42,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.description = "Draws heat maps of the parts of images that speak for a class."
+    parser.description = "Draws heat maps of the parts of images that support a class."
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("images", nargs="+", metavar="PATH", help="images, or folders to search for images")

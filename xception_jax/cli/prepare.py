@@ -46,7 +46,7 @@ examples:
                          that of their class; links are followed, hidden names and __MACOSX are ignored
     xception-jax prepare image_folder --source ~/flowers --name flowers
     xception-jax prepare image_folder --source ~/flowers --name flowers --splits train=0.7,test=0.3
-                         all files of a patient on one side, named by a regular expression over the path with one
+                         all files of a patient in one split, named by a regular expression over the path with one
                          capture, or by a CSV file with the columns file and group
     xception-jax prepare image_folder --source ~/scans --name scans --groups '(patient\\d+)_'
     xception-jax prepare image_folder --source ~/scans --name scans --groups patients.csv

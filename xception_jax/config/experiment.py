@@ -23,7 +23,7 @@ class DataConfig(Section):
     train_split: str = text("train[:98%]", "modern: the rest is the development split")
     eval_split: str = text("train[98%:]", "modern: watched while training, so that test images are not tuned on")
     test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
-    image_size: int = integer(299, 1, "paper: section 4")
+    image_size: int = integer(299, 1, "paper: section 4", high=4096)
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
     random_labels: int = integer(
         -1, -1, "local: seed of a random label for each image of all splits, as a control; -1 keeps the labels"

@@ -110,15 +110,17 @@ def _compile(pattern: str) -> None:
         re.compile(pattern)
 
 
-def integer(default: int | None, low: int, source: str, *, unless: Mapping[str, tuple] | None = None) -> Any:
-    """Declares a whole number of at least `low`."""
+def integer(
+    default: int | None, low: int, source: str, *, high: int = MAX_INTEGER, unless: Mapping[str, tuple] | None = None
+) -> Any:
+    """Declares a whole number of at least `low` and at most `high`."""
 
     def check(value: Any) -> int:
         value = _integer(value)
-        _require(low <= value <= MAX_INTEGER)
+        _require(low <= value <= high)
         return value
 
-    expects = f"a whole number, at least {low}, at most {MAX_INTEGER:,}"
+    expects = f"a whole number, at least {low}, at most {high:,}"
     return _field(default, check, expects, source, int, unless)
 
 
@@ -129,16 +131,17 @@ def number(
     source: str,
     *,
     above: bool = False,
+    below: bool = False,
     unless: Mapping[str, tuple] | None = None,
 ) -> Any:
-    """Declares a float in [low, high], or in (low, high] if `above`."""
+    """Declares a float in [low, high]; `above` excludes `low`, and `below` excludes `high`."""
 
     def check(value: Any) -> float:
         value = _number(value)
-        _require((value > low if above else value >= low) and value <= high)
+        _require((value > low if above else value >= low) and (value < high if below else value <= high))
         return value
 
-    limit = "" if high == math.inf else f", at most {high:g}"
+    limit = "" if high == math.inf else f", {'below' if below else 'at most'} {high:g}"
     return _field(
         default, check, f"a number {'above' if above else 'of at least'} {low:g}{limit}", source, float, unless
     )

@@ -73,8 +73,8 @@ class LionConfig(OptimizerConfig):
     """Lion: the sign of an average of gradients."""
 
     name: str = "lion"
-    b1: float = number(0.9, 0.0, 1.0, "modern: weight of the past in the average of gradients")
-    b2: float = number(0.99, 0.0, 1.0, "modern: weight of the past in the second average")
+    b1: float = number(0.9, 0.0, 1.0, "modern: weight of the past in the average of gradients", below=True)
+    b2: float = number(0.99, 0.0, 1.0, "modern: weight of the past in the second average", below=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,9 @@ class AdamConfig(LionConfig):
     """Adam and AdamW."""
 
     name: str = "adam"
-    b2: float = number(0.999, 0.0, 1.0, "modern: weight of the past in the average of squares (default of lion: 0.99)")
+    b2: float = number(
+        0.999, 0.0, 1.0, "modern: weight of the past in the average of squares (default of lion: 0.99)", below=True
+    )
     epsilon: float = number(
         1e-8, 0.0, 10.0, "modern: added to the root of the average of squares (default of lamb: 1e-6)", above=True
     )

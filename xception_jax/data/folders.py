@@ -8,19 +8,22 @@ from pathlib import Path
 
 from xception_jax.errors import StorageError
 
+_IGNORED = ("__MACOSX", "@eaDir")
+
 
 def entries(folder: Path) -> list[tuple[Path, bool]]:
     """Returns the entries of a folder in alphabetical order, each with whether it is a folder or a link to one.
 
-    Hidden names ('.DS_Store', '.ipynb_checkpoints', '._photo.jpg') and the folder __MACOSX of archives are ignored.
+    Hidden names ('.DS_Store', '.ipynb_checkpoints', '._photo.jpg'), the folder __MACOSX of archives and the thumbnails
+    of network drives (@eaDir) are ignored.
 
     Raises:
       StorageError: the folder cannot be read.
     """
     try:
         paths = sorted(folder.iterdir())
-        visible = [path for path in paths if not path.name.startswith(".") and path.name != "__MACOSX"]
-        return [(path, path.is_dir()) for path in visible]
+        visible = [path for path in paths if not path.name.startswith(".") and path.name not in _IGNORED]
+        return [(path, os.path.isdir(path)) for path in visible]  # `is_dir` raises for a link that cannot be followed
     except OSError as error:
         raise StorageError(
             f"the folder cannot be read: {error.strerror}", str(folder), "grant read permission or use another folder"

@@ -149,7 +149,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
     """
     for name in names:
         if not name.strip() or _CONTROL.search(name):
-            what = f"the class name {_short(name)} is empty or has control characters"
+            what = f"the class name {_short(name)} is empty, has control characters or is not UTF-8"
             raise BadDataError(what, where, "rename the class: a name is one line of text")
     seen: dict[str, str] = {}
     for name in map(str.strip, names):  # TFDS strips the lines when it reads them

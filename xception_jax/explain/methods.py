@@ -75,8 +75,8 @@ def hires_cam(
 ) -> Explanation:
     """Computes HiResCAM (Draelos and Carin 2020, arXiv 2011.08891): gradient times activation, summed over channels.
 
-    Negative values speak against the class. At the last endpoint of a network with one Dense layer, a map sums to the
-    logit without its bias. Arguments are those of `grad_cam`.
+    Negative values are evidence against the class. At the last endpoint of a network with one Dense layer, a map sums
+    to the logit without its bias. Arguments are those of `grad_cam`.
     """
     activation, gradient, target = _differentiate(model, variables, images, classes, endpoint)
     return target._replace(maps=(gradient * activation).sum(-1))

@@ -12,7 +12,7 @@ class Method:
     Attributes:
       title: its name in text.
       options: the options that it reads.
-      is_signed: whether negative values, which speak against the class, are drawn as well.
+      is_signed: whether negative values, which are evidence against the class, are drawn as well.
       is_pixelwise: whether the map has a value per pixel of the input, which is noisy and smoothed for display.
     """
 

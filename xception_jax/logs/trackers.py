@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -42,13 +43,13 @@ class Tracker:
 
     Args:
       name: name of the service, for the warning.
-      connect: opens the connection.
+      connect: opens the connection. It is called with the first values.
     """
 
     def __init__(self, name: str, connect: Callable[[], Connection]):
         self._name = name
+        self._connect: Callable[[], Connection] | None = connect
         self._connection: Connection | None = None
-        self._connection = self._attempt(connect)
 
     def _attempt(self, action: Callable[..., Any], *args: Any) -> Any:
         # Services may raise any exception, and none of them should stop a training run.
@@ -59,24 +60,28 @@ class Tracker:
             log.warning("%s is off: %s: %s", self._name, type(error).__name__, str(error).partition("\n")[0])
             return None
 
+    def _send(self, kind: str, *args: Any) -> None:
+        if self._connect is not None:
+            connect, self._connect = self._connect, None
+            self._connection = self._attempt(connect)
+        if self._connection is not None:
+            self._attempt(getattr(self._connection, kind), *args)
+
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Sends the numbers of one entry, named 'split/name'."""
-        if self._connection is not None:
-            numbers = {f"{split}/{name}": float(value) for name, value in values.items()}
-            self._attempt(self._connection.numbers, step, numbers)
+        self._send("numbers", step, {f"{split}/{name}": float(value) for name, value in values.items()})
 
     def images(self, step: int, name: str, pixels: UInt8[np.ndarray, "n h w 3"]) -> None:
         """Sends RGB images under one name."""
-        if self._connection is not None:
-            self._attempt(self._connection.images, step, name, pixels)
+        self._send("images", step, name, pixels)
 
     def histograms(self, step: int, histograms: dict[str, Histogram]) -> None:
         """Sends the distributions of arrays by name."""
-        if self._connection is not None:
-            self._attempt(self._connection.histograms, step, histograms)
+        self._send("histograms", step, histograms)
 
     def close(self) -> None:
         """Flushes and closes the connection."""
+        self._connect = None
         if self._connection is not None:
             self._attempt(self._connection.close)
             self._connection = None
@@ -178,9 +183,13 @@ TRACKERS: dict[str, Callable[[ExperimentConfig, Path], Tracker]] = {
 
 
 def open_trackers(config: ExperimentConfig, workdir: Path) -> list[Tracker]:
-    """Opens the trackers that `config.logs` asks for.
+    """Returns the trackers that `config.logs` asks for, and none in other processes than process 0.
+
+    They connect when they get their first values.
 
     Raises:
       ConfigError: the package of one is not installed.
     """
+    if jax.process_index() > 0:
+        return []
     return [tracker(config, workdir) for field, tracker in TRACKERS.items() if getattr(config.logs, field)]

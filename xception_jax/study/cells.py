@@ -152,7 +152,7 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
 
     finished: dict[tuple[str, bool], Cell] = {}
     for cell in others:
-        if cell.state() == "done":
+        if cell.state() == "done" and (cell.directory / "metrics.jsonl").exists():
             for measured in {False, (cell.directory / ACTIVATIONS).exists()}:
                 finished.setdefault((key(cell), measured), cell)
     begun = (CHECKPOINTS, RECORD)

@@ -51,10 +51,15 @@ def collect(stored: StoredStudy) -> Results:
     A cell counts only if it ended with exit code 0. Counting an accuracy from before a failure would be a choice.
 
     If the study states claims, accuracies stay unknown until all cells have ended: whoever had read some of them could
-    no longer decide about seeds, gates or cells that failed without knowing the outcome.
+    no longer decide about seeds, gates or cells that failed without knowing the outcome. Cells of an arm without a
+    learning rate, because all of its trials have failed, are not waited for.
     """
     cells = stored.cells()
-    hidden = bool(stored.study.claims) and any(cell.state() in ("waiting", "stopped") for cell in cells)
+    trials = stored.search()
+    tuned = {arm.name for arm in stored.study.arms}
+    if trials and not _are_expected(trials):
+        tuned = set(stored.tuned())
+    hidden = bool(stored.study.claims) and _are_expected([cell for cell in cells if cell.arm in tuned])
     unknown = dict.fromkeys(ACCURACIES) if hidden else {}
     rows = tuple(row_of(stored, cell) | unknown for cell in cells)
     done = [row for row in rows if state_of(row["exit_code"]) == "done"]
@@ -80,6 +85,11 @@ def collect(stored: StoredStudy) -> Results:
         gates,
         answers,
     )
+
+
+def _are_expected(cells: Iterable[Cell]) -> bool:
+    """Returns whether some of the cells have not ended."""
+    return any(cell.state() in ("waiting", "stopped") for cell in cells)
 
 
 def _measured(stored: StoredStudy, samples: Mapping[str, Sample]) -> Measured:

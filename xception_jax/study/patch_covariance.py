@@ -101,7 +101,7 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
 
     Raises:
       InputMissingError: there is no such folder or dataset, or no image in it.
-      BadDataError: all images are grey.
+      BadDataError: all images are grey, or all patches are equal.
     """
     encoded = _encoded_images(source, split)
     chosen = np.unique(np.linspace(0, len(encoded) - 1, min(len(encoded), _MOST_IMAGES)).round().astype(int))
@@ -116,6 +116,8 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
     if np.ptp(values, axis=-1).max() == 0:
         fix = "name a set of colour images"
         raise BadDataError("all images are grey, so there are no correlations across channels", source, fix)
+    if np.ptp(values, axis=0).max() == 0:
+        raise BadDataError("all patches are equal, so there are no correlations", source, "name a set of photographs")
     raw, whitened = measure_covariance(covariance(values), values.shape[-1], rng)
     return PatchSeparability(source, len(used), len(found) - len(used), len(values), side, raw, whitened)
 
@@ -180,7 +182,7 @@ def _patches(
 
 
 def covariance(patches: Float[np.ndarray, "n s s c"]) -> Covariance:
-    """Returns the covariance of patches; its rows and columns are (channel, tap), the channel first."""
+    """Returns the covariance of at least two patches; its rows and columns are (channel, tap), the channel first."""
     flat = patches.reshape(len(patches), -1, patches.shape[-1]).transpose(0, 2, 1).reshape(len(patches), -1)
     return np.cov(flat, rowvar=False)
 

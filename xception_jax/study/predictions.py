@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt
 
+from xception_jax.errors import BadDataError
 from xception_jax.files import write_atomically
 from xception_jax.metrics.predictions import Predictions, load_predictions
 from xception_jax.study.cells import PREDICTIONS, Cell
@@ -43,10 +44,8 @@ class Answers:
 def read_answers(root: Path, cells: Iterable[Cell]) -> dict[tuple[str, int], Answers]:
     """Returns the predictions of the cells that have them, by arm and seed.
 
-    Cells with predictions of other images than those of the first cell are left out.
-
     Raises:
-      BadDataError: a file of predictions is damaged.
+      BadDataError: a file of predictions is damaged, or two cells have predictions of different images.
     """
     kept = _read(root / FILE) if (root / FILE).exists() else {}
     found: dict[tuple[str, int], Answers] = {}
@@ -55,8 +54,13 @@ def read_answers(root: Path, cells: Iterable[Cell]) -> dict[tuple[str, int], Ans
         answers = _answers(load_predictions(path)) if path.exists() else kept.get(key)
         if answers is not None:
             found[key] = answers
-    first = next(iter(found.values()), None)
-    return {key: each for key, each in found.items() if first and np.array_equal(each.index, first.index)}
+    first = next(iter(found.items()), None)
+    for (arm, seed), each in found.items():
+        if first and not np.array_equal(each.index, first[1].index):
+            other = f"{first[0][0]} seed {first[0][1]}"
+            what = f"the predictions of {arm} seed {seed} are of other images than those of {other}"
+            raise BadDataError(what, str(root), "train all cells on the same test split")
+    return found
 
 
 def write_answers(root: Path, answers: dict[tuple[str, int], Answers]) -> None:

@@ -53,6 +53,9 @@ class Estimate:
         return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
+_ROUNDING = 1e-12  # of means of equal accuracies in float64
+
+
 def from_error(
     mean: float,
     error: float,
@@ -64,8 +67,10 @@ def from_error(
 ) -> Estimate:
     """Returns the estimate of a mean with a given standard error: Student's interval and test.
 
-    With an error of zero the interval has zero width, and p is 0, or 1 if the mean is zero.
+    With an error of zero the interval has zero width, and p is 0, or 1 if the mean is zero. What is so small that only
+    rounding can be its cause is taken for zero.
     """
+    mean, error = (0.0 if abs(value) <= _ROUNDING else value for value in (mean, error))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, df)) * error
     p = math.nan if math.isnan(error) else float(mean == 0)
     if error > 0:

@@ -81,7 +81,8 @@ def _shares(data: DataConfig) -> tuple[float, float]:
     batches = EvaluationBatches(data.replace(workers=0), open_dataset(data, data.train_split), batch_size=count)
     iterator = iter(batches)
     try:
-        found = covariance(_blocks(next(iterator)["image"]))
+        batch = next(iterator)
+        found = covariance(_blocks(batch["image"][batch["mask"]]))
     finally:
         iterator.close()
     return kronecker_share(found, CHANNELS), kronecker_share(whiten(found, CHANNELS), CHANNELS)

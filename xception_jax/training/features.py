@@ -83,16 +83,12 @@ def with_features(
     """Returns the experiment with the features of its images, which are computed or read from disk.
 
     Args:
-      experiment: its config has `data.cache_features`.
+      experiment: its config has `data.cache_features` and passes `check_features`.
       state: the state to start from. Its frozen layers compute the features.
       report: called with one line before features are computed, and with an estimate of the time.
       poll: called after each batch. An exception that it raises ends the computation.
-
-    Raises:
-      ConfigError: features would change during the run, or there are several processes.
     """
     config = experiment.config
-    _check(config, state.params)
     frozen = {"params": _without_head(state.params), "batch_stats": state.batch_stats}
     weights = state_fingerprint(frozen)
     directory = resolve_data_dir(config.data.data_dir) / FOLDER
@@ -120,7 +116,16 @@ def _without_head(params: dict) -> dict:
     return unflatten_dict({name: leaf for name, leaf in flat.items() if not name.startswith(_HEAD)}, sep="/")
 
 
-def _check(config: ExperimentConfig, params: dict) -> None:
+def check_features(config: ExperimentConfig, params: dict) -> None:
+    """Checks that features can be computed once for the whole run.
+
+    Args:
+      config: the config of the experiment.
+      params: the parameters or their shapes.
+
+    Raises:
+      ConfigError: features would change during the run, or there are several processes.
+    """
     frozen = frozen_names(params, config.optimizer.frozen)
     trained = [name for name in flatten_dict(params, sep="/") if name not in frozen and not name.startswith(_HEAD)]
     reasons = {

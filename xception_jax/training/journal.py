@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +30,7 @@ from xception_jax.logs.console import (
     say,
 )
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
-from xception_jax.logs.trackers import Tracker, open_trackers
+from xception_jax.logs.trackers import Tracker
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.parallel import bytes_from_primary
@@ -60,9 +60,10 @@ class Journal:
       workdir: the work directory.
       step: the step that the run starts or resumes from. Later entries of an earlier attempt are dropped.
       started: `time.monotonic()` at the start of the program.
+      trackers: get all entries as well; the journal closes them.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Path, step: int, started: float):
+    def __init__(self, experiment: Experiment, workdir: Path, step: int, started: float, trackers: Sequence[Tracker]):
         config = experiment.config
         self._experiment, self._path, self._started = experiment, workdir / "metrics.jsonl", started
         self._log_every = experiment.every(config.log_every)
@@ -71,7 +72,7 @@ class Journal:
         self._interval: list[dict[str, float]] = []
         self._last_step = step
         self._estimate_at = step + _STEPS_TO_ESTIMATE
-        self._trackers: list[Tracker] = []
+        self._trackers = trackers
         everywhere = NamedSharding(experiment.mesh, PartitionSpec())
         self._histogram = jax.jit(functools.partial(jnp.histogram, bins=_BINS), out_shardings=everywhere)
         self._writes = jax.process_index() == 0
@@ -91,8 +92,7 @@ class Journal:
         self._interval = _unfinished_interval(entries, step)
         self._exit = contextlib.ExitStack()
         self._exit.callback(self._log.close)
-        self._trackers = open_trackers(config, workdir)
-        for tracker in self._trackers:
+        for tracker in trackers:
             self._exit.callback(tracker.close)
         self._line = self._exit.enter_context(ProgressLine(experiment.total_steps, step))
 

@@ -23,6 +23,7 @@ from xception_jax.config import (
     StaircaseConfig,
     duration_in_steps,
 )
+from xception_jax.config.fields import MAX_INTEGER
 from xception_jax.training.finetuning import multiply_rates, only_trained
 
 Mask = Callable[[Any], Any]  # from a parameter tree to the same tree of bools
@@ -61,7 +62,8 @@ def make_schedule(config: ExperimentConfig, num_examples: int) -> optax.Schedule
     """
 
     def steps(duration: str) -> int:
-        return duration_in_steps(duration, config.batch_size, num_examples)
+        """Optax counts steps in int32, and no run has more."""
+        return min(duration_in_steps(duration, config.batch_size, num_examples), MAX_INTEGER)
 
     peak, warmup = config.schedule.learning_rate, steps(config.schedule.warmup)
     main = SCHEDULES[config.schedule.name](config.schedule, steps, steps(config.duration) - warmup)

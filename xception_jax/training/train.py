@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from xception_jax.config import ExperimentConfig, flatten, resolve
 from xception_jax.errors import ConfigError
 from xception_jax.logs.console import announce
+from xception_jax.logs.trackers import open_trackers
 from xception_jax.processes import check_processes, connected, together
 from xception_jax.reports.live import marked_when_stopped
 from xception_jax.signals import StopRequested
@@ -20,7 +21,7 @@ from xception_jax.storage import checkpoint_directory
 from xception_jax.training.agreement import agree_on_config_and_code, agree_on_data, agree_on_weights, check_shared
 from xception_jax.training.compilation import use_compilation_cache
 from xception_jax.training.experiment import make_experiment
-from xception_jax.training.features import with_features
+from xception_jax.training.features import check_features, with_features
 from xception_jax.training.initial_weights import complete_config, first_state, starts_from_run
 from xception_jax.training.journal import Journal, print_once
 from xception_jax.training.loop import Loop
@@ -86,6 +87,9 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
         check_processes()
         with announce("reading the data and tracing the network", print_once):
             experiment = together("data", lambda: make_experiment(config))
+        trackers = together("trackers", lambda: open_trackers(config, directory.files))
+        if config.data.cache_features:
+            check_features(config, experiment.abstract.params)
         agree_on_data(experiment.data.fingerprint)
         stack.enter_context(jax.set_mesh(experiment.mesh))
         checkpoints = stack.enter_context(open_checkpoints(experiment, directory, print_once))
@@ -100,7 +104,7 @@ def _train(requested: ExperimentConfig, address: str, started: float) -> Summary
                 "set a config.duration of at least as many steps, or choose another work directory",
             )
         together("config.json", lambda: directory.write_config(config))
-        journal = stack.enter_context(Journal(experiment, directory.files, step, started))
+        journal = stack.enter_context(Journal(experiment, directory.files, step, started, trackers))
         journal.header(address, step)
         for evaluated, metrics in journal.evaluations("dev").items():  # a killed save has no record of its metrics
             checkpoints.score(evaluated, metrics)

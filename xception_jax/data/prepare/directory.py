@@ -24,7 +24,7 @@ from xception_jax.names import printable, printable_path
 WORK = "unsorted"
 """Subdirectory of an incomplete dataset for the records that are not in their shards yet."""
 
-_SOURCE = "source"  # file in WORK: identifies what the dataset is made of
+_SOURCE = ".source"  # file in WORK: identifies what the dataset is made of; no split has such a name
 _FORMAT = 1  # increased when the files in WORK, or the division into shards, change
 
 

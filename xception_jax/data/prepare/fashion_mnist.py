@@ -150,11 +150,16 @@ def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], 
 
     Raises:
       InputMissingError: a file is missing.
-      BadDataError: a file is damaged, or the numbers of images and labels differ.
+      BadDataError: a file is damaged, the images have another size, or the numbers of images and labels differ.
     """
     prefix = _FILE_PREFIXES[split]
     images = _read_idx(source / f"{prefix}-images-idx3-ubyte", num_dimensions=3)
     labels = _read_idx(source / f"{prefix}-labels-idx1-ubyte", num_dimensions=1)
+    if images.shape[1:] != (28, 28):
+        what = f"the images have {images.shape[1]} x {images.shape[2]} pixels, not 28 x 28"
+        raise BadDataError(
+            what, str(source / f"{prefix}-*"), "use the files of Fashion-MNIST, or `prepare image_folder`"
+        )
     if len(images) != len(labels):
         raise BadDataError(
             f"there are {len(images)} images but {len(labels)} labels",
@@ -165,19 +170,20 @@ def read_split(source: Path, split: str) -> tuple[UInt8[np.ndarray, "n 28 28"], 
 
 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    compressed = path.with_name(path.name + ".gz")
+    compressed = not path.is_file()
+    path = path.with_name(path.name + ".gz") if compressed else path
     try:
-        with open_regular(path if path.exists() else compressed) as file:
-            data = (file if path.exists() else gzip.GzipFile(fileobj=file)).read(_MAX_BYTES + 1)
+        with open_regular(path) as file:
+            data = (gzip.GzipFile(fileobj=file) if compressed else file).read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputMissingError(
-            f"{compressed.name} is missing",
-            str(compressed),
+            f"{path.name} is missing",
+            str(path),
             "point --source at the four files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist, then "
             "--source /usr/share/datasets/fashion-mnist)",
         ) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise BadDataError(f"the file is damaged: {error}", str(compressed), "download it again") from error
+        raise BadDataError(f"the file is damaged: {error}", str(path), "download it again") from error
     header = struct.Struct(f">HBB{num_dimensions}I")
     if len(data) >= header.size:
         zero, kind, dimensions, *shape = header.unpack_from(data)

@@ -20,6 +20,9 @@ from xception_jax.user_files import read_text, reading
 NUMBERED = r"([^/]+?)[-_. ]?\d+\.\w+$"
 """Captures the name of a file without its last number: 'patient12' of 'train/cat/patient12_003.jpg'."""
 
+FOLDER = r"^([^/]+/.+)/[^/]+$"
+"""Captures the folder of a file that is below the folder of its class: 'cat/patient12' of 'cat/patient12/003.jpg'."""
+
 _NAMED = 5
 _COLUMNS = ["file", "group"]
 
@@ -37,7 +40,8 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
       InputMissingError: there is no such CSV file.
       BadDataError: a file has no group, or the CSV file has other columns.
     """
-    found = _from_csv(expanded(groups, "--groups")) if groups.endswith(".csv") else _from_pattern(groups, keys)
+    is_table = groups.lower().endswith(".csv")
+    found = _from_csv(expanded(groups, "--groups")) if is_table else _from_pattern(groups, keys)
     if not any(key in found for key in keys):  # a table from Windows
         found = {file.replace("\\", "/"): group for file, group in found.items()}
     missing = [key for key in keys if not found.get(key)]
@@ -45,9 +49,7 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
         raise BadDataError(
             f"{len(missing):,} of {len(keys):,} files have no group",
             f"--groups {groups}: {some(missing)}",
-            "add them to the CSV file"
-            if groups.endswith(".csv")
-            else "use a regular expression that matches every path",
+            "add them to the CSV file" if is_table else "use a regular expression that matches every path",
         )
     return [found[key] for key in keys]
 
@@ -55,14 +57,18 @@ def read_groups(groups: str, keys: Sequence[str]) -> list[str]:
 def _from_csv(path: Path) -> dict[str, str]:
     fix = "write a first line 'file,group', then one line for each file, with its path relative to --source"
     with reading("table of groups", path, fix):
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        if not set(_COLUMNS) <= set(reader.fieldnames or ()):
-            raise ValueError(f"its columns are {', '.join(reader.fieldnames or ())}")
+        reader = csv.reader(io.StringIO(read_text(path), newline=""))
+        names = [name.strip() for name in next(reader, ())]
+        if not set(_COLUMNS) <= set(names):
+            raise ValueError(f"its columns are {', '.join(names)}")
         found: dict[str, str] = {}
-        for row in reader:
-            file = Path(row["file"]).as_posix()
-            if found.setdefault(file, row["group"]) != row["group"]:
-                raise ValueError(f"{file} is in the groups {found[file]} and {row['group']}")
+        for values in filter(None, reader):
+            row = dict(zip(names, map(str.strip, values), strict=False))
+            if not row.get("file"):
+                raise ValueError(f"line {reader.line_num} has no file")
+            file, group = Path(row["file"]).as_posix(), row.get("group", "")
+            if found.setdefault(file, group) != group:
+                raise ValueError(f"{file} is in the groups {found[file]} and {group}")
         return found
 
 
@@ -91,27 +97,28 @@ def check_groups(groups: Sequence[str], splits: Sequence[str], where: str) -> No
 
 
 def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence[str]) -> list[str]:
-    """Returns a warning in three lines if files with one name and different numbers are in different splits, else [].
+    """Returns a warning in three lines if files that may belong together are in different splits, else [].
 
-    Names that only tell the class or the camera ('rose_017.jpg', 'IMG_0042.jpg') are not considered: files must fall
-    into at least two names for each class, and a name must have at least two files on average. Neither are names that
-    are only a number ('0042.jpg').
+    These are files in one folder below that of their class, or files with one name and different numbers. Folders or
+    names that only tell the class or the camera ('rose_017.jpg', 'IMG_0042.jpg') are not considered: there must be at
+    least two for each class, with at least two files on average. Neither are names that are only a number ('0042.jpg').
     """
-    pattern = re.compile(NUMBERED)
-    names = {key: match[1] for key in keys if (match := pattern.search(key)) and not match[1].isdecimal()}
-    named = [(names[key], label, split) for key, label, split in zip(keys, labels, splits, strict=True) if key in names]
-    by_class = len({(name, label) for name, label, _ in named})
-    if by_class < 2 * len(set(labels)) or len(named) < 2 * by_class:
-        return []
-    found = _splits_of([name for name, _, _ in named], [split for _, _, split in named])
-    shared = [name for name in sorted(found) if len(found[name]) > 1]
-    if not shared:
-        return []
-    return [
-        f"warning: {len(shared):,} of {len(found):,} names are in several splits, numbered: {some(shared)}",
-        "  If these are frames of a video or images of a person, held-out accuracy will be 4 to 26 points too high.",
-        f"  To keep them together, prepare again with --overwrite --groups '{NUMBERED}'",
-    ]
+    for expression, kind in ((FOLDER, "folders below a class"), (NUMBERED, "names, without their numbers,")):
+        pattern = re.compile(expression)
+        names = {key: match[1] for key in keys if (match := pattern.search(key)) and not match[1].isdecimal()}
+        named = [(names[key], *row) for key, *row in zip(keys, labels, splits, strict=True) if key in names]
+        by_class = len({(name, label) for name, label, _ in named})
+        if by_class < 2 * len(set(labels)) or len(named) < 2 * by_class:
+            continue
+        found = _splits_of([name for name, _, _ in named], [split for _, _, split in named])
+        if shared := [name for name in sorted(found) if len(found[name]) > 1]:
+            return [
+                f"warning: {len(shared):,} of {len(found):,} {kind} are in several splits: {some(shared)}",
+                "  If these are frames of a video or images of a person, held-out accuracy will be 4 to 26 points too "
+                "high.",
+                f"  To keep them together, prepare again with --overwrite --groups '{expression}'",
+            ]
+    return []
 
 
 def _splits_of(groups: Sequence[str], splits: Sequence[str]) -> Mapping[str, set[str]]:

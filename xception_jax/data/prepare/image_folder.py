@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -248,13 +249,13 @@ def _divided_files(
 def _check_train(by_split: Mapping[str, list[_File]]) -> None:
     """Raises BadDataError if there is a split 'train' that lacks a class of another split."""
     classes = {file.label for file in by_split.get(TRAIN, ())}
-    same = {as_shown(label): label for label in classes}
+    same = {as_shown(label.strip()): label for label in classes}
     for split, files in by_split.items():
         for file in files:
             if TRAIN in by_split and file.label not in classes:
                 what = f"the class {file.label!r} of {split} has no images in train"
                 fix = f"rename or remove the folder; the classes of train are {', '.join(sorted(classes)[:10])}"
-                if (label := same.get(as_shown(file.label))) is not None:
+                if (label := same.get(as_shown(file.label.strip()))) is not None:
                     what = f"a class of {split} only looks like one of train: {file.label!a} and {label!a}"
                     fix = "give the two folders the same name"
                 raise BadDataError(what, str(file.path.parent), fix)
@@ -316,12 +317,10 @@ def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -
                 if of_split != folder:
                     what = f"the splits {of_split.name} and {folder.name} share a folder, by a link"
                     raise BadDataError(what, str(path.parent), "remove the link: each image belongs to one split")
-                other = _class_of(real, folder.resolve()) or label
-                if other != top.name:
-                    what = f"a folder of the class {top.name!r} is a link to one of the class {other!r}"
-                    fix = "remove the link: its images would have another label"
-                    raise BadDataError(what, str(path.parent), fix)
-            if not path.is_file():
+                _check_class(path.parent, _class_of(real, folder.resolve()) or label, top.name)
+            if is_folder and path.is_symlink():
+                _check_class(path, _class_of(path.resolve().parent, folder.resolve()) or top.name, top.name)
+            if not os.path.isfile(path):
                 skipped.add("a broken link or not a regular file", path)
             elif path.suffix.lower() not in images.SUFFIXES:
                 skipped.add("not the name of an image", path)
@@ -332,6 +331,12 @@ def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -
         if is_folder and len(found) == before:
             skipped.add("a class without images", top)
     return found
+
+
+def _check_class(link: Path, label: str, expected: str) -> None:
+    if label != expected:
+        what = f"a link in the class {expected!r} leads to the class {label!r}"
+        raise BadDataError(what, str(link), "remove the link: each image belongs to one class")
 
 
 def _class_of(real: Path, top: Path) -> str:

@@ -43,11 +43,11 @@ def imagenet_v2(source: Path, variant: str = "matched-frequency") -> Dataset:
     stem = f"imagenetv2-{VARIANTS[variant]}"
     archives = [path for path in (source / f"{stem}.tar.gz", source / f"{stem}.tar") if path.is_file()]
     others = [f"imagenetv2-{value}" for value in VARIANTS.values() if f"imagenetv2-{value}" != stem]
-    folders = [path for path in (source / f"{stem}-format-val", source) if (path / "0").is_dir()]
-    if folders and folders[0] == source and source.resolve().name.startswith(tuple(others)):
+    directories = [path for path in (source / f"{stem}-format-val", source) if (path / "0").is_dir()]
+    if directories and directories[0] == source and source.resolve().name.startswith(tuple(others)):
         raise BadDataError(f"the folder is another variant than {variant}", str(source), "name its variant instead")
-    if folders:
-        examples = _from_folder(folders[0])
+    if directories:
+        examples = _from_folder(directories[0])
     elif archives:
         examples = _from_archive(archives[0])
     else:
