@@ -21,7 +21,7 @@ from xception_jax import errors
 from xception_jax.cli import COMMANDS
 from xception_jax.command_line import Parser, field_help
 from xception_jax.config import FIELDS, Section
-from xception_jax.config.fields import Field
+from xception_jax.config.fields import MAX_INTEGER, Field
 
 SCRIPT = "xception-jax"
 
@@ -76,18 +76,19 @@ def _help_values(parser: argparse.ArgumentParser, action: argparse.Action) -> di
 
 
 def config_fields() -> str:
-    """Returns a table for each section of a config: fields, defaults, accepted values, and sources of the defaults."""
+    """Returns a table for each section of a config: fields, defaults, accepted values, sources and descriptions."""
     sections: dict[str, list[tuple[str, Field]]] = {}
     for name, field in FIELDS.items():
         sections.setdefault(name.rpartition(".")[0], []).append((name, field))
     lines = []
     for section, fields in sections.items():
         lines += [f"## {f'`config.{section}`' if section else 'The run'}", ""]
-        lines += ["| field | default | accepts | source of the default |", "|---|---|---|---|"]
+        lines += ["| field | default | accepts | source of the default, and what the field does |", "|---|---|---|---|"]
         for name, field in fields:
             owners = f" Only for {', '.join(f'`{owner}`' for owner in field.owners)}." if field.owners else ""
+            accepts = _cell(field.expects).replace(f", at most {MAX_INTEGER:,}", "")
             lines.append(
-                f"| `{name}` | `{field.default!r}` | {_cell(field.expects)}.{owners} | {_cell(field.source)} |"
+                f"| `{name.rpartition('.')[2]}` | `{field.default!r}` | {accepts}.{owners} | {_cell(field.source)} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ class DataConfig(Section):
     train_split: str = text("train[:98%]", "modern: the rest is the development split")
     eval_split: str = text("train[98%:]", "modern: watched while training, so that test images are not tuned on")
     test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
-    image_size: int = integer(299, 1, "paper: section 4", high=4096)
+    image_size: int = integer(299, 1, "paper: section 4; side of the images that the network sees", high=4096)
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
     random_labels: int = integer(
         -1, -1, "local: seed of a random label for each image of all splits, as a control; -1 keeps the labels"
@@ -145,8 +145,8 @@ class EvaluationConfig(Section):
 
     path: ClassVar[str] = "evaluation."
 
-    batch_size: int = integer(512, 1, "local")
-    every: str = span("1 epoch", "local")
+    batch_size: int = integer(512, 1, "local: images in a batch of an evaluation")
+    every: str = span("1 epoch", "local: how often the development split is evaluated")
     map_at: int = integer(100, 1, "paper: section 4.1, MAP@100")
     heat_maps: int = integer(0, 0, "local: images in the report with a heat map of the predicted class; 0 is off")
 
@@ -157,9 +157,11 @@ class CheckpointConfig(Section):
 
     path: ClassVar[str] = "checkpoint."
 
-    every: str = span("1 epoch", "local")
-    keep_latest: int = integer(2, 1, "local")
-    keep_best: int = integer(1, 0, "local: besides the latest; by top-1, or MAP for several labels")
+    every: str = span("1 epoch", "local: how often the state is saved")
+    keep_latest: int = integer(2, 1, "local: number of the newest checkpoints that are kept")
+    keep_best: int = integer(
+        1, 0, "local: number of the best that are kept as well; by top-1, or MAP for several labels"
+    )
     allow_dataset_change: bool = flag(False, "local: resume although the dataset is another one")
 
 
@@ -199,9 +201,9 @@ class ExperimentConfig(Section):
     seed: int = integer(0, 0, "local: initialization, data order, augmentation and dropout all derive from it")
     model: ModelConfig = variants(NETWORKS, "paper: section 3, table 3")
     data: DataConfig = DataConfig()
-    batch_size: int = integer(1920, 1, "inferred: 60 replicas of 32")
+    batch_size: int = integer(1920, 1, "inferred: 60 replicas of 32; images in a step, on all devices together")
     accumulation_steps: int = integer(1, 1, "local: microbatches whose gradients are averaged in one step")
-    duration: str = span("169 epochs", "inferred: 113,000 steps")
+    duration: str = span("169 epochs", "inferred: 113,000 steps; length of the run")
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = variants(OPTIMIZERS, "paper: section 4.2")
@@ -210,7 +212,7 @@ class ExperimentConfig(Section):
     max_bad_steps: int = integer(10, 1, "local: non-finite steps in a row before the run goes back to a checkpoint")
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
-    log_every: str = span("50 steps", "local")
+    log_every: str = span("50 steps", "local: how often training metrics are logged")
     profile: int = integer(0, 0, "local: steps to trace, after the first two, into <workdir>/profile; 0 is off")
     watchdog: WatchdogConfig = WatchdogConfig()
     compilation_cache: str = text("", "local: directory for compiled programs; empty leaves it to JAX")

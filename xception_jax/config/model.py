@@ -25,8 +25,8 @@ class BatchNormConfig(Section):
 
     path: ClassVar[str] = "model.batch_norm."
 
-    momentum: float = number(0.99, 0.0, 1.0, "reference: Keras")
-    epsilon: float = number(1e-3, 0.0, 1.0, "reference: Keras", above=True)
+    momentum: float = number(0.99, 0.0, 1.0, "reference: Keras; weight of the past in the running averages")
+    epsilon: float = number(1e-3, 0.0, 1.0, "reference: Keras; added to the variance", above=True)
     scale: bool = flag(True, "paper: table 3 counts it; default of inception_v3: False, as in Keras")
     statistics: str | int = choice_or_integer("global", ("global", "device"), 1, "inferred: the paper's is per device")
 
@@ -38,11 +38,15 @@ class ModelConfig(Section):
     path: ClassVar[str] = "model."
 
     name: str = ""
-    num_classes: int = integer(1000, 1, "paper: section 4, ImageNet")
-    width_multiplier: float = number(1.0, 0.0, 64.0, "paper: figure 5 has 1", above=True)
-    fc_layers: int = integer(0, 0, "paper: section 4.5.1, layers of 4,096 units before the classifier (JFT: 2)")
-    fc_width: int = integer(4096, 1, "paper: section 4.5.1", unless={"fc_layers": (0,)})
-    dropout_rate: float = number(0.5, 0.0, 0.99, "paper: section 4.3 (ImageNet 0.5, JFT none)")
+    num_classes: int = integer(1000, 1, "paper: section 4, ImageNet; number of classes")
+    width_multiplier: float = number(
+        1.0, 0.0, 64.0, "paper: figure 5 has 1; factor of the number of channels of every layer", above=True
+    )
+    fc_layers: int = integer(0, 0, "paper: section 4.5.1; fully connected layers in front of the classifier (JFT: 2)")
+    fc_width: int = integer(4096, 1, "paper: section 4.5.1; units of each of these layers", unless={"fc_layers": (0,)})
+    dropout_rate: float = number(
+        0.5, 0.0, 0.99, "paper: section 4.3 (ImageNet 0.5, JFT none); dropout in front of the classifier"
+    )
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
     dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
     batch_norm: BatchNormConfig = BatchNormConfig()
@@ -58,14 +62,18 @@ class XceptionConfig(ModelConfig):
     """Xception (figure 5) and its variations along the axes that the paper asks about."""
 
     name: str = "xception"
-    middle_blocks: int = integer(8, 0, "paper: figure 5")
+    middle_blocks: int = integer(8, 0, "paper: figure 5; residual blocks of the middle flow")
     module: str = choice(
         "separable",
         ("separable", "inception", "regular"),
         "paper: figure 5 has separable convolutions; 'regular' is one convolution without a pointwise partner",
     )
     segments: str | int = choice_or_integer(
-        "depthwise", ("depthwise",), 1, "paper: section 1.2, the end of the spectrum", unless=_OTHER_MODULES
+        "depthwise",
+        ("depthwise",),
+        1,
+        "paper: section 1.2, the end of the spectrum; groups of channels in each spatial convolution",
+        unless=_OTHER_MODULES,
     )
     group_width: str | int | None = choice_or_integer(
         None,
@@ -77,7 +85,7 @@ class XceptionConfig(ModelConfig):
     order: str = choice(
         "depthwise_first",
         ("depthwise_first", "pointwise_first"),
-        "reference: as Keras' layer",
+        "reference: as Keras' layer; which of the two convolutions comes first",
         unless=_OTHER_MODULES,
     )
     intermediate_activation: str = choice(
@@ -96,9 +104,11 @@ class XceptionConfig(ModelConfig):
     intermediate_batch_norm: bool = flag(
         False, "paper: section 3, none between the two convolutions; MobileNets have it", unless=_OTHER_MODULES
     )
-    depth_multiplier: int = integer(1, 1, "reference", unless=_OTHER_MODULES)
-    residual: bool = flag(True, "paper: section 4.6, figure 9")
-    kernel_size: int = integer(3, 1, "paper: figure 5")
+    depth_multiplier: int = integer(
+        1, 1, "reference: Keras; spatial filters for each channel of a separable convolution", unless=_OTHER_MODULES
+    )
+    residual: bool = flag(True, "paper: section 4.6, figure 9; residual connections")
+    kernel_size: int = integer(3, 1, "paper: figure 5; side of the spatial filters of all blocks")
     stem: str = choice(
         "imagenet",
         ("imagenet", "small", "module"),
@@ -183,7 +193,7 @@ class InceptionV3Config(ModelConfig):
 
     name: str = "inception_v3"
     batch_norm: BatchNormConfig = BatchNormConfig(scale=False)  # as in TF-Slim and Keras
-    aux_head: bool = flag(False, "paper: section 4.3, not used")
+    aux_head: bool = flag(False, "paper: section 4.3, not used; an auxiliary classifier, in training only")
 
     @property
     def smallest_side(self) -> int:

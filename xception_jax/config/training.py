@@ -20,7 +20,9 @@ class LossConfig(Section):
     path: ClassVar[str] = "loss."
 
     name: str = choice("softmax", ("softmax", "sigmoid"), "paper: section 4 (ImageNet); inferred for JFT")
-    label_smoothing: float = number(0.1, 0.0, 0.99, "inferred: as in Inception V3")
+    label_smoothing: float = number(
+        0.1, 0.0, 0.99, "inferred: as in Inception V3; share of a label that is spread over all classes"
+    )
     class_weights: str | tuple[float, ...] = class_weights(
         "modern: of the loss in training; 'balanced' is the inverse of the frequency of a class, 1 on average"
     )
@@ -55,8 +57,8 @@ class SGDConfig(OptimizerConfig):
     """SGD with momentum."""
 
     name: str = "sgd"
-    momentum: float = number(0.9, 0.0, 1.0, "paper: section 4.2")
-    nesterov: bool = flag(False, "inferred")
+    momentum: float = number(0.9, 0.0, 1.0, "paper: section 4.2; share of the last update that is kept")
+    nesterov: bool = flag(False, "inferred: not mentioned; Nesterov's form of momentum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,12 @@ class RMSPropConfig(SGDConfig):
     """RMSprop with momentum."""
 
     name: str = "rmsprop"
-    rmsprop_decay: float = number(0.9, 0.0, 1.0, "inferred: as in Inception V3")
-    rmsprop_epsilon: float = number(1.0, 0.0, 10.0, "inferred: as in Inception V3", above=True)
+    rmsprop_decay: float = number(
+        0.9, 0.0, 1.0, "inferred: as in Inception V3; weight of the past in the average of squares"
+    )
+    rmsprop_epsilon: float = number(
+        1.0, 0.0, 10.0, "inferred: as in Inception V3; added to the average of squares", above=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +121,10 @@ class ScheduleConfig(Section):
     path: ClassVar[str] = "schedule."
 
     name: str = ""
-    learning_rate: float = number(0.045, 0.0, 1e12, "paper: section 4.2", above=True)
-    warmup: str = span("0 steps", "modern: 5 epochs is common", zero=True)
+    learning_rate: float = number(
+        0.045, 0.0, 1e12, "paper: section 4.2; of the first step, or after the warm-up", above=True
+    )
+    warmup: str = span("0 steps", "modern: 5 epochs is common; duration of the linear rise from zero", zero=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +132,10 @@ class StaircaseConfig(ScheduleConfig):
     """A rate that falls by a factor at even distances."""
 
     name: str = "staircase"
-    decay_rate: float = number(0.94, 0.0, 1.0, "paper: section 4.2", above=True)
-    decay_every: str = span("2 epochs", "paper: section 4.2")
+    decay_rate: float = number(
+        0.94, 0.0, 1.0, "paper: section 4.2; factor of the learning rate at each decay", above=True
+    )
+    decay_every: str = span("2 epochs", "paper: section 4.2; duration between two decays")
 
 
 SCHEDULES: dict[str, ScheduleConfig] = {

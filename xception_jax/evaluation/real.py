@@ -77,7 +77,7 @@ def real_accuracy(predictions: Predictions, numbers: list[int], labels: list[fro
       intervals of both.
     """
     hits = []
-    for index, classes in zip(predictions.index, predictions.classes[:, :4], strict=True):
+    for index, classes in zip(predictions.index, predictions.classes[:, :5], strict=True):
         if accepted := labels[numbers[int(index)] - 1]:
             hits.append([int(label) in accepted for label in classes])
     count = len(hits)
