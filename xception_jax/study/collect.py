@@ -57,9 +57,9 @@ def collect(stored: StoredStudy) -> Results:
     cells = stored.cells()
     trials = stored.search()
     tuned = {arm.name for arm in stored.study.arms}
-    if trials and not _are_expected(trials):
+    if trials and not _some_unfinished(trials):
         tuned = set(stored.tuned())
-    hidden = bool(stored.study.claims) and _are_expected([cell for cell in cells if cell.arm in tuned])
+    hidden = bool(stored.study.claims) and _some_unfinished([cell for cell in cells if cell.arm in tuned])
     unknown = dict.fromkeys(ACCURACIES) if hidden else {}
     rows = tuple(row_of(stored, cell) | unknown for cell in cells)
     done = [row for row in rows if state_of(row["exit_code"]) == "done"]
@@ -87,7 +87,7 @@ def collect(stored: StoredStudy) -> Results:
     )
 
 
-def _are_expected(cells: Iterable[Cell]) -> bool:
+def _some_unfinished(cells: Iterable[Cell]) -> bool:
     """Returns whether some of the cells have not ended."""
     return any(cell.state() in ("waiting", "stopped") for cell in cells)
 

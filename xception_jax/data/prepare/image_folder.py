@@ -307,6 +307,7 @@ def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -
       BadDataError: two classes or two splits share a folder, by a link.
     """
     found: dict[Path, str] = {}
+    real_folder = folder.resolve()
     for top, is_folder in folders.entries(folder):
         before, checked = len(found), set[Path]()
         for path in folders.files(top, but=folder) if is_folder else (top,):
@@ -317,9 +318,9 @@ def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -
                 if of_split != folder:
                     what = f"the splits {of_split.name} and {folder.name} share a folder, by a link"
                     raise BadDataError(what, str(path.parent), "remove the link: each image belongs to one split")
-                _check_class(path.parent, _class_of(real, folder.resolve()) or label, top.name)
+                _check_class(path.parent, _class_of(real, real_folder) or label, top.name)
             if is_folder and path.is_symlink():
-                _check_class(path, _class_of(path.resolve().parent, folder.resolve()) or top.name, top.name)
+                _check_class(path, _class_of(path.resolve().parent, real_folder) or top.name, top.name)
             if not os.path.isfile(path):
                 skipped.add("a broken link or not a regular file", path)
             elif path.suffix.lower() not in images.SUFFIXES:
