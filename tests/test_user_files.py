@@ -59,6 +59,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "study": lambda path: load_study(f"{path}.py"),
     "study.json": _inside("study.json", lambda path: read_study(path)),
     "metrics.jsonl": read_metrics,
+    "metrics.jsonl.xz": lambda path: read_metrics(f"{path}.xz"),
     "--real": lambda path: load_real_labels(path, 1000),
     "--evaluation": lambda path: read_evaluation(path, None),
     "--compare": lambda path: compare_files(str(path), str(path)),
@@ -73,7 +74,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 # replaced.
 LENIENT = ("metrics.jsonl", "--classes", "config.json of a run that resumes")
 # A run that has no config yet gets one.
-MAY_BE_MISSING = ("metrics.jsonl", "config.json of a run that resumes")
+MAY_BE_MISSING = ("metrics.jsonl", "metrics.jsonl.xz", "config.json of a run that resumes")
 
 
 def _zip_with_array(header: dict, content: bytes) -> bytes:
@@ -133,7 +134,7 @@ def test_a_reader_answers_in_three_lines(reader, tmp_path):
     for number, kind in enumerate(KINDS):
         path = tmp_path / str(number)
         make(path, kind)
-        suffix = {"--config": ".py", "study": ".py", "--groups": ".csv"}.get(reader)
+        suffix = {"--config": ".py", "study": ".py", "--groups": ".csv", "metrics.jsonl.xz": ".xz"}.get(reader)
         if suffix and os.path.lexists(path):
             os.rename(path, f"{path}{suffix}") if kind != "loop" else Path(f"{path}{suffix}").symlink_to(path)
         try:

@@ -2,8 +2,10 @@ import csv
 import dataclasses
 import io
 import json
+import lzma
 import math
 import re
+import subprocess
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,10 +15,10 @@ import scipy.stats
 from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import BadDataError, InputMissingError
-from xception_jax.logs.metrics_log import MetricsLog
+from xception_jax.logs.metrics_log import MAX_DECOMPRESSED_BYTES, MetricsLog, read_metrics
 from xception_jax.models import cost
 from xception_jax.study import statistics
-from xception_jax.study.collect import _curve, _interaction_outcome
+from xception_jax.study.collect import _curve, _interaction_outcome, collect
 from xception_jax.study.controls import EQUAL_WITHIN, ArmCost, cost_headline
 from xception_jax.study.design import COSTS
 from xception_jax.study.progress_table import ProgressTable
@@ -93,6 +95,40 @@ def test_a_curve_is_the_mean_of_finished_cells_at_their_common_steps(tmp_path):
     assert list(steps) == [10, 20]
     assert mean == pytest.approx([0.55, 0.65])
     assert half == pytest.approx(scipy.stats.t.ppf(0.975, 1) * np.array([0.05, 0.05]))
+
+
+def test_metrics_may_be_compressed_when_cells_are_done(tmp_path):
+    stored = write_simulated(tmp_path, small_study())
+    before = json.dumps(collect(stored).to_json())
+    for cell in stored.cells():
+        subprocess.run(["xz", cell.metrics_file()], check=True)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+    assert json.dumps(collect(stored).to_json()) == before
+    copy = dataclasses.replace(stored.cells()[0], directory=tmp_path / "copy")
+    copy.take_over(stored.cells()[0])
+    assert read_metrics(copy.metrics_file()) == read_metrics(stored.cells()[0].metrics_file()) != []
+
+
+@pytest.mark.parametrize("spoil", [lambda content: content[:-20], lambda content: b"", lambda content: b"x" + content])
+def test_damaged_compressed_metrics_are_named(spoil, tmp_path):
+    path = tmp_path / "metrics.jsonl.xz"
+    path.write_bytes(spoil(lzma.compress(b'{"step": 1, "split": "dev"}\n' * 100)))
+    with pytest.raises(BadDataError, match=r"metrics\.jsonl\.xz"):
+        read_metrics(path)
+
+
+def test_metrics_that_decompress_to_gigabytes_are_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl.xz"
+    path.write_bytes(lzma.compress(b"0" * (MAX_DECOMPRESSED_BYTES + 1), preset=0))
+    with pytest.raises(BadDataError, match="decompresses to more than"):
+        read_metrics(path)
+
+
+def test_a_cell_that_is_done_but_has_lost_its_metrics_is_named(tmp_path):
+    stored = write_simulated(tmp_path, small_study())
+    stored.cells()[0].metrics_file().unlink()
+    with pytest.raises(BadDataError, match="is done, but its accuracy is not known"):
+        collect(stored)
 
 
 def test_a_course_of_which_nothing_is_expected_has_no_outcome(tmp_path):

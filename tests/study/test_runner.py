@@ -265,7 +265,8 @@ def searched(tmp_path):
 
 def finish(cell, accuracy, exit_code=0):
     cell.prepare()
-    (cell.directory / "metrics.jsonl").write_text(json.dumps({"step": 9, "split": "dev", "ema_top1": accuracy}) + "\n")
+    entries = ({"step": 9, "split": split, "ema_top1": accuracy} for split in ("dev", "test"))
+    (cell.directory / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     cell.write_record(exit_code=exit_code, seconds=1.0)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import lzma
 import math
 import os
 import time
@@ -25,6 +26,7 @@ from xception_jax.user_files import parse_json, read_bytes, reading
 log = logging.getLogger(__name__)
 
 MAX_METRICS_BYTES = 2 * 2**30  # a run of millions of steps that logs each
+MAX_DECOMPRESSED_BYTES = 2**28  # a few kilobytes can decompress to gigabytes
 
 
 def _plain(value: Any) -> Any:
@@ -87,7 +89,8 @@ def _decode(content: bytes) -> list[dict[str, Any]]:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the entries of a metrics.jsonl in order, with null as NaN. A missing file has no entries.
 
-    Skips incomplete lines, so it can read the file of a run that is still training.
+    Skips incomplete lines, so it can read the file of a run that is still training. A file whose name ends in .xz is
+    decompressed.
 
     Raises:
       UserError: the file cannot be read, or is too large.
@@ -95,11 +98,21 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     try:
         with reading("metrics", path, "restore the file from a copy, or move it away"):
             content = read_bytes(path, MAX_METRICS_BYTES)
+            if os.fspath(path).endswith(".xz"):
+                content = _decompress(content)
     except InputMissingError:
         if os.path.lexists(path):
             raise
         return []
     return _decode(content)
+
+
+def _decompress(content: bytes) -> bytes:
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_DECOMPRESSED_BYTES)
+    decompressed = decompressor.decompress(content, MAX_DECOMPRESSED_BYTES)
+    if not decompressor.eof:
+        raise ValueError(f"it is incomplete, or decompresses to more than {MAX_DECOMPRESSED_BYTES:,} bytes")
+    return decompressed
 
 
 class MetricsLog:

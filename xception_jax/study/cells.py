@@ -19,7 +19,7 @@ from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Study
-from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK
+from xception_jax.training.workdir import CHECKPOINTS, CONFIG, LOCK, METRICS
 from xception_jax.user_files import read_json
 
 RECORD = "cell.json"
@@ -95,6 +95,11 @@ class Cell:
         """Returns its state according to its record."""
         return state_of(self.record().get("exit_code"))
 
+    def metrics_file(self) -> Path:
+        """Returns the path of its metrics.jsonl, or of metrics.jsonl.xz if there is only that."""
+        plain, compressed = self.directory / METRICS, self.directory / f"{METRICS}.xz"
+        return compressed if compressed.exists() and not plain.exists() else plain
+
     def write_record(self, **values: Any) -> None:
         """Updates the record with `values`."""
         write_atomically(self.directory / RECORD, json.dumps(self.record() | values) + "\n")
@@ -119,8 +124,7 @@ class Cell:
     def take_over(self, other: Cell) -> None:
         """Copies the result of another cell with an equal config. Checkpoints are not copied."""
         self.prepare()
-        shutil.copyfile(other.directory / "metrics.jsonl", self.directory / "metrics.jsonl")
-        for name in (PREDICTIONS, ACTIVATIONS):
+        for name in (other.metrics_file().name, PREDICTIONS, ACTIVATIONS):
             if (other.directory / name).exists():  # not in cells of earlier releases, or of studies that do not measure
                 shutil.copyfile(other.directory / name, self.directory / name)
         self.write_record(**other.record() | {"config_hash": self.config_hash, "reused_from": other.config.name})
@@ -152,7 +156,7 @@ def find_equal(cells: Iterable[Cell], others: Iterable[Cell]) -> list[tuple[Cell
 
     finished: dict[tuple[str, bool], Cell] = {}
     for cell in others:
-        if cell.state() == "done" and (cell.directory / "metrics.jsonl").exists():
+        if cell.state() == "done" and cell.metrics_file().exists():
             for measured in {False, (cell.directory / ACTIVATIONS).exists()}:
                 finished.setdefault((key(cell), measured), cell)
     begun = (CHECKPOINTS, RECORD)
@@ -221,11 +225,7 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         assert cell.trial is not None
         if cell.state() != "done":
             continue
-        accuracy = read_outcome(cell, study.metric)["dev_accuracy"]
-        if accuracy is None:
-            fix = "restore its metrics.jsonl, or delete the directory to run it again"
-            raise BadDataError(f"{cell.name} is done, but its accuracy is not known", str(cell.directory), fix)
-        known[cell.arm, cell.trial] = accuracy
+        known[cell.arm, cell.trial] = final_accuracy(cell, study.metric, "dev")
     chosen = {}
     for arm in study.arms:
         means = {
@@ -279,14 +279,14 @@ def _train_accuracy(entries: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
-    """Reads the outcome of a cell so far from its metrics.jsonl.
+    """Reads the outcome of a cell so far from its metrics.
 
     Returns:
       steps; test_accuracy and dev_accuracy (the metric in the last entry of each split); train_accuracy (top-1 on the
       augmented images of the last log intervals, of `TRAIN_STEPS` steps or more); images_per_second (median over
       training); seconds of wall time. Values that are not known yet are None.
     """
-    entries = read_metrics(cell.directory / "metrics.jsonl")
+    entries = read_metrics(cell.metrics_file())
     last: dict[str, dict[str, Any]] = {entry["split"]: entry for entry in entries}
     train = [e["images_per_second"] for e in entries if e["split"] == "train" and e.get("images_per_second")]
     return {
@@ -297,3 +297,16 @@ def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
         "images_per_second": statistics.median(train) if train else None,
         "seconds": max((entry.get("seconds", 0.0) for entry in entries), default=0.0),
     }
+
+
+def final_accuracy(cell: Cell, metric: str, split: Literal["dev", "test"]) -> float:
+    """Returns the accuracy of a cell that is done.
+
+    Raises:
+      BadDataError: its metrics are lost.
+    """
+    accuracy = read_outcome(cell, metric)[f"{split}_accuracy"]
+    if accuracy is None:
+        fix = f"restore its {METRICS}, or delete the directory to run it again"
+        raise BadDataError(f"{cell.name} is done, but its accuracy is not known", str(cell.directory), fix)
+    return accuracy

@@ -229,7 +229,7 @@ def _curve(cells: list[Cell], split: str, metric: str) -> Curve:
     curves = []
     for cell in cells:
         if cell.state() == "done":
-            entries = read_metrics(cell.directory / "metrics.jsonl")
+            entries = read_metrics(cell.metrics_file())
             curves.append({e["step"]: e[metric] for e in entries if e["split"] == split and metric in e})
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     points = np.array([[curve[step] for curve in curves] for step in steps]).reshape(len(steps), len(curves))

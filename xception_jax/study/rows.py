@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from xception_jax.study.activation_files import ACTIVATION_COLUMNS, activation_columns, read_activations
-from xception_jax.study.cells import Cell, read_outcome
+from xception_jax.study.cells import Cell, final_accuracy, read_outcome
 from xception_jax.study.store import StoredStudy
 
 COLUMNS = (
@@ -19,8 +19,14 @@ ACCURACIES = ("test_accuracy", "dev_accuracy", "train_accuracy")
 
 
 def row_of(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
-    """Returns the row of a cell, with None for values that are not known."""
+    """Returns the row of a cell, with None for values that are not known.
+
+    Raises:
+      BadDataError: the cell is done, but has lost its test accuracy.
+    """
     cost, config = stored.costs[cell.arm], cell.config
+    if cell.state() == "done":
+        final_accuracy(cell, stored.study.metric, "test")
     record = cell.record()
     values = (
         dataclasses.asdict(cost)
