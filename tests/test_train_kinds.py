@@ -12,6 +12,7 @@ from tests.data.small_imagenet import jpeg, photograph, write_small_imagenet
 from tests.tiny_run import TINY, three_lines
 from xception_jax.data.prepare.writer import Dataset, write_dataset
 from xception_jax.logs.metrics_log import read_metrics
+from xception_jax.metrics.predictions import load_predictions
 
 
 @pytest.mark.slow
@@ -65,7 +66,8 @@ def test_a_run_goes_on_where_more_damage_is_allowed(run_python, tmp_path):
     )
     images = [jpeg(photograph(number)) for number in range(19)] + [b"no image"]
     examples = [(str(n), {"image": image, "label": n % 10}) for n, image in enumerate(images)]
-    write_dataset(Dataset("mended", features, {"train": examples}, "Test images."), tmp_path, progress=False)
+    splits = {"train": examples, "test": examples}
+    write_dataset(Dataset("mended", features, splits, "Test images."), tmp_path, progress=False)
     process = run_python(
         "train.py",
         *TINY,
@@ -74,13 +76,17 @@ def test_a_run_goes_on_where_more_damage_is_allowed(run_python, tmp_path):
         "--config.data.name=mended",
         "--config.data.train_split=train",
         "--config.data.eval_split=",
-        "--config.data.test_split=",
+        "--config.data.test_split=test",
         "--config.data.max_bad_fraction=0.06",
         "--config.batch_size=10",
         "--config.duration=4 steps",
     )
     assert process.returncode == 0, process.stderr
-    assert process.stderr.count("is damaged; the next image replaces it") == 1
+    assert process.stderr.count("image 19 of train is damaged and is replaced by the next image") == 1
+    assert process.stderr.count("image 19 of test is damaged and is left out") == 1
+    tested = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (tested["split"], tested["count"], tested["damaged"]) == ("test", 19, 1)
+    assert load_predictions(tmp_path / "run" / "predictions_test.npz").index.tolist() == list(range(19))
 
 
 @pytest.mark.slow

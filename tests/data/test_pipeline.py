@@ -348,7 +348,7 @@ def test_too_many_damaged_images_stop_a_run_and_are_named(damaged_data):
 def test_a_damaged_image_that_comes_again_is_counted_once(damaged_data):
     counter = DamagedImages(open_dataset(damaged_data, "train").info, max_fraction=1.0)
     batch = next(iter(EvaluationBatches(damaged_data, open_dataset(damaged_data, "train"), batch_size=12)))
-    assert counter.add(batch) == [f"image {n} of train is damaged; the next image replaces it" for n in (2, 3, 11)]
+    assert counter.add(batch) == [f"image {n} of train is damaged and is left out" for n in (2, 3, 11)]
     assert counter.add(batch) == []
 
 
@@ -356,8 +356,8 @@ def test_ten_of_many_damaged_images_are_named(damaged_data):
     counter = DamagedImages(open_dataset(damaged_data, "train").info, max_fraction=2.0)
     lines = counter.add({"index": np.arange(12), "damaged": np.ones(12, bool)})
     assert len(lines) == 11
-    assert lines[9] == "image 9 of train is damaged; the next image replaces it"
-    assert lines[10] == "further damaged images of train are replaced and counted, and not named"
+    assert lines[9] == "image 9 of train is damaged and is replaced by the next image"
+    assert lines[10] == "further damaged images of train are counted, and not named"
     assert counter.add({"index": np.array([12]), "damaged": np.ones(1, bool)}) == []
 
 

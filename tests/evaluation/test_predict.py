@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from xception_jax.config import override, resolve
 from xception_jax.data import folders, imagenet_classes
 from xception_jax.errors import BadDataError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import contact_sheet, predict
-from xception_jax.evaluation.evaluate import make_evaluation_step
+from xception_jax.evaluation.evaluate import evaluate, make_evaluation_step
+from xception_jax.metrics import metrics_of
 from xception_jax.metrics.predictions import Predictions
 from xception_jax.runs import open_network
 from xception_jax.weights import save_network
@@ -254,6 +256,31 @@ def test_equal_classes_count_against_the_network_in_predictions_as_in_metrics(mu
     np.testing.assert_array_equal(predictions.right, [False, False, True, False])
     if not multi_label:
         assert states["top1"]["total"] == 1
+
+
+def test_damaged_images_are_left_out_of_metrics_and_predictions():
+    """The loader gives them the image and the label of their neighbour, which would count twice."""
+    config = override(resolve(fashion_mnist.get_config()), {"model.num_classes": 4})
+    batch = {
+        "image": np.eye(4, dtype=np.float32)[[0, 0, 2, 3]][:, None, None],
+        "label": np.array([0, 0, 1, 3]),
+        "index": np.array([0, 1, 2, -1]),
+        "damaged": np.array([True, False, False, False]),
+        "mask": np.array([True, True, True, False]),
+    }
+
+    def run(damaged):
+        batches = [batch | {"damaged": np.array(damaged)}]
+        metrics = metrics_of(config)
+        step = make_evaluation_step(Logits(), config)
+        return evaluate(step, metrics, {"": {}}, batches, 3, to_devices=lambda batch: jax.tree.map(jnp.asarray, batch))
+
+    values, predictions = run([True, False, False, False])
+    assert (values["count"], values["damaged"], values["top1"]) == (2, 1, 0.5)
+    np.testing.assert_array_equal(predictions.index, [1, 2])
+    np.testing.assert_array_equal(predictions.right, [True, False])
+    values, predictions = run([False, False, False, False])
+    assert (values["count"], values["damaged"], values["top1"]) == (3, 0, pytest.approx(2 / 3))
 
 
 def test_what_is_no_regular_file_is_named(weights, tmp_path, capsys):

@@ -137,7 +137,8 @@ class EvaluationBatches:
 
     All processes get the same number of batches. The last ones are padded, and `mask` is False in the padding: the
     masks of all processes sum to the number of examples. A damaged image keeps its place (its mask is True) with the
-    image and label of its neighbour, and `damaged` marks it: report the number of damaged images with every result.
+    image and label of its neighbour, and `damaged` marks it: leave it out, and report how many there are with every
+    result.
 
     Args:
       data: `config.data`.
@@ -265,6 +266,8 @@ class DamagedImages:
     def add(self, batch: Batch) -> list[str]:
         """Adds the damaged images of a batch and returns lines about those that are new, of which `NAMED` are named.
 
+        In training the next image replaces a damaged one. In an evaluation, whose batches have a mask, it is left out.
+
         Raises:
           BadDataError: more than `max_fraction` of the source is damaged.
         """
@@ -273,9 +276,10 @@ class DamagedImages:
         self.check(len(self.indices))
         of = f"of {printable(self._info.split)}"
         named = list(self.indices)[before : self.NAMED]
-        lines = [f"image {index} {of} is damaged; the next image replaces it" for index in named]
+        done = "is left out" if "mask" in batch else "is replaced by the next image"
+        lines = [f"image {index} {of} is damaged and {done}" for index in named]
         if before <= self.NAMED < len(self.indices):
-            lines.append(f"further damaged images {of} are replaced and counted, and not named")
+            lines.append(f"further damaged images {of} are counted, and not named")
         return lines
 
     def check(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Evaluates a network exactly: every image counts once, for any batch size and any number of devices."""
+"""Evaluates a network exactly: every intact image counts once, for any batch size and any number of devices."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if not multi_label:
             logits = two_class_logits(logits)
-        mask = batch["mask"].astype(bool)
+        mask = batch["mask"] & ~batch["damaged"]
         states = {metric.name: metric.measure(logits, batch["label"], mask) for metric in metrics}
         probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
         saved = config.evaluation.map_at if multi_label else SAVED_CLASSES
@@ -62,7 +62,7 @@ def make_evaluation_step(model: nn.Module, config: ExperimentConfig, *, keep_log
             predictions["all_probabilities"] = probabilities.astype(jnp.float32)
         if keep_logits or logits.shape[-1] <= MAX_CLASSES:  # areas rank by them
             predictions["logits"] = logits.astype(jnp.float32)
-        counts = {"count": masked_count(mask), "damaged": masked_count(mask & batch["damaged"])}
+        counts = {"count": masked_count(mask), "damaged": masked_count(batch["mask"] & batch["damaged"])}
         if multi_label:
             counts["unlabelled"] = masked_count(mask & ~label.any(axis=-1))
         return states | {_COUNTS: counts}, predictions
@@ -103,9 +103,9 @@ def evaluate(
         processes, none calls it more than `_AHEAD` batches earlier than another.
 
     Returns:
-      The metrics, with prefixes, `count` (the number of images), `damaged` (how many of them could not be decoded) and,
-      for multi-label data, `unlabelled` (the number of images without a label); and the predictions of the last set of
-      variables.
+      The metrics, with prefixes, and the predictions of the last set of variables, both without the images that could
+      not be decoded; `count` (the number of images that count), `damaged` (the number of those that could not be
+      decoded) and, for multi-label data, `unlabelled` (how many images of `count` have no label).
 
     Raises:
       RuntimeError: the masks do not sum to `num_examples`, so an image was dropped or counted twice.
@@ -119,7 +119,7 @@ def evaluate(
         for prefix, chosen in variables.items():
             states, predictions = step(chosen, global_batch)
             measured[prefix].append(states)
-        parts.append(predictions | {name: global_batch[name] for name in ("index", "mask")})
+        parts.append(predictions | {name: global_batch[name] for name in ("index", "mask", "damaged")})
         if len(parts) > _AHEAD:
             jax.block_until_ready([of_batches[-_AHEAD] for of_batches in measured.values()])  # sums over all processes
 
@@ -127,8 +127,8 @@ def evaluate(
     for prefix, batches_of_states in measured.items():
         fetched = _fetch(batches_of_states)
         counts = {name: sum(int(states[_COUNTS][name]) for states in fetched) for name in fetched[0][_COUNTS]}
-        if counts["count"] != num_examples:
-            raise RuntimeError(f"the evaluation counted {counts['count']} images of {num_examples}")
+        if (counted := counts["count"] + counts["damaged"]) != num_examples:
+            raise RuntimeError(f"the evaluation counted {counted} images of {num_examples}")
         for metric in metrics:
             merged = metric.merge([states[metric.name] for states in fetched])
             values[f"{prefix}{metric.name}"] = metric.compute(merged)
@@ -142,9 +142,9 @@ def _fetch(parts: list[Any]) -> list[Any]:
 
 
 def _predictions(parts: list[Batch]) -> Predictions:
-    """Concatenates the predictions of all batches, without the padding."""
+    """Concatenates the predictions of all batches, without the padding and the damaged images."""
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    mask = columns.pop("mask").astype(bool)
+    mask = columns.pop("mask") & ~columns.pop("damaged")
     return Predictions(**{name: column[mask] for name, column in columns.items()})
 
 

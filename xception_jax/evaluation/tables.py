@@ -40,8 +40,10 @@ def as_text(metrics: dict[str, Any], prefixes: Sequence[str], measured: Sequence
     }
     where = printable_path(metrics["source"]) + (f", checkpoint {metrics['step']}" if "step" in metrics else "")
     images = f"{metrics['count']:,} images"
-    for name, meaning in (("unlabelled", "without a label"), ("damaged", "damaged")):
-        images += f", {metrics[name]:,} of them {meaning}" if metrics.get(name) else ""
+    if metrics.get("unlabelled"):
+        images += f", {metrics['unlabelled']:,} of them without a label"
+    if metrics.get("damaged"):
+        images += f"; {metrics['damaged']:,} damaged, left out"
     lines = [where, f"{printable(metrics['dataset'])}, {printable(metrics['split'])}: {images}"]
     real_count = next((metrics[f"{prefix}real_count"] for prefix in prefixes if f"{prefix}real_count" in metrics), None)
     if real_count is not None:

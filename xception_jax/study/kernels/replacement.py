@@ -163,7 +163,7 @@ def _evaluate(
                 _, predictions = step(chosen, placed_batch)
                 best = np.asarray(predictions["classes"][:, 0])
                 known = np.isfinite(np.asarray(predictions["probabilities"][:, 0]))
-                right[name].append(((best == batch["label"]) & known)[batch["mask"]])
+                right[name].append(((best == batch["label"]) & known)[batch["mask"] & ~batch["damaged"]])
     return {name: np.concatenate(parts) for name, parts in right.items()}
 
 
