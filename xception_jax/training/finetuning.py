@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -27,11 +25,15 @@ def frozen_names(params: dict, pattern: str) -> set[str]:
     return {name for name in flatten_dict(params, sep="/") if pattern and re.search(pattern, name)}
 
 
-def stop_frozen(params: dict, pattern: str) -> dict:
-    """Returns the parameters with `stop_gradient` applied to the frozen ones, so that no gradient is computed."""
+def trained_part(params: dict, pattern: str) -> dict:
+    """Returns the parameters without the frozen ones."""
     frozen = frozen_names(params, pattern)
-    flat = flatten_dict(params, sep="/")
-    return unflatten_dict({k: jax.lax.stop_gradient(v) if k in frozen else v for k, v in flat.items()}, sep="/")
+    return unflatten_dict({k: v for k, v in flatten_dict(params, sep="/").items() if k not in frozen}, sep="/")
+
+
+def with_part(params: dict, part: dict) -> dict:
+    """Returns the parameters with those of `part` in the places of theirs."""
+    return unflatten_dict(flatten_dict(params, sep="/") | flatten_dict(part, sep="/"), sep="/")
 
 
 def frozen_batch_norms(params: dict, pattern: str) -> AbstractContextManager:
@@ -53,18 +55,12 @@ def frozen_batch_norms(params: dict, pattern: str) -> AbstractContextManager:
 
 
 def only_trained(inner: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
-    """Restricts an optimizer to the parameters that are not frozen. The others have no optimizer state."""
+    """Restricts an optimizer to the parameters that are not frozen.
 
-    def trained(tree: dict) -> dict:
-        frozen = frozen_names(tree, pattern)
-        return unflatten_dict({k: v for k, v in flatten_dict(tree, sep="/").items() if k not in frozen}, sep="/")
-
-    def update(updates: dict, state: optax.OptState, params: dict | None = None) -> tuple[dict, optax.OptState]:
-        new, state = inner.update(trained(updates), state, None if params is None else trained(params))
-        still = {name: jnp.zeros_like(update) for name, update in flatten_dict(updates, sep="/").items()}
-        return unflatten_dict(still | flatten_dict(new, sep="/"), sep="/"), state
-
-    return optax.GradientTransformation(lambda params: inner.init(trained(params)), update)
+    The others have no optimizer state: `init` leaves them out, and `update` expects the `trained_part` of gradients and
+    parameters.
+    """
+    return optax.GradientTransformation(lambda params: inner.init(trained_part(params, pattern)), inner.update)
 
 
 def multiply_rates(multipliers: Iterable[tuple[str, float]]) -> optax.GradientTransformation:

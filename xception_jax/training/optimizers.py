@@ -127,7 +127,8 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     adamw, lamb and lion it is decoupled: `weight_decay` times the parameter is added to the scaled update, which is
     then multiplied by the learning rate (and by the trust ratio in lamb).
 
-    Frozen parameters have no update, decay or optimizer state, and are excluded from the norm that is clipped.
+    Frozen parameters have no update, decay or optimizer state, and are excluded from the norm that is clipped: `init`
+    leaves them out, and `update` expects the `finetuning.trained_part` of gradients and parameters.
     """
     steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     steps += OPTIMIZERS[config.name](config, schedule, by_name(config.decayed))

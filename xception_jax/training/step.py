@@ -15,11 +15,11 @@ import optax
 from xception_jax.config import ExperimentConfig
 from xception_jax.metrics.single_label import two_class_logits
 from xception_jax.parallel import gathered
-from xception_jax.training.finetuning import frozen_batch_norms, stop_frozen
+from xception_jax.training.finetuning import frozen_batch_norms, trained_part, with_part
 from xception_jax.training.losses import LOSSES
 from xception_jax.training.state import TrainState
 
-_Loss = Callable[[dict, dict, jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[dict, dict]]]
+_Loss = Callable[[dict, dict, dict, jax.Array, jax.Array, jax.Array], tuple[jax.Array, tuple[dict, dict]]]
 TrainStep = Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -44,10 +44,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict, key_bits: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_bits), state.step)
-        grads, batch_stats, metrics = _accumulate(loss, config.accumulation_steps, state, batch, key)
+        trained = trained_part(state.params, config.optimizer.frozen)
+        grads, batch_stats, metrics = _accumulate(loss, config.accumulation_steps, trained, state, batch, key)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = with_part(state.params, optax.apply_updates(trained, updates))
         ema = _polyak_average(state, params, batch_stats, config.ema.decay)
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
@@ -66,17 +67,20 @@ def make_train_step(
 
 
 def _make_loss(model: nn.Module, config: ExperimentConfig, class_weights: Sequence[float] | None) -> _Loss:
-    """Returns `loss(params, batch_stats, images, labels, key) -> (loss, (batch_stats, metrics))` for a microbatch."""
+    """Returns `loss(trained, params, batch_stats, images, labels, key) -> (loss, (batch_stats, metrics))`.
+
+    It is that of a microbatch. `trained` is the part of `params` for which there are gradients.
+    """
     loss_function = LOSSES[config.loss.name]
     frozen, smoothing = config.optimizer.frozen, config.loss.label_smoothing
 
     def loss(
-        params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
+        trained: dict, params: dict, batch_stats: dict, images: jax.Array, labels: jax.Array, dropout_key: jax.Array
     ) -> tuple[jax.Array, tuple[dict, dict]]:
-        params, batch_stats = gathered((params, batch_stats))
+        params, batch_stats = gathered((with_part(params, trained), batch_stats))
         with frozen_batch_norms(params, frozen):
             (logits, endpoints), updates = model.apply(
-                {"params": stop_frozen(params, frozen), "batch_stats": batch_stats},
+                {"params": params, "batch_stats": batch_stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
@@ -97,7 +101,7 @@ def _make_loss(model: nn.Module, config: ExperimentConfig, class_weights: Sequen
 
 
 def _accumulate(
-    loss: _Loss, count: int, state: TrainState, batch: dict, key: jax.Array
+    loss: _Loss, count: int, trained: dict, state: TrainState, batch: dict, key: jax.Array
 ) -> tuple[dict, dict, dict[str, jax.Array]]:
     """Averages gradients and metrics over `count` microbatches. BatchNorm processes the microbatches one by one.
 
@@ -107,7 +111,7 @@ def _accumulate(
     gradient = jax.value_and_grad(loss, has_aux=True)
     if count == 1:
         (_, (batch_stats, metrics)), grads = gradient(
-            state.params, state.batch_stats, batch["image"], batch["label"], key
+            trained, state.params, state.batch_stats, batch["image"], batch["label"], key
         )
         return grads, batch_stats, metrics
 
@@ -115,13 +119,13 @@ def _accumulate(
         grads, batch_stats = carry
         images, labels, i = inputs
         (_, (batch_stats, metrics)), new_grads = gradient(
-            state.params, batch_stats, images, labels, jax.random.fold_in(key, i)
+            trained, state.params, batch_stats, images, labels, jax.random.fold_in(key, i)
         )
         return (jax.tree.map(lambda total, g: total + g / count, grads, new_grads), batch_stats), metrics
 
     # A microbatch takes every `count`-th image, so that each device splits its own shard.
     images, labels = (x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for x in (batch["image"], batch["label"]))
-    start = (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats)
+    start = (jax.tree.map(jnp.zeros_like, trained), state.batch_stats)
     (grads, batch_stats), metrics = jax.lax.scan(add, start, (images, labels, jnp.arange(count)))
     return grads, batch_stats, jax.tree.map(lambda values: values.mean(0), metrics)
 
@@ -130,10 +134,14 @@ def _polyak_average(state: TrainState, params: dict, batch_stats: dict, decay: f
     """Averages weights and BN statistics.
 
     The decay starts low, so that the initial weights are soon forgotten: min(decay, (1 + n) / (10 + n)) after n
-    updates, as in `tf.train.ExponentialMovingAverage(decay, num_updates)`.
+    updates, as in `tf.train.ExponentialMovingAverage(decay, num_updates)`. What is frozen is its own average.
     """
     if state.ema is None:
         return None
+
+    def moved(average: jax.Array, before: jax.Array, new: jax.Array) -> jax.Array:
+        return average if new is before else average + change.astype(new.dtype) * (new - average)
+
     change = 1 - jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
-    latest = {"params": params, "batch_stats": batch_stats}
-    return jax.tree.map(lambda average, new: average + change.astype(new.dtype) * (new - average), state.ema, latest)
+    before = {"params": state.params, "batch_stats": state.batch_stats}
+    return jax.tree.map(moved, state.ema, before, {"params": params, "batch_stats": batch_stats})
