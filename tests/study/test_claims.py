@@ -1,9 +1,11 @@
 """Claims about several arms, on arms whose accuracies are known."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import ConfigError
@@ -11,7 +13,8 @@ from xception_jax.study.analysis import Sample
 from xception_jax.study.checks import check_study
 from xception_jax.study.claims import Claim, Part
 from xception_jax.study.collect import collect
-from xception_jax.study.statistics import estimate
+from xception_jax.study.seed_claims import median_part_of, part_of
+from xception_jax.study.statistics import estimate, holm
 from xception_jax.study.tested_claims import Measured, evaluate_claims
 from xception_jax.study.verdicts import TestedPart, decide
 
@@ -78,6 +81,30 @@ def test_claims_are_corrected_as_one_family():
     family = decide(dict.fromkeys("ABC", ""), {"A": [part], "B": [part], "C": []})
     assert [claim.verdict for claim in family] == ["undecided", "undecided", "not tested"]
     assert family[0].p_holm == pytest.approx(3 * part.p)
+
+
+def test_a_contradiction_has_a_corrected_p_value_too():
+    """One-sided, times the parts of the claim (two sides for 'within'), then Holm's over the claims."""
+    x = np.array([0.02, 0.05, 0.03, 0.01, 0.04])
+    above, below = (
+        scipy.stats.ttest_1samp(x, bound, alternative=side).pvalue
+        for bound, side in ((0.01, "greater"), (0.08, "less"))
+    )
+    signs = scipy.stats.binomtest(5, 5, 0.5, alternative="greater").pvalue
+    parts = {
+        "below": [part_of("a", x, "below", 0.01)],
+        "above": [part_of("a", x, "above", 0.08), part_of("b", x, "above", 0.0)],
+        "within": [part_of("a", x, "within", 0.01)],
+        "median": [median_part_of("a", x, "above", 0.08)],
+        "not tested": [],
+    }
+    assert [part.p_contrary for part in parts["above"]] == pytest.approx([below, 1 - parts["above"][1].p])
+    p = {"below": above, "above": 2 * below, "within": 2 * above, "median": signs, "not tested": math.nan}
+    found = decide(dict.fromkeys(parts, ""), parts)
+    assert [claim.p_contrary for claim in found] == pytest.approx(holm(list(p.values())), nan_ok=True)
+    assert found[1].verdict == "contradicted"
+    assert found[1].p_text == f"{found[1].p_contrary:.4f} (contrary)"
+    assert "contrary" not in found[4].p_text
 
 
 def test_a_slope_is_per_doubling_on_an_axis_of_channels(tmp_path):

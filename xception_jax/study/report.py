@@ -95,7 +95,7 @@ def format_results(results: Results) -> str:
             f"{entry.verdict}{outcome}"
         )
     for tested in results.claims:
-        lines.append(f"  {tested.code}: {tested.verdict}, Holm p {format_p(tested.p_holm)}: {tested.text}")
+        lines.append(f"  {tested.code}: {tested.verdict}, Holm p {tested.p_text}: {tested.text}")
         lines += [f"    {part.name}: {part.interval}, claimed: {part.claimed}: {part.state}" for part in tested.parts]
     for interaction in results.interactions:
         if interaction.trend is not None:

@@ -3,7 +3,7 @@
 A part holds if the whole 95 % interval lies where the claim says, and fails if the whole interval lies elsewhere. A
 claim is supported if all of its parts hold (an intersection-union test, Berger 1982) and its p-value, the largest of
 its parts, is below 0.05 after Holm's correction over the claims that are tested together. It is contradicted if a part
-fails. Otherwise it is undecided.
+fails; this is not corrected, but reports show the corrected p-value of the contrary. Otherwise it is undecided.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from xception_jax.logs.metrics_log import json_ready
-from xception_jax.reports.environment import format_points
-from xception_jax.study.statistics import Estimate, holm, region_p, region_state
+from xception_jax.reports.environment import format_p, format_points
+from xception_jax.study.statistics import Estimate, holm, region_p, region_state, sign_p
 
 NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
 NOT_TESTED = "not tested"
@@ -74,6 +76,19 @@ class TestedPart:
         return region_p(self.estimate, self.side, self.bound) if math.isnan(self.sign_p) else self.sign_p
 
     @property
+    def p_contrary(self) -> float:
+        """Returns the p-value of the contrary, times two if it has two sides; NaN if it is not complete."""
+        if not self.is_complete:
+            return math.nan
+        below, above = ("below", -self.bound if self.side == "within" else self.bound), ("above", self.bound)
+        contrary = {"above": [below], "below": [above], "within": [below, above]}[self.side]
+        if math.isnan(self.sign_p):
+            p = [region_p(self.estimate, side, bound) for side, bound in contrary]
+        else:
+            p = [sign_p(np.array(self.seeds), side, bound) for side, bound in contrary]
+        return min(1.0, len(p) * min(p))
+
+    @property
     def claimed(self) -> str:
         """Returns where the claim says that the number lies, such as 'above +1.00' or 'within ±1.00'."""
         shown = show(self.bound, self.unit)
@@ -102,6 +117,8 @@ class TestedClaim:
       text: the claim in a sentence.
       parts: its parts; none if it is not tested or not interpreted.
       p_holm: the largest p-value of its parts after Holm's correction; then NaN.
+      p_contrary: p-value of the contrary, that a part fails, corrected for its parts by Bonferroni's and then for the
+        claims by Holm's method.
       verdict: 'supported', 'contradicted', 'undecided', `NOT_TESTED` or `NOT_INTERPRETED`.
     """
 
@@ -111,7 +128,14 @@ class TestedClaim:
     text: str
     parts: tuple[TestedPart, ...] = ()
     p_holm: float = math.nan
+    p_contrary: float = math.nan
     verdict: str = NOT_TESTED
+
+    @property
+    def p_text(self) -> str:
+        """Returns the p-value that belongs to the verdict."""
+        contradicted = self.verdict == "contradicted"
+        return f"{format_p(self.p_contrary)} (contrary)" if contradicted else format_p(self.p_holm)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the attributes as plain data; NaN is None."""
@@ -120,6 +144,7 @@ class TestedClaim:
             "claim": self.text,
             "verdict": self.verdict,
             "p_holm": self.p_holm if math.isfinite(self.p_holm) else None,
+            "p_contrary": self.p_contrary if math.isfinite(self.p_contrary) else None,
             "parts": [part.to_json() for part in self.parts],
         }
 
@@ -131,19 +156,25 @@ def decide(texts: Mapping[str, str], parts: Mapping[str, Sequence[TestedPart]]) 
       texts: the claims by code.
       parts: parts of each claim, by code; none if it cannot be tested.
     """
-    p = [_largest([part.p for part in parts[code]]) for code in texts]
+    p_holm = holm([_largest([part.p for part in parts[code]]) for code in texts])
+    p_contrary = holm([_smallest([part.p_contrary for part in parts[code]]) for code in texts])
     decided = []
-    for (code, text), p_holm in zip(texts.items(), holm(p), strict=True):
+    for code, p, contrary in zip(texts, p_holm, p_contrary, strict=True):
         states = {part.state for part in parts[code]}
-        if math.isnan(p_holm):
+        if math.isnan(p):
             verdict = NOT_TESTED
         elif "fails" in states:
             verdict = "contradicted"
         else:
-            verdict = "supported" if states == {"holds"} and p_holm < _SIGNIFICANCE else "undecided"
-        decided.append(TestedClaim(code, text, tuple(parts[code]), p_holm, verdict))
+            verdict = "supported" if states == {"holds"} and p < _SIGNIFICANCE else "undecided"
+        decided.append(TestedClaim(code, texts[code], tuple(parts[code]), p, contrary, verdict))
     return tuple(decided)
 
 
 def _largest(p: Sequence[float]) -> float:
     return math.nan if not p or any(map(math.isnan, p)) else max(p)
+
+
+def _smallest(p: Sequence[float]) -> float:
+    """Returns the smallest p-value with Bonferroni's correction; NaN if one is not known."""
+    return math.nan if not p or any(map(math.isnan, p)) else min(1.0, len(p) * min(p))

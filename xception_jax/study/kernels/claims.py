@@ -214,7 +214,7 @@ def format_verdicts(verdicts: Verdicts) -> str:
     ]
     lines += ["a gate is not passed, so no claim is tested"] if lines else []
     for tested in verdicts.claims:
-        p = f" (p {tested.p_holm:.3g})" if math.isfinite(tested.p_holm) else ""
+        p = f" (p {tested.p_text})" if math.isfinite(tested.p_holm) else ""
         lines.append(f"{tested.code} {tested.verdict}{p}: {tested.text}")
         for part in tested.parts:
             lines.append(f"  {part.name}: {part.interval}, n {part.estimate.n}: {part.state}")
