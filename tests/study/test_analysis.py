@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from statsmodels.stats.power import TTestIndPower
 
-from xception_jax.study.analysis import ANALYSES, Sample, image_variance, resample_images
+from xception_jax.study.analysis import ANALYSES, Sample, crossed, crossed_pairs, image_variance, resample_images
 from xception_jax.study.design import ANALYSES as NAMES
 from xception_jax.study.power import MAX_SEEDS, seeds_needed
 
@@ -117,6 +117,25 @@ def test_the_variance_of_seeds_and_images_counts_nothing_twice():
     assert found.error**2 == pytest.approx(of_seeds.error**2 + of_images, rel=1e-9)
 
 
+def test_pairs_cancel_what_both_arms_share():
+    """Both arms see the same hard images and the same good and bad seeds; one seed of an arm is missing."""
+    rng = np.random.default_rng(4)
+    level = 0.6 + 0.3 * rng.choice([-1, 1], 500) + rng.choice([-0.05, 0.05], (12, 1))
+    draws = rng.uniform(0, 1, (12, 500))
+    right = {"a": draws < level + 0.1 * rng.choice([-1, 1], 500), "b": draws < level}
+    accuracy = {name: values.mean(1) for name, values in right.items()}
+    accuracy["b"][2] = math.nan
+    right["b"] = np.delete(right["b"], 2, axis=0)
+    samples = {name: Sample(accuracy[name], right[name], resample_images(right[name])) for name in right}
+    weights = {"a": 1.0, "b": -1.0}
+    found, apart = crossed_pairs(weights, samples), crossed(weights, samples)
+    pairs = ANALYSES["paired"](weights, samples)
+    assert (found.mean, found.n) == (pytest.approx(pairs.mean), 11)
+    assert pairs.error < found.error < 0.5 * apart.error
+    width = found.bootstrap_high - found.bootstrap_low
+    assert 0.7 < width / (2 * 1.96 * found.error) < 2  # the bootstrap counts the noise of single answers twice
+
+
 def test_the_bootstrap_resamples_seeds_too():
     """All images are equal, so that only the seeds differ."""
     right = np.repeat(np.random.default_rng(0).uniform(0, 1, (8, 1)) < 0.5, 400, axis=1)
@@ -166,6 +185,24 @@ def test_no_seeds_decide_less_than_the_images_allow():
     assert seeds_needed(0.004, 0.005, paired=False, images=0.004) == (None, None)
     few, many = (seeds_needed(0.004, 0.005, paired=False, images=error)[0] for error in (0.0, 0.001))
     assert few < many < MAX_SEEDS
+
+
+def test_the_seeds_that_images_ask_for_are_those_of_a_simulation():
+    """The error of the images is known, that of the seeds is estimated: Satterthwaite's degrees of freedom."""
+    sd, margin, images = 0.004, 0.01, 0.003
+    _, difference = seeds_needed(sd, margin, paired=False, images=images)
+    rng = np.random.default_rng(3)
+
+    def share(n):
+        a, b = rng.normal(0, sd, (2, 20_000, n)) + np.array([margin, 0]).reshape(2, 1, 1)
+        mean = a.mean(1) - b.mean(1) + rng.normal(0, images, 20_000)
+        of_seeds = (a.var(1, ddof=1) + b.var(1, ddof=1)) / n
+        variance = of_seeds + images**2
+        half = scipy.stats.t.ppf(0.975, 2 * (n - 1) * (variance / of_seeds) ** 2) * np.sqrt(variance)
+        return (mean > half).mean()
+
+    assert share(difference - 1) < 0.8 < share(difference)
+    assert difference == 9
 
 
 def test_coverage_of_every_analysis():

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from xception_jax.study.claims import Weights
 from xception_jax.study.statistics import CONFIDENCE, Estimate, bootstrap_means, estimate, from_error
@@ -39,7 +39,7 @@ class Sample:
     """
 
     accuracy: Float[Array, " seeds"]
-    right: Bool[Array, "cells images"] | None = None
+    right: Shaped[Array, "cells images"] | None = None
     resampled: Float[Array, "resamples cells"] | None = None
 
     @property
@@ -105,6 +105,23 @@ def crossed(weights: Weights, samples: Samples) -> Estimate:
         return found
     low, high = _percentiles(np.sum(drawn, axis=0))
     return dataclasses.replace(found, bootstrap_low=low, bootstrap_high=high)
+
+
+def crossed_pairs(weights: Weights, samples: Samples) -> Estimate:
+    """Estimates the sum as `crossed`, with the sums of cells that share a seed as the cells of a single arm."""
+    return crossed({"pairs": 1.0}, {"pairs": _pairs(weights, samples)})
+
+
+def _pairs(weights: Weights, samples: Samples) -> Sample:
+    """Returns the weighted sum of the cells of each seed that all arms have."""
+    used = {arm: samples[arm] for arm in weights}
+    accuracy = np.sum([weights[arm] * sample.accuracy for arm, sample in used.items()], axis=0)
+    common = {arm: np.isfinite(accuracy)[np.isfinite(sample.accuracy)] for arm, sample in used.items()}
+    right = [weights[arm] * s.right[common[arm]] for arm, s in used.items() if s.right is not None]
+    resampled = [weights[arm] * s.resampled[:, common[arm]] for arm, s in used.items() if s.resampled is not None]
+    if min(len(right), len(resampled)) < len(weights):
+        return Sample(accuracy)
+    return Sample(accuracy, np.sum(right, axis=0), np.sum(resampled, axis=0))
 
 
 ANALYSES: dict[str, Callable[[Weights, Samples], Estimate]] = {

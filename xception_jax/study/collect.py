@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.study import statistics
-from xception_jax.study.analysis import ANALYSES, Sample, crossed, resample_images, versus
+from xception_jax.study.analysis import ANALYSES, Sample, crossed, crossed_pairs, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.checks import field_value
 from xception_jax.study.claims import of_differences
@@ -163,6 +163,7 @@ def _right(answers: Iterable[Answers]) -> np.ndarray:
 
 def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[str]) -> tuple[ComparisonResult, ...]:
     study = stored.study
+    of_images = crossed_pairs if study.analysis == "paired" else crossed
     pairs = [versus(entry.arm, entry.baseline) for entry in study.comparisons]
     estimates = [ANALYSES[study.analysis](pair, samples) for pair in pairs]
     adjusted = statistics.holm_within([entry.claim for entry in study.comparisons], [found.p for found in estimates])
@@ -174,7 +175,7 @@ def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[
             ComparisonResult(
                 comparison=comparison,
                 difference=difference,
-                over_images=crossed(pair, samples),
+                over_images=of_images(pair, samples),
                 p_holm=p,
                 p_equivalent=statistics.tost_p(difference, study.margin),
                 verdict=verdict,

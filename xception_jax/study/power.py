@@ -229,8 +229,10 @@ def seeds_needed(
 def _power(true: float, margin: float, error: float, df: float, images: float) -> tuple[float, float]:
     """Returns the probabilities of finding equivalence, and of finding a difference of the right sign."""
     # Averaged over the estimated variance, of which only the part of the seeds is uncertain.
-    estimated = np.sqrt(error**2 * stats.chi2.ppf(_QUANTILES, df) / df + images**2)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * estimated
+    of_seeds = error**2 * stats.chi2.ppf(_QUANTILES, df) / df
+    estimated = np.sqrt(of_seeds + images**2)
+    # Satterthwaite's degrees of freedom. The images are so many that theirs do not count.
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, df * (estimated**2 / of_seeds) ** 2) * estimated
     spread = math.hypot(error, images)
     inside = stats.norm.cdf((margin - half - true) / spread) - stats.norm.cdf((-margin + half - true) / spread)
     return float(np.maximum(inside, 0).mean()), float(stats.norm.sf((half - true) / spread).mean())
