@@ -26,7 +26,7 @@ def test_a_kronecker_product_is_separable_until_it_is_turned_freely():
     matrix = np.kron(random_covariance(rng, 3), random_covariance(rng, 9))
     assert kronecker_share(matrix, 3) == pytest.approx(1)
     np.testing.assert_allclose(whiten(matrix, 3), np.eye(27) * whiten(matrix, 3)[0, 0], atol=1e-9)
-    for shares in measure_covariance(matrix, 3, rng):
+    for shares in measure_covariance(matrix, 3, 20_000, rng):
         assert shares.share == pytest.approx(1)
         assert shares.kronecker[1] == pytest.approx(1)
         assert shares.free[2] < 0.9
@@ -48,6 +48,30 @@ def test_patches_with_a_known_covariance():
     found = covariance(patches)
     np.testing.assert_allclose(found, np.kron(across @ across.T, space @ space.T), atol=0.3)
     assert kronecker_share(found, 3) > 0.999
+
+
+def test_white_noise_is_no_more_free_than_separable_patches_are_by_chance():
+    rng = np.random.default_rng(3)
+    for patches in (100, 20_000):
+        for shares in measure_covariance(covariance(rng.normal(size=(patches, 3, 3, 3))), 3, patches, rng):
+            assert shares.position == pytest.approx(1, abs=0.2)
+            assert shares.chance == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("patches", [100, 1000])
+def test_the_position_by_chance_is_that_of_separable_patches(patches):
+    """Patches of which the covariance is a product; of few of them it does not look like one."""
+    rng = np.random.default_rng(4)
+    across, space = rng.normal(size=(3, 3)), rng.normal(size=(4, 4))
+
+    def sample():
+        return np.einsum("cd,tu,ndu->ntc", across, space, rng.normal(size=(patches, 3, 4))).reshape(-1, 2, 2, 3)
+
+    raw, whitened = measure_covariance(covariance(sample()), 3, patches, rng)
+    others = [measure_covariance(covariance(sample()), 3, patches, rng) for _ in range(10)]
+    assert raw.chance == pytest.approx(np.mean([other.position for other, _ in others]), rel=0.5)
+    assert whitened.chance == pytest.approx(np.mean([other.position for _, other in others]), rel=0.2)
+    assert (whitened.chance > 0.1) == (patches == 100)
 
 
 @pytest.fixture
@@ -76,7 +100,16 @@ def test_a_folder_of_images(folder, monkeypatch, capsys):
     assert raw["kronecker"][1] == pytest.approx(raw["share"])
     monkeypatch.setattr(sys, "argv", command)
     assert main() == 0
-    assert "600 patches of 4 x 4 pixels from 3 images, 2 files skipped" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "600 patches of 4 x 4 pixels from 3 images, 2 files skipped" in output
+    assert "unclear" not in output
+    monkeypatch.setattr(sys, "argv", [*command, "--patches=100"])
+    assert main() == 0
+    assert "The position of whitened is unclear" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*command[:-1], "--side=12"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--side: invalid choice" in capsys.readouterr().err
 
 
 def test_what_cannot_be_measured(folder, tmp_path):

@@ -127,7 +127,14 @@ def _add_separability(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--patches", type=at_least(100), default=28_000, help="number of patches that are read (default: %(default)s)"
     )
-    parser.add_argument("--side", type=at_least(2), default=3, help="side of a patch in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--side",
+        type=int,
+        choices=range(2, 12),  # a covariance has side^4 x channels^2 elements
+        metavar="2..11",
+        default=3,
+        help="side of a patch in pixels (default: %(default)s)",
+    )
     parser.add_argument(
         "--seed",
         type=at_least(0),

@@ -10,7 +10,9 @@ whitening by the marginal covariances of channels and of taps, which is itself a
 
 Two controls turn the patches by random orthogonal matrices, which change neither their eigenvalues nor what could be
 known from them. After a Kronecker turn (channels and taps apart) a separable covariance stays separable; after a free
-turn it does not.
+turn it does not. A third control draws as many patches from a normal distribution whose covariance is the best product:
+how far from separable the sample looks by chance. If the eigenvalues are nearly equal (white noise), a free turn goes
+no further than that.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from xception_jax.names import printable_path
 
 _TURNS = 20
 _MOST_IMAGES = 2000
+_UNCLEAR = 0.1  # position by chance above which a position is called unclear
 _FLOOR = 1e-9  # of a marginal covariance, relative to its largest eigenvalue
 
 Covariance = Float[np.ndarray, "d d"]
@@ -42,11 +45,13 @@ class Shares:
       share: share of the patches as they are.
       free: (mean, lowest, highest) after free turns.
       kronecker: the same after Kronecker turns.
+      separable: the same for samples of a separable covariance.
     """
 
     share: float
     free: tuple[float, float, float]
     kronecker: tuple[float, float, float]
+    separable: tuple[float, float, float]
 
     @property
     def dial(self) -> float:
@@ -57,6 +62,11 @@ class Shares:
     def position(self) -> float:
         """Returns the dial as a share of its mean after free turns: 0 is separable, 1 is as free as the controls."""
         return self.dial / (1 - self.free[0])
+
+    @property
+    def chance(self) -> float:
+        """Returns the mean position of samples of a separable covariance: one is known no better than by this."""
+        return (1 - self.separable[0]) / (1 - self.free[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +95,7 @@ class PatchSeparability:
         """Returns the attributes as plain data, with the places on the dial's axis."""
         data = dataclasses.asdict(self)
         for name, shares in (("raw", self.raw), ("whitened", self.whitened)):
-            data[name] |= {"dial": shares.dial, "position": shares.position}
+            data[name] |= {"dial": shares.dial, "position": shares.position, "chance": shares.chance}
         return data
 
 
@@ -96,8 +106,8 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
       source: a folder of images, the directory of a prepared dataset, or the name of one.
       split: split of the dataset.
       patches: about as many are read, spread evenly over at most 2,000 images.
-      side: side of a patch, in pixels.
-      seed: seed of their places, and of the turns.
+      side: side of a patch, in pixels. The covariance has side^4 x channels^2 elements.
+      seed: seed of their places, and of the controls.
 
     Raises:
       InputMissingError: there is no such folder or dataset, or no image in it.
@@ -118,7 +128,7 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
         raise BadDataError("all images are grey, so there are no correlations across channels", source, fix)
     if np.ptp(values, axis=0).max() == 0:
         raise BadDataError("all patches are equal, so there are no correlations", source, "name a set of photographs")
-    raw, whitened = measure_covariance(covariance(values), values.shape[-1], rng)
+    raw, whitened = measure_covariance(covariance(values), values.shape[-1], len(values), rng)
     return PatchSeparability(source, len(used), len(found) - len(used), len(values), side, raw, whitened)
 
 
@@ -189,10 +199,29 @@ def covariance(patches: Float[np.ndarray, "n s s c"]) -> Covariance:
 
 def kronecker_share(matrix: Covariance, channels: int) -> float:
     """Returns the share of the squared norm in the best Kronecker product of a channel and a tap matrix."""
-    taps = len(matrix) // channels
-    rearranged = matrix.reshape(channels, taps, channels, taps).transpose(0, 2, 1, 3).reshape(channels**2, taps**2)
-    energy = np.square(np.linalg.svd(rearranged, compute_uv=False))
+    energy = np.square(np.linalg.svd(_rearranged(matrix, channels), compute_uv=False))
     return float(energy[0] / energy.sum())
+
+
+def _rearranged(matrix: Covariance, channels: int) -> Float[np.ndarray, "c2 t2"]:
+    """Returns a row for each pair of channels and a column for each pair of taps: a product has rank one."""
+    taps = len(matrix) // channels
+    return matrix.reshape(channels, taps, channels, taps).transpose(0, 2, 1, 3).reshape(channels**2, taps**2)
+
+
+def _sampled_product(matrix: Covariance, channels: int, patches: int, rng: np.random.Generator) -> Covariance:
+    """Returns the covariance of normal samples whose own covariance is the best Kronecker product."""
+    taps = len(matrix) // channels
+    u, _, v = np.linalg.svd(_rearranged(matrix, channels), full_matrices=False)
+    across, space = (_root(side.reshape(n, n)) for side, n in ((u[:, 0], channels), (v[0], taps)))
+    samples = np.einsum("cd,ndt,tu->ncu", across, rng.normal(size=(patches, channels, taps)), space, optimize=True)
+    return np.cov(samples.reshape(patches, -1), rowvar=False)
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    """Returns the square root of a positive semidefinite matrix, up to the sign of the matrix."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.abs(values))) @ vectors.T
 
 
 def whiten(matrix: Covariance, channels: int) -> Covariance:
@@ -211,27 +240,35 @@ def _inverse_root(matrix: np.ndarray) -> np.ndarray:
     return (vectors / np.sqrt(np.maximum(values, _FLOOR * values[-1]))) @ vectors.T
 
 
-def measure_covariance(matrix: Covariance, channels: int, rng: np.random.Generator) -> tuple[Shares, Shares]:
-    """Measures a covariance, and the same after random turns.
+def measure_covariance(
+    matrix: Covariance, channels: int, patches: int, rng: np.random.Generator
+) -> tuple[Shares, Shares]:
+    """Measures a covariance of patches, and the same after random turns.
 
     Returns:
       (raw, whitened).
     """
     taps = len(matrix) // channels
-    turns = {
-        "free": [_orthogonal(rng, len(matrix)) for _ in range(_TURNS)],
-        "kronecker": [np.kron(_orthogonal(rng, channels), _orthogonal(rng, taps)) for _ in range(_TURNS)],
-    }
-    turned = {name: [turn @ matrix @ turn.T for turn in found] for name, found in turns.items()}
 
-    def shares(whitened: bool) -> Shares:
-        def share(matrix: Covariance) -> float:
-            return kronecker_share(whiten(matrix, channels) if whitened else matrix, channels)
+    def turned(turn: np.ndarray) -> Covariance:
+        return turn @ matrix @ turn.T
 
-        spread = {name: [share(other) for other in found] for name, found in turned.items()}
-        return Shares(share(matrix), *((float(np.mean(found)), min(found), max(found)) for found in spread.values()))
+    controls = [
+        lambda: turned(_orthogonal(rng, len(matrix))),
+        lambda: turned(np.kron(_orthogonal(rng, channels), _orthogonal(rng, taps))),
+        lambda: _sampled_product(matrix, channels, patches, rng),
+    ]
 
-    return shares(False), shares(True)
+    def share_pair(matrix: Covariance) -> tuple[float, float]:
+        return kronecker_share(matrix, channels), kronecker_share(whiten(matrix, channels), channels)
+
+    found = np.array([[share_pair(control()) for _ in range(_TURNS)] for control in controls])
+
+    def shares(kind: int) -> Shares:
+        spreads = ((float(each.mean()), float(each.min()), float(each.max())) for each in found[..., kind])
+        return Shares(share_pair(matrix)[kind], *spreads)
+
+    return shares(0), shares(1)
 
 
 def _orthogonal(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -245,15 +282,25 @@ def format_patches(found: PatchSeparability) -> str:
     lines = [
         f"{printable_path(found.source)}: {found.patches:,} patches of {found.side} x {found.side} pixels from "
         f"{found.images:,} images" + f", {found.skipped:,} files skipped" * bool(found.skipped),
-        f"{'covariance':10} {'share':>7} {'free turn':>26} {'Kronecker turn':>26} {'dial':>7} {'position':>9}",
+        f"{'covariance':10} {'share':>7} {'free turn':>26} {'Kronecker turn':>26} {'dial':>7} {'position':>9} "
+        f"{'by chance':>9}",
     ]
     for name, shares in (("raw", found.raw), ("whitened", found.whitened)):
         turns = (f"{mean:.4f} ({low:.4f} to {high:.4f})" for mean, low, high in (shares.free, shares.kronecker))
         columns = " ".join(f"{turn:>26}" for turn in turns)
-        lines.append(f"{name:10} {shares.share:7.4f} {columns} {shares.dial:7.4f} {shares.position:9.1%}")
+        lines.append(
+            f"{name:10} {shares.share:7.4f} {columns} {shares.dial:7.4f} {shares.position:9.1%} {shares.chance:9.1%}"
+        )
     lines += [
         "share: of the squared norm of the covariance in its best product of a channel and a space matrix",
         f"turns: the same after {_TURNS} random orthogonal turns; mean (lowest to highest)",
         "dial: 1 - share; position: the dial in percent of that after free turns. 0 % is separable, 100 % is free",
+        "by chance: position of as many random patches whose covariance is separable",
     ]
+    unclear = [name for name, shares in (("raw", found.raw), ("whitened", found.whitened)) if shares.chance > _UNCLEAR]
+    if unclear:
+        lines.append(
+            f"The position of {' and '.join(unclear)} is unclear: separable patches would look free by chance. "
+            "Read more patches, or the images have hardly any correlations."
+        )
     return "\n".join(lines)
