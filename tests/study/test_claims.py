@@ -13,8 +13,8 @@ from xception_jax.study.analysis import Sample
 from xception_jax.study.checks import check_study
 from xception_jax.study.claims import Claim, Part
 from xception_jax.study.collect import collect
+from xception_jax.study.inference import estimate, holm
 from xception_jax.study.seed_claims import median_part_of, part_of
-from xception_jax.study.statistics import estimate, holm
 from xception_jax.study.tested_claims import Measured, evaluate_claims
 from xception_jax.study.verdicts import TestedPart, decide
 

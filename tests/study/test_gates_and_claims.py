@@ -18,12 +18,12 @@ from xception_jax.study.cells import PREDICTIONS
 from xception_jax.study.claims import Claim, Part
 from xception_jax.study.collect import collect
 from xception_jax.study.design import DECAYS, RATES, PlannedComparison, Search
+from xception_jax.study.inference import holm
 from xception_jax.study.power import seeds_needed
 from xception_jax.study.predictions import FILE, read_answers
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
 from xception_jax.study.runner import Runner
-from xception_jax.study.statistics import holm
 from xception_jax.study.store import changes
 from xception_jax.study.study_file import study_from_json, study_to_json
 from xception_jax.study.verdicts import NOT_INTERPRETED

@@ -15,9 +15,10 @@ import scipy.stats
 from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
 from xception_jax.errors import BadDataError, InputMissingError
-from xception_jax.logs.metrics_log import MAX_DECOMPRESSED_BYTES, MetricsLog, read_metrics
+from xception_jax.logs import metrics_log
+from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.models import cost
-from xception_jax.study import statistics
+from xception_jax.study import inference
 from xception_jax.study.collect import _curve, _interaction_outcome, collect
 from xception_jax.study.controls import EQUAL_WITHIN, ArmCost, cost_headline
 from xception_jax.study.design import COSTS
@@ -51,11 +52,11 @@ def test_known_effects_are_found(written):
 
 
 def about(mean):
-    return statistics.estimate(mean + np.array([-1e-4, 0.0, 1e-4, 2e-5]))
+    return inference.estimate(mean + np.array([-1e-4, 0.0, 1e-4, 2e-5]))
 
 
 RISES, FALLS = "rises through zero", "falls through zero"
-OPEN = statistics.estimate(np.array([-0.03, 0.0, 0.035, 0.01]))
+OPEN = inference.estimate(np.array([-0.03, 0.0, 0.035, 0.01]))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ OPEN = statistics.estimate(np.array([-0.03, 0.0, 0.035, 0.01]))
     ],
 )
 def test_the_outcome_of_an_interaction(expected, slope, first, last, outcome):
-    trend = statistics.Trend(slope, slope, first, last)
+    trend = inference.Trend(slope, slope, first, last)
     assert _interaction_outcome(expected, trend, 0.005) == outcome
 
 
@@ -117,9 +118,10 @@ def test_damaged_compressed_metrics_are_named(spoil, tmp_path):
         read_metrics(path)
 
 
-def test_metrics_that_decompress_to_gigabytes_are_refused(tmp_path):
+def test_metrics_that_decompress_to_too_much_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log, "MAX_DECOMPRESSED_BYTES", 10_000)
     path = tmp_path / "metrics.jsonl.xz"
-    path.write_bytes(lzma.compress(b"0" * (MAX_DECOMPRESSED_BYTES + 1), preset=0))
+    path.write_bytes(lzma.compress(b'{"step": 1, "split": "dev"}\n' * 1000))
     with pytest.raises(BadDataError, match="decompresses to more than"):
         read_metrics(path)
 

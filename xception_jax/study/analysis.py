@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from xception_jax.study.claims import Weights
-from xception_jax.study.statistics import CONFIDENCE, Estimate, bootstrap_means, estimate, from_error
+from xception_jax.study.inference import CONFIDENCE, Estimate, bootstrap_means, estimate, from_error
 
 Array = np.ndarray
 IMAGE_RESAMPLES = 2_000

@@ -8,9 +8,9 @@ from typing import Any
 
 from xception_jax.config import FIELDS, ExperimentConfig, override, resolve
 from xception_jax.errors import ConfigError
+from xception_jax.study.analysis import ANALYSES
 from xception_jax.study.claims import claim_problems
 from xception_jax.study.design import (
-    ANALYSES,
     CHANNEL_AXES,
     CHANNELS_PER_SEGMENT,
     CONTROLS,

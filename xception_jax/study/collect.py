@@ -10,17 +10,17 @@ import numpy as np
 from jaxtyping import Float
 
 from xception_jax.logs.metrics_log import read_metrics
-from xception_jax.study import statistics
+from xception_jax.study import inference
 from xception_jax.study.analysis import ANALYSES, Sample, crossed, crossed_pairs, resample_images, versus
 from xception_jax.study.cells import Cell, state_of
 from xception_jax.study.checks import field_value
 from xception_jax.study.claims import of_differences
 from xception_jax.study.design import CHANNEL_AXES
 from xception_jax.study.gates import check_gates
+from xception_jax.study.inference import Trend
 from xception_jax.study.predictions import Answers, read_answers
 from xception_jax.study.results import ArmResult, ComparisonResult, Curve, InteractionResult, Results
 from xception_jax.study.rows import ACCURACIES, row_of
-from xception_jax.study.statistics import Trend
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.tested_claims import Measured, evaluate_claims
 from xception_jax.study.turns import lacks_turns, read_turns
@@ -115,19 +115,19 @@ def _arms(
     arms = []
     for arm in study.arms:
         chosen, own_cells = tuned.get(arm.name, {}), [cell for cell in cells if cell.arm == arm.name]
-        reached, finished = statistics.estimate(training.of(arm.name)), sum(c.state() == "done" for c in own_cells)
+        reached, finished = inference.estimate(training.of(arm.name)), sum(c.state() == "done" for c in own_cells)
         codes = {row["seed"]: row["exit_code"] for row in rows if row["arm"] == arm.name}
         arms.append(
             ArmResult(
                 name=arm.name,
                 line=arm.line,
                 x=_axis_value(stored, arm.name),
-                accuracy=statistics.estimate(accuracy.of(arm.name)),
+                accuracy=inference.estimate(accuracy.of(arm.name)),
                 train_accuracy=reached,
                 passes=None
                 if study.gate is None or not finished
                 else reached.n == finished and reached.mean >= study.gate,
-                images_per_second=statistics.estimate(speeds.of(arm.name)),
+                images_per_second=inference.estimate(speeds.of(arm.name)),
                 cost=stored.costs[arm.name],
                 tuned=chosen,
                 tuned_at_edge=_at_edge(study.trials, chosen),
@@ -166,21 +166,21 @@ def _comparisons(stored: StoredStudy, samples: Mapping[str, Sample], below: Set[
     of_images = crossed_pairs if study.analysis == "paired" else crossed
     pairs = [versus(entry.arm, entry.baseline) for entry in study.comparisons]
     estimates = [ANALYSES[study.analysis](pair, samples) for pair in pairs]
-    adjusted = statistics.holm_within([entry.claim for entry in study.comparisons], [found.p for found in estimates])
+    adjusted = inference.holm_within([entry.claim for entry in study.comparisons], [found.p for found in estimates])
     results = []
     for comparison, pair, difference, p in zip(study.comparisons, pairs, estimates, adjusted, strict=True):
         gated = below & {comparison.arm, comparison.baseline}
-        verdict = NOT_INTERPRETED if gated else statistics.verdict(difference, study.margin, p)
+        verdict = NOT_INTERPRETED if gated else inference.verdict(difference, study.margin, p)
         results.append(
             ComparisonResult(
                 comparison=comparison,
                 difference=difference,
                 over_images=of_images(pair, samples),
                 p_holm=p,
-                p_equivalent=statistics.tost_p(difference, study.margin),
+                p_equivalent=inference.tost_p(difference, study.margin),
                 verdict=verdict,
                 outcome=NOT_INTERPRETED if gated else _outcome(comparison.expected, verdict),
-                detectable=statistics.smallest_effect(difference.error, difference.df),
+                detectable=inference.smallest_effect(difference.error, difference.df),
             )
         )
     return tuple(results)
@@ -192,12 +192,12 @@ def _interactions(stored: StoredStudy, samples: Mapping[str, Sample], below: Set
         pairs = sorted(interaction.pairs, key=lambda pair: _axis_value(stored, pair[0]))
         x = [_axis_value(stored, arm) for arm, _ in pairs]
 
-        def weighted(weights: np.ndarray, pairs: Sequence[tuple[str, str]] = pairs) -> statistics.Estimate:
+        def weighted(weights: np.ndarray, pairs: Sequence[tuple[str, str]] = pairs) -> inference.Estimate:
             return ANALYSES[study.analysis](of_differences(zip(pairs, weights, strict=True)), samples)
 
         complete = int(np.isfinite([samples[arm].accuracy for pair in pairs for arm in pair]).all(0).sum())
         positions = np.log2(x) if study.logarithmic else x
-        trend = statistics.trend(positions, weighted) if complete >= 2 and len(set(x)) > 1 else None
+        trend = inference.trend(positions, weighted) if complete >= 2 and len(set(x)) > 1 else None
         results.append(
             InteractionResult(
                 interaction=interaction,
@@ -236,7 +236,7 @@ def _curve(cells: list[Cell], split: str, metric: str) -> Curve:
     points = np.array([[curve[step] for curve in curves] for step in steps]).reshape(len(steps), len(curves))
     if len(curves) < 2:
         return np.array(steps), points.mean(1) if curves else np.zeros(0), np.zeros(len(steps))
-    low, high, _ = statistics.t_intervals(points)
+    low, high, _ = inference.t_intervals(points)
     return np.array(steps), points.mean(1), (high - low) / 2
 
 
@@ -269,7 +269,7 @@ def _interaction_outcome(expected: str, trend: Trend | None, margin: float) -> s
         return "undecided"
     if trend.flips == expected != "no":
         return "as expected"
-    ends = [statistics.verdict(end, margin, end.p) for end in (trend.first, trend.last)]
+    ends = [inference.verdict(end, margin, end.p) for end in (trend.first, trend.last)]
     settled = "undecided" not in ends
     if expected == "no":
         return "against it" if trend.flips != "no" else "as expected" if settled else "undecided"

@@ -24,7 +24,6 @@ COSTS = {
     "live_multiply_adds": "live multiply-adds",
 }
 CONTROLS = (*COSTS, "width")
-ANALYSES = ("paired", "welch", "pooled", "crossed")
 EXPECTATIONS = ("better", "worse", "equivalent", "unknown")
 COURSES = ("rises through zero", "falls through zero", "no", "unknown")
 CHANNELS_PER_SEGMENT = "channels_per_segment"
@@ -131,7 +130,7 @@ class Study:
       metric: the metric on the test split, as named in metrics.jsonl.
       search: tuning of each arm; None trains all arms with the learning rate of the config, for which some may be worse
         than at their own.
-      analysis: one of `ANALYSES`, see analysis.py.
+      analysis: one of `analysis.ANALYSES`.
       gate: the training accuracy that every arm must reach. Otherwise the study compares how fast arms learn, and not
         what they can represent: the report says so and interprets no comparison.
       gates: conditions without which no claim is interpreted, see gates.py.

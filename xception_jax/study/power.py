@@ -16,7 +16,7 @@ from xception_jax.errors import BadDataError, UsageError
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.study.analysis import Sample, image_variance
 from xception_jax.study.cells import state_of
-from xception_jax.study.statistics import CONFIDENCE
+from xception_jax.study.inference import CONFIDENCE
 from xception_jax.user_files import read_text, reading
 
 POWER = 0.8

@@ -20,10 +20,10 @@ from xception_jax.study.cells import State, state_of
 from xception_jax.study.collect import collect
 from xception_jax.study.controls import cost_headline, deviations
 from xception_jax.study.design import COSTS
+from xception_jax.study.inference import Estimate
 from xception_jax.study.predictions import write_answers
 from xception_jax.study.results import Results
 from xception_jax.study.rows import COLUMNS
-from xception_jax.study.statistics import Estimate
 from xception_jax.study.store import read_study, write_report_files
 from xception_jax.study.turns import mean_shares, read_turns
 from xception_jax.study.verdicts import NOT_INTERPRETED

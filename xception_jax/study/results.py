@@ -12,8 +12,8 @@ from xception_jax.logs.metrics_log import json_ready
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import Interaction, PlannedComparison
 from xception_jax.study.gates import CheckedGate
+from xception_jax.study.inference import Estimate, Trend
 from xception_jax.study.predictions import Answers
-from xception_jax.study.statistics import Estimate, Trend
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.verdicts import TestedClaim
 
@@ -65,7 +65,7 @@ class ComparisonResult:
       over_images: over other seeds and other test images, whatever the analysis of the study.
       p_holm: its p-value, corrected for all comparisons of its claim.
       p_equivalent: the p-value of the two one-sided tests against the margin.
-      verdict: see `statistics.verdict`.
+      verdict: see `inference.verdict`.
       outcome: 'as expected', 'against it' or 'undecided'; '' if nothing was expected; `NOT_INTERPRETED` if an arm does
         not pass the gate.
       detectable: the true difference that this number of seeds detects with a power of 80 %.

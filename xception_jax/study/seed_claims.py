@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from xception_jax.study.statistics import estimate, estimate_median, sign_p
+from xception_jax.study.inference import estimate, estimate_median, sign_p
 from xception_jax.study.verdicts import TestedClaim, TestedPart, decide
 
 Seeds = Float[np.ndarray, " seeds"]
@@ -22,7 +22,7 @@ _Results = TypeVar("_Results")
 
 
 @dataclasses.dataclass(frozen=True)
-class Claim(Generic[_Results]):
+class SeedClaim(Generic[_Results]):
     """A claim that can be tested.
 
     Attributes:
@@ -51,7 +51,7 @@ def median_part_of(name: str, values: Seeds, side: str, bound: float, unit: str 
 
 
 def evaluate(
-    claims: Mapping[str, Claim[_Results]], results: _Results, arms: Collection[str] = ()
+    claims: Mapping[str, SeedClaim[_Results]], results: _Results, arms: Collection[str] = ()
 ) -> tuple[TestedClaim, ...]:
     """Tests claims together.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from xception_jax.study.analysis import ANALYSES, Sample
 from xception_jax.study.claims import Claim, Part, of_differences
-from xception_jax.study.statistics import slope_weights
+from xception_jax.study.inference import slope_weights
 from xception_jax.study.verdicts import NOT_INTERPRETED, TestedClaim, TestedPart, decide
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.reports.environment import format_p, format_points
-from xception_jax.study.statistics import Estimate, holm, region_p, region_state, sign_p
+from xception_jax.study.inference import Estimate, holm, region_p, region_state, sign_p
 
 NOT_INTERPRETED = "not interpreted"  # the outcome where an arm does not pass the gate
 NOT_TESTED = "not tested"

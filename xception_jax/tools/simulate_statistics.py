@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from xception_jax.study.analysis import ANALYSES, Sample, resample_images, versus
-from xception_jax.study.statistics import CONFIDENCE, bootstrap_intervals, t_intervals
+from xception_jax.study.inference import CONFIDENCE, bootstrap_intervals, t_intervals
 
 _IMAGE_RESAMPLES = 200
 _POINTS = np.array([0.0, 2.7, 3.4, 4.2, 4.9, 5.4])  # log2 of the channels per segment in the spectrum study, size cpu

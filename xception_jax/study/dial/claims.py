@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from xception_jax.study.dial.design import REGULAR, DialStudy
 from xception_jax.study.dial.results import DialResults
-from xception_jax.study.seed_claims import Claim, Seeds, evaluate, median_part_of, part_of
-from xception_jax.study.statistics import slope_weights
+from xception_jax.study.inference import slope_weights
+from xception_jax.study.seed_claims import SeedClaim, Seeds, evaluate, median_part_of, part_of
 from xception_jax.study.verdicts import TestedClaim, TestedPart
 
 DEPTHWISE, POINTWISE = "depthwise_first", "pointwise_first"
@@ -163,31 +163,31 @@ def _slope(x: Float[np.ndarray, "banks seeds"], y: Float[np.ndarray, "banks seed
     return np.where(np.ptp(y, axis=0) == 0, 0.0, slope)  # exactly: rounding must not decide a claim with a bound of 0
 
 
-FIRST: dict[str, Claim[DialResults]] = {
-    "H1": Claim(
+FIRST: dict[str, SeedClaim[DialResults]] = {
+    "H1": SeedClaim(
         "On banks that are separable across filters, depthwise first is better than pointwise first by more than one "
         "percentage point; on banks that are separable within filters, it is worse by more than one point.",
         _order,
         (DEPTHWISE, POINTWISE),
     ),
-    "H2": Claim(
+    "H2": SeedClaim(
         "Along the dial across filters, the accuracy of depthwise first minus that of the regular network falls; at "
         "the separable end the two are equivalent within one point.",
         _price,
         (DEPTHWISE, REGULAR),
     ),
-    "H3": Claim(
+    "H3": SeedClaim(
         "With the spatial convolution first, the best number of segments falls along the dial across filters.",
         _segments,
         tuple(SEGMENTS),
     ),
-    "H4": Claim(
+    "H4": SeedClaim(
         "At eight blocks, the slope of H2 is less than half of that at two blocks, which is below zero; and it is less "
         "steep than at two blocks that cost as much as the eight.",
         _depth,
         (DEPTHWISE, REGULAR, DEPTHWISE_8, REGULAR_8, DEPTHWISE_WIDE, REGULAR_WIDE),
     ),
-    "H5": Claim(
+    "H5": SeedClaim(
         "With a pointwise layer at both ends of the network, the two orders are equivalent within one point on the "
         "banks of H1.",
         _ends,
@@ -195,27 +195,27 @@ FIRST: dict[str, Claim[DialResults]] = {
     ),
 }
 
-SECOND: dict[str, Claim[DialResults]] = {
-    "D1": Claim(
+SECOND: dict[str, SeedClaim[DialResults]] = {
+    "D1": SeedClaim(
         "In the median over seeds, the two orders are equivalent within one percentage point on banks that are "
         "separable across filters, and depthwise first is worse by more than one point on banks that are separable "
         "within filters.",
         partial(_order, part=median_part_of, across="within"),
         (DEPTHWISE, POINTWISE),
     ),
-    "D2": Claim(
+    "D2": SeedClaim(
         "In the median, depthwise first with six filters for each channel is equivalent to pointwise first, within one "
         "point, on across_0 and on within_0.",
         _six_filters,
         (DEPTHWISE_6, POINTWISE),
     ),
-    "D3": Claim(
+    "D3": SeedClaim(
         "In the median, with a pointwise layer at both ends of the network, the two orders are equivalent within one "
         "point on across_0 and on within_0.",
         partial(_ends, part=median_part_of),
         (DEPTHWISE_ENDS, POINTWISE_ENDS),
     ),
-    "D4": Claim(
+    "D4": SeedClaim(
         "In the median, depthwise first with a pointwise layer at both ends is equivalent to the regular network, "
         "within one point, on free banks.",
         _price_with_ends,

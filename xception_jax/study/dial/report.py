@@ -24,8 +24,8 @@ from xception_jax.study.dial.network import DialCost
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.figures import CLAIMED_DIFFERENCES, claimed_differences
 from xception_jax.study.gates import CheckedGate
+from xception_jax.study.inference import Estimate, estimate
 from xception_jax.study.seed_claims import Seeds
-from xception_jax.study.statistics import Estimate, estimate
 from xception_jax.study.store import write_report_files
 from xception_jax.study.verdicts import TestedClaim, show_interval
 

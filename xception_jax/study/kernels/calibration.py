@@ -24,9 +24,9 @@ from xception_jax.study.dial.gates import check_gates
 from xception_jax.study.dial.records import network_path
 from xception_jax.study.dial.results import DialResults, collect_dial
 from xception_jax.study.gates import CheckedGate
+from xception_jax.study.inference import estimate, slope_weights
 from xception_jax.study.kernels.networks import LayerSeparability, measure_layer
 from xception_jax.study.separability import FAMILIES
-from xception_jax.study.statistics import estimate, slope_weights
 from xception_jax.study.store import write_report_files
 from xception_jax.user_files import read_arrays, reading
 

@@ -21,7 +21,7 @@ from xception_jax.study.gates import CheckedGate
 from xception_jax.study.kernels import RANDOM_LABELS, TRUE_LABELS
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability
-from xception_jax.study.seed_claims import Claim, Seeds, evaluate, part_of
+from xception_jax.study.seed_claims import SeedClaim, Seeds, evaluate, part_of
 from xception_jax.study.store import StoredStudy
 from xception_jax.study.verdicts import TestedClaim, TestedPart
 
@@ -122,35 +122,35 @@ def _later_layers(found: Labels) -> Iterator[TestedPart]:
     yield part_of(name, values, "below", -LATER_MARGIN, unit="")
 
 
-CALIBRATION: dict[str, Claim[Calibration]] = {
-    "K1": Claim(
+CALIBRATION: dict[str, SeedClaim[Calibration]] = {
+    "K1": SeedClaim(
         "In the first layer of the regular network of two blocks, the position across filters recovers the dial of the "
         "bank: its slope over the dial, relative to that of the free bank, is above 0.5.",
         _recovers("across"),
     ),
-    "K2": Claim(
+    "K2": SeedClaim(
         "In the same layer, the position within filters recovers the dial of the bank: the slope is above 0.5.",
         _recovers("within"),
     ),
-    "K3": Claim(
+    "K3": SeedClaim(
         "Where the bank is free, the filters of this layer are as random ones with the same energies: their position "
         "within filters is 1, within 0.1.",
         _free,
     ),
-    "K4": Claim(
+    "K4": SeedClaim(
         "Where the bank is separable within (across) filters, the position of this layer within (across) filters is "
         "below 0.9, by more than 0.1 below that on the free bank, and by more than 0.1 below the other position.",
         _separable,
     ),
 }
 
-LABELS: dict[str, Claim[Labels]] = {
-    "K5": Claim(
+LABELS: dict[str, SeedClaim[Labels]] = {
+    "K5": SeedClaim(
         "The separability of the first convolution is that of the images: its position within filters is below 0.9 for "
         "true and for random labels, and the same for both, within 0.1.",
         _first_layer,
     ),
-    "K6": Claim(
+    "K6": SeedClaim(
         "Behind the stem, true labels make kernels more separable within filters than random labels do: the mean "
         "position over these layers is lower by more than 0.02.",
         _later_layers,
@@ -158,7 +158,7 @@ LABELS: dict[str, Claim[Labels]] = {
 }
 
 
-def _test(claims: Mapping[str, Claim[_Results]], found: _Results, gates: Sequence[CheckedGate]) -> Verdicts:
+def _test(claims: Mapping[str, SeedClaim[_Results]], found: _Results, gates: Sequence[CheckedGate]) -> Verdicts:
     if all(gate.passed for gate in gates):
         return Verdicts(gates, evaluate(claims, found))
     return Verdicts(gates, [TestedClaim(code, claim.text) for code, claim in claims.items()])

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from xception_jax.names import LINE_LENGTH, printable
+from xception_jax.study.inference import estimate
 from xception_jax.study.kernels.calibration import Calibration
 from xception_jax.study.kernels.measure import FAMILIES
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, format_left_out
-from xception_jax.study.statistics import estimate
 
 _RANKS = (1, 2, 3, 4)
 _NOTES = (
