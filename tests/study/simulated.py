@@ -1,7 +1,6 @@
 """Study directories with cells that were never trained: accuracies drawn around known effects, files as a run's."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ from xception_jax.logs.metrics_log import MetricsLog
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
-from xception_jax.study.store import STUDY, StoredStudy, study_to_json
+from xception_jax.study.store import StoredStudy, write_study
 
 POINTS = {"1": 43.1, "2": 28.9, "4": 18.0, "8": 10.8, "16": 6.5, "depthwise": 1.0}
 
@@ -43,13 +42,6 @@ def small_study(**changes) -> Study:
     return dataclasses.replace(study, **changes)
 
 
-def write_stored(stored):
-    """Writes study.json."""
-    costs = {name: dataclasses.asdict(cost) for name, cost in stored.costs.items()}
-    data = {"study": study_to_json(stored.study), "costs": costs, "history": list(stored.history)}
-    (stored.root / STUDY).write_text(json.dumps(data))
-
-
 def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
     """Writes a finished study in which the effect of ReLU is zero at 8 channels and rises by `slope` a doubling.
 
@@ -69,7 +61,7 @@ def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
         )
     root.mkdir(parents=True, exist_ok=True)
     stored = StoredStudy(root, study, costs, ({"time": "2026-01-01 00:00:00", "change": "stated", "cells_done": 0},))
-    write_stored(stored)
+    write_study(stored)
     of_seed = {seed: rng.normal(0, 0.004) for seed in study.seeds}
     for cell in stored.cells():
         cell.prepare()

@@ -10,7 +10,7 @@ import pytest
 
 from configs.studies.kernels import get_study
 from tests.study.kernel_files import across, within
-from tests.study.simulated import small_study, write_stored
+from tests.study.simulated import small_study
 from tests.study.test_kernel_files import run
 from xception_jax.config import override
 from xception_jax.errors import BadDataError, ConfigError, UsageError
@@ -25,7 +25,7 @@ from xception_jax.study.kernels.measure import Spread
 from xception_jax.study.kernels.networks import KernelReport, LayerSeparability, analyse
 from xception_jax.study.kernels.replacement import Replacement, Replacements, format_replacements, low_rank
 from xception_jax.study.separability import dial
-from xception_jax.study.store import StoredStudy
+from xception_jax.study.store import StoredStudy, write_study
 from xception_jax.study.study_file import as_study, study_from_json, study_to_json
 
 RNG = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def test_a_cell_without_a_network_is_missing(tmp_path):
 def test_what_was_measured_needs_no_checkpoint(tmp_path):
     """As in the published studies, and on another machine than the one that trained some of the cells."""
     stored = labels_study(tmp_path)
-    write_stored(stored)
+    write_study(stored)
     report = kernels_of(stored, as_images)
     for cell in stored.cells():
         own = tuple(layer for layer in report.layers if layer.network == cell.name)

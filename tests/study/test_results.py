@@ -25,7 +25,7 @@ from xception_jax.study.design import COSTS
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
 from xception_jax.study.runner import Runner
-from xception_jax.study.store import read_study
+from xception_jax.study.store import read_study, write_study
 
 FAILED = ("4_relu", 3)
 
@@ -296,6 +296,35 @@ def test_live_costs_are_counted_for_studies_of_earlier_releases(tmp_path):
     found = read_study(tmp_path).costs["1_none"]
     assert (found.width_multiplier, found.parameters) == (0.2, 400_509)  # as the first study with this network records
     assert round(found.live_multiply_adds / 1e6, 2) == 1.84
+
+
+def test_an_arm_without_segments_is_stored(tmp_path):
+    """Inception V3 has neither separable nor regular modules; NaN is not JSON."""
+    study = small_study(arms=small_study().arms[:1], comparisons=(), interactions=(), reference="1_none", seeds=(0,))
+    stored = write_simulated(tmp_path, study)
+    cost = dataclasses.replace(stored.costs["1_none"], channels_per_segment=math.nan)
+    write_study(dataclasses.replace(stored, costs={"1_none": cost}))
+    assert math.isnan(read_study(tmp_path).costs["1_none"].channels_per_segment)
+    write_study_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["costs"]["1_none"].update(parameters="many"),
+        lambda data: data["costs"].pop("1_none"),
+        lambda data: data.update(history=[{"time": 3}]),
+        lambda data: data.update(history=3),
+    ],
+)
+def test_a_study_json_that_was_changed_by_hand(change, tmp_path):
+    study = small_study(arms=small_study().arms[:1], comparisons=(), interactions=(), reference="1_none", seeds=(0,))
+    write_simulated(tmp_path, study)
+    data = json.loads((tmp_path / "study.json").read_text())
+    change(data)
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    with pytest.raises(BadDataError, match="the study cannot be read"):
+        read_study(tmp_path)
 
 
 def test_there_is_no_study(tmp_path):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from xception_jax.config import to_json
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
+from xception_jax.logs.metrics_log import json_ready
 from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, started_trials, study_cells
 from xception_jax.study.controls import ArmCost, arm_cost, solve_costs
 from xception_jax.study.design import Study
@@ -76,8 +78,8 @@ def read_study(root: Path) -> StoredStudy:
             what = "this command does not work with a dial study"
             raise ConfigError(what, str(root / STUDY), "use `study run`, `study report` or `study kernels`")
         study = study_from_json(data["study"])
-        costs = {name: _read_cost(study, name, cost) for name, cost in data["costs"].items()}
-        return StoredStudy(root, study, costs, tuple(data["history"]))
+        costs = {arm.name: _read_cost(study, arm.name, data["costs"][arm.name]) for arm in study.arms}
+        return StoredStudy(root, study, costs, tuple(_read_event(event) for event in data["history"]))
 
 
 @contextlib.contextmanager
@@ -118,21 +120,32 @@ def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Itera
             time = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             history.append({"time": time, "change": change, "cells_done": done})
         now = StoredStudy(root, study, costs, tuple(history))
-        _write(now)
+        write_study(now)
         yield now
 
 
 def _read_cost(study: Study, arm: str, data: dict[str, Any]) -> ArmCost:
     """Returns a stored cost. Studies of earlier releases lack the live costs, which are then counted."""
+    data = {name: math.nan if value is None else value for name, value in data.items()}
+    if not all(isinstance(value, int | float) for value in data.values()):
+        raise ValueError(f"the cost of {arm!r} has a value that is not a number")
     if "live_parameters" in data:
         return ArmCost(**data)
     return arm_cost(study, study.arm(arm), data["width_multiplier"])
 
 
-def _write(stored: StoredStudy) -> None:
+def _read_event(event: dict[str, Any]) -> dict[str, Any]:
+    kinds = {"time": str, "change": str, "cells_done": int}
+    if {name: type(value) for name, value in event.items()} != kinds:
+        raise ValueError(f"an entry of the history has not exactly {', '.join(kinds)}")
+    return event
+
+
+def write_study(stored: StoredStudy) -> None:
+    """Writes study.json."""
     data = {
         "study": study_to_json(stored.study),
-        "costs": {name: dataclasses.asdict(cost) for name, cost in stored.costs.items()},
+        "costs": {name: json_ready(dataclasses.asdict(cost)) for name, cost in stored.costs.items()},
         "history": list(stored.history),
     }
     write_atomically(stored.root / STUDY, json.dumps(data, indent=1) + "\n")
