@@ -6,8 +6,9 @@
     xception-jax train --config=finetune --workdir=runs/flowers --config.init.weights=runs/head \\
         --config.data.name=flowers
 
-The network is that of the weights, and the classes are those of the dataset. The splits are train, validation (watched
-while training) and test (evaluated once, at the end). The variants:
+The network is that of the weights, and the classes are those of the dataset. Weights of Inception V3 need another
+`optimizer.frozen` (see the guide). The splits are train, validation (watched while training) and test (evaluated once,
+at the end). The variants:
 
     head            trains only the classifier, on features that are computed once; for a machine without a GPU
     (none)          freezes blocks 1 to 4; the classifier has ten times the learning rate of the other layers

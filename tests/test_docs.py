@@ -136,7 +136,8 @@ def place(tmp_path_factory, shared_environment) -> Iterator[Path]:
         patch.chdir(place)
         picture = Image.open(DOCS / "images" / "contact_sheet.png").convert("RGB")
         picture.crop((0, 0, 90, 80)).save("photo.jpg")
-        picture.crop((0, 0, 60, 90)).save("shirt.png")
+        for name in ("garment.png", "shirt.png"):
+            picture.crop((0, 0, 60, 90)).save(name)
         run_page(TRAINS)
         Path("runs/first").symlink_to("from_python")
         yield place

@@ -25,8 +25,9 @@ from xception_jax.data.datasets import open_dataset
 from xception_jax.data.images import Preprocessing, decode
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, StorageError, UsageError
 from xception_jax.evaluation import tables
+from xception_jax.evaluation.real import real_accuracy
 from xception_jax.metrics.judgement import judge
-from xception_jax.metrics.predictions import load_predictions
+from xception_jax.metrics.predictions import Predictions, load_predictions
 from xception_jax.models import create_model
 from xception_jax.runs import open_network, open_run
 from xception_jax.training import restore
@@ -103,6 +104,13 @@ def test_accuracy_loss_and_intervals_are_scikit_learns_and_scipys(evaluated, by_
     assert loss(temperature) <= min(loss(temperature * 1.02), loss(temperature / 1.02))
     assert 0 <= metrics["calibration_error"] <= 1
     assert 0 <= metrics["calibration_error_after"] <= 1
+
+
+def test_an_image_without_finite_probabilities_is_wrong_by_real_labels():
+    classes, probabilities = np.tile(np.arange(5), (2, 1)), np.array([[0.5, 0.2, 0.1, 0.1, 0.1], [np.nan] * 5])
+    predictions = Predictions(np.arange(2), np.zeros(2, int), classes, probabilities)
+    found = real_accuracy(predictions, [1, 2], [frozenset({0}), frozenset({0})])
+    assert (found["real_count"], found["real_top1"], found["real_top5"]) == (2, 0.5, 0.5)
 
 
 def test_real_labels_go_by_the_number_in_the_file_name(evaluated, by_hand, imagenet_dir, real_json):

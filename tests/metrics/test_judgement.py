@@ -116,7 +116,7 @@ def test_thresholds_reach_their_aim_where_they_are_chosen_and_nothing_better_doe
     for rounded in (False, True):
         predictions = make_predictions(c=2, rounded=rounded)
         scores, positive = predictions.all_probabilities[:, 1], predictions.label == 1
-        ranking = rank(scores, positive)
+        ranking = rank(scores, positive, every=True)
         false, true, _ = roc_curve(positive, scores, drop_intermediate=False)
         for at in (0.5, 0.9, 0.95, 1.0):
             chosen = choose_threshold(ranking, "specificity", at)
@@ -127,7 +127,20 @@ def test_thresholds_reach_their_aim_where_they_are_chosen_and_nothing_better_doe
             assert np.mean(scores[~positive] >= chosen) == pytest.approx(false[true >= at].min())
         chosen = choose_threshold(ranking, "equal_error", 0.95)
         gap = abs(np.mean(scores[~positive] >= chosen) - np.mean(scores[positive] < chosen))
-        assert gap <= np.abs(false - (1 - true)).min() + 1 / 100
+        assert gap == pytest.approx(np.abs(false - (1 - true)).min())
+
+
+def test_errors_may_be_equal_between_two_positives():
+    """At 0.7, where no curve turns, half of the positives and half of the negatives are on the wrong side."""
+    development = Predictions(
+        index=np.arange(6),
+        label=np.array([1, 0, 0, 0, 0, 1]),
+        classes=np.zeros((6, 1), int),
+        probabilities=np.ones((6, 1)),
+        all_probabilities=np.stack([1 - (p := np.arange(9, 3, -1) / 10), p], axis=1),
+    )
+    equal = choose_thresholds(development)[3]
+    assert (equal.label, equal.aim, equal.value) == (1, "equal_error", 0.7)
 
 
 def test_a_threshold_that_no_example_reaches():

@@ -54,6 +54,9 @@ def test_channels_that_cannot_be_divided_are_not_left_out():
         SimplifiedInceptionModule(64).init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="depth_multiplier=4"):
         SeparableConv(10, order="pointwise_first", depth_multiplier=4).init(jax.random.key(0), x)
+    for width in (3, 16):
+        with pytest.raises(ValueError, match=f"8 features are not a multiple of group_width={width}"):
+            SeparableConv(10, group_width=width).init(jax.random.key(0), x)
 
 
 @pytest.mark.parametrize("towers", [1, 3, 4])

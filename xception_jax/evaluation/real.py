@@ -77,9 +77,10 @@ def real_accuracy(predictions: Predictions, numbers: list[int], labels: list[fro
       intervals of both.
     """
     hits = []
-    for index, classes in zip(predictions.index, predictions.classes[:, :5], strict=True):
+    finite = np.isfinite(predictions.probabilities).all(1)  # an image without finite probabilities counts as wrong
+    for index, classes, known in zip(predictions.index, predictions.classes[:, :5], finite, strict=True):
         if accepted := labels[numbers[int(index)] - 1]:
-            hits.append([int(label) in accepted for label in classes])
+            hits.append([known and int(label) in accepted for label in classes])
     count = len(hits)
     result: dict[str, object] = {"real_count": count}
     for k in (1, 5):

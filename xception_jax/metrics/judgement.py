@@ -139,11 +139,11 @@ class _Examples:
     def resampled(self) -> bool:
         return 0 < self.positive.size <= _MAX_RESAMPLED
 
-    def rankings(self) -> tuple[Ranking, ...]:
+    def rankings(self, *, every: bool = False) -> tuple[Ranking, ...]:
         if self.scores is None or not len(self.scores):
             return ()
         ranked = self.scores if self.logits is None else self.logits
-        return tuple(ranking.rank(s, p) for s, p in zip(ranked.T, self.positive.T, strict=True))
+        return tuple(ranking.rank(s, p, every=every) for s, p in zip(ranked.T, self.positive.T, strict=True))
 
     def above(self, threshold: Threshold) -> Bool[np.ndarray, " n"]:
         """Returns which examples reach a threshold."""
@@ -162,7 +162,7 @@ def choose_thresholds(development: Predictions, at: float = AT) -> list[Threshol
         return []
     examples = _examples(development, development.all_probabilities.shape[1])
     found = []
-    for label, of_class in enumerate(examples.rankings()):
+    for label, of_class in enumerate(examples.rankings(every=True)):
         for aim in AIMS:
             value, logit = ranking.choose_threshold(of_class, aim, at), None
             if examples.logits is not None:

@@ -23,7 +23,7 @@ class Ranking:
       positive: whether each is a positive, in this order.
       ends: number of examples with at least the score of each corner. Corners are the thresholds at which the curves
         turn: the scores of positives, the scores right above them, and the lowest score. The curves are straight in
-        between, so that areas over the corners are those over all thresholds.
+        between, so that areas over the corners are those over all thresholds. See `rank` for all thresholds.
       thresholds: the score of each corner.
     """
 
@@ -55,13 +55,19 @@ class Counts:
         return true, false
 
 
-def rank(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> Ranking:
-    """Sorts at least one example by falling score."""
+def rank(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"], *, every: bool = False) -> Ranking:
+    """Sorts at least one example by falling score.
+
+    Args:
+      scores: one for each example.
+      positive: whether it is a positive.
+      every: whether every score counts as a corner, for choosing a threshold.
+    """
     order = np.argsort(-scores, kind="stable")
     falling, positive = scores[order], positive[order]
     ends = np.append(np.flatnonzero(falling[1:] != falling[:-1]), len(falling) - 1) + 1
     steps = np.diff(np.append(0, np.cumsum(positive))[ends], prepend=0) > 0
-    corners = steps | np.append(steps[1:], True)
+    corners = steps | np.append(steps[1:], True) | every
     return Ranking(order, positive, ends[corners], falling[ends[corners] - 1])
 
 
@@ -127,7 +133,7 @@ def choose_threshold(ranking: Ranking, aim: str, at: float) -> float:
     """Returns a threshold for which the given examples reach an aim; NaN if there are no positives or no negatives.
 
     Args:
-      ranking: examples that are not in the test split.
+      ranking: examples that are not in the test split, with every score as a corner.
       aim: 'specificity' gives the highest sensitivity with a specificity of at least `at`, 'sensitivity' the highest
         specificity with a sensitivity of at least `at`, and 'equal_error' the smallest difference of the error rates.
       at: the wanted rate.

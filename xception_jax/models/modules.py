@@ -94,7 +94,9 @@ class SeparableConv(nn.Module):
     def _spatial(self, conv: Callable[..., nn.Module], x: Float[Array, "b h w c"]) -> Float[Array, "b h w f"]:
         channels = x.shape[-1]
         if self.group_width is not None:
-            segments = 1 if self.group_width == "all" else channels // int(self.group_width)
+            width = channels if self.group_width == "all" else int(self.group_width)
+            _require_multiple(channels, width, "group_width")
+            segments = channels // width
         else:
             segments = channels if self.segments == "depthwise" else int(self.segments)
         features = channels * self.depth_multiplier
