@@ -66,8 +66,9 @@ class Compiled:
 
     Attributes:
       memory: required memory.
-      flops: counted by XLA, including padding.
-      bytes_accessed: counted by XLA: all that fusions read and write, as if nothing stayed on the chip between them.
+      flops: counted by XLA, including padding, times the microbatches.
+      bytes_accessed: counted by XLA: all that fusions read and write, as if nothing stayed on the chip between them;
+        times the microbatches, which counts the update of the weights too often.
       collectives: with their counts in one step.
       float32_activations: bytes of activations that are written to memory in float32.
       seconds: compilation time.
@@ -310,8 +311,8 @@ def _compile(
             analysis.alias_size_in_bytes,
             analysis.generated_code_size_in_bytes,
         ),
-        flops=costs["flops"],
-        bytes_accessed=costs["bytes accessed"],
+        flops=costs["flops"] * config.accumulation_steps,  # XLA counts the body of a loop once
+        bytes_accessed=costs["bytes accessed"] * config.accumulation_steps,
         collectives=collectives(hlo, topology.size),
         float32_activations=sum(
             4 * int(np.prod(shape)) * count
