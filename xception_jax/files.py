@@ -47,6 +47,8 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
             # Tells `remove_leftovers` that the writer is alive; the kernel releases it when the process ends.
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):  # there is no such file, or a file system without modes
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())  # must come before the rename, so that the name never refers to missing bytes

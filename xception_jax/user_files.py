@@ -1,7 +1,7 @@
 """Reads files that users name, and writes files that they ask for. Every failure is raised as a `UserError`.
 
 A file may come from anyone: empty, huge, deeply nested, binary, of other types than expected. Readers take its content
-through `read_json`, `read_lines` or `read_arrays`, and do what could fail on its content inside `reading`. Outputs
+through `read_json`, `read_text` or `read_arrays`, and do what could fail on its content inside `reading`. Outputs
 are written inside `writing`.
 """
 

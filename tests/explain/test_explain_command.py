@@ -263,4 +263,26 @@ def test_pictures_do_not_replace_images(weights, photos, tmp_path):
         run("--weights", weights, photos, "--out", photos)
     with pytest.raises(UsageError, match="would overwrite an input"):
         run("--weights", weights, photos / "a.png", "--out", photos / "a.png")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "a.png").symlink_to(photos / "a.png")
+    for source in (photos / "a.png", links):  # a picture would be written where the link leads
+        with pytest.raises(UsageError, match="contains the input images"):
+            run("--weights", weights, source, "--out", links)
     assert (photos / "a.png").read_bytes() == before
+
+
+def test_a_folder_of_pictures_among_the_images_is_not_explained(weights, photos, capsys):
+    for _ in range(2):
+        assert run("--weights", weights, photos, "--out", photos / "maps") == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+    assert sorted(path.name for path in (photos / "maps").iterdir()) == ["a.png", "a_2.png"]
+
+
+def test_the_sanity_check_names_damaged_images(weights, photos, capsys):
+    (photos / "b.jpg").write_bytes(b"no image")
+    with pytest.raises(BadDataError, match="1 of 3 images cannot be read, all others were used"):
+        run("--weights", weights, photos, "--sanity")
+    out, err = capsys.readouterr()
+    assert "2 images" in out
+    assert "b.jpg: it cannot be decoded" in err

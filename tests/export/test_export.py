@@ -388,6 +388,32 @@ def test_what_fails_the_check_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
 
 
+@pytest.mark.parametrize(
+    "output", [lambda x: x.sum(), lambda x: jnp.zeros((1, 4)), lambda x: x[:, :2, 0, 0].astype(int)]
+)
+def test_an_export_that_gives_no_logits_is_named(output, weights, tmp_path):
+    size = load_network(weights).preprocessing.size
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+    content = jax.export.export(jax.jit(output), platforms=["cpu"])(images).serialize()
+    (tmp_path / "x.stablehlo").write_bytes(content)
+    (tmp_path / "x.stablehlo.sha256").write_text(hashlib.sha256(content).hexdigest())
+    with pytest.raises(BadDataError, match="output of the export cannot be read"):
+        export(weights, tmp_path / "x.stablehlo", "--format", "stablehlo", "--check_only")
+
+
+def test_an_export_replaces_nothing_that_it_reads(weights, evaluation, tmp_path):
+    beside = tmp_path / "x.onnx.json"
+    beside.write_bytes(evaluation.read_bytes())
+    with pytest.raises(UsageError, match="would overwrite an input"):
+        export(weights, tmp_path / "x.onnx", "--format", "onnx", "--evaluation", beside)
+    assert beside.read_bytes() == evaluation.read_bytes()
+    (tmp_path / "file").write_text("mine")
+    for out in ("x.stablehlo", "file"):
+        with pytest.raises(UsageError, match=r"does not end in \.onnx"):
+            export(weights, tmp_path / out, "--format", "onnx")
+
+
 def test_what_is_refused(weights, evaluation, tmp_path):
     with pytest.raises(UsageError, match="safetensors hold weights"):
         export(weights, tmp_path, "--format", "safetensors", "--uint8")

@@ -209,3 +209,11 @@ def test_the_work_directory_may_be_a_link(tmp_path):
     (tmp_path / "runs").symlink_to("large disk")
     open_and_close(tmp_path / "runs" / "a")
     assert sorted(os.listdir(tmp_path / "large disk" / "a")) == ["config.json", "lock"]
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
+    path = tmp_path / "private.json"
+    write_atomically(path, "1")
+    path.chmod(0o600)
+    write_atomically(path, "2")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("2", 0o600)

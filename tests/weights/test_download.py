@@ -33,6 +33,17 @@ def failure(kind: type[UserError], source: str = NAME) -> UserError:
     return raised.value
 
 
+@pytest.mark.parametrize("record", ["{}  x", "SHA256 (x) = {}", "{}"])
+def test_a_record_may_have_any_format_of_its_tool(record, tmp_path):
+    digest = hashlib.sha256(b"x").hexdigest()
+    for text in (digest, digest.upper()):
+        (tmp_path / "x.sha256").write_text(record.format(text))
+        assert sources._sums(tmp_path / "x.sha256") == [digest]
+    (tmp_path / "x.sha256").write_text(record.format(digest[1:]))
+    with pytest.raises(BadDataError, match="has no SHA-256"):
+        sources._sums(tmp_path / "x.sha256")
+
+
 def test_a_file_is_downloaded_once_and_its_sum_recorded(server, cache):
     found = sources.find(NAME)
     assert found.path.read_bytes() == CONTENT

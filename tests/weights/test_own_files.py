@@ -143,10 +143,7 @@ def test_to_another_layout_and_back_by_command(tmp_path, capsys, out, options, f
     report = json.loads(printed.out)
     assert report["num_classes"] == 3
     assert report["sha256"] == hashlib.sha256(there.read_bytes()).hexdigest()
-    assert "cannot store preprocessing or class names" in printed.err
-    for given, told in (([], False), (["--size", 71], True)):
-        assert convert(there, there.with_name(f"again_{out}"), "--model", run, *options, *given) == 0
-        assert ("cannot store preprocessing" in capsys.readouterr().err) == told
+    assert "layout cannot store preprocessing, class names, or" in printed.err
     assert convert(there, back, "--model", run, "--classes", names, "--size", 71) == 0
     assert "preprocessing" in capsys.readouterr().out
     loaded = load_network(back)
@@ -263,6 +260,8 @@ def test_a_damaged_file_ends_the_command_with_65(path, tmp_path, run_python):
         (["x.safetensors", "y.safetensors", "--mean", "0", "1"], 64),
         (["x.safetensors", "y.safetensors", "--mean", "nan"], 64),
         (["x.safetensors", "y.safetensors", "--std", "0"], 64),
+        (["x.safetensors", "y.safetensors", "--std", "1e-300"], 64),
+        (["x.safetensors", "y.safetensors", "--mean", "1e300"], 64),
         (["x.safetensors", "none/y.safetensors"], 66),
     ],
 )
@@ -286,6 +285,14 @@ def test_forms_of_class_names(path, text):
     names = path.with_name("names")
     names.write_text(text)
     assert command._read_names(names) == ["cat", "dog", "bird"]
+
+
+def test_a_name_may_begin_with_a_bracket(path):
+    names = path.with_name("names.txt")
+    names.write_text("[background]\ndog\n")
+    assert command._read_names(names) == ["[background]", "dog"]
+    with pytest.raises(BadDataError):
+        command._read_names(names.rename(path.with_name("names.json")))
 
 
 def test_a_file_is_not_converted_onto_itself(path):

@@ -104,8 +104,9 @@ def run(args: argparse.Namespace) -> int:
     if args.classes is not None:
         network = dataclasses.replace(network, classes=_classes(args.classes, network))
     _writer(layout)(args.out, network)
-    if layout != "xception_jax" and (scaling or args.size or network.classes is not None):
-        print(f"note: the {layout} layout cannot store preprocessing or class names", file=sys.stderr)
+    if layout != "xception_jax":
+        what = "preprocessing, class names, or that an image can have several labels"
+        print(f"note: the {layout} layout cannot store {what}; the report shows them", file=sys.stderr)
     _report(args, network)
     return 0
 
@@ -121,6 +122,8 @@ def _layout(args: argparse.Namespace) -> str:
 
 def _scaling(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of the preprocessing that are given, as three numbers each."""
+    from xception_jax.weights.network import MAX_MEAN, MIN_STD
+
     found: dict[str, Any] = {}
     for name in ("mean", "std"):
         if (values := getattr(args, name)) is None:
@@ -129,8 +132,10 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
             what = f"--{name} is {' '.join(map(str, values))}"
             raise UsageError(what, f"--{name}", "give one finite number, or three")
         found[name] = tuple(values) if len(values) == 3 else tuple(values * 3)
-    if min(found.get("std", (1.0,))) <= 0:
-        raise UsageError("pixels cannot be divided by 0 or less", "--std", "give numbers above 0")
+    if min(found.get("std", (1.0,))) < MIN_STD:
+        raise UsageError("pixels cannot be divided by 0 or less", "--std", f"give numbers of at least {MIN_STD:g}")
+    if max(map(abs, found.get("mean", (0.0,)))) > MAX_MEAN:
+        raise UsageError("pixels from 0 to 1 have no such mean", "--mean", f"give numbers of at most {MAX_MEAN:g}")
     return found
 
 
@@ -198,7 +203,12 @@ def _read_names(path: Path) -> list[str]:
         text = read_text(path)
         if not text.lstrip().startswith(("[", "{")):
             return [line.strip() for line in text.splitlines() if line.strip()]
-        names = parse_json(text)
+        try:
+            names = parse_json(text)
+        except ValueError:
+            if path.suffix == ".json":
+                raise
+            return [line.strip() for line in text.splitlines() if line.strip()]  # a name begins with a bracket
         if isinstance(names, dict) and all(isinstance(label, int) for label in names.values()):
             names = {str(label): name for name, label in names.items()}
         if isinstance(names, dict):

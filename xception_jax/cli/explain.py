@@ -15,7 +15,7 @@ from xception_jax.cli.image_files import add_limits, limits, unreadable
 from xception_jax.command_line import at_least
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.explain.options import BASELINES, METHODS, STEPS
-from xception_jax.explain.paths import check_apart, check_file, check_output
+from xception_jax.explain.paths import check_apart, check_file, check_output, is_file
 from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import LINE_LENGTH, printable, printable_path
 from xception_jax.user_files import require_outputs
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xception_jax.evaluation.predict import class_names, find_images
 
-    paths = find_images(args.images)
+    paths = find_images(args.images, but=None if args.sanity or is_file(args.out) else Path(args.out))
     if not args.sanity:
         check_apart(args.out, paths)
     require_outputs([args.npz], paths)
@@ -222,6 +222,10 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
 
     batch = next(load_batches(paths, network.preprocessing, args.batch_size, limits=limits(args)))
     readable = [not error for error in batch.errors]
+    damaged = [path for path, error in zip(batch.paths, batch.errors, strict=True) if error]
+    for path, error in zip(batch.paths, batch.errors, strict=True):
+        if error:
+            print(f"{printable_path(path)}: {printable(error)}", file=sys.stderr)
     if not any(readable):
         raise BadDataError(batch.errors[0], str(batch.paths[0]), "use intact JPEG, PNG or WebP images")
     cascade = sanity.cascade(network, explainer, batch.pixels[: len(readable)][readable])
@@ -233,6 +237,8 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
         print(json.dumps({"verdict": meaning}))
     else:
         print(sanity.as_text(rows, METHODS[args.method].title, sum(readable)), meaning, sep="\n")
+    if damaged:
+        raise unreadable(damaged, len(batch.paths), "used")
     return 0
 
 

@@ -30,6 +30,7 @@ examples:
 
 Also writes FILE.sha256 (for sha256sum --check), FILE.json and FILE.md (the card).
 """
+FORMATS = ("stablehlo", "onnx", "safetensors")
 _EXTRAS = {"onnx": ("onnx", "onnxruntime")}
 
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", help="weight file, name of public weights, or work directory of a run")
     parser.add_argument("out", help="a directory, or a file whose name ends with the format")
-    parser.add_argument("--format", choices=("stablehlo", "onnx", "safetensors"), required=True)
+    parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--step", type=at_least(0), help="checkpoint of the run (default: the newest intact one)")
     parser.add_argument("--uint8", action="store_true", help="take pixels from 0 to 255, which the file scales itself")
     parser.add_argument("--evaluation", metavar="FILE.json", help="output of `evaluate --json`, for the card")
@@ -75,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
         found = _check(args, path, network, str(path))
         print(json.dumps(dataclasses.asdict(found)) if args.json else _summary(path, found))
         return 0
-    if path.exists():
-        require_outputs([path], [args.source])
+    if path.parent.is_dir():
+        outputs = [f"{path}{ending}" for ending in ("", ".sha256", ".json", ".md")]
+        require_outputs(outputs, [args.source, *([args.evaluation] if args.evaluation else [])])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The file gets its name only after the check.
@@ -139,7 +141,11 @@ def _open(args: argparse.Namespace) -> tuple[Network, dict[str, Any] | None]:
 
 def _path(out: str, network: Network, format: str) -> Path:
     path = Path(out)
-    return path if path.suffix == f".{format}" else path / f"{network.model.name}.{format}"
+    if path.suffix == f".{format}":
+        return path
+    if path.is_file() or path.suffix in {f".{other}" for other in FORMATS}:
+        raise UsageError(f"{out} does not end in .{format}", "out", "choose a directory, or a name with this ending")
+    return path / f"{network.model.name}.{format}"
 
 
 def _check(args: argparse.Namespace, path: Path, network: Network, name: str) -> Difference:

@@ -43,10 +43,11 @@ class Prediction:
     thumbnail: np.ndarray | None = None
 
 
-def find_images(arguments: Sequence[str]) -> list[Path]:
+def find_images(arguments: Sequence[str], but: Path | None = None) -> list[Path]:
     """Returns the files among the arguments, and the images in the folders among them, in alphabetical order.
 
-    In folders, links are followed and hidden files are ignored. An argument that is a file may have any name.
+    In folders, links are followed, hidden files are ignored, and the folder `but` is not entered. An argument that is a
+    file may have any name.
 
     Raises:
       InputMissingError: a path does not exist, or a folder contains no image.
@@ -60,7 +61,8 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
             found[argument] = None
             continue
         files, others = [], Counter[str]()
-        for path in folders.files(argument):  # a broken link or a pipe is named as an image that cannot be read
+        # A broken link or a pipe is named as an image that cannot be read.
+        for path in folders.files(argument, but=but):
             if path.suffix.lower() in images.SUFFIXES:
                 files.append(path)
             else:

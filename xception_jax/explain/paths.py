@@ -49,5 +49,7 @@ def check_apart(path: str, images: Sequence[Path]) -> None:
     """
     if is_file(path):
         require_outputs([path], images)
-    elif Path(path).resolve() in {image.resolve().parent for image in images}:
-        raise UsageError("the output folder contains the input images", path, "choose another folder")
+    elif Path(path).is_dir():
+        held = {entry.resolve() for entry in Path(path).iterdir()}  # a picture is written where a link leads
+        if held & {image.resolve() for image in images}:
+            raise UsageError("the output folder contains the input images", path, "choose another folder")

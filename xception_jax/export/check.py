@@ -18,6 +18,7 @@ from xception_jax.errors import BadDataError, UsageError
 from xception_jax.export.formats import loading_code
 from xception_jax.export.inference import Infer, scaling
 from xception_jax.files import open_regular, sha256
+from xception_jax.user_files import reading
 from xception_jax.weights.network import Network, Preprocessing
 
 TOLERANCE = 1e-5
@@ -126,7 +127,12 @@ def _run(path: Path, format: str, batches: list[np.ndarray], name: str) -> np.nd
         if process.returncode:
             lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
             raise BadDataError(f"the file cannot be run: {lines[-1]}", name, "export again")
-        return np.concatenate([np.load(Path(scratch) / f"logits{number}.npy") for number in range(len(batches))])
+        with reading("output of the export", name, "export again"):
+            logits = [np.load(Path(scratch) / f"logits{number}.npy") for number in range(len(batches))]
+            for found, batch in zip(logits, batches, strict=True):
+                if found.ndim != 2 or len(found) != len(batch) or found.dtype.kind != "f":
+                    raise ValueError(f"it is {found.dtype} of shape {found.shape} for {len(batch)} images")
+        return np.concatenate(logits)
 
 
 def photographs(preprocessing: Preprocessing) -> np.ndarray:

@@ -283,7 +283,7 @@ def _encode(owner: Owner, renewals: int, released: bool) -> bytes:
 def _decode(entry: Entry) -> dict[str, object]:
     try:
         content = json.loads(entry.content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -58,7 +58,7 @@ def is_run(source: str) -> bool:
 
     Anything else is considered a weight file.
     """
-    return names_object_store(source) or Path(source).is_dir()
+    return names_object_store(source) or os.path.isdir(source)  # False for a name that is too long
 
 
 def run_network(source: str, run: Run) -> Network:

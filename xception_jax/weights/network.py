@@ -16,6 +16,13 @@ MIN_CROP = 0.1
 """Smallest visible share of an image's side that a file may ask for."""
 
 
+MIN_STD = 1e-6
+"""Smallest number by which a file may have pixels from 0 to 1 divided."""
+
+MAX_MEAN = 1e6
+"""Largest number that a file may have subtracted from pixels from 0 to 1."""
+
+
 def described_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
     """Builds the preprocessing that a file describes.
 
@@ -27,6 +34,8 @@ def described_preprocessing(fields: Mapping[str, Any]) -> Preprocessing:
         raise ValueError(f"images of {preprocessing.size} pixels are larger than {MAX_SIDE}")
     if preprocessing.crop < MIN_CROP:  # images are resized to size / crop
         raise ValueError(f"the crop {preprocessing.crop:g} is below {MIN_CROP:g}")
+    if min(preprocessing.std) < MIN_STD or max(map(abs, preprocessing.mean)) > MAX_MEAN:
+        raise ValueError(f"pixels cannot be scaled by mean {preprocessing.mean} and std {preprocessing.std}")
     return preprocessing
 
 

@@ -138,7 +138,10 @@ def parse(address: str) -> HubFile:
     parts = (match[4] or WEIGHTS).split("/") if match else []
     if match is None or any(part in ("", ".", "..") or "\\" in part for part in parts):
         raise UsageError("this is not the address of a file on the hub", address, f"use {_SYNTAX}")
-    return HubFile(f"{match[1]}/{match[2]}", unquote(match[3] or "main"), "/".join(parts))
+    revision = unquote(match[3] or "main")
+    if {".", ".."} & set(revision.split("/")):
+        raise UsageError("there is no such revision on the hub", address, f"use {_SYNTAX}")
+    return HubFile(f"{match[1]}/{match[2]}", revision, "/".join(parts))
 
 
 def cache_directory() -> Path:
@@ -282,12 +285,11 @@ def _sums(record: Path) -> list[str]:
     Raises:
       BadDataError: the record is damaged. It would not tell whether the file is.
     """
-    words = record.read_text(errors="replace").split()
-    if not words or not re.fullmatch("[0-9a-f]{64}", words[0]):
-        raise BadDataError(
-            "the record of the SHA-256 of a file is damaged", str(record), "remove it and the file beside it"
-        )
-    return words[:1]
+    found = re.search(r"\b[0-9a-f]{64}\b", record.read_text(errors="replace").lower())  # also in the format of BSD
+    if found is None:
+        fix = "correct it; if the file beside it is a download, remove both"
+        raise BadDataError("the record has no SHA-256", str(record), fix)
+    return [found[0]]
 
 
 def _remember(reference: Path, commit: str) -> None:
