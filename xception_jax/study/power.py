@@ -231,7 +231,7 @@ def _power(true: float, margin: float, error: float, df: float, images: float) -
     # Averaged over the estimated variance, of which only the part of the seeds is uncertain.
     of_seeds = error**2 * stats.chi2.ppf(_QUANTILES, df) / df
     estimated = np.sqrt(of_seeds + images**2)
-    # Satterthwaite's degrees of freedom. The images are so many that theirs do not count.
+    # Satterthwaite's degrees of freedom, with infinitely many for the thousands of images.
     half = stats.t.ppf((1 + CONFIDENCE) / 2, df * (estimated**2 / of_seeds) ** 2) * estimated
     spread = math.hypot(error, images)
     inside = stats.norm.cdf((margin - half - true) / spread) - stats.norm.cdf((-margin + half - true) / spread)
