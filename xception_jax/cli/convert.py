@@ -133,7 +133,9 @@ def _scaling(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(what, f"--{name}", "give one finite number, or three")
         found[name] = tuple(values) if len(values) == 3 else tuple(values * 3)
     if min(found.get("std", (1.0,))) < MIN_STD:
-        raise UsageError("pixels cannot be divided by 0 or less", "--std", f"give numbers of at least {MIN_STD:g}")
+        raise UsageError(
+            "pixels cannot be divided by so small a number", "--std", f"give numbers of at least {MIN_STD:g}"
+        )
     if max(map(abs, found.get("mean", (0.0,)))) > MAX_MEAN:
         raise UsageError("pixels from 0 to 1 have no such mean", "--mean", f"give numbers of at most {MAX_MEAN:g}")
     return found
@@ -201,14 +203,15 @@ def _read_names(path: Path) -> list[str]:
     """
     with reading("list of names", path, "give a text file with one name per line", where="--classes"):
         text = read_text(path)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not text.lstrip().startswith(("[", "{")):
-            return [line.strip() for line in text.splitlines() if line.strip()]
+            return lines
         try:
             names = parse_json(text)
         except ValueError:
             if path.suffix == ".json":
                 raise
-            return [line.strip() for line in text.splitlines() if line.strip()]  # a name begins with a bracket
+            return lines  # the first name begins with a bracket
         if isinstance(names, dict) and all(isinstance(label, int) for label in names.values()):
             names = {str(label): name for name, label in names.items()}
         if isinstance(names, dict):

@@ -222,10 +222,9 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
 
     batch = next(load_batches(paths, network.preprocessing, args.batch_size, limits=limits(args)))
     readable = [not error for error in batch.errors]
-    damaged = [path for path, error in zip(batch.paths, batch.errors, strict=True) if error]
-    for path, error in zip(batch.paths, batch.errors, strict=True):
-        if error:
-            print(f"{printable_path(path)}: {printable(error)}", file=sys.stderr)
+    damaged = {path: error for path, error in zip(batch.paths, batch.errors, strict=True) if error}
+    for path, error in damaged.items():
+        print(f"{printable_path(path)}: {printable(error)}", file=sys.stderr)
     if not any(readable):
         raise BadDataError(batch.errors[0], str(batch.paths[0]), "use intact JPEG, PNG or WebP images")
     cascade = sanity.cascade(network, explainer, batch.pixels[: len(readable)][readable])
@@ -238,7 +237,7 @@ def _check_sanity(args: argparse.Namespace, network: Network, explainer: Any, pa
     else:
         print(sanity.as_text(rows, METHODS[args.method].title, sum(readable)), meaning, sep="\n")
     if damaged:
-        raise unreadable(damaged, len(batch.paths), "used")
+        raise unreadable(list(damaged), len(batch.paths), "used")
     return 0
 
 

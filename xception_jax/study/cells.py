@@ -225,7 +225,7 @@ def choose_trials(study: Study, cells: list[Cell]) -> dict[str, dict[str, Any]]:
         assert cell.trial is not None
         if cell.state() != "done":
             continue
-        known[cell.arm, cell.trial] = final_accuracy(cell, study.metric, "dev")
+        known[cell.arm, cell.trial] = final_outcome(cell, study.metric, "dev")["dev_accuracy"]
     chosen = {}
     for arm in study.arms:
         means = {
@@ -299,14 +299,14 @@ def read_outcome(cell: Cell, metric: str) -> dict[str, Any]:
     }
 
 
-def final_accuracy(cell: Cell, metric: str, split: Literal["dev", "test"]) -> float:
-    """Returns the accuracy of a cell that is done.
+def final_outcome(cell: Cell, metric: str, split: Literal["dev", "test"]) -> dict[str, Any]:
+    """Returns the `read_outcome` of a cell that is done.
 
     Raises:
-      BadDataError: its metrics are lost.
+      BadDataError: its accuracy on the split is lost.
     """
-    accuracy = read_outcome(cell, metric)[f"{split}_accuracy"]
-    if accuracy is None:
+    outcome = read_outcome(cell, metric)
+    if outcome[f"{split}_accuracy"] is None:
         fix = f"restore its {METRICS}, or delete the directory to run it again"
         raise BadDataError(f"{cell.name} is done, but its accuracy is not known", str(cell.directory), fix)
-    return accuracy
+    return outcome

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from xception_jax.study.activation_files import ACTIVATION_COLUMNS, activation_columns, read_activations
-from xception_jax.study.cells import Cell, final_accuracy, read_outcome
+from xception_jax.study.cells import Cell, final_outcome, read_outcome
 from xception_jax.study.store import StoredStudy
 
 COLUMNS = (
@@ -25,12 +25,12 @@ def row_of(stored: StoredStudy, cell: Cell) -> dict[str, Any]:
       BadDataError: the cell is done, but has lost its test accuracy.
     """
     cost, config = stored.costs[cell.arm], cell.config
-    if cell.state() == "done":
-        final_accuracy(cell, stored.study.metric, "test")
+    metric = stored.study.metric
+    outcome = final_outcome(cell, metric, "test") if cell.state() == "done" else read_outcome(cell, metric)
     record = cell.record()
     values = (
         dataclasses.asdict(cost)
-        | read_outcome(cell, stored.study.metric)
+        | outcome
         | {
             "arm": cell.arm,
             "seed": cell.seed,

@@ -15,7 +15,6 @@ MAX_SIDE = 4096
 MIN_CROP = 0.1
 """Smallest visible share of an image's side that a file may ask for."""
 
-
 MIN_STD = 1e-6
 """Smallest number by which a file may have pixels from 0 to 1 divided."""
 
