@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -96,7 +97,9 @@ def test_a_class_is_given_by_name_or_number(network, option, label):
 def test_a_folder_gets_a_picture_of_each_image(weights, photos, tmp_path, capsys):
     options = ["--method", "integrated_gradients", "--steps", 2, "--baseline", "white", "--class", 1]
     run("--weights", weights, photos, "--out", tmp_path / "maps", "--npz", tmp_path / "maps.npz", *options)
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["a.png", "a_2.png"]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [
+        f"a_{n}integrated_gradients.png" for n in ("2_", "")
+    ]
     out, err = capsys.readouterr()
     assert all(line.endswith("Hund") for line in out.splitlines())
     assert "increase --steps" in err
@@ -272,11 +275,17 @@ def test_pictures_do_not_replace_images(weights, photos, tmp_path):
     assert (photos / "a.png").read_bytes() == before
 
 
+def test_another_photograph_of_the_same_name_stays(weights, photos, tmp_path):
+    shutil.copyfile(photos / "inner" / "a.png", tmp_path / "a.png")
+    run("--weights", weights, photos / "a.png", "--out", tmp_path)
+    assert (tmp_path / "a.png").read_bytes() == (photos / "inner" / "a.png").read_bytes()
+
+
 def test_a_folder_of_pictures_among_the_images_is_not_explained(weights, photos, capsys):
     for _ in range(2):
         assert run("--weights", weights, photos, "--out", photos / "maps") == 0
         assert len(capsys.readouterr().out.splitlines()) == 2
-    assert sorted(path.name for path in (photos / "maps").iterdir()) == ["a.png", "a_2.png"]
+    assert sorted(path.name for path in (photos / "maps").iterdir()) == ["a_2_grad_cam.png", "a_grad_cam.png"]
 
 
 def test_the_sanity_check_names_damaged_images(weights, photos, capsys):

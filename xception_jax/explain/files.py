@@ -47,11 +47,14 @@ class Describer:
       names: a name for each of its classes.
       method: name of the method.
       block: the block of the network to which the maps belong, or None for the image itself.
+
+    Attributes:
+      method: name of the method.
     """
 
     def __init__(self, network: Network, names: Sequence[str], method: str, block: str | None):
+        self.method, self._where = method, f"output of {block}" if block else "pixels"
         self._view, self._names = network.preprocessing, names
-        self._method, self._where = METHODS[method], f"output of {block}" if block else "pixels"
 
     def label(self, explained: Explained) -> str:
         """Returns what a map explains."""
@@ -59,11 +62,11 @@ class Describer:
 
     def picture(self, explained: Explained) -> bytes:
         """Returns a PNG of one image with its map."""
-        return draw_picture(explained, self.label(explained), self._view, self._method, self._where)
+        return draw_picture(explained, self.label(explained), self._view, METHODS[self.method], self._where)
 
     def sheet(self, explained: Sequence[Explained]) -> bytes:
         """Returns a PNG of several images with their maps."""
-        return draw_sheet(explained, [self.label(each) for each in explained], self._view, self._method)
+        return draw_sheet(explained, [self.label(each) for each in explained], self._view, METHODS[self.method])
 
 
 class PictureFile:
@@ -97,14 +100,15 @@ class PictureFolder:
         self._path, self._describer, self._names = path, describer, set[str]()
 
     def add(self, explained: Explained) -> None:
-        """Writes the picture of an image, under its name."""
+        """Writes the picture of an image, as IMAGE_METHOD.png: photographs beside it keep their names."""
         stem = name = file_stem(explained.path.stem)
         number = 1
         while name in self._names:
             number += 1
             name = f"{stem}_{number}"
         self._names.add(name)
-        write_output("file", self._path / f"{name}.png", self._describer.picture(explained))
+        file = f"{name}_{self._describer.method}.png"
+        write_output("file", self._path / file, self._describer.picture(explained))
 
     def finish(self) -> str:
         """Returns how many pictures were written."""
