@@ -115,10 +115,19 @@ def test_a_jpeg_with_exif_is_as_damaged_as_one_without(exif):
     for damaged in (
         whole[:middle] + bytes(300) + whole[middle + 300 :],
         whole[:middle],
-        whole[:-2] + bytes(99) + whole[-2:],
+        whole[:-2] + bytes(98) + b"1" + whole[-2:],
+        whole[:-200] + bytes(198) + whole[-2:],
     ):
         with pytest.raises(images.DamagedImageError, match="JPEG"):
             images.decode(damaged)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["pixels end otherwise", "pixels end with FF 00"])
+def test_zeros_before_the_end_of_a_jpeg_are_ignored(zero):
+    rng = np.random.default_rng(0)
+    files = (encoded(rng.integers(0, 256, (16, 16, 3), np.uint8), "JPEG") for _ in range(5_000))
+    whole = next(data for data in files if (data[-4:-2] == b"\xff\x00") == zero)
+    np.testing.assert_array_equal(images.decode(whole[:-2] + bytes(500) + whole[-2:]), images.decode(whole))
 
 
 def test_exif_is_found_behind_other_segments_and_fill_bytes_only_where_it_is_a_segment():

@@ -42,6 +42,7 @@ MAX_ASPECT = 16
 
 # Most bytes for each pixel that decoding needs at once: decoder, conversions and result.
 _JPEG_BYTES, _SCANS_BYTES, _PILLOW_BYTES, _WEBP_BYTES = 8, 8, 16, 24
+_JPEG_END = b"\xff\xd9"
 _PLUGINS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -129,7 +130,7 @@ def decoded(data: bytes, limits: Limits | None = None) -> Iterator[UInt8[np.ndar
     with DECODING.reserve(header.width * header.height * _bytes_per_pixel(header), limits.memory):
         try:
             if header.format == "JPEG" and not header.by_pillow:
-                image = simplejpeg.decode_jpeg(header.content, colorspace="RGB")  # strict: no warning is ignored
+                image = _decode_jpeg(header.content)
             else:
                 image = _decode_with_pillow(header)
             if turn := _TURNED.get(header.orientation):
@@ -137,6 +138,18 @@ def decoded(data: bytes, limits: Limits | None = None) -> Iterator[UInt8[np.ndar
         except Exception as error:
             raise _damage(error) from error
         yield image
+
+
+def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes a JPEG, and ignores no warning except about zeros before the end marker, which some cameras write."""
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        end = data.rfind(_JPEG_END)
+        pixels = data[:end].rstrip(b"\0")
+        if end - len(pixels) <= 1:  # FF is always followed by 00 among pixels
+            raise
+        return simplejpeg.decode_jpeg(pixels + b"\0" * pixels.endswith(b"\xff") + data[end:], colorspace="RGB")
 
 
 def _damage(error: Exception) -> Exception:
