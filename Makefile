@@ -37,7 +37,7 @@ UV_COMPILE := .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-annot
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS='--config.seed=1' overrides fields
+train: $(VENV)/.installed ## Train a small Xception on the shipped images; ARGS overrides fields: make train WORKDIR=runs/seed1 ARGS=--config.seed=1
 	$(BIN)/xception-jax train --config=fashion_mnist --workdir=$(WORKDIR) $(ARGS)
 
 # Only the files with marked tests are collected, because importing all others would take several seconds in each worker.

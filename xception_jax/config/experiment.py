@@ -20,9 +20,9 @@ class DataConfig(Section):
 
     name: str = text("imagenet2012", "paper: section 4; a TFDS name, or 'synthetic'")
     data_dir: str = text("", "local: empty is TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    train_split: str = text("train[:98%]", "modern: the rest is the development split")
+    train_split: str = text("train[:98%]", "modern: split to train on; the rest is the development split")
     eval_split: str = text("train[98%:]", "modern: watched while training, so that test images are not tuned on")
-    test_split: str = text("validation", "paper: table 1; evaluated once, at the end")
+    test_split: str = text("validation", "paper: table 1; split that is evaluated once, at the end")
     image_size: int = integer(299, 1, "paper: section 4; side of the images that the network sees", high=4096)
     augmentation: str = choice("inception", ("inception", "shift", "none"), "inferred: Inception preprocessing")
     random_labels: int = integer(
@@ -37,7 +37,9 @@ class DataConfig(Section):
         ("none", "kronecker", "free"),
         "local: orthogonal mixing of channels and pixels in blocks of 2 x 2, after everything else, see data/turn.py",
     )
-    turn_angle: float = number(1.0, 0.0, 1.0, "local: 0 leaves images as they are", unless={"turn": ("none",)})
+    turn_angle: float = number(
+        1.0, 0.0, 1.0, "local: how far images are turned; 0 leaves them as they are", unless={"turn": ("none",)}
+    )
     turn_seed: int = integer(0, 0, "local: draws the direction of the turn", unless={"turn": ("none",)})
     eval_crop: float = number(0.875, 0.0, 1.0, "inferred: central share of the image's sides", above=True)
     threads: int = integer(0, 0, "local: decoding threads in each process; 0 is as many as cores, but at least 16")
@@ -147,7 +149,7 @@ class EvaluationConfig(Section):
 
     batch_size: int = integer(512, 1, "local: images in a batch of an evaluation")
     every: str = span("1 epoch", "local: how often the development split is evaluated")
-    map_at: int = integer(100, 1, "paper: section 4.1, MAP@100")
+    map_at: int = integer(100, 1, "paper: section 4.1, MAP@100; number of best classes that count in MAP@k")
     heat_maps: int = integer(0, 0, "local: images in the report with a heat map of the predicted class; 0 is off")
 
 
@@ -175,7 +177,10 @@ class WatchdogConfig(Section):
         20, 0, "local: end the run if no step finishes within this multiple of the median step; 0 is off"
     )
     min_seconds: int = integer(
-        600, 1, "local: at least; ten times as long before the first step has ended", unless={"factor": (0,)}
+        600,
+        1,
+        "local: shortest time without a step that ends the run; ten times as long before the first step",
+        unless={"factor": (0,)},
     )
 
 
@@ -206,8 +211,8 @@ class ExperimentConfig(Section):
     duration: str = span("169 epochs", "inferred: 113,000 steps; length of the run")
     init: InitConfig = InitConfig()
     loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = variants(OPTIMIZERS, "paper: section 4.2")
-    schedule: ScheduleConfig = variants(SCHEDULES, "paper: section 4.2")
+    optimizer: OptimizerConfig = variants(OPTIMIZERS, "paper: section 4.2; the optimizer")
+    schedule: ScheduleConfig = variants(SCHEDULES, "paper: section 4.2; how the learning rate changes")
     ema: EMAConfig = EMAConfig()
     max_bad_steps: int = integer(10, 1, "local: non-finite steps in a row before the run goes back to a checkpoint")
     mesh: MeshConfig = MeshConfig()

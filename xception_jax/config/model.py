@@ -48,7 +48,9 @@ class ModelConfig(Section):
         0.5, 0.0, 0.99, "paper: section 4.3 (ImageNet 0.5, JFT none); dropout in front of the classifier"
     )
     padding: str = choice("same", ("same", "symmetric"), "reference: Keras; 'symmetric' is what PyTorch ports do")
-    dtype: str = choice("float32", ("float32", "bfloat16", "float64"), "local: of the computation")
+    dtype: str = choice(
+        "float32", ("float32", "bfloat16", "float64"), "local: dtype of activations; parameters have at least 32 bits"
+    )
     batch_norm: BatchNormConfig = BatchNormConfig()
 
     @property

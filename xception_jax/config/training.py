@@ -19,7 +19,9 @@ class LossConfig(Section):
 
     path: ClassVar[str] = "loss."
 
-    name: str = choice("softmax", ("softmax", "sigmoid"), "paper: section 4 (ImageNet); inferred for JFT")
+    name: str = choice(
+        "softmax", ("softmax", "sigmoid"), "paper: section 4, inferred for JFT; sigmoid allows several labels"
+    )
     label_smoothing: float = number(
         0.1, 0.0, 0.99, "inferred: as in Inception V3; share of a label that is spread over all classes"
     )
@@ -44,10 +46,12 @@ class OptimizerConfig(Section):
     weight_decay: float = number(
         1e-5, 0.0, 1.0, "paper: section 4.3; coupled (L2) in sgd, rmsprop, adam, otherwise decoupled"
     )
-    decayed: str = pattern("kernel$", "inferred: every kernel, neither BatchNorm nor biases")
+    decayed: str = pattern(
+        "kernel$", "inferred: parameters with weight decay: all kernels, neither BatchNorm nor biases"
+    )
     frozen: str = pattern("", "modern: parameters that stay as they start, with their BN statistics; '' is none")
     multipliers: tuple[tuple[str, float], ...] = factors(
-        "modern: of the learning rate; the first pattern found in a name counts"
+        "modern: factors of the learning rate by parameter name; the first pattern found in a name counts"
     )
     clip_norm: float = number(0.0, 0.0, math.inf, "local: 0 does not clip")
 

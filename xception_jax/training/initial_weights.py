@@ -28,6 +28,7 @@ from xception_jax.training.restore import is_run, open_run, run_config, run_netw
 from xception_jax.training.run_directory import saved_config
 from xception_jax.training.state import TrainState
 from xception_jax.weights import Network, Preprocessing, load_network
+from xception_jax.weights.load import note_other_size
 
 # Fields of `config.model` that may differ from the network in the file. They affect only the head or only training.
 _MAY_DIFFER = ("num_classes", "fc_layers", "fc_width", "dropout_rate", "aux_head", "dtype", "initialization")
@@ -107,7 +108,9 @@ def _source(config: ExperimentConfig) -> str:
 def _read(config: ExperimentConfig) -> Network:
     source = _source(config)
     if is_run(source):
-        return run_network(source, open_run(source))
+        network = run_network(source, open_run(source))
+        note_other_size(network.preprocessing.size, config.data.image_size)
+        return network
     return load_network(source, size=config.data.image_size)
 
 

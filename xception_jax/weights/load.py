@@ -58,6 +58,7 @@ def load_network(
         if model is not None and tree.describe(model) != tree.describe(network.model):
             what = f"the file holds {tree.describe(network.model)}, not {tree.describe(model)}"
             raise UsageError(what, str(path), "leave the model out: the file describes itself")
+        note_other_size(network.preprocessing.size, size)
         return resized(network, source.name, size or network.preprocessing.size)
     imported = import_content(content, path, model, head)
     network, notes = dataclasses.replace(imported.network, sha256=sha256), imported.notes
@@ -76,8 +77,16 @@ def load_network(
     elif size is None and height != width:
         what = f"the network in the file takes images of {height} x {width} pixels"
         notes.append(f"{what}; ours are square, using {max(height, width)} (convert --size)")
+    elif imported.image_shape is not None:
+        note_other_size(max(height, width), size)
     _print(notes)
     return resized(network, source.name, size or max(height, width))
+
+
+def note_other_size(stated: int, wanted: int | None) -> None:
+    """Prints a note if images are to have another size than the weights state."""
+    if wanted not in (None, stated):
+        _print([f"the weights are for images of {stated:,} pixels; using {wanted:,}"])
 
 
 def resized(network: Network, source: str, size: int) -> Network:
