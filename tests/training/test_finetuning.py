@@ -330,6 +330,17 @@ def test_the_weights_say_which_network_it_is(weights, tmp_path, shared_environme
     assert complete_config(nothing, tmp_path) == (nothing, None)
 
 
+def test_a_note_names_another_image_size_than_that_of_the_weights(weights, tmp_path, shared_environment, capsys):
+    from configs.finetune import get_config
+
+    data = {"data.data_dir": shared_environment["TFDS_DATA_DIR"], "init.weights": str(weights)}
+    config = override(resolve(get_config("fashion_mnist")), data)
+    complete_config(config, tmp_path)
+    assert "pixels" not in capsys.readouterr().err
+    complete_config(override(config, {"data.image_size": 64}), tmp_path)
+    assert "the weights are for images of 32 pixels; using 64" in capsys.readouterr().err
+
+
 def test_another_initialization_is_not_another_network(start, weights):
     kernels = [
         start(weights, **{"model.initialization": name})[0].params["block1_conv1"]["kernel"]
