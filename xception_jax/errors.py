@@ -6,6 +6,7 @@ with the code of its class, from sysexits.h. Any other exception is a bug and ke
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Self
 
@@ -114,3 +115,16 @@ class ConfigError(UserError):
 
 RESUMABLE_EXIT_CODES = (PreemptedError.exit_code, INTERRUPTED_EXIT_CODE)
 """Exit codes after which the same command resumes the run."""
+
+
+def exit_code_meanings() -> dict[int, str]:
+    """Returns what each exit code means, in the order of the codes."""
+    meanings = {
+        SUCCESS_EXIT_CODE: "The command has finished.",
+        BUG_EXIT_CODE: "A bug of this package, with a traceback. Please report it.",
+        INTERRUPTED_EXIT_CODE: "A second signal, or Ctrl-C in a command other than train and study run.",
+        READER_LEFT_EXIT_CODE: "The program that reads the output has ended, as head does.",
+    }
+    for error in UserError.__subclasses__():
+        meanings[error.exit_code] = str(inspect.getdoc(error)).split("\n\n")[0].replace("\n", " ")
+    return dict(sorted(meanings.items()))

@@ -96,18 +96,9 @@ def config_fields() -> str:
 
 def exit_codes() -> str:
     """Returns a table of the exit codes of all commands."""
-    meanings = {
-        errors.SUCCESS_EXIT_CODE: "The command has finished.",
-        errors.BUG_EXIT_CODE: "A bug of this package, with a traceback. Please report it.",
-        errors.INTERRUPTED_EXIT_CODE: "A second signal, or Ctrl-C in a command other than `train` and `study run`.",
-        errors.READER_LEFT_EXIT_CODE: "The program that reads the output has ended, as `head` does.",
-    }
-    for error in vars(errors).values():
-        if inspect.isclass(error) and issubclass(error, errors.UserError) and error is not errors.UserError:
-            meanings[error.exit_code] = str(inspect.getdoc(error)).split("\n\n")[0].replace("\n", " ")
     rows = [
         f"| {code} | {_cell(meaning)} | {'yes' if code in errors.RESUMABLE_EXIT_CODES else ''} |"
-        for code, meaning in sorted(meanings.items())
+        for code, meaning in errors.exit_code_meanings().items()
     ]
     return "\n".join(["| exit code | meaning | the same command resumes |", "|---|---|---|", *rows])
 

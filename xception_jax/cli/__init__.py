@@ -11,7 +11,7 @@ from xception_jax import __version__
 from xception_jax.command_line import Parser, refuse_empty, split_overrides, with_home
 from xception_jax.config import FIELDS
 from xception_jax.environment import program
-from xception_jax.errors import UsageError
+from xception_jax.errors import UsageError, exit_code_meanings
 
 # Each command is a module of this package with `add_arguments(parser)`, and `run(args)`, which returns the exit code.
 # It is imported only if its command is called.
@@ -43,7 +43,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       UsageError: it is not valid.
     """
-    parser = Parser(prog=program(), description="Xception and Inception V3 in JAX.")
+    codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in exit_code_meanings().items())
+    parser = Parser(
+        prog=program(),
+        description="Xception and Inception V3 in JAX.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"xception_jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     arguments, overrides = split_overrides(argv)

@@ -23,8 +23,11 @@ def add_limits(parser: argparse.ArgumentParser, help_of: str = "{default}") -> N
       parser: the parser.
       help_of: the help, in which {default} stands for what the limit means, and {field} for the field of a config.
     """
-    for option, default in (("--max_pixels", DataConfig.max_pixels), ("--max_scans", DataConfig.max_scans)):
-        text = f"limit above which an image counts as damaged (default: {default:,})"
+    for option, what, default in (
+        ("--max_pixels", "width x height", DataConfig.max_pixels),
+        ("--max_scans", "number of scans of a JPEG", DataConfig.max_scans),
+    ):
+        text = f"{what} above which an image counts as damaged (default: {default:,})"
         help_text = help_of.format(default=text, field=f"config.data.{option[2:]}")
         parser.add_argument(option, type=at_least(1), default=default, metavar="N", help=help_text)
 
