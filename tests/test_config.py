@@ -720,6 +720,7 @@ def test_what_is_no_duration(duration):
         ({"model__stem": "module", "model__segments": 2}, "model.segments", "a divisor of 3"),
         ({"model__stem": "module", "model__group_width": 8}, "model.group_width", "a divisor of 3"),
         ({"data__turn": "free", "data__image_size": 299}, "data.image_size", "set it to an even number, such as 300"),
+        ({"data__augmentation": "shift", "data__shift_pixels": 300}, "data.shift_pixels", "set it to a small part"),
         ({"data__turn_angle": 0.5}, "data.turn_angle", "leave it at 1.0"),
     ],
 )

@@ -108,6 +108,7 @@ CONTENTS: dict[str, bytes] = {
     "twice": b'{"batch_size": 1, "batch_size": 2}',
     "zip": _zip_with_array({"descr": "<f4", "fortran_order": False, "shape": (3,)}, bytes(12)),
     "lying array": _zip_with_array({"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**3)}, b""),
+    "empty strings": _zip_with_array({"descr": "<U0", "fortran_order": False, "shape": (10**12,)}, b""),
     "npy": b"\x93NUMPY\x01\x00" + bytes(100),
     "object array": _zip_with_array({"descr": "|O", "fortran_order": False, "shape": (3,)}, bytes(24)),
 }

@@ -234,6 +234,31 @@ def test_names_on_two_sides_are_a_warning_and_its_expression_groups_them(scans, 
         assert json.loads(capsys.readouterr().out)["groups"] == {"train": 16, "validation": 2, "test": 2}
 
 
+@pytest.mark.parametrize("name", ["{}/{}/1.jpg", "{}/{}_1.jpg"], ids=["folders", "names"])
+def test_patients_in_several_split_folders_are_a_warning(name, tmp_path, data, capsys):
+    names = [name.format(label, f"patient{label}{p}") for label in "ab" for p in range(4)]
+    names += [file.replace("1.jpg", "2.jpg") for file in names]
+    files = {f"{split}/{file}": jpeg(photograph(0)) for split in ("train", "test") for file in names}
+    folder = write_folder(tmp_path / "scans", files)
+    prepare("image_folder", "--source", folder, "--name", "scans", "--data_dir", tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"warning: 8 of 8 (folders below a class|names, .*) are in several splits", out)
+    assert "move the files of each into one split folder" in out
+
+
+@pytest.mark.parametrize("name", ["{}/{}/{}.jpg", "{}/{}_{}.jpg"], ids=["folders", "names"])
+def test_the_expression_of_the_warning_groups_all_other_files_too(name, tmp_path, data, capsys):
+    files = {name.format(label, f"patient{label}{p}", k): b"" for label in "ab" for p in range(10) for k in range(4)}
+    files = dict.fromkeys((*files, "a/cover.jpg", "b/cover.jpg", "b/7.jpg"), jpeg(photograph(0)))
+    folder = write_folder(tmp_path / "scans", files)
+    arguments = ["image_folder", "--source", folder, "--name", "scans", "--data_dir", tmp_path]
+    prepare(*arguments)
+    expression = re.search("--groups '(.*)'", capsys.readouterr().out)[1]
+    prepare(*arguments, "--overwrite", "--groups", expression, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert sum(report["num_examples"].values()) == len(files)
+
+
 def test_names_that_tell_class_or_camera_are_no_warning():
     for name in (
         "a/rose_{}.jpg",
@@ -244,7 +269,7 @@ def test_names_that_tell_class_or_camera_are_no_warning():
         "a/{0}frog{0}x.png",
     ):
         keys = [name.format(number).replace("a/", f"{'ab'[number % 2]}/") for number in range(100)]
-        assert groups.near_duplicates(keys, [key[0] for key in keys], divided(keys)) == []
+        assert groups.near_duplicates(keys, [key[0] for key in keys], divided(keys), in_folders=False) == []
 
 
 def test_folds_are_read_together(scans, tmp_path, data, capsys):
@@ -389,8 +414,10 @@ def test_capital_letters_and_a_missing_train(tmp_path, data, capsys):
     prepare("image_folder", "--source", folder, "--name", "f", "--data_dir", tmp_path)
     assert opened(data, tmp_path, "f", "train").info.class_names == ("a",)
     folder = write_folder(tmp_path / "g", {"test/a/1.jpg": jpeg(photograph(0))})
-    with pytest.raises(BadDataError, match="no training folder next to test"):
-        prepare("image_folder", "--source", folder, "--name", "g", "--data_dir", tmp_path)
+    for _ in range(2):
+        with pytest.raises(BadDataError, match="no training folder next to test"):
+            prepare("image_folder", "--source", folder, "--name", "g", "--data_dir", tmp_path)
+        (folder / "labels.csv").write_text("a file is no class")
 
 
 def test_a_file_in_two_groups_is_refused(tmp_path):
@@ -472,10 +499,12 @@ def test_classes_can_be_links_into_one_folder(tmp_path, capsys):
         (folder / f"{number}.jpg").symlink_to(pool / f"{number}.jpg")
     too_long = tmp_path / "f" / "train" / "cat" / "long.jpg"
     too_long.symlink_to("a" * 255 + "/" + "b" * 300)
+    loop = too_long.with_name("loop.jpg")
+    loop.symlink_to(loop.name)
     prepare("image_folder", "--source", tmp_path / "f", "--name", "f", "--data_dir", tmp_path, "--json")
     report = json.loads(capsys.readouterr().out)
     assert report["num_examples"] == {"train": 4}
-    assert report["skipped"] == {"a broken link or not a regular file": [str(too_long)]}
+    assert report["skipped"] == {"a broken link or not a regular file": sorted(map(str, (too_long, loop)))}
 
 
 def test_two_splits_do_not_share_images_by_a_link(tmp_path):

@@ -188,11 +188,15 @@ def test_truncated_images_are_refused(data, kept):
         images.decode(data[: int(len(data) * kept)])
 
 
-def test_damaged_pixels_of_a_png_are_refused():
-    data = bytearray(encoded(PHOTOGRAPH, "PNG"))
-    data[len(data) // 2] ^= 0xFF
-    with pytest.raises(images.DamagedImageError):
-        images.decode(bytes(data))
+@pytest.mark.parametrize("image", [PHOTOGRAPH, np.full((48, 64, 3), 100, np.uint8)], ids=["photograph", "constant"])
+def test_damaged_pixels_of_a_png_are_refused(image):
+    data = encoded(image, "PNG")
+    start, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    for at in range(start, end, max(1, (end - start) // 500)):
+        damaged = bytearray(data)
+        damaged[at] ^= 0x80
+        with pytest.raises(images.DamagedImageError):
+            images.decode(bytes(damaged))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -342,6 +343,12 @@ def test_what_cannot_be_copied_is_refused(tfrecord_copy, tmp_path):
         prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path / "tfrecord")
     with pytest.raises(InputMissingError, match="not a TFDS dataset"):
         prepare("tfrecord", "--source", tmp_path, "--data_dir", tmp_path)
+    newer = tmp_path / "newer" / "photographs" / "9.0.0"
+    shutil.copytree(write_images(tmp_path / "b", "photographs", [jpeg(photograph(0))]), newer)
+    info = newer / "dataset_info.json"
+    info.write_text(re.sub(r'"version": "[^"]*"', '"version": "9.0.0"', info.read_text()))
+    with pytest.raises(StorageError, match="of photographs, which would be read instead"):
+        prepare("tfrecord", "--source", tfrecord_copy, "--data_dir", tmp_path / "newer")
     array_records = write_images(tmp_path / "a", "photographs", [jpeg(photograph(0))])
     with pytest.raises(UsageError, match="stored as array_record"):
         prepare("tfrecord", "--source", array_records, "--data_dir", tmp_path)

@@ -270,6 +270,10 @@ def test_open_images_is_read_as_tfds_writes_it(data, tmp_path):
     source = open_dataset(data, "train")
     assert (source.info.multi_label, source.info.num_classes) == (True, 7)
     assert source[0]["label"] == (2, 5)
+    (description,) = tmp_path.rglob("features.json")
+    description.write_text(description.read_text().replace('"numClasses": "7"', '"numClasses": "3000000"'))
+    with pytest.raises(BadDataError, match="3,000,000 classes; the limit is"):
+        open_dataset(data, "train")
 
 
 @pytest.fixture

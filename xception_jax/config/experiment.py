@@ -55,7 +55,13 @@ class DataConfig(Section):
     synthetic_examples: int = integer(10_000, 1, "local: size of the synthetic source")
 
     def check(self) -> None:
-        """Checks the crop interval, the training split, and that images that are turned have even sides."""
+        """Checks the crop interval, the training split, shifts, and that images that are turned have even sides."""
+        if self.augmentation == "shift" and self.shift_pixels > self.image_size:
+            raise ConfigError(
+                f"images of {self.image_size} x {self.image_size} pixels cannot be moved by {self.shift_pixels}",
+                "config.data.shift_pixels",
+                "set it to a small part of config.data.image_size",
+            )
         if self.turn != "none" and self.image_size % 2:
             raise ConfigError(
                 f"images of {self.image_size} x {self.image_size} pixels cannot be turned in blocks of 2 x 2 pixels",

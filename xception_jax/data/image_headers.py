@@ -161,10 +161,10 @@ def _png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
     turned, others = 1, []
     for name, start, end in _chunks(data, len(_PNG_SIGNATURE), ">I4s", checksum=4):
+        body = memoryview(data)[start + 4 : end - 4]
+        if zlib.crc32(body) != int.from_bytes(data[end - 4 : end]):  # decoders do not read all checksums of pixels
+            raise HeaderError(f"the checksum of the chunk at byte {start:,} is wrong")
         if name not in _PNG_PIXELS:
-            body = memoryview(data)[start + 4 : end - 4]
-            if zlib.crc32(body) != int.from_bytes(data[end - 4 : end]):
-                raise HeaderError(f"the checksum of the chunk at byte {start:,} is wrong")
             others.append((start, end))
             if name == b"eXIf" and turned == 1:
                 turned = orientation(bytes(body[4:]))

@@ -178,7 +178,9 @@ def check_features(features: tfds.features.FeaturesDict, where: str) -> None:
     """
     for feature in features.values():
         label = getattr(feature, "feature", feature)  # of a sequence
-        if isinstance(label, tfds.features.ClassLabel) and label.num_classes is not None:
+        if isinstance(label, tfds.features.FeaturesDict):
+            check_features(label, where)
+        elif isinstance(label, tfds.features.ClassLabel) and label.num_classes is not None:
             if not 0 <= label.num_classes <= MAX_CLASSES:
                 what = f"the dataset has {label.num_classes:,} classes; the limit is {MAX_CLASSES:,}"
                 raise BadDataError(what, where, "correct the number of classes")

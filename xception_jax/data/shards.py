@@ -37,7 +37,7 @@ def check_shards(shards: Sequence[shard_utils.FileInstruction]) -> None:
       DeviceMemoryError: the limits of this process are too low for the threads of the library.
       StorageError: a shard cannot be opened within `TIMEOUT`.
     """
-    step = max(1, len(shards) // _CHECKED)
+    step = max(1, -(-len(shards) // _CHECKED))
     for shard in shards[::step]:
         count, path = _count_records(str(shard.filename)), str(shard.filename)
         if count != shard.examples_in_shard:

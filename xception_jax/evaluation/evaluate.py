@@ -157,5 +157,9 @@ def name_examples(predictions: Predictions, source: Source) -> Predictions:
       BadDataError: a record is damaged.
     """
     found = {"file_name": source.column("file_name"), "group": source.column("group")}
-    columns = {name: np.array(values, str)[predictions.index] for name, values in found.items() if values is not None}
+    columns = {
+        name: np.array(values, str)[predictions.index]
+        for name, values in found.items()
+        if values and np.ndim(values[0]) == 0  # a list is no name
+    }
     return dataclasses.replace(predictions, **columns)

@@ -78,10 +78,10 @@ def _load(
     """Returns the preprocessed image, an error and an optional thumbnail. An unreadable image is all zeros."""
     pixels = np.zeros((view.size, view.size, 3), np.float32)
     try:
-        image = images.decode(images.read(path), limits)
+        with images.decoded(images.read(path), limits) as image:  # until the view is made, which needs memory, too
+            view(image, pixels)
+            return pixels, "", images.thumbnail(image, longest) if thumbnail else None
     except images.DamagedImageError as error:
         return pixels, f"it cannot be decoded: {one_line(error)}", None
     except OSError as error:
         return pixels, f"it cannot be read: {error.strerror}", None
-    view(image, pixels)
-    return pixels, "", images.thumbnail(image, longest) if thumbnail else None

@@ -50,6 +50,6 @@ def check_apart(path: str, images: Sequence[Path]) -> None:
     if is_file(path):
         require_outputs([path], images)
     elif Path(path).is_dir():
-        held = {entry.resolve() for entry in Path(path).iterdir()}  # a picture is written where a link leads
-        if held & {image.resolve() for image in images}:
+        held = {os.path.realpath(entry) for entry in Path(path).iterdir()}  # a picture is written where a link leads
+        if held & {os.path.realpath(image) for image in images}:
             raise UsageError("the output folder contains the input images", path, "choose another folder")

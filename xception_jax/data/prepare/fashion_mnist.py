@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from xception_jax.data.prepare.writer import Dataset
-from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.files import open_regular
 
 CLASS_NAMES = (
@@ -183,6 +183,10 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
             "--source /usr/share/datasets/fashion-mnist)",
         ) from None
     except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip reports damage without a number
+            raise StorageError(
+                f"the file cannot be read: {error.strerror}", str(path), "check its permissions"
+            ) from error
         raise BadDataError(f"the file is damaged: {error}", str(path), "download it again") from error
     header = struct.Struct(f">HBB{num_dimensions}I")
     if len(data) >= header.size:

@@ -23,6 +23,9 @@ NUMBERED = r"([^/]+?)[-_. ]?\d+\.\w+$"
 FOLDER = r"^([^/]+/.+)/[^/]+$"
 """Captures the folder of a file that is below the folder of its class: 'cat/patient12' of 'cat/patient12/003.jpg'."""
 
+# The same for --groups, which needs a group for every file: of the others, the name and the path.
+_ALL_NUMBERED, _ALL_FOLDERS = r"([^/]+?)(?:[-_. ]?\d+)?\.\w+$", r"^([^/]+/.+(?=/[^/]+$)|.+)"
+
 _NAMED = 5
 _COLUMNS = ["file", "group"]
 
@@ -96,14 +99,27 @@ def check_groups(groups: Sequence[str], splits: Sequence[str], where: str) -> No
         raise BadDataError(f"{what}: {some(shared)}", where, "move the files of each group into one split folder")
 
 
-def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence[str]) -> list[str]:
+def near_duplicates(
+    keys: Sequence[str], labels: Sequence[str], splits: Sequence[str], *, in_folders: bool
+) -> list[str]:
     """Returns a warning in three lines if files that may belong together are in different splits, else [].
 
     These are files in one folder below that of their class, or files with one name and different numbers. Folders or
     names that only tell the class or the camera ('rose_017.jpg', 'IMG_0042.jpg') are not considered: there must be at
     least two for each class, with at least two files on average. Neither are names that are only a number ('0042.jpg').
+
+    Args:
+      keys: the path of each file relative to the folder, with slashes.
+      labels: the class of each file.
+      splits: the split of each file.
+      in_folders: whether the first part of each key is the folder of its split.
     """
-    for expression, kind in ((FOLDER, "folders below a class"), (NUMBERED, "names, without their numbers,")):
+    if in_folders:
+        keys = [key.partition("/")[2] for key in keys]
+    for expression, of_all, kind in (
+        (FOLDER, _ALL_FOLDERS, "folders below a class"),
+        (NUMBERED, _ALL_NUMBERED, "names, without their numbers,"),
+    ):
         pattern = re.compile(expression)
         names = {key: match[1] for key in keys if (match := pattern.search(key)) and not match[1].isdecimal()}
         named = [(names[key], *row) for key, *row in zip(keys, labels, splits, strict=True) if key in names]
@@ -116,7 +132,9 @@ def near_duplicates(keys: Sequence[str], labels: Sequence[str], splits: Sequence
                 f"warning: {len(shared):,} of {len(found):,} {kind} are in several splits: {some(shared)}",
                 "  If these are frames of a video or images of a person, held-out accuracy will be 4 to 26 points too "
                 "high.",
-                f"  To keep them together, prepare again with --overwrite --groups '{expression}'",
+                "  To keep them together, move the files of each into one split folder, and use --overwrite"
+                if in_folders
+                else f"  To keep them together, prepare again with --overwrite --groups '{of_all}'",
             ]
     return []
 

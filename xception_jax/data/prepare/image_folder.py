@@ -235,7 +235,7 @@ def _divided_files(
             raise BadDataError(what, str(source), "ask for fewer splits, or add images")
         contents.warnings.append(f"{what}: the dataset has no such split")
     if group_of is None:
-        contents.warnings += near_duplicates(keys, labels, splits)
+        contents.warnings += near_duplicates(keys, labels, splits, in_folders=bool(split_folders))
     else:
         check_groups(group_of, splits, str(source))
     files = [
@@ -275,7 +275,7 @@ def _split_folders(source: Path, skipped: Skipped) -> dict[str, Path]:
         else:
             found[split] = path
     if "train" not in found:
-        if found and len(found) == len(others) + len(found):
+        if found and not any(is_folder for _, is_folder in others):
             what = f"there is no training folder next to {', '.join(folder.name for folder in found.values())}"
             raise BadDataError(
                 what, str(source), "add one called train, or point --source at the folders of the classes"
@@ -320,7 +320,7 @@ def _files(folder: Path, skipped: Skipped, seen: dict[Path, tuple[Path, str]]) -
                     raise BadDataError(what, str(path.parent), "remove the link: each image belongs to one split")
                 _check_class(path.parent, _class_of(real, real_folder) or label, top.name)
             if is_folder and path.is_symlink():
-                _check_class(path, _class_of(path.resolve().parent, real_folder) or top.name, top.name)
+                _check_class(path, _class_of(Path(os.path.realpath(path)).parent, real_folder) or top.name, top.name)
             if not os.path.isfile(path):
                 skipped.add("a broken link or not a regular file", path)
             elif path.suffix.lower() not in images.SUFFIXES:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from xception_jax.data.metadata import open_builder
 from xception_jax.data.prepare.directory import fingerprint_of_files, incomplete_directory
 from xception_jax.data.prepare.shards import shard_template, write_array_record
-from xception_jax.data.prepare.writer import Summary, existing
+from xception_jax.data.prepare.writer import Summary, existing, refuse_newer
 from xception_jax.data.sources import AS_ARRAY_RECORD, is_complete
 from xception_jax.errors import BadDataError, InputMissingError, UsageError
 from xception_jax.files import open_regular
@@ -56,11 +56,12 @@ def copy_tfrecord(source: Path, data_dir: Path, *, overwrite: bool = False, prog
         is_ours = info.file_format == tfds.core.FileFormat.ARRAY_RECORD
         fix = "use it without a copy" if is_ours else AS_ARRAY_RECORD
         raise UsageError(f"the dataset is stored as {info.file_format.value}, not as tfrecord", str(source), fix)
-    name = info.name if info.config_name is None else f"{info.name}/{info.config_name}"
+    name = f"{info.name}/{info.config_name}" if info.config_name else info.name
     version = str(info.version)
     target = data_dir / name / version
     if target.resolve() == source.resolve():
         raise UsageError("the copy would replace the original", str(source), "choose another --data_dir for the copy")
+    refuse_newer(name, version, data_dir)
     files = sorted(path for path in source.iterdir() if path.is_file())
     identity = fingerprint_of_files(files)
     with incomplete_directory(data_dir, name, version, overwrite=overwrite, source=identity) as partial:

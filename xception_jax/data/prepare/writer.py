@@ -28,6 +28,7 @@ from xception_jax.data.prepare.shards import write_shards
 from xception_jax.data.prepare.sorting import SortedRecords
 from xception_jax.data.sources import find_dataset, is_complete
 from xception_jax.errors import BadDataError, StorageError
+from xception_jax.names import one_line
 
 VERSION = "1.0.0"
 
@@ -92,7 +93,7 @@ def write_dataset(dataset: Dataset, data_dir: Path, *, overwrite: bool = False, 
     """
     name = f"{dataset.name}/{dataset.config}" if dataset.config else dataset.name
     target = data_dir / name / dataset.version
-    _refuse_newer(name, dataset.version, data_dir)
+    refuse_newer(name, dataset.version, data_dir)
     leftovers = [target.with_name(f"{target.name}.{kind}") for kind in ("replaced", "incomplete")]
     if is_complete(target) and not overwrite and not any(map(os.path.lexists, (*leftovers, target / WORK))):
         return existing(target)
@@ -125,15 +126,16 @@ def _serialize(dataset: Dataset, serializer: ExampleSerializer, split: str, key:
     try:
         # `features.serialize_example` writes the features in an order that differs from process to process.
         return serializer.get_tf_example(dataset.features.encode_example(example)).SerializeToString(deterministic=True)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:  # TFDS raises all of these
+        why = f"the feature {error} is missing or unknown" if isinstance(error, KeyError) else one_line(error)
         raise BadDataError(
-            f"an example does not fit the features of {dataset.name}: {str(error).splitlines()[-1]}",
+            f"an example does not fit the features of {dataset.name}: {why}",
             f"split {split}, example {key}",
-            "labels are whole numbers from 0 to the number of classes - 1",
+            "give each feature a value; labels are names of classes, or numbers from 0 to the number of classes - 1",
         ) from error
 
 
-def _refuse_newer(name: str, version: str, data_dir: Path) -> None:
+def refuse_newer(name: str, version: str, data_dir: Path) -> None:
     """Raises StorageError if a newer version would be read instead of the one that is to be written."""
     newest = find_dataset(name, data_dir)
     if newest is not None and tfds.core.Version(newest.name) > tfds.core.Version(version):
