@@ -41,7 +41,7 @@ RATES = {
     "cifar": (0.05, 0.1, 0.2, 0.4),
     "imagenet": (0.1, 0.2, 0.4, 0.8),
 }
-GATES = {"smoke": 0.9, "cpu": 0.9, "cifar": 0.9, "imagenet": None}  # a ReLU, whose harm is measured, must pass, too
+GATES = {"smoke": 0.9, "cpu": 0.88, "cifar": 0.9, "imagenet": None}  # a ReLU, whose harm is measured, must pass, too
 # Every weight is alive here, so that this cost is the same as the one that is controlled. The others differ.
 EQUAL_WITH = {"parameters": "live_parameters", "live_parameters": "parameters"}
 TOLERANCES = {"smoke": 0.2, "cpu": 0.02, "cifar": 0.02, "imagenet": 0.01}
