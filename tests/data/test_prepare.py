@@ -243,6 +243,10 @@ def test_a_damaged_idx_file_is_refused(tmp_path, damage):
     with pytest.raises(BadDataError) as error:
         prepare("fashion_mnist", "--source", tmp_path, "--data_dir", tmp_path)
     assert "train-images" in error.value.where
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match="cannot be read: it is a directory"):
+        prepare("fashion_mnist", "--source", tmp_path, "--data_dir", tmp_path)
 
 
 def test_scenes_are_the_same_every_time_and_share_no_garment():

@@ -97,9 +97,8 @@ def test_a_class_is_given_by_name_or_number(network, option, label):
 def test_a_folder_gets_a_picture_of_each_image(weights, photos, tmp_path, capsys):
     options = ["--method", "integrated_gradients", "--steps", 2, "--baseline", "white", "--class", 1]
     run("--weights", weights, photos, "--out", tmp_path / "maps", "--npz", tmp_path / "maps.npz", *options)
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [
-        f"a_{n}integrated_gradients.png" for n in ("2_", "")
-    ]
+    names = ["a_2_integrated_gradients.png", "a_integrated_gradients.png"]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == names
     out, err = capsys.readouterr()
     assert all(line.endswith("Hund") for line in out.splitlines())
     assert "increase --steps" in err

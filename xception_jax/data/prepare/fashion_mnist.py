@@ -182,12 +182,11 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
             "point --source at the four files of Fashion-MNIST (Debian: apt install dataset-fashion-mnist, then "
             "--source /usr/share/datasets/fashion-mnist)",
         ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # gzip reports damage without a number
-            raise StorageError(
-                f"the file cannot be read: {error.strerror}", str(path), "check its permissions"
-            ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadDataError(f"the file is damaged: {error}", str(path), "download it again") from error
+    except OSError as error:
+        what = f"the file cannot be read: {error.strerror}"
+        raise StorageError(what, str(path), "check what it is, and its permissions") from error
     header = struct.Struct(f">HBB{num_dimensions}I")
     if len(data) >= header.size:
         zero, kind, dimensions, *shape = header.unpack_from(data)
