@@ -152,6 +152,7 @@ NEVER = {
     "or a whole number": ["nonsense", 1.5, True, None, math.inf],
     "True or False": ["True", 1, 0, "yes"],
     "a string": [3, None, ["a"], True],
+    "HOST:PORT": ["host", "host:port", "host:0", 3, None, ["a:1"], True],
     "a regular expression": ["(", "*", 3, None],
     "a number and a unit": ["10", 10, "ten epochs", "-1 epochs", "1 hour", "", None, "1 epoch 2 steps", "nan epochs"],
     "one number for each class": ["nonsense", 3, None, True, (-1.0, 1.0), "0, 0", ("a",), {"a": 1}],
@@ -246,6 +247,9 @@ def test_a_few_limits_in_numbers():
         ("model.epsilon", "model.batch_norm.epsilon"),
         ("schedule.lerning_rate", "schedule.learning_rate"),
         ("data.imagesize", "data.image_size"),
+        ("lr", "schedule.learning_rate"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("epochs", "duration"),
     ],
 )
 def test_an_unknown_field_is_answered_with_the_one_meant(name, meant):

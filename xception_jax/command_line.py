@@ -262,6 +262,8 @@ def run_file(path: Path, function: str, arguments: Sequence[str]) -> Any:
         except TypeError as error:
             what = f"{function}() does not take {', '.join(map(repr, arguments)) or 'no argument'}: {error}"
             fix = "correct what follows the colon: it is passed to the function"
+            if not arguments:
+                fix = f"add what it takes after a colon: {path.name}:ARGUMENT"
             raise ConfigError(what, str(path), fix) from None
         return found(*arguments)
     except UserError:

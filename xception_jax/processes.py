@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
-from xception_jax.config import DistributedConfig
+from xception_jax.config import DistributedConfig, is_address
 from xception_jax.errors import BUG_EXIT_CODE, ConfigError, PreemptedError, UserError
 from xception_jax.launchers import from_environment, gpus_of_task, several_processes
 from xception_jax.process import as_user_error
@@ -60,6 +60,9 @@ def start_distributed(distributed: DistributedConfig) -> None:
     if distributed.start == "off" or jax.distributed.is_initialized():
         return
     evidence = several_processes(os.environ)
+    if not distributed.coordinator and not is_address(address := os.environ.get("JAX_COORDINATOR_ADDRESS", "x:1")):
+        what = f"JAX_COORDINATOR_ADDRESS={address!r} is not HOST:PORT with a port of 1 to 65535"
+        raise ConfigError(what, "the environment", "set it to the address of process 0, or unset it")
     given = {
         "coordinator_address": distributed.coordinator,
         "num_processes": distributed.num_processes,
@@ -83,7 +86,7 @@ def start_distributed(distributed: DistributedConfig) -> None:
             if isinstance(error, RuntimeError):
                 check_processes()
             return
-        source = "config.distributed" if distributed.coordinator else "the environment"
+        source = "config.distributed" if distributed.coordinator or distributed.start == "on" else "the environment"
         raise ConfigError(
             f"{evidence or source} says that there may be several processes, "
             f"but JAX cannot connect them: {error or type(error).__name__}",

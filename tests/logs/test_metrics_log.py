@@ -140,7 +140,10 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(path):
         b'{"step": "x", "split": "train"}',
         b'{"step": 1}',
         b'{"step": 1, "split": "dev", "seconds": "abc"}',
-        b'{"step": 1, "split": "dev", "loss": [[1]]}',
+        b'{"step": 1, "split": "dev", "count": 9, "loss": [[1]]}',
+        b'{"step": 1, "split": "dev", "count": 9, "loss": [1]}',
+        b'{"step": 1, "split": "test", "top1": 0.5}',
+        b'{"step": 1, "split": "interval", "loss": [1, 2], "top1": [1]}',
         b"[" * 100_000,
     ],
 )
@@ -159,7 +162,7 @@ def test_a_run_that_is_killed_leaves_whole_lines_and_none_twice(path, seconds):
     program = (
         "import sys; from xception_jax.logs.metrics_log import MetricsLog\n"
         "log = MetricsLog(sys.argv[1]); print('ready', flush=True)\n"
-        "for step in range(10**9): log.write(step, 'train', {'loss': 0.1 * step, 'note': [1] * 300})\n"
+        "for step in range(10**9): log.write(step, 'interval', {'loss': 0.1 * step, 'note': [1] * 300})\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
     try:
@@ -256,7 +259,7 @@ def test_a_run_that_begins_again_keeps_the_results_of_the_one_before(path, caplo
     """As after its checkpoints were moved away, or with another experiment in its work directory."""
     write_steps(path, (10, 20))
     with contextlib.closing(MetricsLog(path, 20)) as log:
-        log.write(20, "test", {"top1": 0.9})
+        log.write(20, "test", {"top1": 0.9, "count": 10})
     before = path.read_bytes()
     MetricsLog(path, 0).close()
     assert path.read_bytes() == b""

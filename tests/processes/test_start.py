@@ -15,7 +15,22 @@ from tests.conftest import ROOT, free_port
 from xception_jax.config import DistributedConfig
 from xception_jax.errors import ConfigError
 from xception_jax.launchers import SKYPILOT_PORT, from_environment, gpus_of_task, may_have_peers, several_processes
-from xception_jax.processes import check_processes
+from xception_jax.processes import check_processes, start_distributed
+
+
+@pytest.mark.parametrize("value", ["host0", "host0:port", "host0:0", "host0:65536", "http://host0:1234", "host0:1234 "])
+def test_an_address_that_no_process_could_connect_to_is_refused(monkeypatch, value):
+    """Each process would wait for the others, and end with a code that launchers take for a preemption."""
+    with pytest.raises(ConfigError, match=r"config\.distributed\.coordinator"):
+        DistributedConfig(coordinator=value, num_processes=2)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", value)
+    with pytest.raises(ConfigError, match="JAX_COORDINATOR_ADDRESS"):
+        start_distributed(DistributedConfig())
+
+
+@pytest.mark.parametrize("value", ["host0:1234", "10.0.0.1:1", "host-0.svc_1.local:65535", "[fe80::1]:1234"])
+def test_addresses(value):
+    assert DistributedConfig(coordinator=value).coordinator == value
 
 
 def test_processes_that_are_not_connected_are_refused(monkeypatch):

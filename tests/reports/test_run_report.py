@@ -294,6 +294,12 @@ def test_a_live_report_reloads_and_a_finished_one_does_not(tmp_path, full):
     assert 'id="live"' not in full
 
 
+def test_a_live_report_of_an_extended_run_does_not_show_the_test_result_of_the_shorter_one(tmp_path):
+    live = Page(render(tmp_path, metrics=make_metrics(test=True), live=Live(written=1e9, seconds=60.0))).words
+    assert "62.50 % top-1 accuracy, Polyak average of the weights" in live
+    assert "There is no test result yet. Development split" in live
+
+
 def test_steps_come_with_their_epoch(tmp_path):
     text = render(tmp_path, metrics=make_metrics(), info=INFO | {"steps_per_epoch": 40.0})
     assert "step 300 of 300 (epoch 7.5), seed" in Page(text).words

@@ -163,6 +163,10 @@ def test_two_processes_have_the_bits_of_two_on_a_disk(start, messages, gcs, tmp_
             fields = [f"--config.distributed.{name}={value}" for name, value in distributed.items()]
             pair.append(start(f"--workdir={workdir}", *fields, name=f"process{number}", XLA_FLAGS=flags))
         assert [process.wait(300) for process in pair] == [0, 0], messages("process0") + messages("process1")
+        ends = [
+            re.search("test top-1 accuracy(.*\n)+?report: .*", messages(name))[0] for name in ("process0", "process1")
+        ]
+        assert ends[0] == ends[1]
         return sha256(messages("process0"))
 
     assert train_pair(RUN) == train_pair(str(tmp_path / "pair"))

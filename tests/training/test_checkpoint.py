@@ -23,12 +23,13 @@ from xception_jax.config import resolve
 from xception_jax.data.synthetic import SyntheticSource
 from xception_jax.errors import BadDataError, InputMissingError, StorageError
 from xception_jax.parallel import make_mesh
-from xception_jax.training import digest
+from xception_jax.training import checkpoint, digest
 from xception_jax.training.checkpoint import Checkpoints
 from xception_jax.training.experiment import build_experiment
 from xception_jax.training.fingerprint import named_leaves, state_fingerprint, tree_signature
 from xception_jax.training.preservation import LatestOrBest
 from xception_jax.training.run_directory import RunDirectory, open_checkpoints
+from xception_jax.training.verification import verify_step
 
 # What the state is after a step, so that every process can tell whether a restored one is right.
 STATE = """
@@ -340,6 +341,35 @@ def test_one_step_that_is_damaged_or_missing(tmp_path):
         with pytest.raises(InputMissingError, match="choose among: 10, 20"):
             checkpoints.restore(15, abstract(state_at(0)))
     assert (tmp_path / "20").exists()
+
+
+@pytest.mark.parametrize("moment", ["before it is verified", "after it is verified"])
+def test_a_step_that_a_trainer_deletes_while_it_is_read(tmp_path, monkeypatch, moment):
+    """As by `evaluate` beside a run, which has saved a newer step in the meantime."""
+    fill(tmp_path, (10, 20))
+
+    def verify(directory, step, *arguments, **options):
+        if step == 20 and moment.startswith("after"):
+            verified = verify_step(directory, step, *arguments, **options)
+        if step == 20:
+            shutil.rmtree(directory)
+            fill(tmp_path, (30,))
+        return (
+            verified
+            if step == 20 and moment.startswith("after")
+            else verify_step(directory, step, *arguments, **options)
+        )
+
+    monkeypatch.setattr(checkpoint, "verify_step", verify)
+    assert latest(tmp_path, read_only=True) == (30, [])
+    shutil.rmtree(tmp_path / "30")
+    fill(tmp_path, (20,))
+    with (
+        Checkpoints(tmp_path, read_only=True, report=lambda line: None) as checkpoints,
+        pytest.raises(InputMissingError, match="no checkpoint 20") as caught,
+    ):
+        checkpoints.restore(20, abstract(state_at(0)))
+    assert caught.value.fix == "choose among: 10, 30"
 
 
 def test_read_only_changes_nothing(tmp_path):
@@ -691,6 +721,8 @@ def test_a_run_that_diverges_restores_no_step_of_the_streak(tmp_path):
         step, state = checkpoints.restore_latest(abstract(state_at(0)), regular=True, below=20)
         assert step == 15
         assert state_fingerprint(state) == state_fingerprint(state_at(15))
+        assert checkpoints.restore_latest(abstract(state_at(0)), regular=True, below=15) is None
+        (tmp_path / "5.corrupt-20260101T000000Z").mkdir()  # of an earlier start: not all that there are
         assert checkpoints.restore_latest(abstract(state_at(0)), regular=True, below=15) is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -149,3 +150,20 @@ def test_a_second_divergence_ends_the_run_also_after_a_resume(recovered, run_pyt
     process = run_python(*again)
     assert process.returncode == 70, process.stderr
     assert "also after a recovery" in three_lines(process)[0]
+
+
+@pytest.mark.slow
+def test_what_the_message_says_leads_out_of_a_divergence(run_python, data_dir, tmp_path):
+    """Its first update destroys the parameters, and a checkpoint of them is saved before the run ends."""
+    fields = ["--config.data.name=noise", "--config.checkpoint.every=2 steps", "--config.max_bad_steps=4"]
+    command = [*arguments(data_dir, tmp_path, 8), *fields]
+    process = run_python(*command, "--config.schedule.learning_rate=1e12")
+    assert process.returncode == 70, process.stderr
+    named = re.search("delete the checkpoints ([0-9, ]+) first", three_lines(process)[2])[1].split(", ")
+    assert sorted(named) == sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    process = run_python(*command)
+    assert process.returncode == 70, process.stderr  # a lower rate alone does not help
+    for name in named:
+        shutil.rmtree(tmp_path / "checkpoints" / name)
+    process = run_python(*command)
+    assert process.returncode == 0, process.stderr

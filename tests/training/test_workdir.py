@@ -195,6 +195,7 @@ def test_another_experiment_is_refused(tmp_path, checkpoint):
         ({"data__test_split": "a"}, {"data__test_split": "b"}, "data.test_split: 'a' -> 'b'"),
         ({"data__test_split": ""}, {"data__test_split": "b"}, ""),
         ({"data__test_split": "a"}, {"data__test_split": ""}, ""),
+        ({}, {"evaluation__map_at": 5}, "evaluation.map_at: 100 -> 5"),
     ],
 )
 def test_what_would_change_the_state_or_its_metrics_is_refused(tmp_path, before, after, refused):
@@ -209,6 +210,18 @@ def test_what_would_change_the_state_or_its_metrics_is_refused(tmp_path, before,
         pass
     assert refused in caught.value.details
     assert (tmp_path / "config.json").read_text() == stored
+
+
+def test_a_test_split_is_not_added_to_the_test_result_of_another(tmp_path):
+    for split in ("a", ""):
+        with opened(tmp_path, config_with(data__test_split=split)):
+            (tmp_path / "metrics.jsonl").write_text('{"step": 100, "split": "test", "top1": 0.5, "count": 10}\n')
+    with (
+        pytest.raises(ConfigError, match="may be of another test split") as caught,
+        open_workdir(tmp_path, config_with(data__test_split="b")),
+    ):
+        pass
+    assert "config.data.test_split: '' -> 'b'" in caught.value.where
 
 
 def test_before_the_first_checkpoint_a_mistake_is_corrected_in_place(tmp_path):

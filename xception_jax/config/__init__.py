@@ -25,7 +25,7 @@ from xception_jax.config.experiment import (
     MeshConfig,
     WatchdogConfig,
 )
-from xception_jax.config.fields import duration_in_steps
+from xception_jax.config.fields import duration_in_steps, is_address
 from xception_jax.config.model import BatchNormConfig, InceptionV3Config, ModelConfig, XceptionConfig
 from xception_jax.config.section import Section
 from xception_jax.config.training import (
@@ -64,6 +64,7 @@ __all__ = [
     "duration_in_steps",
     "flatten",
     "from_json",
+    "is_address",
     "load_config",
     "override",
     "resolve",

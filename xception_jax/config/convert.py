@@ -21,6 +21,9 @@ from xception_jax.config.section import Section, check_variant, checked
 from xception_jax.errors import ConfigError
 from xception_jax.user_files import parse_json, read_text, reading
 
+_USUAL_NAMES = {"lr": "learning_rate", "wd": "weight_decay", "bs": "batch_size", "epochs": "duration"}
+"""What other packages call the fields that are also here."""
+
 _WITH_VARIANTS = ("model", "optimizer", "schedule")
 
 
@@ -99,11 +102,12 @@ def unknown_field(name: str) -> ConfigError:
     if inside:
         fix = f"set its fields, such as config.{inside[0]}"
         return ConfigError(f"config.{name} is a section, not a field", f"config.{name}", fix)
-    leaf = name.rsplit(".", 1)[-1]
+    section, dot, last = name.rpartition(".")
+    leaf = _USUAL_NAMES.get(last, last)
     # Of fields with one last name, the one of the same section counts.
     by_section = sorted(FIELDS, key=lambda known: known.partition(".")[0] == name.partition(".")[0])
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in by_section}
-    close = _in_meant_section(name) or difflib.get_close_matches(name, FIELDS, 1, 0.75)
+    close = _in_meant_section(name) or difflib.get_close_matches(f"{section}{dot}{leaf}", FIELDS, 1, 0.75)
     close = close or [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, 1, 0.6)]
     fix = f"did you mean config.{close[0]}?" if close else "xception-jax train --help lists the fields"
     return ConfigError(f"there is no field config.{name}", f"config.{name}", fix)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from xception_jax.config.fields import choice, flag, integer, number, numbers, span, text
+from xception_jax.config.fields import address, choice, flag, integer, number, numbers, span, text
 from xception_jax.config.model import NETWORKS, ModelConfig
 from xception_jax.config.section import Section, variants
 from xception_jax.config.training import OPTIMIZERS, SCHEDULES, LossConfig, OptimizerConfig, ScheduleConfig
@@ -124,7 +124,7 @@ class DistributedConfig(Section):
     path: ClassVar[str] = "distributed."
 
     start: str = choice("auto", ("auto", "on", "off"), "local: auto connects the processes that a launcher started")
-    coordinator: str = text("", "local: host:port of process 0; empty: ask the launcher, or run one process")
+    coordinator: str = address("", "local: HOST:PORT of process 0; empty: ask the launcher, or run one process")
     num_processes: int | None = integer(None, 1, "local: with a coordinator; None: ask the launcher")
     process_id: int | None = integer(None, 0, "local: with a coordinator; None: ask the launcher")
     timeout: int = integer(300, 1, "local: seconds in which all processes have to connect")

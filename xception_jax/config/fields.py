@@ -198,6 +198,25 @@ def text(default: str, source: str) -> Any:
     return _field(default, check, "a string", source, str)
 
 
+_ADDRESS = re.compile(r"([^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
+
+
+def is_address(value: str) -> bool:
+    """Returns whether a string is HOST:PORT; the host is a name or an IP address, one of IPv6 in brackets."""
+    match = _ADDRESS.fullmatch(value)
+    return match is not None and 1 <= int(match[2]) < 1 << 16
+
+
+def address(default: str, source: str) -> Any:
+    """Declares the address of a server, HOST:PORT, or ''."""
+
+    def check(value: Any) -> str:
+        _require(isinstance(value, str) and (not value or is_address(value)))
+        return value
+
+    return _field(default, check, "HOST:PORT with a port of 1 to 65535, or ''", source, str)
+
+
 def pattern(default: str, source: str) -> Any:
     """Declares a regular expression over names of parameters."""
 

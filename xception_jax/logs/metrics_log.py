@@ -25,6 +25,11 @@ from xception_jax.user_files import parse_json, read_bytes, reading
 
 log = logging.getLogger(__name__)
 
+# Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
+INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
+START = "start"  # the run starts or resumes here; sums up the time of earlier starts, also of entries that are dropped
+RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
+
 MAX_METRICS_BYTES = 2 * 2**30  # a run of millions of steps that logs each
 MAX_DECOMPRESSED_BYTES = 2**28  # a few kilobytes can decompress to gigabytes
 
@@ -65,12 +70,20 @@ def _parse(content: bytes) -> Iterator[dict[str, Any] | None]:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    """Returns whether all values have the types that readers of entries rely on."""
-    if type(entry.get("step")) is not int or not isinstance(entry.get("split"), str):
+    """Returns whether all values have the types and the lengths that readers of entries rely on."""
+    split = entry.get("split")
+    if type(entry.get("step")) is not int or not isinstance(split, str):
         return False
-    values = [value for name, value in entry.items() if name != "split"]
-    numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
-    return all(number is None or isinstance(number, int | float) for number in numbers)
+    if split in ("dev", "test") and type(entry.get("count")) is not int:
+        return False
+    numbers, lengths = list[Any](), set[int]()
+    for value in (value for name, value in entry.items() if name != "split"):
+        if split == INTERVAL and isinstance(value, list):
+            numbers += value
+            lengths.add(len(value))
+        else:
+            numbers.append(value)
+    return len(lengths) <= 1 and all(number is None or isinstance(number, int | float) for number in numbers)
 
 
 def _entry(step: int, split: str, values: Mapping[str, Any]) -> dict[str, Any]:

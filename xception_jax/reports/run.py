@@ -119,7 +119,7 @@ def write_report(
         "last_step": last_step,
         "interrupted": live is None and last_step < info.get("total_steps", 0),
         "measures": [metric for metric in metrics_of(config) if _was_measured(metric, metrics)],
-        "result": _result(config, metrics),
+        "result": _result(config, metrics, ("dev",) if live else ("dev", "test")),
         "figures": _figures(config, metrics, info.get("steps_per_epoch")),
         "multi_label": config.loss.multi_label,
         "time_spent": _time_spent(info.get("time_spent", {})),
@@ -166,10 +166,10 @@ def _was_measured(metric: Metric, metrics: Sequence[dict[str, Any]]) -> bool:
     return any(prefix + metric.name in entry for entry in metrics for prefix in ("", "ema_"))
 
 
-def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the result on the test split, or else the last one on the development split, as rows of a table."""
+def _result(config: ExperimentConfig, metrics: Sequence[dict[str, Any]], kinds: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the last result on the last of `kinds` of splits that has one, as rows of a table."""
     splits = {"dev": config.data.eval_split, "test": config.data.test_split}
-    entries = [entry for split, name in splits.items() if name for entry in metrics if entry["split"] == split]
+    entries = [entry for kind in kinds if splits[kind] for entry in metrics if entry["split"] == kind]
     if not entries:
         return None
     entry = entries[-1]

@@ -10,14 +10,16 @@ whitening by the marginal covariances of channels and of taps, which is itself a
 
 Two controls turn the patches by random orthogonal matrices, which change neither their eigenvalues nor what could be
 known from them. After a Kronecker turn (channels and taps apart) a separable covariance stays separable; after a free
-turn it does not. A third control draws as many patches from a normal distribution whose covariance is the best product:
-how far from separable the sample looks by chance. If the eigenvalues are nearly equal (white noise), a free turn goes
-no further than that.
+turn it does not. If the eigenvalues are nearly equal (white noise), a free turn goes no further than chance does: few
+patches do not look separable, even if their true covariance is. How far they go by chance is known from how images
+vary, because patches of one image resemble each other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ from jaxtyping import Float
 from xception_jax.data import folders, images
 from xception_jax.errors import BadDataError, InputMissingError
 from xception_jax.files import local_directory
+from xception_jax.logs.metrics_log import json_ready
 from xception_jax.names import printable_path
 
 _TURNS = 20
 _MOST_IMAGES = 2000
 _UNCLEAR = 0.1  # position by chance above which a position is called unclear
+_FEWEST_IMAGES = 10  # of fewer images, too little is known of how they vary
 _FLOOR = 1e-9  # of a marginal covariance, relative to its largest eigenvalue
 
 Covariance = Float[np.ndarray, "d d"]
@@ -45,13 +49,13 @@ class Shares:
       share: share of the patches as they are.
       free: (mean, lowest, highest) after free turns.
       kronecker: the same after Kronecker turns.
-      separable: the same for samples of a separable covariance.
+      noise: 1 - share of a separable covariance by chance; NaN for patches of one image.
     """
 
     share: float
     free: tuple[float, float, float]
     kronecker: tuple[float, float, float]
-    separable: tuple[float, float, float]
+    noise: float
 
     @property
     def dial(self) -> float:
@@ -65,8 +69,8 @@ class Shares:
 
     @property
     def chance(self) -> float:
-        """Returns the mean position of samples of a separable covariance: one is known no better than by this."""
-        return (1 - self.separable[0]) / (1 - self.free[0])
+        """Returns the mean position of separable covariances by chance: one is known no better than by this."""
+        return self.noise / (1 - self.free[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +96,11 @@ class PatchSeparability:
     whitened: Shares
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the attributes as plain data, with the places on the dial's axis."""
+        """Returns the attributes as plain data, with the places on the dial's axis; null is unknown."""
         data = dataclasses.asdict(self)
         for name, shares in (("raw", self.raw), ("whitened", self.whitened)):
             data[name] |= {"dial": shares.dial, "position": shares.position, "chance": shares.chance}
-        return data
+        return json_ready(data)
 
 
 def measure_patches(source: str, *, split: str = "train", patches: int, side: int, seed: int) -> PatchSeparability:
@@ -105,7 +109,7 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
     Args:
       source: a folder of images, the directory of a prepared dataset, or the name of one.
       split: split of the dataset.
-      patches: about as many are read, spread evenly over at most 2,000 images.
+      patches: at most about as many are read, at different places of at most 2,000 images that are spread evenly.
       side: side of a patch, in pixels. The covariance has side^4 x channels^2 elements.
       seed: seed of their places, and of the controls.
 
@@ -114,7 +118,7 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
       BadDataError: all images are grey, or all patches are equal.
     """
     encoded = _encoded_images(source, split)
-    chosen = np.unique(np.linspace(0, len(encoded) - 1, min(len(encoded), _MOST_IMAGES)).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(encoded) - 1, min(len(encoded), _MOST_IMAGES, patches)).round().astype(int))
     rng = np.random.default_rng(seed)
     each = -(-patches // len(chosen))
     found = [_patches(encoded, int(index), each, side, rng) for index in chosen]
@@ -128,7 +132,7 @@ def measure_patches(source: str, *, split: str = "train", patches: int, side: in
         raise BadDataError("all images are grey, so there are no correlations across channels", source, fix)
     if np.ptp(values, axis=0).max() == 0:
         raise BadDataError("all patches are equal, so there are no correlations", source, "name a set of photographs")
-    raw, whitened = measure_covariance(covariance(values), values.shape[-1], len(values), rng)
+    raw, whitened = measure(used, rng)
     return PatchSeparability(source, len(used), len(found) - len(used), len(values), side, raw, whitened)
 
 
@@ -178,7 +182,7 @@ def _encoded_images(source: str, split: str) -> _Files | _Dataset:
 def _patches(
     encoded: _Files | _Dataset, index: int, count: int, side: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "n s s c"] | None:
-    """Returns patches at random places of one image; None if it is damaged or too small."""
+    """Returns patches at different random places of one image; None if it is damaged or too small."""
     try:
         image = images.decode(encoded[index])
     except (images.DamagedImageError, OSError):
@@ -186,15 +190,20 @@ def _patches(
     height, width = image.shape[:2]
     if min(height, width) < side:
         return None
-    rows, columns = (rng.integers(0, size - side + 1, count)[:, None, None] for size in (height, width))
+    across = width - side + 1
+    places = rng.choice((height - side + 1) * across, min(count, (height - side + 1) * across), replace=False)
+    rows, columns = (place[:, None, None] for place in np.divmod(places, across))
     taps = np.arange(side)
     return image[rows + taps[:, None], columns + taps].astype(np.float64)
 
 
 def covariance(patches: Float[np.ndarray, "n s s c"]) -> Covariance:
     """Returns the covariance of at least two patches; its rows and columns are (channel, tap), the channel first."""
-    flat = patches.reshape(len(patches), -1, patches.shape[-1]).transpose(0, 2, 1).reshape(len(patches), -1)
-    return np.cov(flat, rowvar=False)
+    return np.cov(_flat(patches), rowvar=False)
+
+
+def _flat(patches: Float[np.ndarray, "n s s c"]) -> Float[np.ndarray, "n d"]:
+    return patches.reshape(len(patches), -1, patches.shape[-1]).transpose(0, 2, 1).reshape(len(patches), -1)
 
 
 def kronecker_share(matrix: Covariance, channels: int) -> float:
@@ -209,19 +218,30 @@ def _rearranged(matrix: Covariance, channels: int) -> Float[np.ndarray, "c2 t2"]
     return matrix.reshape(channels, taps, channels, taps).transpose(0, 2, 1, 3).reshape(channels**2, taps**2)
 
 
-def _sampled_product(matrix: Covariance, channels: int, patches: int, rng: np.random.Generator) -> Covariance:
-    """Returns the covariance of normal samples whose own covariance is the best Kronecker product."""
-    taps = len(matrix) // channels
-    u, _, v = np.linalg.svd(_rearranged(matrix, channels), full_matrices=False)
-    across, space = (_root(side.reshape(n, n)) for side, n in ((u[:, 0], channels), (v[0], taps)))
-    samples = np.einsum("cd,ndt,tu->ncu", across, rng.normal(size=(patches, channels, taps)), space, optimize=True)
-    return np.cov(samples.reshape(patches, -1), rowvar=False)
+def _noise(groups: Sequence[Float[np.ndarray, "_ d"]], channels: int) -> float:
+    """Returns the mean `1 - kronecker_share` by chance if the true covariance is separable; NaN for one image.
 
+    Only noise outside of the products near the best one counts, to first order. The noise of a covariance is known from
+    how the sums of the images vary, which are independent of each other.
 
-def _root(matrix: np.ndarray) -> np.ndarray:
-    """Returns the square root of a positive semidefinite matrix, up to the sign of the matrix."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.abs(values))) @ vectors.T
+    Args:
+      groups: the patches of each image, around the mean of all patches.
+      channels: the number of channels.
+    """
+    if len(groups) < 2:
+        return math.nan
+    count = sum(map(len, groups))
+    mean = sum(group.T @ group for group in groups) / count
+    rearranged = _rearranged(mean, channels)
+    u, _, v = np.linalg.svd(rearranged, full_matrices=False)
+
+    def outside(group: np.ndarray) -> float:
+        noise = _rearranged(group.T @ group - len(group) * mean, channels)
+        noise = noise - np.outer(u[:, 0], u[:, 0] @ noise)
+        return np.square(noise - np.outer(noise @ v[0], v[0])).sum()
+
+    variance = sum(map(outside, groups)) / count**2 * len(groups) / (len(groups) - 1)
+    return float(variance / np.square(rearranged).sum())
 
 
 def whiten(matrix: Covariance, channels: int) -> Covariance:
@@ -229,10 +249,14 @@ def whiten(matrix: Covariance, channels: int) -> Covariance:
 
     A separable covariance becomes a multiple of the identity.
     """
+    turn = _whitening(matrix, channels)
+    return turn @ matrix @ turn.T
+
+
+def _whitening(matrix: Covariance, channels: int) -> Float[np.ndarray, "d d"]:
     taps = len(matrix) // channels
     blocks = matrix.reshape(channels, taps, channels, taps)
-    turn = np.kron(_inverse_root(np.einsum("ctdt->cd", blocks)), _inverse_root(np.einsum("ctcu->tu", blocks)))
-    return turn @ matrix @ turn.T
+    return np.kron(_inverse_root(np.einsum("ctdt->cd", blocks)), _inverse_root(np.einsum("ctcu->tu", blocks)))
 
 
 def _inverse_root(matrix: np.ndarray) -> np.ndarray:
@@ -240,35 +264,33 @@ def _inverse_root(matrix: np.ndarray) -> np.ndarray:
     return (vectors / np.sqrt(np.maximum(values, _FLOOR * values[-1]))) @ vectors.T
 
 
-def measure_covariance(
-    matrix: Covariance, channels: int, patches: int, rng: np.random.Generator
-) -> tuple[Shares, Shares]:
-    """Measures a covariance of patches, and the same after random turns.
+def measure(groups: Sequence[Float[np.ndarray, "_ s s c"]], rng: np.random.Generator) -> tuple[Shares, Shares]:
+    """Measures the covariance of the patches of each image, and the same after random turns.
 
     Returns:
       (raw, whitened).
     """
+    channels = groups[0].shape[-1]
+    values = _flat(np.concatenate(groups))
+    matrix, values = np.cov(values, rowvar=False), values - values.mean(axis=0)
+    ends = np.cumsum([len(group) for group in groups])[:-1]
     taps = len(matrix) // channels
 
     def turned(turn: np.ndarray) -> Covariance:
         return turn @ matrix @ turn.T
 
-    controls = [
-        lambda: turned(_orthogonal(rng, len(matrix))),
-        lambda: turned(np.kron(_orthogonal(rng, channels), _orthogonal(rng, taps))),
-        lambda: _sampled_product(matrix, channels, patches, rng),
-    ]
+    def measured(share_of: Callable[[Covariance], float], values: Float[np.ndarray, "n d"]) -> Shares:
+        controls = (
+            lambda: turned(_orthogonal(rng, len(matrix))),
+            lambda: turned(np.kron(_orthogonal(rng, channels), _orthogonal(rng, taps))),
+        )
+        found = [[share_of(control()) for _ in range(_TURNS)] for control in controls]
+        free, kronecker = ((float(np.mean(each)), min(each), max(each)) for each in found)
+        return Shares(share_of(matrix), free, kronecker, _noise(np.split(values, ends), channels))
 
-    def share_pair(matrix: Covariance) -> tuple[float, float]:
-        return kronecker_share(matrix, channels), kronecker_share(whiten(matrix, channels), channels)
-
-    found = np.array([[share_pair(control()) for _ in range(_TURNS)] for control in controls])
-
-    def shares(kind: int) -> Shares:
-        spreads = ((float(each.mean()), float(each.min()), float(each.max())) for each in found[..., kind])
-        return Shares(share_pair(matrix)[kind], *spreads)
-
-    return shares(0), shares(1)
+    raw = measured(lambda matrix: kronecker_share(matrix, channels), values)
+    whitened = values @ _whitening(matrix, channels).T
+    return raw, measured(lambda matrix: kronecker_share(whiten(matrix, channels), channels), whitened)
 
 
 def _orthogonal(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -289,18 +311,24 @@ def format_patches(found: PatchSeparability) -> str:
         turns = (f"{mean:.4f} ({low:.4f} to {high:.4f})" for mean, low, high in (shares.free, shares.kronecker))
         columns = " ".join(f"{turn:>26}" for turn in turns)
         lines.append(
-            f"{name:10} {shares.share:7.4f} {columns} {shares.dial:7.4f} {shares.position:9.1%} {shares.chance:9.1%}"
+            f"{name:10} {shares.share:7.4f} {columns} {shares.dial:7.4f} {shares.position:9.1%} "
+            + ("unknown" if math.isnan(shares.chance) else f"{shares.chance:.1%}").rjust(9)
         )
     lines += [
         "share: of the squared norm of the covariance in its best product of a channel and a space matrix",
         f"turns: the same after {_TURNS} random orthogonal turns; mean (lowest to highest)",
         "dial: 1 - share; position: the dial in percent of that after free turns. 0 % is separable, 100 % is free",
-        "by chance: position of as many random patches whose covariance is separable",
+        "by chance: position of a separable covariance of as many such images",
     ]
     unclear = [name for name, shares in (("raw", found.raw), ("whitened", found.whitened)) if shares.chance > _UNCLEAR]
-    if unclear:
+    if found.images < _FEWEST_IMAGES:
+        lines.append(
+            f"The positions are unclear: the variation between {found.images} images says too little of what is by "
+            f"chance. Read at least {_FEWEST_IMAGES} images."
+        )
+    elif unclear:
         lines.append(
             f"The position of {' and '.join(unclear)} is unclear: separable patches would look free by chance. "
-            "Read more patches, or the images have hardly any correlations."
+            "Read more images, or they have hardly any correlations."
         )
     return "\n".join(lines)

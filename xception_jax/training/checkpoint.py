@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from xception_jax.training.manifest import DamagedError
 from xception_jax.training.orbax_manager import open_manager
 from xception_jax.training.preservation import LatestOrBest
 from xception_jax.training.save_errors import all_damaged, cannot_open, save_failed, seconds_to_save, store_errors
-from xception_jax.training.step_files import COMMITTED, delete, delete_step, prepare_bucket, step_path
+from xception_jax.training.step_files import COMMITTED, delete, delete_step, exists, prepare_bucket, step_path
 from xception_jax.training.verification import (
     failures_on_all_processes,
     identify_run,
@@ -50,6 +50,13 @@ from xception_jax.training.verification import (
 
 if TYPE_CHECKING:
     from xception_jax.training.run_directory import Bucket
+
+
+_DELETION_SECONDS = 1.0
+
+
+class _DeletedError(Exception):
+    """There is no such step, or no longer."""
 
 
 @dataclasses.dataclass
@@ -273,8 +280,8 @@ class Checkpoints:
           The step and its state, or None if there is no such checkpoint.
 
         Raises:
-          BadDataError: every checkpoint is damaged, or the newest intact one holds a different model or was trained on
-            a different dataset. The latter two are not set aside.
+          BadDataError: every checkpoint is damaged (if neither `regular` nor `below` is given), or the newest intact
+            one holds a different model or was trained on a different dataset. The latter two are not set aside.
         """
         self.wait()
         damaged = {}
@@ -287,12 +294,16 @@ class Checkpoints:
         while step >= 0:
             older = newest(step)
             try:
-                with store_errors(self._directory, "restoring"):
+                with self._unless_deleted(step), store_errors(self._directory, "restoring"):
                     return step, self._restore(step, abstract_state)
             except DamagedError as error:
                 with store_errors(self._directory, "restoring"):
                     damaged[self._set_aside(step, str(error), older)] = str(error)
+            except _DeletedError:
+                older = newest(below)  # the trainer saved newer steps before it deleted this one
             step = older
+        if regular or below < math.inf:
+            return None  # there may be intact steps that were not asked for
         # Include what an earlier run has set aside. Otherwise a second attempt would silently start from step 0.
         with store_errors(self._directory, "restoring"):
             damaged |= {path.name: read_reason(path) for path in sorted(self._directory.glob("*.corrupt-*"))}
@@ -304,19 +315,39 @@ class Checkpoints:
         """Restores one step. A damaged step is not set aside.
 
         Raises:
-          InputMissingError: there is no such step.
+          InputMissingError: there is no such step, or a trainer deletes it meanwhile.
           BadDataError: the step is damaged, or is of a different model or dataset.
         """
         self.wait()
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise InputMissingError(f"there is no checkpoint {step}", str(self._directory), f"choose among: {there}")
         try:
-            with store_errors(self._directory, "restoring"):
+            if step not in self.steps():
+                raise _DeletedError
+            with self._unless_deleted(step), store_errors(self._directory, "restoring"):
                 return self._restore(step, abstract_state)
         except DamagedError as error:
             where = str(self._path(step))
             raise BadDataError(f"checkpoint {step} is damaged: {error}", where, "use an older one") from None
+        except _DeletedError:
+            what, there = f"there is no checkpoint {step}", ", ".join(map(str, self.steps())) or "none"
+            raise InputMissingError(what, str(self._directory), f"choose among: {there}") from None
+
+    @contextlib.contextmanager
+    def _unless_deleted(self, step: int) -> Iterator[None]:
+        """Raises _DeletedError instead of another error if a trainer deletes the step that is read beside it."""
+        try:
+            yield
+        except Exception:
+            if not self._read_only:
+                raise
+            # A step that is being deleted looks damaged for a moment.
+            marker = self._path(step) / COMMITTED if self._in_bucket else self._path(step)
+            deadline = time.monotonic() + _DELETION_SECONDS
+            while exists(marker):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+            self._manager.reload()
+            raise _DeletedError from None
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         """Verifies a step, compares it with the expected model and dataset, and reads it."""

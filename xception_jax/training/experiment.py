@@ -142,7 +142,8 @@ def make_experiment(config: ExperimentConfig) -> Experiment:
     sources = {name: open_dataset(config.data, split) for name, split in splits.items() if split}
     check_data(config, sources)
     mesh = make_mesh(config.mesh)
-    check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh.size)
+    if len(sources) > 1:
+        check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh.size)
     return build_experiment(config, sources, mesh)
 
 

@@ -29,17 +29,12 @@ from xception_jax.logs.console import (
     format_header,
     say,
 )
-from xception_jax.logs.metrics_log import MetricsLog, read_metrics
+from xception_jax.logs.metrics_log import INTERVAL, RECOVERY, START, MetricsLog, read_metrics
 from xception_jax.logs.trackers import Tracker
 from xception_jax.metrics import describe, metrics_of
 from xception_jax.names import LINE_LENGTH, printable
 from xception_jax.parallel import bytes_from_primary
 from xception_jax.training.experiment import Experiment
-
-# Splits of metrics.jsonl in addition to 'train', 'dev' and 'test'.
-INTERVAL = "interval"  # metrics of steps before a checkpoint that the next 'train' entry of a resumed run must include
-START = "start"  # the run starts or resumes here; sums up the time of earlier starts, also of entries that are dropped
-RECOVERY = "recovery"  # the run went back to a checkpoint and skipped the batches in between
 
 _STEPS_TO_ESTIMATE = 5  # the speed of these steps gives the first estimate of the time that a run takes
 _BINS = 64  # of the histogram of a parameter
@@ -290,5 +285,5 @@ def _unfinished_interval(entries: list[dict[str, Any]], step: int) -> list[dict[
     found = [entry for entry in entries if entry["split"] == INTERVAL and entry["step"] == step]
     if not found:
         return []
-    columns = {name: values for name, values in found[-1].items() if name in _AVERAGED}
+    columns = {name: values for name, values in found[-1].items() if name in _AVERAGED and isinstance(values, list)}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -221,13 +221,17 @@ class Loop:
             with self.journal.stopwatch.during(goodput.START):
                 restored = self.checkpoints.restore_latest(self.experiment.abstract, regular=True, below=last_good)
         if restored is None:
-            what, kept = f"and there is no checkpoint of config.checkpoint.every before step {last_good}", ""
-            if has_recovered:
-                what, kept = "also after a recovery", f"; the last checkpoint is kept in {self.directory.checkpoints}"
+            what = f"and there is no checkpoint of config.checkpoint.every before step {last_good}"
+            fix = "lower config.schedule.learning_rate, or add a config.schedule.warmup"
+            # A run that resumes from the parameters that no loss is finite with ends in the same way.
+            self.checkpoints.wait()
+            if broken := [str(step) for step in self.checkpoints.steps() if step >= last_good]:
+                fix += f"; delete the checkpoints {', '.join(broken)} first, which are of parameters that diverged"
             raise DivergedError(
-                f"the loss was not finite for {self.config.max_bad_steps} steps in a row, {what}",
-                f"step {bad_step}{kept}",
-                "lower config.schedule.learning_rate, or add a config.schedule.warmup",
+                f"the loss was not finite for {self.config.max_bad_steps} steps in a row, "
+                + ("also after a recovery" if has_recovered else what),
+                f"step {bad_step}; the checkpoints are in {self.directory.checkpoints}",
+                fix,
             )
         restored_step, state = restored
         skipped = int(jax.device_get(state.skipped_steps)) + bad_step - restored_step

@@ -108,12 +108,10 @@ def summarize_run(
     Raises:
       StorageError: the report cannot be written. The run is complete otherwise.
     """
-    entries = journal.entries()
     splits = [split for split in ("dev", "test") if split in experiment.sources]
-    evaluations = [entry for split in splits for entry in entries if entry["split"] == split]
+    evaluations = [entry for split in splits for entry in journal.evaluations(split).values()]
     final = evaluations[-1] if evaluations else {}
     report = directory.path("report.html")
-    groups = None
     if jax.process_index() == 0:
         info = _run_info(experiment, journal, seconds_to_first_step)
         if "images_per_second" in final:
@@ -124,13 +122,12 @@ def summarize_run(
             judged = _judge(experiment, "test", test, thresholds, variables)
         elif development is not None:
             judged = _judge(experiment, "dev", development, variables=variables)
-        groups = judged.judgement.groups if judged is not None else None
         with writing("report", report, "free some space and run the same command again: it only writes the report"):
-            _write(experiment, directory.files, entries, info, judged)
+            _write(experiment, directory.files, journal.entries(), info, judged)
     step = experiment.total_steps
     return Summary(
         step,
-        groups,
+        final.get("groups"),
         final,
         main_metric(experiment.config),
         fingerprint,

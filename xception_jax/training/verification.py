@@ -81,7 +81,8 @@ def refuse_other_model(directory: Path, stored: dict[str, str], wanted: dict[str
     differences, table = compare_signatures(stored, wanted)
     if differences:
         raise BadDataError(
-            f"checkpoint {directory.name} holds a different model: {differences} of {len(wanted)} parameters differ",
+            f"checkpoint {directory.name} holds a different model: "
+            f"{differences} of {len(stored | wanted)} parameters differ",
             str(directory),
             "use the config that it was trained with, or another work directory",
             table,

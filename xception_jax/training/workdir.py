@@ -20,6 +20,7 @@ from typing import Any
 from xception_jax.config import FIELDS, ExperimentConfig, flatten, to_json
 from xception_jax.errors import ConfigError, WorkdirError
 from xception_jax.files import remove_leftovers, write_atomically
+from xception_jax.logs.metrics_log import read_metrics
 from xception_jax.names import command_line, printable
 from xception_jax.storage import join
 from xception_jax.user_files import parse_json, read_text, reading
@@ -36,7 +37,7 @@ _WRITTEN = ("figures", CHECKPOINTS, f"{CHECKPOINTS}/*")
 
 # A run cannot resume with different values of these fields. Other fields may change, for example to extend `duration`
 # or to lower the learning rate.
-_IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.(frozen|name)|batch_size|seed")
+_IDENTITY = re.compile(r"model\..*|data\..*|init\..*|optimizer\.(frozen|name)|evaluation\.map_at|batch_size|seed")
 # These add arrays to the state, or a step to the optimizer, unless they are zero.
 _ADDS_STATE = ("optimizer.clip_norm", "optimizer.multipliers", "ema.decay")
 _COUPLED = ("sgd", "rmsprop", "adam")  # where weight decay is a step before the optimizer
@@ -301,6 +302,12 @@ def check_config(
             "restore these fields, or choose another work directory",
             refused,
         )
+    if "data.test_split" in changes and config.data.test_split and _has_test_result(path):
+        raise ConfigError(
+            "the metrics of the run have a test result, which may be of another test split",
+            f"{shown}: config.{lines['data.test_split']} (stored -> now)",
+            "leave config.data.test_split empty, and evaluate with `xception-jax evaluate RUN --split SPLIT`",
+        )
     for line in lines.values():
         report(f"changed since the last run in this directory: config.{line}")
 
@@ -315,6 +322,10 @@ def write_config(path: Path, config: ExperimentConfig) -> None:
         write_atomically(path / CONFIG, to_json(config))
     except OSError as error:
         raise _unusable(path, error) from None
+
+
+def _has_test_result(path: Path) -> bool:
+    return any(entry["split"] == "test" for entry in read_metrics(path / METRICS))
 
 
 def _is_refused(name: str, before: Any, after: Any, optimizer: str) -> bool:
