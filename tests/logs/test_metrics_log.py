@@ -142,7 +142,7 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(path):
         b'{"step": 1, "split": "dev", "seconds": "abc"}',
         b'{"step": 1, "split": "dev", "count": 9, "loss": [[1]]}',
         b'{"step": 1, "split": "dev", "count": 9, "loss": [1]}',
-        b'{"step": 1, "split": "test", "top1": 0.5}',
+        b'{"step": 1, "split": "test", "top1": 0.5, "count": 9.5}',
         b'{"step": 1, "split": "interval", "loss": [1, 2], "top1": [1]}',
         b"[" * 100_000,
     ],

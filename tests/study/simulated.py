@@ -7,11 +7,14 @@ import numpy as np
 
 from xception_jax.config import override, resolve
 from xception_jax.logs.metrics_log import MetricsLog
+from xception_jax.metrics.predictions import Predictions, save_predictions
+from xception_jax.study.cells import PREDICTIONS
 from xception_jax.study.controls import ArmCost
 from xception_jax.study.design import CHANNELS_PER_SEGMENT, Arm, Interaction, PlannedComparison, Study
 from xception_jax.study.sizes import study_size
 from xception_jax.study.store import StoredStudy, write_study
 
+IMAGES = 400
 POINTS = {"1": 43.1, "2": 28.9, "4": 18.0, "8": 10.8, "16": 6.5, "depthwise": 1.0}
 
 
@@ -90,3 +93,17 @@ def write_simulated(root, study, *, slope=0.004, noise=0.0015, fail=()):
         message = "error: the loss was not finite" if failed else ""
         cell.write_record(exit_code=70 if failed else 0, seconds=95.0, attempts=1, message=message)
     return stored
+
+
+def write_predictions(cell, seed, images=IMAGES):
+    """Predictions as a cell saves them, in no order; returns which are right, by index."""
+    rng = np.random.default_rng(seed)
+    label, best = rng.integers(0, 10, images), rng.integers(0, 10, images)
+    best[: images // 2] = label[: images // 2]
+    order = rng.permutation(images)
+    classes = np.stack([best, (best + 1) % 10], axis=1)[order]
+    save_predictions(
+        cell.directory / PREDICTIONS,
+        Predictions(order, label[order], classes, np.full(classes.shape, 0.5, np.float32)),
+    )
+    return label == best, best

@@ -99,6 +99,7 @@ def test_images_add_to_the_variance_of_seeds():
     found, of_seeds = compare("crossed", arm, baseline), compare("welch", arm, baseline)
     assert found.mean == of_seeds.mean
     assert found.error > of_seeds.error
+    assert found.sd == pytest.approx(of_seeds.sd)  # more seeds reduce only this
     assert found.df > of_seeds.df  # most of the variance comes from many images
     width = found.bootstrap_high - found.bootstrap_low
     assert width == pytest.approx(2 * 1.96 * found.error, rel=0.3)

@@ -621,8 +621,20 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         run_study_file(f"{FILE}:huge")
     with pytest.raises(ConfigError, match="control"):
         check_dial(dataclasses.replace(TINY, control="width"), "here")
-    with pytest.raises(ConfigError, match="7 steps"):
+    with pytest.raises(ConfigError, match="steps is 7"):
         check_dial(dataclasses.replace(TINY, recipe=Recipe(steps=7)), "here")
+    for recipe in (Recipe(steps=8.0), Recipe(steps=8, batch_size=0), Recipe(steps=8, test_images=0)):
+        with pytest.raises(ConfigError, match="set it to a whole number of at least"):
+            check_dial(dataclasses.replace(TINY, recipe=recipe), "here")
+    for tuning in (Tuning((), TINY.tuning.banks), Tuning((0.01,), ())):
+        with pytest.raises(ConfigError, match="no rates, or no banks"):
+            check_dial(dataclasses.replace(TINY, tuning=tuning), "here")
+    with pytest.raises(ConfigError, match="value of the wrong type"):
+        check_dial(dataclasses.replace(TINY, seeds=5), "here")
+    shipped = run_study_file(str(FILE))[0]
+    for width in (1, 2):  # the networks with segments cannot be as small
+        with pytest.raises(ConfigError, match=f"as much as the regular arm of {width} channels"):
+            check_dial(dataclasses.replace(shipped, reference_width=width), "here")
     for bank in (BankSpec("both", 0), BankSpec("within", 91), BankSpec("within", 0, "rank")):
         with pytest.raises(ConfigError, match="bank"):
             check_dial(dataclasses.replace(TINY, rows=(Row(REGULAR, (bank,)),)), "here")

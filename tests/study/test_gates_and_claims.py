@@ -1,5 +1,6 @@
 """Gates, claims, predictions and the power of a study, on simulated study directories."""
 
+import dataclasses
 import io
 import json
 import math
@@ -9,17 +10,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tests.study.simulated import small_study, write_simulated
+from tests.study.simulated import IMAGES, small_study, write_predictions, write_simulated
 from xception_jax import cli
 from xception_jax.errors import BadDataError, UsageError
 from xception_jax.logs.metrics_log import MetricsLog
-from xception_jax.metrics.predictions import Predictions, save_predictions
 from xception_jax.study.cells import PREDICTIONS
 from xception_jax.study.claims import Claim, Part
 from xception_jax.study.collect import collect
 from xception_jax.study.design import DECAYS, RATES, PlannedComparison, Search
 from xception_jax.study.inference import holm
-from xception_jax.study.power import seeds_needed
+from xception_jax.study.power import plan_seeds, seeds_needed
 from xception_jax.study.predictions import FILE, read_answers
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.report import format_results, write_study_report
@@ -28,7 +28,6 @@ from xception_jax.study.store import changes
 from xception_jax.study.study_file import study_from_json, study_to_json
 from xception_jax.study.verdicts import NOT_INTERPRETED
 
-IMAGES = 400
 ARMS = ("1_none", "1_relu", "depthwise_none")
 
 
@@ -38,20 +37,6 @@ def few_arms(**fields):
     arms = tuple(arm for arm in study.arms if arm.name in ARMS)
     comparisons = (PlannedComparison(*ARMS[:2]), PlannedComparison(ARMS[1], ARMS[2], "worse"))
     return small_study(**{"arms": arms, "comparisons": comparisons, "interactions": (), "seeds": (0, 1, 2)} | fields)
-
-
-def write_predictions(cell, seed, images=IMAGES):
-    """Predictions as a cell saves them, in no order; returns which are right, by index."""
-    rng = np.random.default_rng(seed)
-    label, best = rng.integers(0, 10, images), rng.integers(0, 10, images)
-    best[: images // 2] = label[: images // 2]
-    order = rng.permutation(images)
-    classes = np.stack([best, (best + 1) % 10], axis=1)[order]
-    save_predictions(
-        cell.directory / PREDICTIONS,
-        Predictions(order, label[order], classes, np.full(classes.shape, 0.5, np.float32)),
-    )
-    return label == best, best
 
 
 @pytest.mark.parametrize(
@@ -100,6 +85,7 @@ def test_p_values_are_corrected_within_a_claim(tmp_path):
     write_simulated(tmp_path, few_arms(comparisons=[PlannedComparison(*pair) for pair in pairs]))
     together = [entry.p_holm for entry in collect_results(tmp_path).comparisons]
     data = json.loads((tmp_path / "study.json").read_text())
+    del data["sha256"]  # as written by earlier releases, and so that the change is not found by it
     for entry, claim in zip(data["study"]["comparisons"], claims, strict=True):
         entry["claim"] = claim
     (tmp_path / "study.json").write_text(json.dumps(data))
@@ -142,6 +128,23 @@ def test_predictions_outlive_the_cells(tmp_path):
         np.testing.assert_array_equal(found.index, np.arange(IMAGES))
     again = collect_results(tmp_path)
     assert [e.over_images for e in again.comparisons] == [e.over_images for e in before.comparisons]
+
+
+def test_predictions_are_kept_if_a_cell_is_away_for_a_moment(tmp_path):
+    stored = write_simulated(tmp_path, few_arms())
+    for number, cell in enumerate(stored.cells()):
+        write_predictions(cell, number)
+    write_study_report(tmp_path)
+    before = read_answers(tmp_path, stored.cells())
+    cell = stored.cells()[2]
+    for other in stored.cells():
+        (other.directory / PREDICTIONS).unlink()
+    cell.directory.rename(tmp_path / "away")
+    write_study_report(tmp_path)
+    (tmp_path / "away").rename(cell.directory)
+    again = read_answers(tmp_path, stored.cells())
+    assert list(again) == list(before)
+    np.testing.assert_array_equal(again[cell.arm, cell.seed].right, before[cell.arm, cell.seed].right)
 
 
 def test_predictions_of_other_images_are_refused_and_none_are_lost(tmp_path):
@@ -270,12 +273,35 @@ def test_a_margin_that_is_no_share_is_refused(margin):
         cli.parse(["study", "power", "somewhere", f"--margin={margin}"])
 
 
+def test_power_of_a_study_with_claims_only_knows_its_pairs(tmp_path):
+    study = few_arms(seeds=tuple(range(4)))
+    (pair, *_) = study.comparisons
+    claim = Claim("C1", "It helps.", (Part("difference", ((pair.arm, pair.baseline, 1.0),), "above", 0.0),))
+    stored = write_simulated(tmp_path, dataclasses.replace(study, comparisons=(), claims=(claim,)))
+    for number, cell in enumerate(stored.cells()):
+        write_predictions(cell, number)
+    assert {row.analysis for row in plan_seeds(tmp_path).rows} == {"paired", "welch", "crossed"}
+
+
+def test_pairs_that_leave_no_variance_need_the_fewest_seeds(tmp_path):
+    rows = [
+        f"{arm},{seed},0,{0.8 + 0.01 * seed + shift}" for arm, shift in (("a", 0), ("b", 0.02)) for seed in range(4)
+    ]
+    (tmp_path / "cells.csv").write_text("\n".join(["arm,seed,exit_code,test_accuracy", *rows]))
+    plan = plan_seeds(tmp_path / "cells.csv", 0.005)
+    assert plan.pairing == pytest.approx(0, abs=1e-9)
+    assert {row.equivalence for row in plan.rows if row.analysis == "paired"} == {2}
+
+
 def test_power_without_two_cells_of_an_arm(tmp_path, run_cli_error):
     write_simulated(tmp_path, few_arms(seeds=(0,)))
     error = run_cli_error("study", "power", str(tmp_path))
     assert "no arm has two finished cells" in error
     (tmp_path / "cells.csv").write_text("arm,seed\nx,1\n")
     assert "table of cells cannot be read" in run_cli_error("study", "power", f"{tmp_path}/cells.csv")
+    for row, words in (("x,1,0,0.6", "x seed 1 has two rows"), ("x,2,0,60", "x seed 2 has an accuracy of 60")):
+        (tmp_path / "cells.csv").write_text(f"arm,seed,exit_code,test_accuracy\nx,1,0,0.5\n{row}\n")
+        assert words in run_cli_error("study", "power", f"{tmp_path}/cells.csv")
     (tmp_path / "cells.csv").write_text("arm,seed,exit_code,test_accuracy\nx,1,0,0.5\nx,2,0,0.6\n")
     assert "add the smallest difference" in run_cli_error("study", "power", f"{tmp_path}/cells.csv")
     assert "there is no such file" in run_cli_error("study", "power", f"{tmp_path}/nothing")

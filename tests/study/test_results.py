@@ -14,7 +14,7 @@ import scipy.stats
 
 from tests.reports.test_run_report import Page
 from tests.study.simulated import small_study, write_simulated
-from xception_jax.errors import BadDataError, InputMissingError
+from xception_jax.errors import BadDataError, ConfigError, InputMissingError
 from xception_jax.logs import metrics_log
 from xception_jax.logs.metrics_log import MetricsLog, read_metrics
 from xception_jax.models import cost
@@ -272,6 +272,7 @@ def test_the_reports_show_four_costs_and_refuse_to_call_them_equal(tmp_path):
     stored = write_simulated(tmp_path, study)
     unequal = dataclasses.replace(stored.costs["1_relu"], live_multiply_adds=3_600_000)
     data = json.loads((tmp_path / "study.json").read_text())
+    del data["sha256"]  # as written by earlier releases, and so that the change is not found by it
     data["costs"]["1_relu"] = dataclasses.asdict(unequal)
     (tmp_path / "study.json").write_text(json.dumps(data))
     write_study_report(tmp_path)
@@ -289,6 +290,7 @@ def test_live_costs_are_counted_for_studies_of_earlier_releases(tmp_path):
     study = small_study(arms=small_study().arms[:1], comparisons=(), interactions=(), reference="1_none", seeds=(0,))
     write_simulated(tmp_path, study)
     data = json.loads((tmp_path / "study.json").read_text())
+    del data["sha256"]  # as written by earlier releases, and so that the change is not found by it
     for name in ("live_parameters", "live_multiply_adds"):
         del data["costs"]["1_none"][name]
     del data["study"]["unequal"]
@@ -321,10 +323,36 @@ def test_a_study_json_that_was_changed_by_hand(change, tmp_path):
     study = small_study(arms=small_study().arms[:1], comparisons=(), interactions=(), reference="1_none", seeds=(0,))
     write_simulated(tmp_path, study)
     data = json.loads((tmp_path / "study.json").read_text())
+    del data["sha256"]  # as written by earlier releases, and so that the change is not found by it
     change(data)
     (tmp_path / "study.json").write_text(json.dumps(data))
     with pytest.raises(BadDataError, match="the study cannot be read"):
         read_study(tmp_path)
+
+
+def test_a_design_that_was_changed_after_it_was_stated_is_refused(tmp_path):
+    """It would change verdicts: margins, gates and bounds by the digest of the file, arms also by their cells."""
+    study = small_study(arms=small_study().arms[:2], comparisons=(), interactions=(), reference="1_none")
+    write_simulated(tmp_path, study)
+    data = json.loads((tmp_path / "study.json").read_text())
+    data["study"]["margin"] = 0.5
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    with pytest.raises(BadDataError, match="changed after the study was stated"):
+        read_study(tmp_path)
+    del data["sha256"]
+    data["study"]["arms"][0]["overrides"]["model.intermediate_activation"] = "elu"
+    (tmp_path / "study.json").write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match="1_none seed 0 was started with a different config"):
+        collect(read_study(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["null", "NaN"])
+def test_a_finished_cell_whose_accuracy_is_lost_is_not_left_out(tmp_path, value):
+    cell = write_simulated(tmp_path, small_study()).cells()[3]
+    metrics = cell.directory / "metrics.jsonl"
+    metrics.write_text(re.sub('"ema_top1": [0-9.]+', f'"ema_top1": {value}', metrics.read_text()))
+    with pytest.raises(BadDataError, match=f"{cell.name} is done, but its accuracy is not known"):
+        collect(read_study(tmp_path))
 
 
 def test_there_is_no_study(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.study.simulated import POINTS, small_study, write_simulated
+from tests.study.simulated import POINTS, small_study, write_predictions, write_simulated
 from xception_jax.cli import study as study_command
 from xception_jax.config import override, to_json
 from xception_jax.errors import BadDataError, ConfigError, InputMissingError, UsageError, WorkdirError
@@ -26,9 +26,10 @@ from xception_jax.study.cells import RECORD, choose_trials, find_equal, read_out
 from xception_jax.study.design import Search
 from xception_jax.study.execute import run_cell, run_study, slurm_script
 from xception_jax.study.kernels.networks import analyse
+from xception_jax.study.predictions import read_answers
 from xception_jax.study.report import write_study_report
 from xception_jax.study.runner import make_slots, visible_gpus
-from xception_jax.study.store import STUDY, StoredStudy, open_study, read_study
+from xception_jax.study.store import StoredStudy, open_study, read_study, write_study
 from xception_jax.study.study_file import study_from_json, study_to_json
 from xception_jax.training.workdir import hold_directory
 
@@ -210,6 +211,12 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
     stored = write_simulated(tmp_path / "again", study)
     shutil.rmtree(stored.root / "cells")
 
+    for number, source in enumerate(other.cells()):  # as after a move: only the file of all predictions is left
+        write_predictions(source, number)
+        (source.directory / "kernels.json").write_text("{}")
+    write_study_report(other.root)
+    for source in other.cells():
+        (source.directory / "predictions_test.npz").unlink()
     pairs = find_equal(stored.cells(), other.cells())
     assert [cell.directory for cell, _ in pairs] == [
         cell.directory for cell in stored.cells() if (cell.arm, cell.seed) not in failed
@@ -229,6 +236,10 @@ def test_cells_of_another_study_are_not_trained_again(tmp_path, capsys):
     assert {cell.record().get("reused_from") for cell in stored.cells() if (cell.arm, cell.seed) in failed} == {None}
     assert "54 cells were taken from another study" in (stored.root / "report.md").read_text()
     assert find_equal(stored.cells(), other.cells()) == []
+    taken, theirs = read_answers(stored.root, stored.cells()), read_answers(other.root, other.cells())
+    assert len(taken) == 54
+    np.testing.assert_array_equal(taken[cell.arm, cell.seed].right, theirs[source.arm, source.seed].right)
+    assert (cell.directory / "kernels.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -395,8 +406,7 @@ def test_several_arms_choose_a_trial_together(searched):
         finish(cell, {"1_none": (0.8, 0.79, 0.2), "1_relu": (0.3, 0.79, 0.8)}[cell.arm][cell.trial])
     chosen = choose_trials(study, cells)
     assert set(chosen) == {arm.name for arm in arms}
-    data = json.loads((stored.root / STUDY).read_text()) | {"study": study_to_json(study)}
-    (stored.root / STUDY).write_text(json.dumps(data))
+    write_study(dataclasses.replace(stored, study=study))
     write_study_report(stored.root)
     assert "learning_rate 0.1, as 1_none and 1_relu" in (stored.root / "report.html").read_text()
     assert {trial["schedule.learning_rate"] for trial in chosen.values()} == {0.1}

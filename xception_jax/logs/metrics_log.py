@@ -74,7 +74,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     split = entry.get("split")
     if type(entry.get("step")) is not int or not isinstance(split, str):
         return False
-    if split in ("dev", "test") and type(entry.get("count")) is not int:
+    if type(entry.get("count", 0)) is not int:
         return False
     numbers, lengths = list[Any](), set[int]()
     for value in (value for name, value in entry.items() if name != "split"):

@@ -95,7 +95,7 @@ def crossed(weights: Weights, samples: Samples) -> Estimate:
     variance = sum(of_seeds.values()) + image_variance(cells, weights)
     known = {arm: sample.known for arm, sample in used.items()}
     degrees = _degrees(of_seeds | {"": of_images}, cells | {"": images}, variance)  # no arm has an empty name
-    found = _independent(weights, known, variance if variance > _ROUNDING else 0.0, degrees)
+    found = _independent(weights, known, variance if variance > _ROUNDING else 0.0, degrees, sum(of_seeds.values()))
     drawn = [
         weights[arm] * _resample_cells(sample.resampled, seed)
         for seed, (arm, sample) in enumerate(used.items())
@@ -164,16 +164,27 @@ def _degrees(parts: Mapping[str, float], values: Mapping[str, Array], variance: 
     return variance**2 / squares if squares and variance > _ROUNDING else math.inf
 
 
-def _independent(weights: Weights, known: Mapping[str, Array], variance: float, df: float) -> Estimate:
-    """Returns the estimate of a sum of independent means. `sd` is that of the sum over one cell of each arm."""
+def _independent(
+    weights: Weights, known: Mapping[str, Array], variance: float, df: float, of_seeds: float | None = None
+) -> Estimate:
+    """Returns the estimate of a sum of independent means. `sd` is that of the sum over one cell of each arm.
+
+    Args:
+      weights: by arm.
+      known: accuracies of the cells of each arm.
+      variance: the variance of the sum.
+      df: its degrees of freedom.
+      of_seeds: the part of the variance that `sd` covers; by default all of it.
+    """
     n = min(map(len, known.values()))
     mean = float(sum(weight * known[arm].mean() for arm, weight in weights.items())) if n else math.nan
     if n < 2 or not df > 0:
         return from_error(mean, math.nan, math.nan, n=n)
     drawn = [weights[arm] * bootstrap_means(values[None], seed)[0] for seed, (arm, values) in enumerate(known.items())]
     error = math.sqrt(variance)
-    one_cell = math.sqrt(sum(weight**2 for weight in weights.values()) / _squares(weights, known))
-    return from_error(mean, error, df, n=n, sd=error * one_cell, bootstrap=_percentiles(np.sum(drawn, axis=0)))
+    cells = sum(weight**2 for weight in weights.values()) / _squares(weights, known)
+    sd = math.sqrt((variance if of_seeds is None else of_seeds) * cells)
+    return from_error(mean, error, df, n=n, sd=sd, bootstrap=_percentiles(np.sum(drawn, axis=0)))
 
 
 def _percentiles(drawn: Float[Array, " resamples"]) -> tuple[float, float]:

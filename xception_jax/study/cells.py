@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -110,21 +111,26 @@ class Cell:
         Raises:
           ConfigError: the directory has a different config.
         """
+        self.check_config()
         path = self.directory / CONFIG
         if not path.exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(path, to_json(self.config))
-        elif to_json(load_config(path)) != to_json(self.config):
+
+    def check_config(self) -> None:
+        """Raises ConfigError if its directory has another config than the study gives it."""
+        path = self.directory / CONFIG
+        if path.exists() and to_json(load_config(path)) != to_json(self.config):
             raise ConfigError(
                 f"cell {self.name} was started with a different config",
                 str(path),
-                "move its directory away, or choose another study directory",
+                "restore study.json if it was changed, move the directory away, or choose another study directory",
             )
 
     def take_over(self, other: Cell) -> None:
         """Copies the result of another cell with an equal config. Checkpoints are not copied."""
         self.prepare()
-        for name in (other.metrics_file().name, PREDICTIONS, ACTIVATIONS):
+        for name in (other.metrics_file().name, PREDICTIONS, ACTIVATIONS, KERNELS):
             if (other.directory / name).exists():  # not in cells of earlier releases, or of studies that do not measure
                 shutil.copyfile(other.directory / name, self.directory / name)
         self.write_record(**other.record() | {"config_hash": self.config_hash, "reused_from": other.config.name})
@@ -304,9 +310,12 @@ def final_outcome(cell: Cell, metric: str, split: Literal["dev", "test"]) -> dic
 
     Raises:
       BadDataError: its accuracy on the split is lost.
+      ConfigError: it was trained with another config than the study says.
     """
+    cell.check_config()
     outcome = read_outcome(cell, metric)
-    if outcome[f"{split}_accuracy"] is None:
+    accuracy = outcome[f"{split}_accuracy"]
+    if accuracy is None or not math.isfinite(accuracy):
         fix = f"restore its {METRICS}, or delete the directory to run it again"
         raise BadDataError(f"{cell.name} is done, but its accuracy is not known", str(cell.directory), fix)
     return outcome

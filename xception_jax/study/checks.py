@@ -95,8 +95,10 @@ def _problems(study: Study) -> Iterator[tuple[str, str]]:
         yield what, "list whole numbers; a difference needs at least two"
     if len(set(study.seeds)) < len(study.seeds):
         yield "seeds repeat", "list each seed once"
-    if not study.margin > 0:
-        yield f"the margin is {study.margin}", "set it to the smallest difference that matters"
+    if not 0 < study.margin < 1:
+        yield f"the margin is {study.margin}", "set it to the smallest difference that matters, such as 0.005"
+    if not 0 <= study.tolerance < 1:
+        yield f"the tolerance is {study.tolerance}", "set it to a share, such as 0.01"
     if study.interactions and not study.axis:
         yield "there is an interaction, but no axis", "set axis to 'channels_per_segment' or to a config field"
     if study.axis not in ("", CHANNELS_PER_SEGMENT, *FIELDS):
@@ -118,6 +120,10 @@ def _config_problems(study: Study, configs: Mapping[str, ExperimentConfig]) -> I
     """Yields (what is wrong, how to fix it) in what the study needs of the configs of its arms."""
     from xception_jax.metrics import metrics_of  # imports JAX, for which `study --help` does not wait
 
+    tested = {(config.data.name, config.data.test_split) for config in configs.values()}
+    if len(tested) > 1:
+        shown = " and ".join(f"{split!r} of {name}" for name, split in sorted(tested))
+        yield f"arms have different test splits: {shown}", "give all arms the same data.name and data.test_split"
     for arm, config in configs.items():
         shares = [metric.name for metric in metrics_of(config) if metric.higher_is_better and metric.is_share]
         known = shares + [f"ema_{name}" for name in shares if config.ema.decay]

@@ -23,6 +23,7 @@ from xception_jax.names import LINE_LENGTH, file_stem, in_shell, one_line, print
 from xception_jax.study.cells import Cell, find_equal
 from xception_jax.study.controls import cost_headline, solve_costs
 from xception_jax.study.design import COSTS, Study
+from xception_jax.study.predictions import read_answers, write_answers
 from xception_jax.study.progress_table import ProgressTable
 from xception_jax.study.runner import LOG, Runner, make_slots, visible_gpus
 from xception_jax.study.store import StoredStudy, read_study
@@ -64,7 +65,7 @@ def run_study(
     if not any(cell.directory.exists() for cell in (*search, *trained)):
         (stored.root / TURNS).unlink(missing_ok=True)  # the data of the study may have been changed since
     _keep_turns(stored)
-    _reuse(search, reuse)
+    _reuse(stored.root, search, reuse)
     codes = _run_phase(stored, search, environment, jobs, retry, later=len(trained))
     if missing := [cell for cell in search if not _has_chosen(cell)]:
         say(f"no rates are chosen, because {len(missing)} trials have not finished, such as {missing[0].name}")
@@ -75,7 +76,7 @@ def run_study(
         trained = [cell for cell in stored.cells() if cell.arm in tuned]
         for arm in (arm for arm in stored.study.arms if arm.name not in tuned):
             say(f"arm {arm.name} is left out: no trial has finished for {' and '.join(arm.deciding)}")
-    _reuse(trained, reuse)
+    _reuse(stored.root, trained, reuse)
     codes += _run_phase(stored, trained, environment, jobs, retry, before=search)
 
     from xception_jax.study.report import format_results, write_study_report
@@ -91,11 +92,16 @@ def _keep_turns(stored: StoredStudy) -> None:
         write_turns(stored.root, measure_turns(stored.study))
 
 
-def _reuse(cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
+def _reuse(root: Path, cells: Sequence[Cell], studies: Sequence[StoredStudy]) -> None:
+    """Takes over the finished cells of other studies, with their predictions."""
     for study in studies if cells else ():
-        pairs = find_equal(cells, [*study.search(), *study.cells()])
+        others = study.cells()
+        answers = read_answers(study.root, others)
+        pairs = find_equal(cells, [*study.search(), *others])
         for cell, other in pairs:
             cell.take_over(other)
+        names = [((cell.arm, cell.seed), (other.arm, other.seed)) for cell, other in pairs if cell.trial is None]
+        write_answers(root, {name: answers[theirs] for name, theirs in names if theirs in answers})
         say(f"{len(pairs)} finished cells were taken from {study.root}")
 
 

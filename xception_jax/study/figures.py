@@ -129,7 +129,7 @@ def over_axis(results: Results) -> str | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylabel("test accuracy", color=QUIET)
         if any(arm.line for arm in arms):
-            axes.legend(title="between the convolutions" if results.stored.study.logarithmic else None)
+            axes.legend()
 
     return draw_svg(420, 300, (0.17, 0.17, 0.81, 0.79), draw)
 

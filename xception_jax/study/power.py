@@ -23,6 +23,7 @@ POWER = 0.8
 UPPER = 0.9  # one-sided confidence of the upper limit of a standard deviation
 MAX_SEEDS = 10_000
 _MARGINS = (0.5, 1.0, 2.0)  # times the margin
+_LEAST_RATIO = 1e-6  # pairs that leave nothing of the variance need the fewest seeds
 _QUANTILES = (np.arange(100) + 0.5) / 100
 
 
@@ -109,7 +110,7 @@ def plan_seeds(source: Path, margin: float | None = None) -> SeedPlan:
     for factor in _MARGINS:
         for analysis, paired, error in (("paired", True, 0.0), ("welch", False, 0.0), ("crossed", False, images)):
             if error is not None:
-                share = math.sqrt(ratio) if paired and ratio else 1.0
+                share = math.sqrt(max(ratio, _LEAST_RATIO)) if paired and ratio is not None else 1.0
                 seeds = [
                     seeds_needed(share * value, factor * margin, paired=paired, images=error, power=POWER)
                     for value in (sd, at_most)
@@ -156,7 +157,11 @@ def _from_study(root: Path) -> tuple[dict[str, Sample], list[tuple[str, str]], f
     from xception_jax.study.store import read_study
 
     stored = read_study(root)
-    return read_samples(stored), [(c.arm, c.baseline) for c in stored.study.comparisons], stored.study.margin
+    study = stored.study
+    pairs = [(c.arm, c.baseline) for c in study.comparisons]
+    terms = (term for claim in study.claims for part in claim.parts for term in part.terms)
+    pairs += [(arm, baseline) for arm, baseline, _ in terms if baseline]
+    return read_samples(stored), list(dict.fromkeys(pairs)), study.margin
 
 
 def _from_csv(path: Path) -> dict[str, Sample]:
@@ -166,7 +171,12 @@ def _from_csv(path: Path) -> dict[str, Sample]:
         values: dict[str, np.ndarray] = {row["arm"]: np.full(len(seeds), np.nan) for row in rows}
         for row in rows:
             if row["exit_code"] and state_of(int(row["exit_code"])) == "done" and row["test_accuracy"]:
-                values[row["arm"]][seeds.index(int(row["seed"]))] = float(row["test_accuracy"])
+                accuracy, number = float(row["test_accuracy"]), seeds.index(int(row["seed"]))
+                if not 0 <= accuracy <= 1:
+                    raise ValueError(f"{row['arm']} seed {row['seed']} has an accuracy of {accuracy:g}")
+                if np.isfinite(values[row["arm"]][number]):
+                    raise ValueError(f"{row['arm']} seed {row['seed']} has two rows")
+                values[row["arm"]][number] = accuracy
     return {arm: Sample(accuracy) for arm, accuracy in values.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,24 @@ def read_answers(root: Path, cells: Iterable[Cell]) -> dict[tuple[str, int], Ans
     return found
 
 
-def write_answers(root: Path, answers: dict[tuple[str, int], Answers]) -> None:
-    """Writes the predictions of all cells, unless there are none.
+def write_answers(root: Path, answers: Mapping[tuple[str, int], Answers]) -> None:
+    """Adds the predictions of cells to the file; those of other cells are kept. Without any, writes nothing.
 
     Raises:
-      StorageError: the file could not be written.
+      BadDataError: the file is damaged.
+      StorageError: it could not be written.
     """
     if not answers:
         return
+    index = next(iter(answers.values())).index
+    kept = _read(root / FILE) if (root / FILE).exists() else {}
+    same = {key: each for key, each in kept.items() if np.array_equal(each.index, index)}
+    answers = {**answers, **{key: each for key, each in same.items() if key not in answers}}
     classes = np.stack([each.classes for each in answers.values()])
     arrays: dict[str, Any] = {
         "arm": np.array([arm for arm, _ in answers]),
         "seed": np.array([seed for _, seed in answers]),
-        "index": next(iter(answers.values())).index.astype(np.uint32),
+        "index": index.astype(np.uint32),
         "classes": classes.astype(np.min_scalar_type(classes.max(initial=0))),
         "right": np.packbits([each.right for each in answers.values()], axis=1),
     }

@@ -21,10 +21,11 @@ from xception_jax.config import to_json
 from xception_jax.errors import ConfigError, InputMissingError
 from xception_jax.files import write_atomically
 from xception_jax.logs.metrics_log import json_ready
-from xception_jax.study.cells import RECORD, Cell, choose_trials, search_cells, started_trials, study_cells
+from xception_jax.study.cells import Cell, choose_trials, search_cells, started_trials, study_cells
 from xception_jax.study.controls import ArmCost, arm_cost, solve_costs
 from xception_jax.study.design import Study
 from xception_jax.study.study_file import study_from_json, study_to_json
+from xception_jax.training.manifest import sealed
 from xception_jax.training.workdir import hold_directory
 from xception_jax.user_files import read_json, reading, writing
 
@@ -77,6 +78,8 @@ def read_study(root: Path) -> StoredStudy:
         if data.get("kind") == "dial":
             what = "this command does not work with a dial study"
             raise ConfigError(what, str(root / STUDY), "use `study run`, `study report` or `study kernels`")
+        if (seal := data.pop("sha256", None)) is not None and json.loads(sealed(data))["sha256"] != seal:
+            raise ValueError("it was changed after the study was stated")
         study = study_from_json(data["study"])
         costs = {arm.name: _read_cost(study, arm.name, data["costs"][arm.name]) for arm in study.arms}
         return StoredStudy(root, study, costs, tuple(_read_event(event) for event in data["history"]))
@@ -114,7 +117,7 @@ def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Itera
             report(f"added since the last run here: {line}")
         costs = solve_costs(study, {} if stored is None else stored.costs, report)
         history = [*(stored.history if stored else ())]
-        done = sum(1 for _ in root.glob(f"cells/*/*/{RECORD}"))
+        done = sum(cell.state() == "done" for cell in stored.cells()) if stored is not None else 0
         if stored is None or additions:
             change = "added " + ", ".join(additions) if additions else "stated"
             time = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
@@ -148,7 +151,7 @@ def write_study(stored: StoredStudy) -> None:
         "costs": {name: json_ready(dataclasses.asdict(cost)) for name, cost in stored.costs.items()},
         "history": list(stored.history),
     }
-    write_atomically(stored.root / STUDY, json.dumps(data, indent=1) + "\n")
+    write_atomically(stored.root / STUDY, sealed(data))
 
 
 def _has_cells(root: Path) -> bool:

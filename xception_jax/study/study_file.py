@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from xception_jax.command_line import run_file
@@ -55,14 +57,23 @@ def as_study(study: Any, where: str) -> Study:
     """
     if not isinstance(study, Study):
         raise ConfigError(f"get_study() returns {type(study).__name__}, not a Study", where, "return a Study")
-    study = dataclasses.replace(study, config=resolve(study.config), seeds=tuple(study.seeds))
-    if study.search is not None:  # a stored study keeps its trials, whatever later releases try by default
-        study = dataclasses.replace(study, search=dataclasses.replace(study.search, trials=study.trials))
-    check_study(study, where)
-    try:
+    with wrong_types(where):
+        study = dataclasses.replace(study, config=resolve(study.config), seeds=tuple(study.seeds))
+        if study.search is not None:  # a stored study keeps its trials, whatever later releases try by default
+            study = dataclasses.replace(study, search=dataclasses.replace(study.search, trials=study.trials))
+        check_study(study, where)
         return study_from_json(study_to_json(study))  # as it will be read back, so that lists are equal to tuples
-    except TypeError as error:
-        raise ConfigError(f"the study cannot be stored as JSON: {error}", where, "use plain values") from None
+
+
+@contextlib.contextmanager
+def wrong_types(where: str) -> Iterator[None]:
+    """Translates what Python raises if a field of a study, from the file `where`, has a value of the wrong type."""
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        what = f"a field of the study has a value of the wrong type: {type(error).__name__}: {error}"
+        fix = "compare it with a study in configs/studies; a list of one element needs a comma: (value,)"
+        raise ConfigError(what, where, fix) from None
 
 
 def study_to_json(study: Study) -> dict[str, Any]:

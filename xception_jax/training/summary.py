@@ -71,11 +71,12 @@ class Summary:
         for prefix, label in (("ema_", " (Polyak average)"), ("", "")):
             value = self.metrics.get(prefix + main.name)
             if value is not None:
-                low, high = wilson_interval(value, self.metrics["count"])
+                images = self.metrics.get("count", 0)
+                low, high = wilson_interval(value, images)
                 interval = f", 95% interval {low:.4f} to {high:.4f}" if isinstance(main, TopK) else ""
                 # The interval of images that are not independent takes a bootstrap: it is in the report.
                 details = interval if self.groups is None else f" of {self.groups:,} groups"
-                count = f"{self.metrics['count']:,} images{details}"
+                count = f"{images:,} images{details}"
                 lines.append(f"{self.metrics['split']} {main.title}{label}: {main.format(value)} ({count})")
         lines += [f"state sha256: {self.state_sha256}", f"checkpoint: {printable_path(self.checkpoint)}"]
         lines.append(f"report: {printable_path(self.report)}")

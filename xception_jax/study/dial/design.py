@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xception_jax.errors import ConfigError
+from xception_jax.study.controls import EQUAL_WITHIN
 from xception_jax.study.design import NAME
 from xception_jax.study.dial.banks import CHANNELS, BankSpec
 from xception_jax.study.dial.network import CONTROLS, DEPTHWISE, FORMS, DialArm, DialCost, count, solve
 from xception_jax.study.dial.training import CURVE, Recipe
+from xception_jax.study.study_file import wrong_types
 
 _DEEPEST, _WIDEST = 64, 256
 _SEGMENTS = tuple(n for n in range(1, CHANNELS + 1) if CHANNELS % n == 0)
@@ -183,8 +186,9 @@ def check_dial(study: DialStudy, where: str) -> DialStudy:
     Raises:
       ConfigError: names repeat, a reference is missing, or another part of the study is not valid.
     """
-    for what, fix in _problems(study):
-        raise ConfigError(what, where, fix)
+    with wrong_types(where):
+        for what, fix in itertools.chain(_problems(study), _cost_problems(study)):
+            raise ConfigError(what, where, fix)
     return study
 
 
@@ -204,8 +208,13 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         yield f"the control is {study.control!r}", f"set it to one of {', '.join(CONTROLS)}"
     if len(study.seeds) < 2 or len(set(study.seeds)) < len(study.seeds):
         yield "there are fewer than two different seeds, or a seed repeats", "list at least two, each once"
-    if study.recipe.steps < CURVE:
-        yield f"cells have {study.recipe.steps} steps", f"set at least {CURVE}"
+    recipe = dataclasses.asdict(study.recipe) | {"bayes_images": study.bayes_images}
+    for name, value in recipe.items():
+        least = CURVE if name == "steps" else 1
+        if name != "momentum" and not (type(value) is int and value >= least):
+            yield f"{name} is {value!r}", f"set it to a whole number of at least {least}"
+    if not study.tuning.rates or not study.tuning.banks:
+        yield "the tuning has no rates, or no banks", "list at least one of each"
     for rate in study.tuning.rates:
         if not 0 < rate == float(f"{rate:.6g}"):
             yield (
@@ -229,3 +238,13 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
             yield f"the form of {row.arm.name} is {row.arm.form!r}", f"set it to one of {', '.join(FORMS)}"
         if not row.banks:
             yield f"arm {row.arm.name} has no banks", "list some"
+
+
+def _cost_problems(study: DialStudy) -> Iterator[tuple[str, str]]:
+    """Yields (what is wrong, how to fix it) in the costs of arms whose fields are valid."""
+    for row in study.rows:
+        target = getattr(study.reference(row.arm), study.control)
+        cost = None if is_reference(row.arm) else solve(row.arm, study.control, target)
+        if cost is not None and abs(getattr(cost, study.control) / target - 1) > EQUAL_WITHIN:
+            what = f"no width of {row.arm.name} costs as much as the regular arm of {study.reference_width} channels"
+            yield what, "set a larger reference_width"

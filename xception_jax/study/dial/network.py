@@ -190,13 +190,14 @@ def solve(arm: DialArm, control: str, target: int) -> DialCost:
       target: its value for the reference.
 
     Returns:
-      The nearest cost; of equally near ones, that with the most even widths.
+      The nearest cost; of equally near ones, that with the most even widths. The narrowest may cost more than the
+      target.
     """
     step = max(arm.segments, 1)
     last_step = step if FORMS[arm.form][-1] == SPATIAL and arm.form != "regular" else 1
-    found = []
+    found = list[tuple[float, float, DialCost]]()
     for width in range(step, 512 + 1, step):
-        if getattr(count(arm, (width,) * arm.depth), control) > 3 * target:
+        if found and getattr(count(arm, (width,) * arm.depth), control) > 3 * target:
             break
         for last in range(last_step, 2 * width, last_step):
             if abs(last - width) <= width / 3:

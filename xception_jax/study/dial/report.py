@@ -160,8 +160,8 @@ def _figures(results: DialResults, claims: Sequence[TestedClaim]) -> dict[str, t
     found = {}
     if claimed := claimed_differences(claims, results.study.margin):
         found["claims"] = (CLAIMED_DIFFERENCES, claimed)
-    families = [family for family in ("within", "across") if len(results.dial_of(family, *BASE)) > 1]
-    if len(families) == 2:
+    dials = [results.dial_of(family, *BASE) for family in ("within", "across")]
+    if all(len(banks) > 1 and banks[-1].name == "free" for banks in dials):  # where both meet
         title = "Accuracy from the separable end within filters, over free banks, to the separable end across filters"
         found["crossing"] = (title, _crossing(results))
     arms = [arm for arm in SEGMENTS if len(results.dial_of("across", arm)) > 1]
