@@ -215,6 +215,7 @@ def test_what_would_change_the_state_or_its_metrics_is_refused(tmp_path, before,
 def test_a_test_split_is_not_added_to_the_test_result_of_another(tmp_path):
     for split in ("a", ""):
         with opened(tmp_path, config_with(data__test_split=split)):
+            (tmp_path / "checkpoints" / "100").mkdir(parents=True, exist_ok=True)
             (tmp_path / "metrics.jsonl").write_text('{"step": 100, "split": "test", "top1": 0.5, "count": 10}\n')
     with (
         pytest.raises(ConfigError, match="may be of another test split") as caught,
@@ -222,6 +223,9 @@ def test_a_test_split_is_not_added_to_the_test_result_of_another(tmp_path):
     ):
         pass
     assert "config.data.test_split: '' -> 'b'" in caught.value.where
+    (tmp_path / "checkpoints" / "100").rmdir()  # the run begins again
+    with opened(tmp_path, config_with(data__test_split="b")):
+        pass
 
 
 def test_before_the_first_checkpoint_a_mistake_is_corrected_in_place(tmp_path):

@@ -302,7 +302,7 @@ def check_config(
             "restore these fields, or choose another work directory",
             refused,
         )
-    if "data.test_split" in changes and config.data.test_split and _has_test_result(path):
+    if protect and "data.test_split" in changes and config.data.test_split and _has_test_result(path):
         raise ConfigError(
             "the metrics of the run have a test result, which may be of another test split",
             f"{shown}: config.{lines['data.test_split']} (stored -> now)",
