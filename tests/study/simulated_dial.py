@@ -9,7 +9,7 @@ import numpy as np
 
 from configs.studies.dial import get_study
 from xception_jax.study.dial.banks import make_bank, measure
-from xception_jax.study.dial.design import counted_cells, tuning_cells
+from xception_jax.study.dial.design import Row, counted_cells, tuning_cells
 from xception_jax.study.dial.records import BANK_COLUMNS, BANKS, CELL_COLUMNS, CELLS, cell_record, state
 
 BEST_RATE = 0.04
@@ -18,7 +18,7 @@ BEST_RATE = 0.04
 MEASURED = ("accuracy", "train_accuracy", "loss", "seconds", "cpu_seconds", "pulled_within", "pulled_across")
 
 
-def simulate(root, effect, *, size="cpu", seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None):
+def simulate(root, effect, *, size="cpu", seeds=(0, 1, 2, 3), bank_change=None, cell_change=None, arms=None, free=True):
     """Writes the directory of a study.
 
     Args:
@@ -27,11 +27,15 @@ def simulate(root, effect, *, size="cpu", seeds=(0, 1, 2, 3), bank_change=None, 
       size: size of the study.
       seeds: of the study.
       arms: names of the arms that the study has; by default all.
+      free: whether arms are trained on the free bank.
       bank_change, cell_change: change a row of a cell that counts, given as a dict, before it is written.
     """
     study = dataclasses.replace(get_study(size), seeds=seeds)
     if arms is not None:
         study = dataclasses.replace(study, rows=tuple(row for row in study.rows if row.arm.name in arms))
+    if not free:
+        rows = (Row(row.arm, tuple(bank for bank in row.banks if bank.name != "free")) for row in study.rows)
+        study = dataclasses.replace(study, rows=tuple(row for row in rows if row.banks))
     root.mkdir(parents=True, exist_ok=True)
     state(root, study)
     rng = np.random.default_rng(0)

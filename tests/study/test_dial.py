@@ -475,6 +475,13 @@ def test_the_report_says_what_is_equal_and_what_came_out(tmp_path, monkeypatch, 
         assert (root / "figures" / f"{name}.svg").read_text().startswith("<svg")
 
 
+def test_without_the_free_bank_no_figure_joins_both_dials(tmp_path):
+    root = simulate(tmp_path, expected, free=False)
+    write_dial_report(root)
+    assert {path.stem for path in (root / "figures").iterdir()} >= {"segments"}
+    assert not (root / "figures" / "crossing.svg").exists()
+
+
 TINY = DialStudy(
     name="tiny",
     question="Does it run?",
