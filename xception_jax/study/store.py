@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from xception_jax.study.cells import Cell, choose_trials, search_cells, started_
 from xception_jax.study.controls import ArmCost, arm_cost, solve_costs
 from xception_jax.study.design import Study
 from xception_jax.study.study_file import study_from_json, study_to_json
-from xception_jax.training.manifest import sealed
+from xception_jax.training.manifest import seal_of, sealed
 from xception_jax.training.workdir import hold_directory
 from xception_jax.user_files import read_json, reading, writing
 
@@ -78,7 +77,7 @@ def read_study(root: Path) -> StoredStudy:
         if data.get("kind") == "dial":
             what = "this command does not work with a dial study"
             raise ConfigError(what, str(root / STUDY), "use `study run`, `study report` or `study kernels`")
-        if (seal := data.pop("sha256", None)) is not None and json.loads(sealed(data))["sha256"] != seal:
+        if (seal := data.pop("sha256", None)) is not None and seal != seal_of(data):
             raise ValueError("it was changed after the study was stated")
         study = study_from_json(data["study"])
         costs = {arm.name: _read_cost(study, arm.name, data["costs"][arm.name]) for arm in study.arms}

@@ -117,7 +117,7 @@ def reading(path: Path, shown: str) -> Iterator[None]:
 
 def sealed(content: Mapping[str, Any]) -> str:
     """Returns an object as JSON with the SHA-256 of its content as a last entry."""
-    return json.dumps({**content, "sha256": _seal(content)}, indent=1) + "\n"
+    return json.dumps({**content, "sha256": seal_of(content)}, indent=1) + "\n"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -146,7 +146,7 @@ def read_content(path: Path) -> dict[str, Any]:
             data = read_bytes(path)
         content = json.loads(data)
         seal = content.pop("sha256")
-        expected = _seal(content)
+        expected = seal_of(content)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):  # not text, JSON or a sealed object
         raise DamagedError(f"{path.name} is not readable as JSON") from None
     if seal != expected:
@@ -170,7 +170,8 @@ def _describes_a_directory(content: dict[str, Any]) -> bool:
     )
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def seal_of(content: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of the content of an object, without the entry that `sealed` adds."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
