@@ -116,8 +116,8 @@ def open_study(root: Path, study: Study, report: Callable[[str], None]) -> Itera
             report(f"added since the last run here: {line}")
         costs = solve_costs(study, {} if stored is None else stored.costs, report)
         history = [*(stored.history if stored else ())]
-        done = sum(cell.state() == "done" for cell in stored.cells()) if stored is not None else 0
         if stored is None or additions:
+            done = 0 if stored is None else sum(cell.state() == "done" for cell in stored.cells())
             change = "added " + ", ".join(additions) if additions else "stated"
             time = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             history.append({"time": time, "change": change, "cells_done": done})

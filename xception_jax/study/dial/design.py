@@ -213,8 +213,9 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
         least = CURVE if name == "steps" else 1
         if name != "momentum" and not (type(value) is int and value >= least):
             yield f"{name} is {value!r}", f"set it to a whole number of at least {least}"
-    if not study.tuning.rates or not study.tuning.banks:
-        yield "the tuning has no rates, or no banks", "list at least one of each"
+    for name in ("rates", "banks"):
+        if not getattr(study.tuning, name):
+            yield f"the tuning has no {name}", "list at least one"
     for rate in study.tuning.rates:
         if not 0 < rate == float(f"{rate:.6g}"):
             yield (
@@ -242,9 +243,9 @@ def _problems(study: DialStudy) -> Iterator[tuple[str, str]]:
 
 def _cost_problems(study: DialStudy) -> Iterator[tuple[str, str]]:
     """Yields (what is wrong, how to fix it) in the costs of arms whose fields are valid."""
+    costs = study.costs()
     for row in study.rows:
-        target = getattr(study.reference(row.arm), study.control)
-        cost = None if is_reference(row.arm) else solve(row.arm, study.control, target)
-        if cost is not None and abs(getattr(cost, study.control) / target - 1) > EQUAL_WITHIN:
+        cost, target = (getattr(each, study.control) for each in (costs[row.arm.name], study.reference(row.arm)))
+        if abs(cost / target - 1) > EQUAL_WITHIN:
             what = f"no width of {row.arm.name} costs as much as the regular arm of {study.reference_width} channels"
             yield what, "set a larger reference_width"
